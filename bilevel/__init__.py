@@ -1,0 +1,47 @@
+"""Bilevel optimization in PyTorch: the core that problems and solvers meet in."""
+
+from bilevel.check import Report, check_problem
+from bilevel.data import Data, FullBatch, LoaderStream, Stream, TensorStream, stream, streams
+from bilevel.errors import BilevelError, Refused
+from bilevel.evaluation import evaluate
+from bilevel.module_problem import ModuleProblem
+from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction, along_examples, squared_norm
+from bilevel.problem import Problem
+from bilevel.runner import Runner
+from bilevel.solver import Solution, Solver
+from bilevel.space import Domain, Integer, Interval, Positive, Real, Simplex, Space
+
+__all__ = [
+    "Batch",
+    "BilevelError",
+    "Carry",
+    "Data",
+    "Domain",
+    "FullBatch",
+    "Hypers",
+    "Integer",
+    "Interval",
+    "LoaderStream",
+    "Metrics",
+    "ModuleProblem",
+    "Params",
+    "Positive",
+    "Prediction",
+    "Problem",
+    "Real",
+    "Refused",
+    "Report",
+    "Runner",
+    "Simplex",
+    "Solution",
+    "Solver",
+    "Space",
+    "Stream",
+    "TensorStream",
+    "along_examples",
+    "check_problem",
+    "evaluate",
+    "squared_norm",
+    "stream",
+    "streams",
+]

@@ -1,0 +1,7 @@
+"""`python -m bilevel`: the same command as `bilevel`."""
+
+import sys
+
+from bilevel.app import main
+
+sys.exit(main())

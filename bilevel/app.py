@@ -1,0 +1,185 @@
+"""The command `bilevel`: a Hydra application over the configuration in `bilevel.conf`."""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import main as hydra_main
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import OverrideType
+from omegaconf import DictConfig, OmegaConf
+
+from bilevel import bad_input, own_code, targets
+from bilevel.errors import BilevelError
+from bilevel.records import Logger, Record, RunInfo, write_atomically
+from bilevel.resume import CONFIG, continued, stored_config
+
+OPEN_GROUPS = ("problem", "solver", "runner", "wandb")
+"""Nodes whose keys are arguments of a constructor: those that the YAML leaves at their default can be set too."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status.
+
+    Bad input is one sentence on the standard error; HYDRA_FULL_ERROR=1 asks for the traceback.
+    """
+    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    failures = 0
+
+    def told(error: Exception) -> bool:
+        nonlocal failures
+        said = None if traceback_wanted else bad_input.sentence(error)
+        if said is not None:
+            failures += 1
+            print(f"bilevel: {said}", file=sys.stderr, flush=True)
+        return said is not None
+
+    def job(composed: DictConfig) -> float:
+        try:
+            return _job(composed)
+        except Exception as error:  # told here, so that the other runs of a sweep go on
+            if not told(error):
+                raise
+            return math.inf
+
+    try:
+        own_code.check_not_hidden()
+        own_code.add_working_directory()
+        _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
+    except Exception as error:
+        if not told(error):
+            raise
+    except KeyboardInterrupt:
+        return 130  # what shells expect of a process that Ctrl-C ended
+    return min(failures, 1)
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra gets them: checked as far as they can be before it makes a directory.
+
+    A setting of a constructor that the YAML leaves at its default is set like one that it lists, where Hydra alone would want a
+    `++`; and flags may stand between overrides.
+
+    Example:
+        >>> prepared(["solver.clip_norm=1", "-m", "seed=3,4"])
+        ['-m', '++solver.clip_norm=1', 'seed=3,4']
+
+    Raises:
+        BilevelError: several values without `-m`, or `resume` of what is no run.
+    """
+    sweeping = "-m" in arguments or "--multirun" in arguments
+    flags: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-") or "=" not in argument:
+            flags.append(argument)
+            continue
+        override = bad_input.parse(argument)
+        key = override.key_or_group
+        if override.is_sweep_override() and not sweeping:
+            raise BilevelError(f"`{argument}` gives several values; add -m to run each, or write [a,b] for a list")
+        if key == "resume" and override.value() is not None:
+            if sweeping:
+                raise BilevelError("`resume` continues one run; leave -m out")
+            stored_config(Path(str(override.value())))
+        opened = override.type is OverrideType.CHANGE and key.partition(".")[0] in OPEN_GROUPS and "." in key
+        overrides.append(f"++{argument}" if opened else argument)
+    return flags + overrides
+
+
+class ConfigFile(Logger):
+    """`config.yaml`: written when set-up has succeeded, so that a refused run leaves nothing."""
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(run.config)))
+        write_atomically(run.directory / CONFIG, lambda file: file.write(text))
+
+    def log(self, record: Record) -> None:
+        """Nothing: the configuration stays as it is."""
+
+
+def run(config: dict[str, Any], directory: Path, *, resumed: bool) -> Record:
+    """One run from a resolved configuration, in its directory; its summary."""
+    targets.check_type(config.get("seed"), int, "seed")
+    # We own the process, so torch's own generator is ours to seed: modules and loaders of a user's own may draw from it.
+    torch.manual_seed(config["seed"])
+    problem, solver, runner, wandb = (targets.build(config.get(node), node) for node in OPEN_GROUPS)
+    return runner.run(
+        problem,
+        solver,
+        directory=directory,
+        seed=config["seed"],
+        names=(str(config["names"]["problem"]), str(config["names"]["solver"])),
+        config=config,
+        loggers=[ConfigFile(), wandb],
+        resume=resumed,
+    )
+
+
+def _job(composed: DictConfig) -> float:
+    """One run of this command line, or of the sweep; its best validation loss, for Hydra's sweepers.
+
+    Raises:
+        BilevelError: the run diverged, or could not begin.
+        KeyboardInterrupt: the run was interrupted, and so is the sweep that it may be part of.
+    """
+    config = _plain(composed)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    resumed = composed.resume is not None
+    try:
+        if resumed:
+            overridden = [bad_input.parse(text).key_or_group for text in HydraConfig.get().overrides.task]
+            config = continued(stored_config(directory), config, overridden, directory)
+        summary = run(config, directory, resumed=resumed)
+    except BilevelError:
+        with suppress(OSError):
+            directory.rmdir()  # Hydra made it; a run that did not begin leaves nothing
+        raise
+    if summary["diverged"]:
+        raise BilevelError(summary["message"])
+    if summary["interrupted"]:
+        raise KeyboardInterrupt
+    return float(summary["best"]["valid_loss"])
+
+
+def _run_hydra(job: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
+    OmegaConf.register_new_resolver("bilevel.resumed", lambda resumed, fresh: resumed or fresh, replace=True)
+    OmegaConf.register_new_resolver("bilevel.ablation", _ablation, replace=True)
+    with _process(["bilevel", *arguments], HYDRA_FULL_ERROR="1"):  # errors reach us instead of being printed in Hydra's way
+        hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")(job)()
+
+
+@contextmanager
+def _process(argv: list[str], **environment: str) -> Iterator[None]:
+    """The process as Hydra reads it, and afterwards as it was."""
+    before = sys.argv, {name: os.environ.get(name) for name in environment}
+    sys.argv = argv
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        sys.argv = before[0]
+        for name, value in before[1].items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _ablation(overrides: Sequence[str]) -> str:
+    """What tells the runs of a sweep apart beside names and seed: `-linearize-false`, of letters that `resume=` can read."""
+    own = [text.lstrip("+~") for text in overrides if text.lstrip("+~").startswith(("problem.", "solver."))]
+    label = "".join("-" + text.split(".", 1)[1] for text in own)
+    return re.sub(r"[^\w.-]+", "-", label)[:80]
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    config = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}

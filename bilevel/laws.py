@@ -1,0 +1,287 @@
+"""What every solver relies on in a problem: one law a function, which yields what breaks it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
+
+from bilevel.data import Data
+from bilevel.params import Batch, Carry, Hypers, Params, Prediction, count_examples, to_device
+from bilevel.problem import Problem
+
+
+class Finding(NamedTuple):
+    """One sentence about a problem; an `error` will spoil runs, a `note` may be meant."""
+
+    level: Literal["error", "note"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A problem at its first batch, with draws that are the same at every call."""
+
+    problem: Problem
+    data: Data
+    device: torch.device
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Of the train split."""
+        return self.data.train.peek()
+
+    @cached_property
+    def hypers(self) -> Hypers:
+        """λ at its initial values, as solvers pass it."""
+        return self.problem.space.constrain(self.problem.space.init().to(self.device))
+
+    @cached_property
+    def start(self) -> tuple[Params, Carry]:
+        """Initial w and carry."""
+        return to_device(self.problem.init(torch.Generator().manual_seed(0)), self.device)
+
+    @cached_property
+    def params(self) -> Params:
+        """Weights a little away from the initial ones, at which a layer that begins at zero says nothing; with gradients."""
+        generator = torch.Generator().manual_seed(1)
+        noise = {name: 0.05 * torch.randn(p.shape, generator=generator).to(p) for name, p in self.start[0].items()}
+        return {name: (p + noise[name]).detach().requires_grad_() for name, p in self.start[0].items()}
+
+    def predict(self, *, train: bool, hypers: Hypers | None = None, params: Params | None = None) -> tuple[Prediction, Carry]:
+        """The prediction on the train batch, in either mode."""
+        generator = torch.Generator(self.device).manual_seed(0) if train else None
+        hypers, params = hypers or self.hypers, params or self.params
+        return self.problem.predict(hypers, params, self.start[1], self.batch, train=train, generator=generator)
+
+    def inner_loss(self, *, train: bool = True, hypers: Hypers | None = None, params: Params | None = None) -> Tensor:
+        """L_T on the train batch."""
+        hypers, params = hypers or self.hypers, params or self.params
+        prediction, _ = self.predict(train=train, hypers=hypers, params=params)
+        return self.problem.inner_objective(hypers, params, prediction, self.batch)
+
+    def outer_loss(self, *, hypers: Hypers | None = None, params: Params | None = None) -> Tensor:
+        """L_V on the first validation batch."""
+        hypers, params = hypers or self.hypers, params or self.params
+        return self.problem.outer_loss(hypers, params, self.start[1], self.data.valid.peek())[0]
+
+
+Law = Callable[[Trial], Iterator[Finding]]
+
+
+def initial_weights(trial: Trial) -> Iterator[Finding]:
+    """`init` follows from its generator alone."""
+    drawn = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (1, 2):  # of the global generator, which must not matter
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            drawn.append(trial.problem.init(torch.Generator().manual_seed(0)))
+            if not torch.equal(before, torch.get_rng_state()):
+                yield Finding("error", "`init` moves PyTorch's global random state; draw from the generator that it is given")
+                break
+    if len(drawn) == 2 and not _same(*drawn):
+        yield Finding("error", "`init` gives other weights for the same generator; draw all of them from the generator")
+    for name, p in drawn[0][0].items():
+        if not p.is_floating_point():
+            yield Finding("error", f"the weight `{name}` is {p.dtype}, which has no gradient; pass it on in the carry")
+
+
+def purity(trial: Trial) -> Iterator[Finding]:
+    """`predict` changes nothing, and the same generator state gives the same bits."""
+    for train in (True, False):
+        mode = f"`predict` with train={train}"
+        given = (trial.hypers, trial.params, trial.start[1], trial.batch)
+        before = pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, given)
+        state = torch.get_rng_state()
+        first, second = trial.predict(train=train), trial.predict(train=train)
+        if not torch.equal(state, torch.get_rng_state()):
+            torch.set_rng_state(state)
+            yield Finding("error", f"{mode} draws from PyTorch's global random state; draw from the generator that it is given")
+        elif not _same(first, second):
+            yield Finding("error", f"{mode} answers differently at the same generator state; keep no state outside the carry")
+        for part, now, then in zip(("hypers", "params", "carry", "batch"), given, before, strict=True):
+            if not _same(now, then):
+                yield Finding(
+                    "error", f"{mode} modifies its {part} in place; work on a clone, and return what changes in the carry"
+                )
+        if not _alike(first[1], trial.start[1]):
+            yield Finding(
+                "error", f"{mode} returns a carry of other names or shapes than `init` does; return them all, unchanged or new"
+            )
+
+
+def prediction_of_weights(trial: Trial) -> Iterator[Finding]:
+    """The prediction depends on w."""
+    leaves = [
+        leaf for leaf in pytree.tree_leaves(trial.predict(train=True)[0]) if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    try:
+        sums, weights = [leaf.sum() for leaf in leaves], list(trial.params.values())
+        gradients = torch.autograd.grad(sums, weights, allow_unused=True) if leaves else ()
+    except RuntimeError as error:
+        yield Finding("error", f"the prediction cannot be differentiated in w, {told(error)}{recomputed(error)}")
+        return
+    if all(g is None for g in gradients):
+        yield Finding(
+            "error",
+            "the prediction does not depend on w, so that nothing can be learned; compute it from the `params` that `predict` "
+            "is given (a module of your own through torch.func.functional_call), without detach() or no_grad()",
+        )
+
+
+def objectives(trial: Trial) -> Iterator[Finding]:
+    """Both objectives are []."""
+    for name, loss in _losses(trial):
+        if not isinstance(loss, Tensor) or loss.ndim:
+            shape = f"of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            yield Finding("error", f"`{name}` is {shape}; it must be a tensor of shape [], averaged over examples")
+
+
+def finite_objectives(trial: Trial) -> Iterator[Finding]:
+    """Both objectives are finite at the start."""
+    for name, loss in _losses(trial):
+        if not bool(torch.isfinite(torch.as_tensor(loss)).all()):
+            at = ", ".join(f"{key}={_short(leaf)}" for key, leaf in trial.hypers.items())
+            yield Finding(
+                "error", f"`{name}` is not finite at the initial weights and {at}; look for log(0), 0/0 or an overflow"
+            )
+
+
+def gradients_of_weights(trial: Trial) -> Iterator[Finding]:
+    """Every weight receives a gradient from L_T."""
+    loss = trial.inner_loss()
+    gradients = torch.autograd.grad(loss, list(trial.params.values()), allow_unused=True) if loss.requires_grad else ()
+    for name, gradient in zip(trial.params, gradients or [None] * len(trial.params), strict=True):
+        if gradient is None:
+            yield Finding(
+                "error",
+                f"the weight `{name}` receives no gradient from the inner objective; use it, or pass it on in the carry",
+            )
+        elif not bool(torch.isfinite(gradient).all()):
+            yield Finding("error", f"the gradient of the weight `{name}` is not finite near its initial value")
+        elif not bool(gradient.any()):
+            yield Finding("note", f"the gradient of the weight `{name}` is zero on the first batch")
+
+
+def hyperparameters(trial: Trial) -> Iterator[Finding]:
+    """Every tuned hyperparameter changes a loss, and ∂L_T/∂λ exists where that is declared."""
+    with torch.no_grad():
+        inner, outer = trial.inner_loss(), trial.outer_loss()
+    for name in trial.problem.space.tuned:
+        moved = list(_moved(trial, name))
+        with torch.no_grad():
+            acts_inside = any(not torch.equal(inner, trial.inner_loss(hypers=hypers)) for hypers in moved)
+            acts_outside = any(not torch.equal(outer, trial.outer_loss(hypers=hypers)) for hypers in moved)
+        if not (acts_inside or acts_outside):
+            yield Finding(
+                "error", f"the hyperparameter `{name}` changes neither objective; use it, or leave it out of the space"
+            )
+        elif acts_inside and trial.problem.space[name].differentiable:
+            leaf = trial.hypers[name].detach().clone().requires_grad_()
+            loss = trial.inner_loss(hypers={**trial.hypers, name: leaf})
+            (gradient,) = torch.autograd.grad(loss, [leaf], allow_unused=True) if loss.requires_grad else (None,)
+            if gradient is None or not bool(gradient.any()):
+                found = "absent" if gradient is None else "zero"
+                yield Finding(
+                    "error",
+                    f"the hyperparameter `{name}` changes L_T, but ∂L_T/∂{name} is {found}; declare differentiable=False where "
+                    "it is sampled or rounded, or let the gradient through (no item() and no detach())",
+                )
+
+
+def per_example_leaves(trial: Trial) -> Iterator[Finding]:
+    """A leaf [B] of equal values gives the losses that the leaf [] gives."""
+    examples = count_examples(trial.batch)
+    for name in trial.problem.space.tuned:
+        if not trial.problem.space[name].per_example:
+            continue
+        leaf = trial.hypers[name]
+        repeated = {**trial.hypers, name: leaf.expand(examples, *leaf.shape).clone()}
+        advice = f"broadcast `{name}` with bilevel.along_examples, average the loss over examples, or declare per_example=False"
+        try:
+            with torch.no_grad():
+                plain, spread = trial.inner_loss(train=False), trial.inner_loss(train=False, hypers=repeated)
+                trial.inner_loss(hypers=repeated)
+        except Exception as error:  # whatever a user's own code raises is what we are here to tell
+            yield Finding("error", f"`{name}` with one value per example raises {told(error)}; {advice}")
+            continue
+        if spread.shape != plain.shape or not torch.allclose(plain, spread, rtol=1e-4, atol=1e-6):
+            yield Finding(
+                "error",
+                f"`{name}` given once for each example makes L_T {_short(spread)}, not {_short(plain)} as given once; {advice}",
+            )
+
+
+def metrics(trial: Trial) -> Iterator[Finding]:
+    """`loss` is among the metrics."""
+    with torch.no_grad():
+        prediction, _ = trial.predict(train=False)
+        reported = trial.problem.metrics(trial.hypers, trial.params, prediction, trial.batch)
+    if "loss" not in reported:
+        yield Finding("error", f"`metrics` reports {', '.join(reported) or 'nothing'} but no `loss`, which λ minimizes; add it")
+
+
+ALL: tuple[Law, ...] = (
+    initial_weights,
+    purity,
+    prediction_of_weights,
+    objectives,
+    finite_objectives,
+    gradients_of_weights,
+    hyperparameters,
+    per_example_leaves,
+    metrics,
+)
+
+AT_SETUP: tuple[Law, ...] = (prediction_of_weights, objectives)
+"""Those that cost little and spoil every run; a loss that is not finite is the loop's to see, at any step."""
+
+
+def told(error: Exception) -> str:
+    """An exception in a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def recomputed(error: RuntimeError) -> str:
+    """A hint where a backward pass recomputes what it saved no activations of."""
+    if isinstance(error, CheckpointError) or "meta" in str(error):
+        return "; torch.utils.checkpoint recomputes when the weights of the call are gone: remove it from the network"
+    return ""
+
+
+def _losses(trial: Trial) -> Iterator[tuple[str, Tensor]]:
+    yield "inner_objective", trial.inner_loss(params=trial.start[0])
+    yield "outer_objective", trial.outer_loss(params=trial.start[0])
+
+
+def _moved(trial: Trial, name: str) -> Iterator[Hypers]:
+    """λ with one hyperparameter moved far, either way; unevenly, because a simplex does not see a shift."""
+    space, u = trial.problem.space, trial.problem.space.init()
+    step = space.split(torch.ones_like(u))
+    step = {
+        key: (2 + torch.linspace(0, 1, leaf.numel()).reshape(leaf.shape)) * leaf * (key == name) for key, leaf in step.items()
+    }
+    direction = torch.cat([leaf.reshape(-1) for leaf in step.values()])
+    for sign in (1, -1):
+        yield space.constrain((u + sign * direction).to(trial.device))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two pytrees hold the same bits."""
+    ours, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    pairs = zip(ours, theirs, strict=False)
+    return len(ours) == len(theirs) and all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+def _alike(one: Carry, other: Carry) -> bool:
+    return {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
+
+
+def _short(leaf: Tensor) -> str:
+    return f"{leaf.item():.4g}" if leaf.numel() == 1 else f"a tensor of shape {list(leaf.shape)}"

@@ -1,0 +1,248 @@
+"""The loop, written once: rounds of a solver, evaluations between them, and the state to go on from."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.data import Data
+from bilevel.device import Meter, rng_state, set_rng_state
+from bilevel.errors import BilevelError
+from bilevel.evaluation import evaluate, wide
+from bilevel.params import to_device
+from bilevel.problem import Problem
+from bilevel.records import Logger, Progress, Record, make_record
+from bilevel.schedule import Schedule
+from bilevel.solver import Solution, Solver
+
+
+class Loop:
+    """One run of a solver that is set up.
+
+    Nothing that is measured here reaches the solver, but for the validation loss that it is told at the end of an epoch: the
+    trajectory is the same whatever the evaluation interval, the display and the loggers.
+
+    Attributes:
+        initial: the hyperparameters before training.
+        best: the record and the solution (on the CPU) of the lowest validation loss, or None.
+        good: the record of the last evaluation whose losses were finite, or None.
+        last: the record of the last evaluation.
+        diverged: the sentence that says where the loss ceased to be finite, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        problem: Problem,
+        solver: Solver,
+        data: Data,
+        generator: torch.Generator,
+        device: torch.device,
+        schedule: Schedule,
+        loggers: Sequence[Logger],
+        save: Callable[[dict[str, Any]], None],
+        patience: int | None = None,
+        checkpoint_every: int = 1,
+    ) -> None:
+        self.problem, self.solver, self.data, self.generator, self.device = problem, solver, data, generator, device
+        self.schedule, self.loggers, self.save, self.patience = schedule, loggers, save, patience
+        self.checkpoint_every = checkpoint_every
+        self.meter = Meter(device)
+        self.initial = _copied(solver.solution().hypers)
+        self.best: dict[str, Any] | None = None
+        self.good: Record | None = None
+        self.last: Record | None = None
+        self.diverged: str | None = None
+        self.evaluations = 0
+        self.stalled = 0
+        self.epochs_ended = 0
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    @property
+    def step(self) -> int:
+        """Inner steps taken."""
+        return self.solver.inner_count
+
+    @property
+    def examples(self) -> int:
+        """Training and validation examples that the solver has drawn."""
+        return self.data.train.examples + self.data.valid.examples
+
+    def run(self, interrupted: Callable[[], bool]) -> str:
+        """Rounds until something ends them; then a last evaluation, and a checkpoint.
+
+        Returns:
+            What ended the run: `epochs`, `seconds`, `examples`, `patience`, `interrupted` or `diverged`.
+        """
+        if self.last is None:
+            self._evaluate()
+            self._checkpoint()
+        self.meter.start()
+        while (reason := self._ended(interrupted)) is None:
+            self._round()
+        self.meter.stop()
+        if reason == "interrupted":
+            self._judge(self.solver.bad_step(), {})
+        elif reason != "diverged" and self.last is not None and self.last["step"] < self.step:
+            self._evaluate()
+        self._checkpoint()
+        return "diverged" if self.diverged else reason
+
+    def _ended(self, interrupted: Callable[[], bool]) -> str | None:
+        if self.diverged:
+            return "diverged"
+        spent = self.schedule.spent(self.step, self.meter.elapsed(), self.examples)
+        if over := [name for name, part in spent.items() if part >= 1]:
+            return over[0]
+        if self.patience is not None and self.stalled >= self.patience:
+            return "patience"
+        return "interrupted" if interrupted() else None
+
+    def _round(self) -> None:
+        start = self.step
+        metrics = self.solver.step(warmup=start < self.schedule.warmup_steps, limit=self.schedule.limit(start))
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
+        if self.step == start:
+            name = type(self.solver).__name__
+            raise BilevelError(f"{name}.step took no inner step; a round must take at least one, and count it in inner_count")
+        due = self.schedule.evaluations(self.step) > self.schedule.evaluations(self.last["step"] if self.last else 0)
+        if due:
+            self.meter.stop()
+            self._evaluate()
+        while not self.diverged and self.epochs_ended < self.step // self.schedule.steps_per_epoch:
+            self.epochs_ended += 1
+            self.solver.epoch_ended(self.good["valid_loss"] if self.good else None)
+        if due:
+            if (self.evaluations - 1) % self.checkpoint_every == 0:
+                self._checkpoint()
+            self.meter.start()
+        spent = self.schedule.spent(self.step, self.meter.elapsed(), self.examples)
+        progress = Progress(self.step, self.step / self.schedule.steps_per_epoch, min(1.0, max(spent.values())))
+        for logger in self.loggers:
+            logger.advance(progress)
+
+    def _evaluate(self) -> None:
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):  # a DataLoader draws from the global state whenever it is iterated
+            solution = self.solver.solution()
+            valid = evaluate(self.problem, solution, self.data.valid)
+            # what a solver minimizes while training is not comparable, so every solver is measured in this one way
+            train = evaluate(self.problem, solution, self.data.train, limit=min(self.data.train.size, self.data.valid.size))
+        self.last = make_record(
+            step=self.step,
+            epoch=self.step / self.schedule.steps_per_epoch,
+            seconds=self.meter.seconds,
+            examples=self.examples,
+            train=train,
+            valid=valid,
+            hypers=solution.hypers,
+            scales=self.solver.scales(),
+            metrics=self._step_metrics(),
+            peak_memory_bytes=self.meter.peak_memory,
+        )
+        self.evaluations += 1
+        self._judge(self.solver.bad_step(), {"the validation loss": valid["loss"], **_first_bad(solution)})
+        for logger in self.loggers:
+            logger.log(self.last)
+        if self.diverged:
+            return
+        self.good = self.last
+        if self.best is None or valid["loss"] < self.best["record"]["valid_loss"]:
+            self.best, self.stalled = {"record": self.last, "solution": _on_cpu(solution)._asdict()}, 0
+        elif self.step > self.schedule.warmup_steps:  # λ has had no chance to move before
+            self.stalled += 1
+
+    def _judge(self, bad_step: int | None, values: dict[str, float]) -> None:
+        """Declare the run diverged where a loss of training, or one of `values`, is not finite."""
+        bad = [f"{name} is {value} at step {self.step}" for name, value in values.items() if not math.isfinite(value)]
+        if bad_step is not None:
+            bad = [f"a loss became NaN or infinite at step {bad_step}"]
+        if not bad:
+            return
+        hypers = {name: value for name, value in (self.good or {}).items() if name.startswith("hypers.")}
+        listed = ", ".join(f"{name.removeprefix('hypers.')}={_short(value)}" for name, value in hypers.items())
+        before = "no evaluation was finite"
+        if self.good is not None:
+            before = f"at step {self.good['step']}, the last good evaluation, {listed}; the last good checkpoint is kept"
+        self.diverged = (
+            f"diverged: {bad[0]}; {before}; lower a learning rate, clip gradients, or start from other hyperparameters"
+        )
+
+    def _step_metrics(self) -> dict[str, float]:
+        """Means of the solver's own metrics since the last evaluation; waits for the device once."""
+        if not self._sums:
+            return {}
+        values = torch.stack([wide(total.to(self.device)) for total in self._sums.values()]).tolist()
+        means = {name: value / self._counts[name] for name, value in zip(self._sums, values, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def _checkpoint(self) -> None:
+        if not self.diverged:  # the last good one is kept
+            self.save(self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next round, and the records after it, depend on."""
+        return {
+            "solver": self.solver.state_dict(),
+            "train": self.data.train.state_dict(),
+            "valid": self.data.valid.state_dict(),
+            "generator": self.generator.get_state(),
+            "rng": rng_state(self.device),
+            "loggers": {type(logger).__name__: logger.state() for logger in self.loggers},
+            "seconds": self.meter.seconds,
+            "peak_memory": self.meter.peak_memory,
+            "sums": self._sums,
+            "counts": self._counts,
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, bit for bit.
+
+        Raises:
+            BilevelError: the state does not fit this solver or these data.
+        """
+        try:
+            self.solver.load_state_dict(state["solver"])
+            self.data.train.load_state_dict(state["train"])
+            self.data.valid.load_state_dict(state["valid"])
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise BilevelError(
+                f"the checkpoint does not fit this problem and solver ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "resume it with the settings that it was started with"
+            ) from error
+        self.generator.set_state(state["generator"])
+        set_rng_state(state["rng"], self.device)
+        self.meter.seconds, self.meter.peak_memory = state["seconds"], state["peak_memory"]
+        self._sums, self._counts = to_device(state["sums"], self.device), state["counts"]
+        for name in _PLAIN:
+            setattr(self, name, state[name])
+
+
+_PLAIN = ("initial", "best", "good", "last", "evaluations", "stalled", "epochs_ended")
+
+
+def _on_cpu(solution: Solution) -> Solution:
+    """A copy: solvers update their tensors in place."""
+    return Solution(*(_copied(tensors) for tensors in solution))
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+
+
+def _first_bad(solution: Solution) -> dict[str, float]:
+    bad = [name for name, leaf in solution.hypers.items() if not bool(torch.isfinite(leaf).all())]
+    return {f"hyperparameter `{name}`": math.nan for name in bad}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(entry) for entry in value) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

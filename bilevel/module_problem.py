@@ -1,0 +1,150 @@
+"""The usual problem: an `nn.Module`, two objectives on its output, and data."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bilevel.data import Data, streams
+from bilevel.errors import BilevelError
+from bilevel.params import Batch, Carry, Hypers, Params, Prediction
+from bilevel.problem import Problem
+from bilevel.space import Space
+
+
+class ModuleProblem(Problem):
+    """A problem around an `nn.Module`; a subclass adds the two objectives, and what λ does to the module's input if anything.
+
+    w are the module's trainable parameters; the carry is the rest of its state: buffers (batch-norm statistics) and parameters
+    with `requires_grad=False`. Whatever the module draws from PyTorch's global generator in training (`nn.Dropout`) follows
+    from the generator that `predict` is given, and the global one stays as it was.
+
+    Args:
+        module: a module, which gives the initial w and is never changed itself, or a function that makes one for every `init`.
+        space: the hyperparameters.
+        train: a pytree of tensors (a tuple of inputs and labels, say), a DataLoader or a `Stream`.
+        valid: the same for the outer objective.
+        test: the same for the final report, if there is one.
+        batch_size: for tensors; None takes a whole split at every step.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> from bilevel import Positive, squared_norm
+        >>> class Decayed(ModuleProblem):
+        ...     def inner_objective(self, hypers, params, prediction, batch):
+        ...         penalty = 0.5 * hypers["decay"] * squared_norm(params)
+        ...         return F.cross_entropy(prediction, batch[1]) + penalty.mean()
+        ...
+        ...     def outer_objective(self, hypers, params, prediction, batch):
+        ...         return F.cross_entropy(prediction, batch[1])
+        >>> x, labels = torch.randn(8, 3), torch.arange(8) % 2
+        >>> space = Space(decay=Positive(init=1e-3))
+        >>> problem = Decayed(nn.Linear(3, 2), space, train=(x[:6], labels[:6]), valid=(x[6:], labels[6:]))
+        >>> params, carry = problem.init(torch.Generator())
+        >>> loss, carry = problem.outer_loss(space.constrain(space.init()), params, carry, (x, labels))
+        >>> sorted(params), loss.shape
+        (['bias', 'weight'], torch.Size([]))
+
+    Raises:
+        BilevelError: `module` is neither a module nor a function that makes one, or has nothing to train.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | Callable[[], nn.Module],
+        space: Space,
+        train: Any,
+        valid: Any,
+        test: Any = None,
+        *,
+        batch_size: int | None = None,
+    ) -> None:
+        self.space = space
+        self.batch_size = batch_size
+        self._splits = (train, valid, test)
+        own = copy.deepcopy(module) if isinstance(module, nn.Module) else None
+        self._make = module if own is None else lambda: own
+        with _seeded(torch.Generator()):
+            made = self._make() if callable(self._make) else module
+        if not isinstance(made, nn.Module):
+            raise BilevelError(f"{made!r} is no module; give an nn.Module or a function that makes one")
+        self._module = _without_weights(made)
+        self._trained = frozenset(name for name, p in made.named_parameters() if p.requires_grad)
+        self._buffers = frozenset(name for name, _ in made.named_buffers())
+        if not self._trained:
+            raise BilevelError(f"{type(made).__name__} has no trainable parameter, so there is no w; set requires_grad on some")
+
+    def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
+        with _seeded(generator):
+            module = self._make()
+        state = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+        params = {name: t for name, t in state.items() if name in self._trained}
+        return params, {name: t for name, t in state.items() if name not in self._trained}
+
+    def data(self, device: torch.device, generator: torch.Generator) -> Data:
+        train, valid, test = self._splits
+        return streams(train, valid, test, batch_size=self.batch_size, device=device, generator=generator)
+
+    def inputs(
+        self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the module is called with, positional and by keyword: `batch[0]`, unless a subclass says otherwise.
+
+        Augmentation, and dropout whose rate is tuned, belong here, with draws from `generator`.
+        """
+        return (batch[0],), {}
+
+    def predict(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        *,
+        train: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Prediction, Carry]:
+        if self._module.training != train:
+            self._module.train(train)
+        args, kwargs = self.inputs(hypers, batch, train=train, generator=generator)
+        if not train:
+            return torch.func.functional_call(self._module, {**params, **carry}, args, kwargs), carry
+        # batch norm writes its statistics in place, a module's own code may assign new ones: the first hits a clone, and
+        # functional_call leaves the second in `tensors`
+        tensors = {**params, **{name: t.clone() if name in self._buffers else t for name, t in carry.items()}}
+        with _seeded(generator):
+            prediction = torch.func.functional_call(self._module, tensors, args, kwargs)
+        return prediction, {name: tensors[name] for name in carry}
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no values.
+
+    Every call brings its own. Code that outlives the call and would use the module's (`torch.utils.checkpoint`, which
+    recomputes in the backward pass) then fails loudly, where initial weights would have given a wrong gradient in silence.
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+@contextmanager
+def _seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """Draws from the global generators follow from `generator` inside; afterwards those are as they were before."""
+    if generator is None:
+        yield
+        return
+    device = generator.device
+    on_host = device.type == "cpu"
+    with torch.random.fork_rng([] if on_host else [device.index or 0], device_type="cuda" if on_host else device.type):
+        if on_host:
+            seed = int(torch.randint(2**62, (), generator=generator))
+        else:  # reading a number drawn on the device would wait for it; the generator's own state lies on the host
+            seed = hash(tuple(generator.get_state().view(torch.int64).tolist())) % 2**62
+            torch.rand((), generator=generator, device=device)
+            torch.get_device_module(device).manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,76 @@
+"""What a bilevel problem is: a prediction, two objectives on top of it, a space of hyperparameters, and data."""
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from bilevel.data import Data
+from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
+from bilevel.space import Space
+
+
+class Problem(ABC):
+    """min_λ L_V(λ, w*(λ)) subject to w*(λ) = argmin_w L_T(λ, w).
+
+    `predict` stands apart from the objectives because solvers work on it: Δ-STN linearizes the prediction and keeps the
+    convex objective and the penalties on w on top; Gauss-Newton products need the same split.
+    """
+
+    space: Space
+    """The hyperparameters λ: domains, initial values, how they are perturbed."""
+
+    @abstractmethod
+    def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
+        """Initial w and carry, on the CPU, drawn from `generator` alone."""
+
+    @abstractmethod
+    def data(self, device: torch.device, generator: torch.Generator) -> Data:
+        """Train, valid and test streams on `device`; `generator` (CPU) orders the batches."""
+
+    @abstractmethod
+    def predict(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        *,
+        train: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Prediction, Carry]:
+        """f(λ, w; batch): pure, all that it changes is what it returns.
+
+        `train` switches dropout and augmentation on; their masks come from `generator`, which may be None when `train` is
+        False. A leaf of `hypers` is [*shape], or [B, *shape] when its hyperparameter is drawn per example.
+        """
+
+    @abstractmethod
+    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+        """L_T as [], averaged over examples, convex in `prediction`; holds the penalties on w (`squared_norm`)."""
+
+    @abstractmethod
+    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+        """L_V as [], averaged over examples."""
+
+    def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
+        """What evaluation reports: values per item, averaged over all items of a split; a [] value stands for its batch.
+
+        `loss` must be among them: it is what is minimized over λ, and what "best" means.
+        """
+        return {"loss": self.outer_objective(hypers, params, prediction, batch)}
+
+    @final
+    def inner_loss(
+        self, hypers: Hypers, params: Params, carry: Carry, batch: Batch, generator: torch.Generator | None
+    ) -> tuple[Tensor, Carry]:
+        """L_T(λ, w) on a batch: `inner_objective` ∘ `predict(train=True)`."""
+        prediction, carry = self.predict(hypers, params, carry, batch, train=True, generator=generator)
+        return self.inner_objective(hypers, params, prediction, batch), carry
+
+    @final
+    def outer_loss(self, hypers: Hypers, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
+        """L_V(λ, w) on a batch: `outer_objective` ∘ `predict(train=False)`."""
+        prediction, carry = self.predict(hypers, params, carry, batch, train=False, generator=None)
+        return self.outer_objective(hypers, params, prediction, batch), carry

@@ -1,0 +1,202 @@
+"""A run from its settings to its summary."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import checkpoint
+from bilevel.check import check_setup
+from bilevel.checkpoint import CHECKPOINT, Identity
+from bilevel.device import choose_device
+from bilevel.display import DISPLAYS, display
+from bilevel.errors import BilevelError
+from bilevel.interrupts import Interrupts
+from bilevel.loop import Loop
+from bilevel.plot import Picture
+from bilevel.problem import Problem
+from bilevel.records import METRICS, JsonLines, Logger, Record, RunInfo, brief
+from bilevel.schedule import Schedule
+from bilevel.solver import Solver
+from bilevel.space import near
+from bilevel.starting import StartingFrom, read_params
+from bilevel.summary import summarize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """How long a solver runs, and what is measured, shown and saved meanwhile.
+
+    The run ends at whichever budget is reached first. Epochs are counted by inner steps, so that warm-up and the epochs budget
+    end exactly; the other budgets end the run after the round that reaches them.
+
+    Attributes:
+        epochs: budget in passes over the training split.
+        seconds: budget of training time; evaluation, checkpoints and set-up are not counted.
+        examples: budget of training and validation examples together.
+        warmup_epochs: epochs before the first outer step (the paper: 5).
+        evaluate_every: epochs between evaluations; at most 1 where a `ReduceLROnPlateau` is to read one every epoch.
+        patience: evaluations after warm-up without a new lowest validation loss that end the run; None never ends it so.
+        checkpoint_every: evaluations between checkpoints; the end of a run, Ctrl-C included, always leaves one.
+        device: `auto` (CUDA, else CPU) or a name of PyTorch's.
+        progress: `live` display, `plain` lines, `none`, or `auto`: live in a terminal.
+        initial_params: a file of `torch.save(model.state_dict(), …)` to start from, names and shapes as the problem has them.
+        picture: whether the run ends by drawing `curves.png`.
+
+    Raises:
+        BilevelError: no budget, or a value out of its range.
+    """
+
+    epochs: float | None = None
+    seconds: float | None = None
+    examples: int | None = None
+    warmup_epochs: float = 5
+    evaluate_every: float = 1
+    patience: int | None = None
+    checkpoint_every: int = 1
+    device: str = "auto"
+    progress: str = "auto"
+    initial_params: str | None = None
+    picture: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.seconds is None and self.examples is None:
+            raise BilevelError("the runner has no budget; give epochs, seconds or examples")
+        for name in ("epochs", "seconds", "examples", "evaluate_every", "patience", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise BilevelError(f"runner.{name}={value!r} must be above zero")
+        if not (_is_number(self.warmup_epochs) and self.warmup_epochs >= 0):
+            raise BilevelError(f"runner.warmup_epochs={self.warmup_epochs!r} must be zero or above")
+        if self.progress not in DISPLAYS:
+            known = ", ".join(DISPLAYS)
+            raise BilevelError(f"runner.progress={self.progress!r}{near(str(self.progress), DISPLAYS)} is none of {known}")
+
+    def run(
+        self,
+        problem: Problem,
+        solver: Solver,
+        *,
+        directory: str | Path,
+        seed: int = 0,
+        names: tuple[str, str] | None = None,
+        config: Mapping[str, Any] | None = None,
+        loggers: Sequence[Logger] = (),
+        resume: bool = False,
+        params: Mapping[str, Tensor] | None = None,
+    ) -> Record:
+        """Run `solver` on `problem` and leave `metrics.jsonl`, `summary.json`, `checkpoint.pt` and `curves.png` in `directory`.
+
+        Args:
+            problem: what to solve.
+            solver: a fresh one; it is set up here.
+            directory: made where it is missing; it must not hold a run yet, unless `resume`.
+            seed: of the data's order, the initial weights and the solver's own draws.
+            names: what records call the problem and the solver; by default their classes.
+            config: what loggers record as the run's settings.
+            loggers: told of everything beside the runner's own.
+            resume: go on from the directory's checkpoint, as if the run had never stopped.
+            params: weights to start from, in place of `initial_params`.
+
+        Returns:
+            The summary. `diverged` and `interrupted` tell an early end, `message` explains it.
+
+        Raises:
+            BilevelError: the solver refuses the problem, the directory cannot be used, or what is resumed does not fit.
+        """
+        if solver.inner_count:
+            taken = f"this {type(solver).__name__} has {solver.inner_count} steps behind it"
+            raise BilevelError(f"{taken}; give every run a solver of its own")
+        device = choose_device(self.device)
+        directory = Path(directory)
+        identity = Identity(*(names or (type(problem).__name__, type(solver).__name__)), seed)
+        state: dict[str, Any] = {}
+        if resume:
+            state = checkpoint.load(directory, identity)
+        else:
+            _claim(directory)
+            if params is None and self.initial_params is not None:
+                params = read_params(self.initial_params)
+            if params is not None:
+                problem = StartingFrom(problem, params)
+
+        streams, draws = _generators(seed, device)
+        data = problem.data(device, streams)
+        check_setup(problem, data, device)
+        solver.setup(problem, data, device, draws)
+        picture = [Picture()] if self.picture else []
+        loop = Loop(
+            problem=problem,
+            solver=solver,
+            data=data,
+            generator=draws,
+            device=device,
+            schedule=self.schedule(data.train.steps_per_epoch),
+            loggers=[JsonLines(), *picture, *loggers, *display(self.progress)],  # the table comes when all is saved
+            save=partial(checkpoint.save, directory, identity),
+            patience=self.patience,
+            checkpoint_every=self.checkpoint_every,
+        )
+        if resume:
+            loop.load_state_dict(state)
+        info = RunInfo(
+            directory=directory,
+            problem=identity.problem,
+            solver=identity.solver,
+            seed=seed,
+            space=problem.space,
+            config=config or {},
+            epochs=self.epochs,
+            warmup_epochs=self.warmup_epochs,
+            initial={name: brief(leaf) for name, leaf in loop.initial.items()},
+            best=loop.best["record"] if loop.best else {},
+            resumed=resume,
+        )
+        with ExitStack() as stack:
+            interrupts = stack.enter_context(Interrupts())
+            for logger in loop.loggers:
+                logger.start(info, state.get("loggers", {}).get(type(logger).__name__, {}))
+                stack.callback(logger.close)
+            summary = summarize(loop, info, loop.run(lambda: interrupts.received))
+            for logger in loop.loggers:
+                logger.finish(summary)
+        return summary
+
+    def schedule(self, steps_per_epoch: int) -> Schedule:
+        """The plan of a run in inner steps."""
+        return Schedule(
+            steps_per_epoch=steps_per_epoch,
+            steps=None if self.epochs is None else max(1, round(self.epochs * steps_per_epoch)),
+            seconds=self.seconds,
+            examples=self.examples,
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            evaluate_every=self.evaluate_every,
+        )
+
+
+def _claim(directory: Path) -> None:
+    """Make the directory of a new run and see that it can be written, before any work is lost."""
+    if any((directory / name).exists() for name in (CHECKPOINT, METRICS)):
+        raise BilevelError(f"{directory} holds a run already; continue it with resume, or choose another directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise BilevelError(f"cannot write in {directory}: {error.strerror or error}; choose another directory") from None
+
+
+def _generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+    """One for the data's order, the same whatever the device and the solver; one, on the device, for the solver's draws."""
+    seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.Generator().manual_seed(seeds[0]), torch.Generator(device=device).manual_seed(seeds[1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,95 @@
+"""What a solver is: set up on a problem, advanced round by round, asked for its solution."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.data import Data
+from bilevel.params import Carry, Hypers, Metrics, Params, to_device
+from bilevel.problem import Problem
+
+
+class Solution(NamedTuple):
+    """Hyperparameters in their own units, and the weights (and carry) that go with them."""
+
+    hypers: Hypers
+    params: Params
+    carry: Carry
+
+
+class Solver(ABC):
+    """A method for min_λ L_V(λ, w*(λ)); stateful in PyTorch's way.
+
+    A solver is only its mathematics: the runner counts, budgets, evaluates, logs and saves. `step` must not synchronize with
+    the device; a loss that is not finite is noted by `watch` and read by the runner at the next evaluation.
+    """
+
+    inner_count: int = 0
+    """Inner steps taken so far."""
+    outer_count: int = 0
+    """Outer steps taken so far."""
+    first_bad_step: Tensor | None = None
+    """[] on the device: the inner step of the first loss that was not finite; see `watch`."""
+
+    @abstractmethod
+    def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+        """Draw w from `problem.init` and build all state on `device`; `generator` (on `device`) serves every later draw.
+
+        Raises:
+            Refused: this solver cannot tune one of the hyperparameters of `problem.space`.
+        """
+
+    @abstractmethod
+    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
+        """One round: some inner steps (at most `limit`), then some outer steps (none while `warmup`).
+
+        Returns:
+            Scalars on the device, for logs alone.
+        """
+
+    @abstractmethod
+    def solution(self) -> Solution:
+        """The current λ and w, detached."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as tensors, numbers, strings and containers of them."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`, bit for bit; called after `setup`."""
+
+    def initial(self, problem: Problem, device: torch.device, generator: torch.Generator) -> tuple[Params, Carry]:
+        """The w and carry of `problem.init` on `device`, drawn on the CPU from a seed of `generator`: alike on every device."""
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        params, carry = problem.init(torch.Generator().manual_seed(seed))
+        return to_device(params, device), to_device(carry, device)
+
+    def check(self, problem: Problem, data: Data) -> None:
+        """Raise `Refused` where this solver cannot tune `problem`; called by `setup` and by `check_problem`.
+
+        The base class refuses nothing.
+        """
+
+    def scales(self) -> Hypers:
+        """σ of the perturbation of each hyperparameter, in unconstrained coordinates; {} for solvers that draw none."""
+        return {}
+
+    def epoch_ended(self, valid_loss: float | None) -> None:
+        """The train stream finished an epoch: step learning-rate schedules. `valid_loss` is the last measured, if any."""
+
+    def watch(self, loss: Tensor) -> None:
+        """Note on the device, without waiting for it, the first inner step at which `loss` was not finite."""
+        never = torch.iinfo(torch.int64).max
+        if self.first_bad_step is None:
+            self.first_bad_step = torch.full((), never, device=loss.device)
+        now = torch.where(torch.isfinite(loss.detach()).all(), never, self.inner_count)
+        self.first_bad_step = torch.minimum(self.first_bad_step, now)
+
+    def bad_step(self) -> int | None:
+        """The inner step of the first loss that was not finite (waits for the device), or None."""
+        if self.first_bad_step is None or (step := int(self.first_bad_step)) == torch.iinfo(torch.int64).max:
+            return None
+        return step

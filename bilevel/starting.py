@@ -1,0 +1,95 @@
+"""A problem that starts from weights of one's own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.data import Data
+from bilevel.errors import BilevelError
+from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
+from bilevel.problem import Problem
+from bilevel.space import near
+
+
+class StartingFrom(Problem):
+    """`problem`, with `init` answering `params` in place of random weights.
+
+    Args:
+        params: one tensor for every weight, by name; a carried tensor (batch-norm statistics, say) may be among them too.
+    """
+
+    def __init__(self, problem: Problem, params: Mapping[str, Tensor]) -> None:
+        self.problem, self.params = problem, dict(params)
+        self.space = problem.space
+
+    def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
+        """The given weights, cast to the problem's types.
+
+        Raises:
+            BilevelError: a name or a shape does not match the problem's.
+        """
+        params, carry = self.problem.init(generator)
+        known = {**params, **carry}
+        if unknown := [name for name in self.params if name not in known]:
+            raise BilevelError(
+                f"the initial weights hold `{unknown[0]}`{near(unknown[0], known)}, which the problem has not; "
+                f"give the tensors of its own names: {_some(known)}"
+            )
+        if missing := [name for name in params if name not in self.params]:
+            raise BilevelError(f"the initial weights lack `{missing[0]}`; give one tensor for each of {_some(params)}")
+        for name, value in self.params.items():
+            if not isinstance(value, Tensor) or value.shape != known[name].shape:
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise BilevelError(f"the initial weight `{name}` is {found}; the problem's is {list(known[name].shape)}")
+        start = {name: value.detach().to(known[name], copy=True) for name, value in self.params.items()}
+        return {name: start[name] for name in params}, {name: start.get(name, value) for name, value in carry.items()}
+
+    def data(self, device: torch.device, generator: torch.Generator) -> Data:
+        return self.problem.data(device, generator)
+
+    def predict(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        *,
+        train: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Prediction, Carry]:
+        return self.problem.predict(hypers, params, carry, batch, train=train, generator=generator)
+
+    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+        return self.problem.inner_objective(hypers, params, prediction, batch)
+
+    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+        return self.problem.outer_objective(hypers, params, prediction, batch)
+
+    def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
+        return self.problem.metrics(hypers, params, prediction, batch)
+
+
+def read_params(path: str | Path) -> dict[str, Any]:
+    """The state dict in a file that `torch.save` wrote.
+
+    Raises:
+        BilevelError: there is no such file, or it holds no state dict.
+    """
+    try:
+        params = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BilevelError(f"cannot read initial_params={str(path)!r}: {error.strerror or error}") from None
+    except Exception:  # unpickling a file that is something else raises nearly anything
+        params = None
+    if not isinstance(params, dict):
+        raise BilevelError(
+            f"initial_params={str(path)!r} holds no state dict; write one with torch.save(model.state_dict(), path)"
+        )
+    return params
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    return ", ".join(list(names)[:6]) + (", …" if len(names) > 6 else "")

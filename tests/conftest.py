@@ -1,0 +1,48 @@
+"""What every test session shares: shapes checked at run time, one thread, seeds."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from beartype import beartype
+from jaxtyping import AbstractArray, install_import_hook
+
+
+def shapes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Enforce those annotations that speak of shapes; the others are mypy's, and tests of bad input must get past them."""
+    hints = {name: hint for name, hint in function.__annotations__.items() if _has_shape(hint)}
+    if not hints:
+        return function
+    function.__annotations__ = hints
+    return beartype(function)
+
+
+def _has_shape(hint: Any) -> bool:
+    return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(_has_shape(part) for part in get_args(hint))
+
+
+# Before anything of ours is imported; by name, since the hook writes the checker into the source that it loads.
+sys.modules["shape_checker"] = sys.modules[__name__]
+install_import_hook(["bilevel", "problems", "solvers"], "shape_checker.shapes")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """Seeds for what a test draws without a generator of its own; one thread, so that xdist's workers do not compete."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory for the command, whose logging and environment are put back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
