@@ -1,0 +1,8 @@
+"""Problems to tune, and to learn from: closed forms first, then real data."""
+
+from problems.classification import Classification, digits, mnist
+from problems.networks import MLP
+from problems.quadratic import Quadratic
+from problems.regression import Ridge
+
+__all__ = ["MLP", "Classification", "Quadratic", "Ridge", "digits", "mnist"]
