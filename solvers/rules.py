@@ -1,0 +1,255 @@
+"""Response rules: what each layer's function does with weights W₀ + diag(s) W₁ that vary per example.
+
+A function f(x, W) that is linear in W obeys f(x, W₀ + diag(s) W₁) = f(x, W₀) + s ∘ f(x, W₁) when s scales its output units, and
+f(x, W₀) + f(s ∘ x, W₁) when s scales its inputs. Linearized at W₀, with x = (x, ẋ), the tangent of the output is f(ẋ, W₀) + s
+∘ f(x, W₁): three multiplications, never W₁ẋ.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilevel import BilevelError, squared_norm
+from bilevel.params import squared_norm_of
+from solvers.responding import Responding, getters, primal, rule, tangent
+
+
+def base_of(weight: Any) -> Any:
+    """W₀ of a responding weight; anything else as it is."""
+    return weight.base if isinstance(weight, Responding) else weight
+
+
+def through_base(f: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """f(x, W₀, b₀), with the tangent f(ẋ, W₀) written out: PyTorch's own formula would multiply zeros by W₀ for Ẇ."""
+    dx = tangent(x)
+    if dx is None:
+        return f(x, weight, bias)
+    return forward_ad.make_dual(f(primal(x), weight, bias), f(dx, weight, None))
+
+
+def weighted(f: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, unit_axis: int) -> Tensor:
+    """f(x, W, b) for f linear in W and in b, either or both responding; the output units lie at `unit_axis` of the output."""
+    out = through_base(f, x, base_of(weight), base_of(bias))
+    if isinstance(weight, Responding):
+        weight.check_examples(x)
+        if weight.axis == 0:
+            units = f(primal(x) if weight.tangent else x, weight.response, None)
+            out = weight.respond(out, units, weight.spread(out.ndim, unit_axis))
+        else:  # the scale lies on the inputs: a decoder tied to an embedding
+            inputs = weight.spread(x.ndim, unit_axis) * (primal(x) if weight.tangent else x)
+            out = weight.respond(out, f(inputs, weight.response, None))
+    if isinstance(bias, Responding):
+        bias.check_examples(x)
+        shape = [1] * out.ndim
+        shape[unit_axis] = -1
+        out = bias.respond(out, bias.spread(out.ndim, unit_axis) * bias.response.reshape(shape))
+    return out
+
+
+@rule(F.linear)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = X Wᵀ + b."""
+    return weighted(F.linear, x, weight, bias, -1)
+
+
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
+def matmul(x: Tensor, weight: Responding) -> Tensor:
+    """X W for a responding matrix, or X w for a responding vector."""
+    if isinstance(x, Responding):
+        raise BilevelError(
+            f"`{x.label}` stands on the left of a product; write X @ W.T (or F.linear) so that examples come first"
+        )
+    if weight.ndim == 1:  # w is the single row of a linear map, and its scale lies on the inputs
+        row = Responding.of(
+            weight.base[None], weight.response[None], weight.scale, 1, tangent=weight.tangent, label=weight.label
+        )
+        return linear(x, row).squeeze(-1)
+    return linear(x, weight.transposed())
+
+
+@rule(Tensor.t, torch.t, *getters("T", "mT"))
+def transpose(weight: Responding) -> Responding:
+    """Wᵀ: the scale moves to the other axis."""
+    return weight.transposed()
+
+
+def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def apply(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        def f(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return convolve(x, weight, bias, stride, padding, dilation, groups)
+
+        return weighted(f, x, weight, bias, 1)
+
+    return apply
+
+
+for _convolve in (F.conv1d, F.conv2d, F.conv3d):
+    rule(_convolve)(_convolution(_convolve))
+
+
+@rule(F.embedding)
+def embedding(x: Tensor, weight: Responding, *args: Any, **kwargs: Any) -> Tensor:
+    """E₀[x] + s ∘ E₁[x], with one scale per embedding column."""
+    if weight.axis != 1:
+        raise BilevelError(
+            f"embedding `{weight.label}` is scaled along its rows; its response needs axis 1, one scale per column"
+        )
+    weight.check_examples(x)
+    out = F.embedding(x, weight.base, *args, **kwargs)
+    return weight.respond(out, F.embedding(x, weight.response, *args, **kwargs), weight.spread(out.ndim, -1))
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, view: Callable[[Tensor], Tensor]) -> Tensor:
+    """Normalized x times weight plus bias, each plain or per example; `view` makes [B or 1, *shape] broadcast against x."""
+    for p, combine in ((weight, torch.mul), (bias, torch.add)):
+        if p is not None:
+            if isinstance(p, Responding):
+                p.check_examples(x)
+            x = combine(x, view(p.per_example() if isinstance(p, Responding) else p[None]))
+    return x
+
+
+@rule(F.batch_norm)
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalization by the statistics of the batch (or the running ones), then a scale and shift per example and channel."""
+    normalized = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
+
+
+@rule(F.instance_norm)
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *options: Any,
+    **named: Any,
+) -> Tensor:
+    """Normalization of every channel of every example, then a scale and shift per example and channel."""
+    normalized = F.instance_norm(x, running_mean, running_var, None, None, *options, **named)
+    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
+
+
+@rule(F.group_norm)
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Normalization over groups of channels, then a scale and shift per example and channel."""
+    return affine(
+        F.group_norm(x, num_groups, None, None, eps), weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2))
+    )
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """Normalization over the last axes, then a scale and shift per example and element."""
+    between = x.ndim - 1 - len(normalized_shape)
+    normalized = F.layer_norm(x, normalized_shape, None, None, eps)
+    return affine(normalized, weight, bias, lambda p: p.reshape(p.shape[0], *[1] * between, *p.shape[1:]))
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """X + b with a responding b of fewer axes: a bias that is written out."""
+    return _elementwise(torch.add, x, y)
+
+
+@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    """X ∘ g with a responding g of fewer axes: a gain that is written out."""
+    return _elementwise(torch.mul, x, y)
+
+
+def _elementwise(f: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
+    weight: Responding = x if isinstance(x, Responding) else y
+    other = y if weight is x else x
+    if isinstance(other, Responding) or not isinstance(other, Tensor) or other.ndim <= weight.ndim:
+        raise BilevelError(
+            f"`{weight.label}` varies per example and meets {type(other).__name__} in `{f.__name__}`; only an input with an "
+            "example axis can be scaled or shifted by it: use bilevel.squared_norm for penalties, or perturb per batch "
+            "(per_example=False)"
+        )
+    weight.check_examples(other)
+    dense = weight.per_example()
+    return f(other, dense.reshape(dense.shape[0], *[1] * (other.ndim - dense.ndim), *dense.shape[1:]))
+
+
+@rule(squared_norm_of)
+def squared_norm_per_example(weight: Responding) -> Tensor:
+    """‖W₀ + diag(s_b) W₁‖² = ‖W₀‖² + 2 s_b·⟨W₀, W₁⟩_rows + s_b²·‖W₁‖²_rows: [B]."""
+    base, response = (
+        p.movedim(weight.axis, 0).reshape(p.shape[weight.axis], -1) if p.ndim else p.reshape(1, 1)
+        for p in (weight.base, weight.response)
+    )
+    cross, square = (base * response).sum(1), (response * response).sum(1)
+    return squared_norm({"base": weight.base}) + torch.mv(weight.scale, 2 * cross) + torch.mv(weight.scale**2, square)
+
+
+@rule(torch._VF.lstm)
+def lstm(x: Tensor, state: Any, weights: Any, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """A (multi-layer, bidirectional) LSTM, its gates written out: the fused one has no forward-mode derivative.
+
+    Gates and states, for every step t:
+
+        i, f, g, o = split(W_ih x_t + b_ih + W_hh h + b_hh);  c ← σ(f) c + σ(i) tanh(g);  h ← σ(o) tanh(c)
+    """
+    if not isinstance(weights, (list, tuple)):
+        raise BilevelError(
+            "a packed sequence has no fixed example axis; pad it, or perturb per batch (per_example=False) with linearize=false"
+        )
+    biases, layers, dropout, train, bidirectional, batch_first = options
+    if not batch_first:
+        if any(isinstance(w, Responding) for w in weights):
+            raise BilevelError("an LSTM perturbed per example needs batch_first=True: the example axis comes first")
+        out, *last = lstm(x.transpose(0, 1), state, weights, biases, layers, dropout, train, bidirectional, True)
+        return out.transpose(0, 1), *last
+    directions = 2 if bidirectional else 1
+    each = len(weights) // (layers * directions)
+    if each != (4 if biases else 2):
+        raise BilevelError("an LSTM with projections (proj_size) has no response rule; leave proj_size=0")
+    hidden, cells = [], []
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            part = weights[k * each : (k + 1) * each]
+            w_ih, w_hh, b_ih, b_hh = part if biases else (*part, None, None)
+            h, c = state[0][k], state[1][k]
+            gates_in = F.linear(x, w_ih, b_ih)
+            steps = range(x.shape[1]) if direction == 0 else reversed(range(x.shape[1]))
+            seen = {}
+            for t in steps:
+                i, f, g, o = (gates_in[:, t] + F.linear(h, w_hh, b_hh)).chunk(4, dim=-1)
+                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                seen[t] = h = torch.sigmoid(o) * torch.tanh(c)
+            outputs.append(torch.stack([seen[t] for t in range(x.shape[1])], dim=1))
+            hidden.append(h)
+            cells.append(c)
+        x = torch.cat(outputs, dim=-1) if bidirectional else outputs[0]
+        if dropout and train and layer < layers - 1:
+            x = F.dropout(x, dropout)
+    return x, torch.stack(hidden), torch.stack(cells)

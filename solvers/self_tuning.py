@@ -1,0 +1,235 @@
+"""Self-tuning networks: STN, centered STN and Δ-STN as three flags of one solver.
+
+Notation (papers → code): λ in unconstrained coordinates u, held at u₀ (`belief.centre`); ε ~ N(0, diag σ²); w₀ (`weights`) the
+base weights; Θ (`theta`) the best-response Jacobian, ΔW(ε) = Θε.
+
+Sources: MacKay et al., ICLR 2019 (STN); Bae & Grosse, NeurIPS 2020 (Δ-STN). Departures from the official code are listed in
+docs/decisions.md.
+"""
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Prediction, Problem, Refused
+from bilevel.laws import recomputed
+from bilevel.params import count_examples, detached
+from solvers.belief import Belief
+from solvers.descent import RMSPROP, SGD, Descent
+from solvers.linearization import double_backward, forward_mode
+from solvers.responding import MissingRule
+from solvers.response import Calls, Response, Structured
+from solvers.trained import MakeOptimizer, MakeScheduler, Trained, descend
+
+MOST_RESPONSE_BYTES = 8 * 2**30
+LACKS_DERIVATIVE = ("forward AD", "is not implemented", "inplace operation")
+"""Parts of what PyTorch says where a derivative does not exist."""
+
+
+class SelfTuning(Descent):
+    """A network that answers how it would have been trained under other hyperparameters, and so tunes them while it trains.
+
+    | | centered | regularized_w0 | linearize |
+    |---|---|---|---|
+    | Δ-STN | yes | yes | yes |
+    | centered STN | yes | yes | no |
+    | STN | no | no | no |
+
+    Args:
+        centered: the response is taken at ε = u − u₀; otherwise at u.
+        regularized_w0: w₀ takes its own step, unperturbed, and Θ its own, w₀ held; otherwise one joint step under perturbed λ.
+        linearize: Θ is fitted through the prediction linearized at w₀, under the convex objective (needs `centered`).
+        response: how Θ is held; `Structured()` by default.
+        inner_steps: training batches per round (the paper's T_train).
+        outer_steps: validation batches per round (T_valid).
+        inner_optimizer: for w₀.
+        response_optimizer: for Θ; as for w₀ by default.
+        inner_scheduler: learning-rate schedule of both, stepped every epoch.
+        clip_norm: largest gradient norm of w₀, and of Θ.
+        outer_optimizer: for u.
+        scale_optimizer: for s, σ = softplus(s).
+        tune_scale: whether σ is tuned; otherwise the outer phase draws no perturbation.
+        entropy_weight: τ.
+
+    Raises:
+        BilevelError: `linearize` without `centered`.
+    """
+
+    theta: Trained
+    response_carry: Carry
+
+    def __init__(
+        self,
+        *,
+        centered: bool = True,
+        regularized_w0: bool = True,
+        linearize: bool = True,
+        response: Response | None = None,
+        inner_steps: int = 5,
+        outer_steps: int = 1,
+        inner_optimizer: MakeOptimizer = SGD,
+        response_optimizer: MakeOptimizer | None = None,
+        inner_scheduler: MakeScheduler | None = None,
+        clip_norm: float | None = None,
+        outer_optimizer: MakeOptimizer = RMSPROP,
+        scale_optimizer: MakeOptimizer = RMSPROP,
+        tune_scale: bool = True,
+        entropy_weight: float = 1e-3,
+    ) -> None:
+        if linearize and not centered:
+            raise BilevelError(
+                "linearize=true needs centered=true: the linearization at w₀ is only close where the response is small, and an "
+                "uncentered response is taken at u, however large; set linearize=false or centered=true"
+            )
+        super().__init__(
+            inner_steps=inner_steps,
+            outer_steps=outer_steps,
+            inner_optimizer=inner_optimizer,
+            inner_scheduler=inner_scheduler,
+            clip_norm=clip_norm,
+            outer_optimizer=outer_optimizer,
+            scale_optimizer=scale_optimizer if tune_scale else None,
+            entropy_weight=entropy_weight,
+        )
+        self.centered, self.regularized_w0, self.linearize = centered, regularized_w0, linearize
+        self.response = copy.copy(response) if response is not None else Structured()
+        self.response_optimizer = response_optimizer or inner_optimizer
+
+    # --- one training batch ---
+
+    def inner_step(self, batch: Batch) -> Metrics:
+        return self.separate_step(batch) if self.regularized_w0 else self.joint_step(batch)
+
+    def separate_step(self, batch: Batch) -> Metrics:
+        """w₀ descends L_T(λ₀, w₀); then Θ descends E_ε L_T(λ₀ + ε, w₀ + Θε) with w₀ held where that step left it."""
+        hypers = self.problem.space.constrain(self.belief.centre, self.generator)
+        loss, carry = self.problem.inner_loss(hypers, self.unperturbed_weights(), self.carry, batch, self.generator)
+        descend(loss, self.weights)
+        response_loss, response_carry = self.perturbed_loss(self.weights.detached(), self.response_carry, batch)
+        descend(response_loss, self.theta)
+        self.watch(loss + response_loss.detach())
+        # Statistics are those of the pass that trains w₀; recurrent state is kept apart for the two passes.
+        self.carry, self.response_carry = detached(carry), response_carry
+        return {"inner_loss": loss.detach(), "response_loss": response_loss.detach()}
+
+    def joint_step(self, batch: Batch) -> Metrics:
+        """(w₀, Θ) descend E_ε L_T(λ₀ + ε, w₀ + Θ·offset) together."""
+        loss, carry = self.perturbed_loss(self.weights.tensors, self.carry, batch)
+        descend(loss, self.weights, self.theta)
+        self.watch(loss)
+        self.carry = self.response_carry = carry
+        return {"inner_loss": loss.detach()}
+
+    def unperturbed_weights(self) -> Params:
+        """w₀ itself; uncentered, the effective weights φ + Θu₀ with Θ held."""
+        if self.centered:
+            return self.weights.tensors
+        return self.response.weights(self.theta.detached(), self.weights.tensors, self.belief.centre, tangent=False)
+
+    def perturbed_loss(self, base: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
+        """L_T at λ₀ + ε and w₀ + Θ·offset, on the network's prediction or on its linearization at w₀."""
+        noise = self.belief.perturbation(count_examples(batch), self.generator)
+        perturbed = self.belief.centre + noise
+        offset = noise if self.centered else perturbed
+        hypers = self.problem.space.constrain(perturbed, self.generator)
+        params = self.response.weights(self.theta.tensors, base, offset, tangent=False)
+        if self.linearize:
+            prediction, carry = self.linearized(hypers, base, offset, carry, batch)
+        else:
+            prediction, carry = self.problem.predict(hypers, params, carry, batch, train=True, generator=self.generator)
+        return self.problem.inner_objective(hypers, params, prediction, batch), detached(carry)
+
+    def linearized(self, hypers: Hypers, base: Params, offset: Tensor, carry: Carry, batch: Batch) -> tuple[Prediction, Carry]:
+        """y₀ + ẏ with y₀ = f(x; λ₀ + ε, w₀) and ẏ = J_w f · Θε: in forward mode where w₀ is held, which is cheap."""
+
+        def predict(params: Params) -> tuple[Prediction, Carry]:
+            return self.problem.predict(hypers, params, carry, batch, train=True, generator=self.generator)
+
+        weights = partial(self.response.weights, self.theta.tensors, base)
+        if self.regularized_w0:
+            return forward_mode(predict, weights, offset, self.functions)
+        return double_backward(predict, weights, offset)
+
+    # --- the outer phase ---
+
+    def respond(self, offset: Tensor) -> Params:
+        """ŵ = w₀ + Θ(u − u₀ + ε), or φ + Θ(u + ε): never linearized, w₀ and Θ constants."""
+        at = offset if self.centered else self.belief.centre + offset
+        return self.response.weights(self.theta.detached(), self.weights.detached(), at, tangent=False)
+
+    def effective_weights(self) -> Params:
+        return detached(self.unperturbed_weights())
+
+    # --- set-up and state ---
+
+    def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+        self.check(problem, data)
+        self._build(problem, data, device, generator)
+
+    def _build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+        super().setup(problem, data, device, generator)
+        self.response_carry = self.carry
+        w, like = self.weights.detached(), self.weights.leaves[0]
+        self.belief = Belief(
+            problem.space, self.outer_optimizer, self.scale_optimizer, per_example=self.response.per_example, like=like
+        )
+        hypers = problem.space.constrain(self.belief.centre)
+        calls = Calls(problem, hypers, w, self.carry, data.train.peek(), torch.Generator(generator.device).manual_seed(0))
+        self.functions = calls.functions
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        theta = self.response.init(w, problem.space.numel, calls.axes, torch.Generator().manual_seed(seed))
+        self.theta = Trained(theta, self.response_optimizer, self.inner_scheduler, self.clip_norm)
+
+    def check(self, problem: Problem, data: Data) -> None:
+        """Refuse a space with nothing to tune, a response too large for memory, and a function without a rule."""
+        if problem.space.numel == 0:
+            raise Refused(
+                "every hyperparameter is frozen, so there is nothing to tune; unfreeze one, or train with solver=fixed"
+            )
+        params, _ = problem.init(torch.Generator().manual_seed(0))
+        needed = self.response.size(params, problem.space.numel) * next(iter(params.values())).element_size()
+        if needed > MOST_RESPONSE_BYTES:
+            largest = max(problem.space.tuned, key=lambda name: problem.space[name].numel)
+            raise Refused(
+                f"the response to {problem.space.numel:,} hyperparameters (most of them `{largest}`) would need "
+                f"{needed / 2**30:,.0f} GiB; share the hyperparameter between weights, or tune it with an implicit solver"
+            )
+        trial, device = copy.copy(self), next(iter(pytree.tree_leaves(data.train.peek())), torch.zeros(())).device
+        trial.first_bad_step = None
+        try:
+            trial._build(problem, data, device, torch.Generator(device).manual_seed(0))
+            trial.rehearse(data.train.peek(), data.valid.peek())
+        except MissingRule as error:
+            raise Refused(str(error)) from None
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+            if self.linearize and any(sign in said for sign in LACKS_DERIVATIVE):
+                raise Refused(
+                    f"linearize=true needs derivatives that PyTorch lacks for a layer of this network ({said}); compose that "
+                    "layer from elementary operations, or set linearize=false (centered STN)"
+                ) from None
+            if hint := recomputed(error):
+                raise Refused(f"a training pass fails, {said}{hint}") from None
+            raise
+
+    def rehearse(self, train: Batch, valid: Batch) -> None:
+        """Every pass of a round once, so that what cannot run fails at set-up; nothing is updated."""
+        loss, _ = self.perturbed_loss(self.weights.tensors, self.carry, train)
+        torch.autograd.grad(loss, self.theta.leaves, allow_unused=True)
+        offset = self.belief.offset(count_examples(valid), self.generator)
+        hypers = self.problem.space.constrain(self.belief.centre + offset)
+        self.problem.outer_loss(hypers, self.respond(offset), self.carry, valid)
+
+    def trained(self) -> dict[str, Trained]:
+        return {"weights": self.weights, "theta": self.theta}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"response_carry": self.response_carry}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.response_carry = {name: t.to(self.device) for name, t in state["response_carry"].items()}

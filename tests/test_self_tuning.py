@@ -1,0 +1,228 @@
+"""Self-tuning steps: which gradient flows where, and what moves when."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+
+import solvers
+from bilevel import BilevelError
+from problems import MLP, Classification, Quadratic
+from problems.datasets import Images
+from solvers import Dense, SelfTuning
+
+CPU = torch.device("cpu")
+NAMES = ("centered", "regularized_w0", "linearize")
+FLAGS = [dict(zip(NAMES, on, strict=True)) for on in itertools.product([True, False], repeat=3) if on[0] or not on[2]]
+RECIPES = {
+    "delta_stn": {"centered": True, "regularized_w0": True, "linearize": True},
+    "centered_stn": {"centered": True, "regularized_w0": True, "linearize": False},
+    "stn": {"centered": False, "regularized_w0": False, "linearize": False},
+}
+
+all_flags = pytest.mark.parametrize(
+    "flags", FLAGS, ids=lambda flags: "-".join(name for name, on in flags.items() if on) or "none"
+)
+
+
+def classifier(sizes=(6, 8, 7, 3), batch_size=8, **space):
+    """An MLP with a dropout rate per layer and weight decay, on random data in float64."""
+    generator = torch.Generator().manual_seed(0)
+    splits = [(torch.randn(24, sizes[0], generator=generator).double(), torch.arange(24) % sizes[-1]) for _ in range(3)]
+    images = Images(*splits, mean=0.0, std=1.0)
+    strong = {"weight_decay": {"init": 0.1}} | space
+    return Classification(lambda: MLP(sizes).double(), images, sites=len(sizes) - 1, batch_size=batch_size, space=strong)
+
+
+def ready(problem, *, away=True, **options):
+    """A solver set up on `problem`; `away`: from Θ = 0 and u = u₀, where some gradients vanish."""
+    generator = torch.Generator().manual_seed(1)
+    solver = SelfTuning(**options)
+    solver.setup(problem, problem.data(CPU, generator), CPU, generator)
+    if away:
+        with torch.no_grad():
+            for t in solver.theta.leaves:
+                t.add_(0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype))
+    return solver
+
+
+def parts(solver):
+    return {"w0": solver.weights.leaves, "theta": solver.theta.leaves, "u": [solver.belief.u], "s": [solver.belief.s]}
+
+
+def copies(solver):
+    return {part: [t.detach().clone() for t in leaves] for part, leaves in parts(solver).items()}
+
+
+def moved(before, after):
+    """The parts of which every tensor changed; a part that changed in some tensors only is an error."""
+    changed = {part: [not torch.equal(a, b) for a, b in zip(before[part], after[part], strict=True)] for part in before}
+    assert all(all(tensors) or not any(tensors) for tensors in changed.values()), changed
+    return {part for part, tensors in changed.items() if all(tensors)}
+
+
+def reached(loss, solver):
+    """The parts that `loss` depends on; in each of these every tensor must receive a gradient other than zero."""
+    found = set()
+    for part, leaves in parts(solver).items():
+        if not leaves[0].requires_grad:
+            continue
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+        if any(g is not None for g in gradients):
+            assert all(g is not None and g.abs().max() > 0 for g in gradients), part
+            found.add(part)
+    return found
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """For every descent of a solver's losses: (parts that the loss depends on, parts that moved)."""
+
+    def watch(solver):
+        rows, descend = [], solvers.descent.descend
+
+        def spy(loss, *groups):
+            gradients, before = reached(loss, solver), copies(solver)
+            descend(loss, *groups)
+            rows.append((gradients, moved(before, copies(solver))))
+
+        monkeypatch.setattr(solvers.self_tuning, "descend", spy)
+        monkeypatch.setattr(solvers.descent, "descend", spy)
+        return rows
+
+    return watch
+
+
+@pytest.mark.parametrize("response", [None, Dense()], ids=["structured", "dense"])
+@all_flags
+def test_which_gradient_flows_where(flags, response, watched):
+    """L_T(λ₀, w₀) → w₀;  L_T(λ₀+ε, stop(w₀) + Θε) → Θ;  or both jointly;  L_V − τH → u and s (PAPER 1.4)."""
+    solver = ready(classifier(), response=response, inner_steps=1, **flags)
+    rows = watched(solver)
+    solver.step()
+    inner = [{"w0"}, {"theta"}] if flags["regularized_w0"] else [{"w0", "theta"}]
+    assert rows == [(part, part) for part in [*inner, {"u", "s"}]]
+
+
+def test_scales_stay_without_tune_scale(watched):
+    solver = ready(classifier(), inner_steps=1, tune_scale=False)
+    rows, sigma = watched(solver), solver.belief.sigma.clone()
+    solver.step()
+    assert rows[-1] == ({"u"}, {"u"})
+    assert torch.equal(solver.belief.sigma, sigma)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_presets(recipe):
+    solver = getattr(solvers, recipe)()
+    assert {flag: getattr(solver, flag) for flag in RECIPES[recipe]} == RECIPES[recipe]
+    assert getattr(solvers, recipe)(inner_steps=7).inner_steps == 7
+
+
+@pytest.mark.parametrize("regularized_w0", [True, False])
+def test_linearize_without_centered_is_refused_with_its_reason(regularized_w0):
+    with pytest.raises(BilevelError, match=r"needs centered=true: .* close where the response is small"):
+        SelfTuning(centered=False, regularized_w0=regularized_w0, linearize=True)
+
+
+def test_gradient_through_the_hyperparameter_itself():
+    """With Θ = 0 and no perturbation, dL_V/du = ∂L_V/∂λ = P(λ − λ̄)."""
+    problem = Quadratic.random(weights=4, hypers=3, direct=2.0, dtype=torch.float64)
+    solver = ready(problem, away=False, tune_scale=False, outer_optimizer=partial(torch.optim.SGD, lr=0.1))
+    solver.outer_step(())
+    torch.testing.assert_close(solver.belief.u.detach(), -0.1 * problem.P @ -problem.lambda_bar)
+
+
+# --- controls ---
+
+
+@all_flags
+def test_without_response_or_entropy_no_rate_moves_by_one_bit(flags):
+    """Θ frozen at zero and τ = 0: L_V does not depend on λ, so neither u nor s may move; with Θ free both do."""
+
+    def after_two_rounds(lr):
+        optimizer = partial(torch.optim.SGD, lr=lr)
+        solver = ready(classifier(), away=False, entropy_weight=0.0, response_optimizer=optimizer, **flags)
+        before = copies(solver)
+        for _ in range(2):
+            solver.step()
+        return moved(before, copies(solver))
+
+    assert after_two_rounds(0.0) == {"w0"}
+    assert after_two_rounds(0.1) == {"w0", "theta", "u", "s"}
+
+
+@all_flags
+def test_warmup_trains_the_weights_and_leaves_the_belief(flags):
+    solver = ready(classifier(), **flags)
+    before = copies(solver)
+    solver.step(warmup=True)
+    assert moved(before, copies(solver)) == {"w0", "theta"}
+    assert (solver.inner_count, solver.outer_count) == (5, 0)
+
+
+def test_centre_is_held_through_an_outer_phase_and_moves_at_its_end(monkeypatch):
+    solver = ready(classifier(), outer_steps=3)
+    seen, outer_step = [], solver.outer_step
+
+    def spy(batch):
+        seen.append((solver.belief.centre.clone(), solver.belief.u.detach().clone()))
+        return outer_step(batch)
+
+    monkeypatch.setattr(solver, "outer_step", spy)
+    start = solver.belief.u.detach().clone()
+    solver.step()
+    assert all(torch.equal(centre, start) for centre, _ in seen)
+    assert len({tuple(u.tolist()) for _, u in seen}) == 3
+    assert torch.equal(solver.belief.centre, solver.belief.u)
+    assert not torch.equal(solver.belief.centre, start)
+
+
+def test_second_outer_step_looks_at_the_moved_hyperparameters():
+    """ŵ = w₀ + Θ(u − u₀): on L_V = ½|w − w̄|²_M the second gradient is taken at the u that the first step left."""
+    problem = Quadratic.random(weights=4, hypers=2, dtype=torch.float64)
+    solver = ready(problem, response=Dense(), tune_scale=False, outer_steps=2, outer_optimizer=partial(torch.optim.SGD, lr=0.1))
+    theta, w0, u = solver.theta.detached()["w"], solver.weights.detached()["w"], torch.zeros(2, dtype=torch.float64)
+    for _ in range(2):
+        solver.outer_step(())
+        u = u - 0.1 * theta.T @ problem.M @ (w0 + theta @ u - problem.w_bar)
+    torch.testing.assert_close(solver.belief.u.detach(), u)
+
+
+def test_response_step_sees_the_weights_that_just_moved(monkeypatch):
+    solver = ready(classifier())
+    before, seen, perturbed_loss = copies(solver)["w0"], [], solver.perturbed_loss
+
+    def spy(base, carry, batch):
+        seen.extend(t.clone() for t in base.values())
+        return perturbed_loss(base, carry, batch)
+
+    monkeypatch.setattr(solver, "perturbed_loss", spy)
+    solver.separate_step(solver.data.train.next())
+    after = copies(solver)["w0"]
+    assert all(torch.equal(a, b) for a, b in zip(seen, after, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
+
+
+@all_flags
+def test_clipping_bounds_the_gradient_of_w0_and_of_theta_each(flags):
+    """With steps of length lr = 1 along a gradient of norm above `clip_norm`, each group moves by `clip_norm`."""
+    solver = ready(classifier(), clip_norm=1e-3, inner_optimizer=partial(torch.optim.SGD, lr=1.0), **flags)
+    before = copies(solver)
+    solver.inner_step(solver.data.train.next())
+    after = copies(solver)
+    for part in ("w0", "theta"):
+        distance = sum((a - b).square().sum() for a, b in zip(before[part], after[part], strict=True)).sqrt()
+        assert distance.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_solution_goes_with_the_centre(recipe):
+    """Centered: (λ(u₀), w₀); uncentered: (λ(u₀), φ + Θu₀)."""
+    solver = ready(Quadratic.random(weights=4, hypers=2, dtype=torch.float64), response=Dense(), **RECIPES[recipe])
+    solver.belief.centre.copy_(torch.tensor([0.5, -1.0]))
+    hypers, params, _ = solver.solution()
+    assert hypers["hyper"].tolist() == [0.5, -1.0]
+    w0, theta = solver.weights.detached()["w"], solver.theta.detached()["w"]
+    torch.testing.assert_close(params["w"], w0 if RECIPES[recipe]["centered"] else w0 + theta @ solver.belief.centre)
