@@ -1,0 +1,34 @@
+# make run: the main job in an environment of its own; make test: everything that CI asks for.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test mutants clean
+
+run: .venv/installed
+	$(BIN)/bilevel
+
+# xdist's workers share the cores among them
+test mutants: export OMP_NUM_THREADS = 1
+
+test: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2
+
+mutants: .venv/tested
+	$(BIN)/python -m tests.mutants
+
+# The stamps: an installation is repeated when pyproject.toml changes, and only then.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,145 @@
+"""The command, called in this process: what it runs, where it leaves it, how it goes on."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from bilevel.app import main
+from bilevel.records import read_metrics
+
+QUIET = ("wandb.mode=disabled", "runner.progress=none", "runner.picture=false")
+QUICK = (*QUIET, "problem=quadratic", "runner.epochs=4", "runner.warmup_epochs=1")
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def only_run(parent: str = "runs") -> Path:
+    (directory,) = Path(parent).iterdir()
+    return directory
+
+
+def test_a_run_leaves_everything_in_a_directory_that_says_what_it_is():
+    assert main([*QUICK, "solver=stn", "seed=3"]) == 0
+    directory = only_run()
+    assert re.fullmatch(r"quadratic-stn-seed3-\d{8}-\d{6}-\d{6}", directory.name)
+    assert {path.name for path in directory.iterdir()} == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"}
+    config = OmegaConf.load(directory / "config.yaml")
+    assert (config.seed, config.solver.centered, config.names.solver, config.runner.epochs) == (3, False, "stn", 4)
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["problem"], summary["solver"], summary["seed"], summary["steps"]) == ("quadratic", "stn", 3, 4)
+    assert [path.name for path in Path.cwd().iterdir()] == ["runs"]
+
+
+def test_an_ablation_is_an_override_and_unlisted_settings_can_be_set():
+    assert main([*QUICK, "solver.linearize=false", "problem.space.hyper.init=2.5", "runner.evaluate_every=2"]) == 0
+    config = OmegaConf.load(only_run() / "config.yaml")
+    assert (config.solver.linearize, config.runner.evaluate_every) == (False, 2)
+    assert read_metrics(only_run() / "metrics.jsonl")[0]["hypers.hyper"] == pytest.approx([2.5] * 3)
+
+
+def test_the_seed_decides_the_run():
+    for seed in (0, 0, 1):
+        assert main([*QUICK, f"seed={seed}"]) == 0
+    first, again, other = (
+        read_metrics(directory / "metrics.jsonl")[-1]["train_loss"] for directory in sorted(Path("runs").iterdir())
+    )
+    assert first == again != other
+
+
+def test_a_sweep_ends_with_one_summary_for_each_combination():
+    assert main(["-m", *QUICK, "solver=fixed,stn", "solver.inner_steps=1,2", "seed=0,1"]) == 0
+    names = sorted(directory.name for directory in only_run("sweeps").iterdir() if directory.is_dir())
+    assert len(names) == 8
+    assert names[:2] == ["0-quadratic-fixed-seed0-inner_steps-1", "1-quadratic-fixed-seed1-inner_steps-1"]
+    summaries = [json.loads((only_run("sweeps") / name / "summary.json").read_text()) for name in names]
+    assert {(s["solver"], s["seed"]) for s in summaries} == {("fixed", 0), ("fixed", 1), ("stn", 0), ("stn", 1)}
+
+
+def test_a_sweep_goes_on_after_a_run_that_is_refused(capfd):
+    assert main(["-m", *QUICK, "solver.inner_steps=0,1"]) == 1
+    assert "inner_steps" in capfd.readouterr().err
+    assert [d.name[0] for d in only_run("sweeps").iterdir() if d.is_dir() and (d / "summary.json").exists()] == ["1"]
+
+
+def test_a_resumed_run_equals_an_undisturbed_one():
+    # one warm-up epoch of one step, then rounds of five: both budgets end with a round
+    assert main([*QUICK, "runner.epochs=11", "hydra.run.dir=whole"]) == 0
+    assert main([*QUICK, "runner.epochs=6", "hydra.run.dir=parts"]) == 0
+    assert main(["resume=parts", "runner.epochs=11"]) == 0
+    whole, parts = (read_metrics(Path(name) / "metrics.jsonl") for name in ("whole", "parts"))
+    spent = ("seconds", "peak_memory_bytes")
+    assert [{k: v for k, v in r.items() if k not in spent} for r in whole] == [
+        {k: v for k, v in r.items() if k not in spent} for r in parts
+    ]
+    assert OmegaConf.load("parts/config.yaml").runner.epochs == 11
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["parts", "whole"]
+
+
+def test_resume_alone_continues_with_the_stored_settings():
+    assert main([*QUICK, "solver=fixed", "seed=5", "solver.inner_steps=2", "hydra.run.dir=it"]) == 0
+    before = OmegaConf.load("it/config.yaml")
+    assert main(["resume=it"]) == 0
+    assert main(["resume=it", "solver=fixed", "seed=5", "solver.inner_steps=2", "wandb.mode=disabled"]) == 0
+    assert OmegaConf.load("it/config.yaml") == before
+
+
+def test_a_problem_of_ones_own_beside_oneself():
+    Path("conf/problem").mkdir(parents=True)
+    Path("conf/problem/toy.yaml").write_text("_target_: toybox.Toy\nscale: 3\n")
+    Path("toybox.py").write_text(
+        "from problems import Quadratic\n"
+        "class Toy(Quadratic):\n"
+        "    def __init__(self, scale: float):\n"
+        "        q = Quadratic.random(weights=2, hypers=1)\n"
+        "        self.__dict__.update(q.__dict__)\n"
+    )
+    Path("problems").mkdir()  # ours is found all the same
+    try:
+        assert main([*QUIET, "--config-dir", "conf", "problem=toy", "runner.epochs=1", "names.solver=mine"]) == 0
+    finally:
+        sys.modules.pop("toybox", None)
+    assert only_run().name.startswith("toy-mine-seed0-")
+
+
+def test_a_diverged_run_is_a_failure_that_leaves_its_records(capfd):
+    assert main([*QUICK, "solver=fixed", "runner.epochs=200", "solver.inner_optimizer.lr=1000"]) == 1
+    assert "diverged" in capfd.readouterr().err
+    assert json.loads((only_run() / "summary.json").read_text())["diverged"]
+
+
+def test_help_says_how_to_begin_and_where_things_go(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for words in (
+        "bilevel -m solver=stn,delta_stn seed=0,1,2",
+        "resume=",
+        "problem: digits, mnist",
+        "solver: centered_stn",
+        "summary.json",
+    ):
+        assert words in text
+    assert not list(Path.cwd().iterdir())
+
+
+def test_the_process_is_left_as_it_was(monkeypatch):
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    argv = sys.argv[:]
+    main([*QUICK, "runner.epochs=1"])
+    assert sys.argv == argv
+    assert "HYDRA_FULL_ERROR" not in os.environ
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "bilevel", *QUICK, "solver=fixed", "runner.epochs=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert torch.load(only_run() / "checkpoint.pt", weights_only=True)["solver"] == "fixed"

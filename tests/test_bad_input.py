@@ -1,0 +1,206 @@
+"""Every kind of bad input: one sentence on the standard error, a status that is not zero, and nothing left behind."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel.app import main
+
+QUICK = ("wandb.mode=disabled", "runner.progress=none", "runner.picture=false", "problem=quadratic", "runner.epochs=2")
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to be resumed; tests that spoil it take a copy."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*QUICK, "solver=fixed", f"hydra.run.dir={directory}"]) == 0
+    return directory
+
+
+def refused(capfd, *arguments: str) -> str:
+    """The sentence that the command line ends with."""
+    assert main(list(arguments)) == 1
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("bilevel: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["problem=digit"], "there is no problem `digit` (did you mean `digits`"),
+        (["solver=delta-stn"], "there is no solver `delta-stn` (did you mean `delta_stn`"),
+        (["sed=3"], "there is no key `sed` (did you mean `seed`"),
+        (["data.rot=here"], "`data` has no key `rot` (did you mean `root`"),
+        (["solver.linearise=false"], "`solver` has no setting `linearise` (did you mean `linearize`"),
+        (["runner.epoch=3"], "`runner` has no setting `epoch` (did you mean `epochs`"),
+        (["wandb.mod=online"], "`wandb` has no setting `mod` (did you mean `mode`"),
+        (["solver.inner_optimizer.learning_rate=1"], "`solver.inner_optimizer` has no setting `learning_rate`"),
+        (["solver._target_=solvers.delta_stn", "solver.linearise=false"], "did you mean `linearize`"),
+        (["problem.space.hypr.init=1"], "there is no hyperparameter `hypr` (did you mean `hyper`"),
+        (["problem.space.hyper.ini=1"], "no field `ini` (did you mean `init`"),
+        (["foo"], "`foo` is no override; write key=value"),
+        (["seed==3"], "`seed==3` is no override"),
+        (["seed=1,2"], "add -m to run each"),
+        (["~nothing"], "does not exist"),
+        (["seed=abc"], "`seed` = 'abc' is a str; give int"),
+        (["seed=true"], "`seed` = True is a bool; give int"),
+        (["seed=null"], "`seed` is null; give int"),
+        (["runner.epochs=many"], "`runner.epochs` = 'many' is a str; give float or None"),
+        (["solver.linearize=maybe"], "`solver.linearize` = 'maybe' is a str; give bool"),
+        (["solver.inner_optimizer.lr=fast"], "`solver.inner_optimizer.lr` = 'fast' is a str"),
+        (["solver.inner_steps=-1"], "inner_steps=-1 is below 1"),
+        (["solver.centered=false"], "linearize=true needs centered=true"),
+        (["runner.epochs=0"], "runner.epochs=0 must be above zero"),
+        (["runner.device=abacus"], "abacus"),
+        (["wandb.mode=offlin"], "(did you mean `offline`"),
+        (["problem.space.hyper.scale=-1"], "scale=-1 is no standard deviation"),
+        (["problem._target_=problems.Quadradic"], "cannot be imported"),
+        (["problem._target_=nowhere.Toy"], "No module named 'nowhere'"),
+        (["problem._target_=torch.pi"], "is a float; give the dotted path"),
+        (["~problem._target_"], "`problem` names no class"),
+        (["--config-dir", "nowhere"], "not found; give --config-dir a directory that exists"),
+        (["hydra.run.dir=file/run"], "cannot use 'file/run': Not a directory"),
+        (["hydra.run.dir=/proc/run"], "cannot use '/proc/run'"),
+        (["-m", "resume=file"], "leave -m out"),
+        (["seed=${sed}"], "'sed' not found"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_sentence_and_nothing_left(capfd, arguments, words):
+    Path("file").touch()
+    assert words in refused(capfd, *QUICK, *arguments)
+    left = [path for path in Path.cwd().rglob("*") if path.name not in ("file", "runs")]
+    assert not left
+
+
+def test_an_initial_value_on_the_edge_of_its_interval(capfd):
+    assert "lies on the edge" in refused(capfd, "problem=digits", "problem.space.dropout1.init=0")
+
+
+def test_a_batch_larger_than_the_split(capfd):
+    assert "choose a batch size between 1 and" in refused(capfd, "problem=digits", "problem.batch_size=100000", *QUICK[:3])
+
+
+def test_a_constructor_that_fails_is_named(capfd):
+    Path("conf/problem").mkdir(parents=True)
+    Path("conf/problem/broken.yaml").write_text("_target_: brokenbox.Broken\n")
+    Path("brokenbox.py").write_text("def Broken():\n    raise ValueError('no data here')\n")
+    said = refused(capfd, "--config-dir", "conf", "problem=broken")
+    sys.modules.pop("brokenbox", None)
+    assert "`problem` cannot be built from brokenbox.Broken: ValueError: no data here" in said
+
+
+def test_a_module_that_fails_to_import_is_not_called_missing(capfd):
+    Path("halfbox.py").write_text("import nowhere_to_be_found\n")
+    assert "No module named 'nowhere_to_be_found'" in refused(capfd, *QUICK, "problem._target_=halfbox.Toy")
+
+
+def test_the_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="lineraize"):
+        main([*QUICK, "solver.lineraize=true"])
+
+
+def test_a_bug_keeps_its_traceback():
+    Path("bugbox.py").write_text(
+        "from problems import Quadratic\n"
+        "def Buggy():\n"
+        "    problem = Quadratic.random(weights=2, hypers=1)\n"
+        "    problem.outer_objective = None\n"
+        "    return problem\n"
+    )
+    with pytest.raises(TypeError, match="NoneType"):
+        main([*QUICK, "~problem", "+problem={_target_: bugbox.Buggy}", "names.problem=buggy"])
+    sys.modules.pop("bugbox", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["seed=1"], "`seed` is 1 on the command line and was 0"),
+        (["solver=stn"], "`solver` is stn on the command line and was fixed"),
+        (["solver.inner_steps=7"], "`solver.inner_steps` is 7 on the command line and was 5"),
+        (["problem.space.hyper.init=0.5"], "`problem.space.hyper.init` is 0.5 on the command line and was 0.0"),
+        (["runner.evaluate_every=0.5"], "`runner.evaluate_every` is 0.5 on the command line and was absent"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_resumed_run_keeps_its_settings(capfd, finished, arguments, words):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    said = refused(capfd, f"resume={finished}", "problem=quadratic", *arguments)
+    assert words in said
+    assert str(finished) in said
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def not_a_run(run: Path) -> None:
+    (run / "config.yaml").unlink()
+
+
+def no_checkpoint(run: Path) -> None:
+    (run / "checkpoint.pt").unlink()
+
+
+def truncated(run: Path) -> None:
+    file = run / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def foreign(run: Path) -> None:
+    torch.save({"w": torch.zeros(3)}, run / "checkpoint.pt")
+
+
+def broken_config(run: Path) -> None:
+    (run / "config.yaml").write_text("{a: [")
+
+
+def strange_config(run: Path) -> None:
+    (run / "config.yaml").write_text("a: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (not_a_run, "is not a run: it has no config.yaml"),
+        (no_checkpoint, "is not a run: it has no checkpoint.pt"),
+        (truncated, "is truncated"),
+        (foreign, "is no checkpoint of bilevel"),
+        (broken_config, "cannot be read"),
+        (strange_config, "is not the configuration of a run"),
+        (shutil.rmtree, "is not a directory"),
+    ],
+)
+def test_what_is_no_run_is_not_resumed(capfd, finished, spoil, words):
+    run = Path(shutil.copytree(finished, "copy"))
+    spoil(run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()} if run.exists() else None
+    assert words in refused(capfd, "resume=copy")
+    assert ({path.name: path.read_bytes() for path in run.iterdir()} if run.exists() else None) == before
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(capfd, finished):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert "holds a run already" in refused(capfd, *QUICK, f"hydra.run.dir={finished}")
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_folder_that_hides_ours_is_named():
+    Path("solvers").mkdir()
+    done = subprocess.run([sys.executable, "-m", "bilevel", *QUICK], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"bilevel: {Path.cwd() / 'solvers'} hides bilevel's own package `solvers`")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_problem_in_a_folder_with_our_name_is_told_why_it_is_not_found(capfd):
+    Path("problems").mkdir()
+    Path("problems/mine.py").touch()
+    assert "rename it" in refused(capfd, *QUICK, "problem._target_=problems.mine.Toy")
