@@ -1,0 +1,259 @@
+"""Break the code on purpose, one named error at a time, and see that a law notices: `make mutants` (`python -m tests.mutants`).
+
+Each mutant is applied to a copy of the project, in which the tests that should notice are run; one that survives is a hole in
+them. The list is also in docs/mutants.md.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("bilevel", "problems", "solvers", "tests", "conf", "docs", "benchmarks", "pyproject.toml", "README.md")
+
+
+class Mutant(NamedTuple):
+    """In `file`, `old` becomes `new`; one of `tests` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "transposed response: the scale on the inputs of a layer, not on its outputs",
+        "solvers/rules.py",
+        "        if weight.axis == 0:\n            units",
+        "        if weight.axis == 1 or weight.base.shape[0] != weight.base.shape[1]:\n            units",
+        "test_rules.py",
+    ),
+    Mutant(
+        "σ² for σ in the perturbation of training",
+        "solvers/belief.py",
+        "return self.sigma.detach() * self.noise",
+        "return self.sigma.detach() ** 2 * self.noise",
+        "test_belief.py",
+    ),
+    Mutant(
+        "σ² for σ in the outer phase",
+        "solvers/belief.py",
+        "return moved + self.sigma * self.noise",
+        "return moved + self.sigma**2 * self.noise",
+        "test_belief.py",
+    ),
+    Mutant(
+        "s for σ: the softplus forgotten",
+        "solvers/belief.py",
+        "return F.softplus(self.s)",
+        "return self.s",
+        "test_belief.py",
+    ),
+    Mutant(
+        "entropy subtracted twice: its sign turned",
+        "solvers/descent.py",
+        "loss - self.entropy_weight * entropy",
+        "loss + self.entropy_weight * entropy",
+        "test_theory_nonlinear.py",
+    ),
+    Mutant(
+        "entropy of a variance: log σ² for log σ",
+        "solvers/belief.py",
+        "torch.log(self.sigma).sum()",
+        "torch.log(self.sigma**2).sum()",
+        "test_belief.py",
+    ),
+    Mutant(
+        "the response of training taken at u, not at ε, though centered",
+        "solvers/self_tuning.py",
+        "offset = noise if self.centered else perturbed",
+        "offset = perturbed",
+        "test_theory.py test_self_tuning.py",
+    ),
+    Mutant(
+        "the response of the outer phase taken at u, not at ε, though centered",
+        "solvers/self_tuning.py",
+        "at = offset if self.centered else self.belief.centre + offset",
+        "at = self.belief.centre + offset",
+        "test_theory.py test_self_tuning.py",
+    ),
+    Mutant(
+        "batch-norm statistics of the perturbed pass kept",
+        "solvers/self_tuning.py",
+        "self.carry, self.response_carry = detached(carry), response_carry",
+        "self.carry, self.response_carry = response_carry, response_carry",
+        "test_solver_state.py",
+    ),
+    Mutant(
+        "batch-norm statistics written twice per batch",
+        "solvers/self_tuning.py",
+        "self.perturbed_loss(self.weights.detached(), self.response_carry, batch)",
+        "self.perturbed_loss(self.weights.detached(), carry, batch)",
+        "test_solver_state.py",
+    ),
+    Mutant(
+        "the tangent goes through W₁ too",
+        "solvers/rules.py",
+        "units = f(primal(x) if weight.tangent else x, weight.response, None)",
+        "units = f(primal(x), weight.response, None) + (0 if tangent(x) is None else f(tangent(x), weight.response, None))",
+        "test_rules.py",
+    ),
+    Mutant(
+        "W₁ẋ computed and thrown away",
+        "solvers/rules.py",
+        "            units = f(primal(x) if weight.tangent else x, weight.response, None)",
+        "            units = f(x, weight.response, None)\n            units = primal(units) if weight.tangent else units",
+        "test_step_cost.py",
+    ),
+    Mutant(
+        "a stale u₀: the centre never moves",
+        "solvers/belief.py",
+        "        self.centre.copy_(self.u.detach())\n\n    def scales",
+        "        pass\n\n    def scales",
+        "test_self_tuning.py",
+    ),
+    Mutant(
+        "u₀ moves in the middle of an outer phase",
+        "solvers/descent.py",
+        "                self.outer_count += 1\n            self.belief.recentre()",
+        "                self.outer_count += 1\n                self.belief.recentre()",
+        "test_self_tuning.py",
+    ),
+    Mutant(
+        "w₀ moves with the perturbed loss, though regularized",
+        "solvers/self_tuning.py",
+        "        descend(response_loss, self.theta)",
+        "        descend(response_loss, self.theta, self.weights)",
+        "test_self_tuning.py",
+    ),
+    Mutant(
+        "Θ's step sees w₀ as it was before its own step",
+        "solvers/self_tuning.py",
+        "        descend(loss, self.weights)\n        response_loss, response_carry = self.perturbed_loss("
+        "self.weights.detached(), self.response_carry, batch)\n",
+        "        response_loss, response_carry = self.perturbed_loss("
+        "self.weights.detached(), self.response_carry, batch)\n        descend(loss, self.weights)\n",
+        "test_self_tuning.py",
+    ),
+    Mutant(
+        "the penalty at w₀, not at w₀ + ΔW(ε), under linearization",
+        "solvers/self_tuning.py",
+        "return self.problem.inner_objective(hypers, params, prediction, batch), detached(carry)",
+        "return self.problem.inner_objective(hypers, base if self.linearize else params, prediction, batch), detached(carry)",
+        "test_linearization.py",
+    ),
+    Mutant(
+        "y₀ forgotten: the objective at ẏ alone",
+        "solvers/self_tuning.py",
+        "return value if dot is None else value + dot",
+        "return value if dot is None else dot",
+        "test_linearization.py test_theory_nonlinear.py",
+    ),
+    Mutant(
+        "the cross term of ‖W₀ + diag(s)W₁‖² counted once",
+        "solvers/rules.py",
+        "2 * cross",
+        "1 * cross",
+        "test_rules.py",
+    ),
+    Mutant(
+        "per-batch hyperparameters perturbed per example",
+        "solvers/belief.py",
+        "torch.where(self._per_example, n, n[:1])",
+        "n",
+        "test_belief.py",
+    ),
+    Mutant(
+        "integers rounded down, not stochastically",
+        "bilevel/space.py",
+        "torch.floor(value + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype))",
+        "torch.floor(value)",
+        "test_space.py test_belief.py",
+    ),
+    Mutant(
+        "the warm-up moves λ",
+        "solvers/descent.py",
+        "if not warmup:",
+        "if True:",
+        "test_self_tuning.py",
+    ),
+    Mutant(
+        "the mask of dropout not rescaled",
+        "problems/dropout.py",
+        "< keep) / keep",
+        "< keep)",
+        "test_problems.py",
+    ),
+    Mutant(
+        "the best checkpoint is the worst",
+        "bilevel/loop.py",
+        'valid["loss"] < self.best',
+        'valid["loss"] > self.best',
+        "test_runner.py",
+    ),
+    Mutant(
+        "a resumed stream starts its epoch again",
+        "bilevel/data.py",
+        'self.examples, self._position = state["examples"], state["position"]\n        self._order',
+        'self.examples, self._position = state["examples"], 0\n        self._order',
+        "test_data.py",
+    ),
+]
+
+
+def survives(mutant: Mutant | None) -> str | None:
+    """Run the tests on a mutated copy (unchanged for None): what is wrong, or None where they came out as they should."""
+    with tempfile.TemporaryDirectory() as place:
+        for part in PARTS:
+            source, target = ROOT / part, Path(place) / part
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, target)
+        tests = sorted({test for m in MUTANTS for test in m.tests.split()})
+        if mutant is not None:
+            file = Path(place) / mutant.file
+            text = file.read_text()
+            if text.count(mutant.old) != 1:
+                return f"is out of date: its text stands {text.count(mutant.old)} times in {mutant.file}"
+            file.write_text(text.replace(mutant.old, mutant.new))
+            tests = mutant.tests.split()
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+        environment = os.environ | {"PYTHONPATH": place, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    failed = done.returncode == 1 and " failed" in done.stdout
+    if mutant is None:
+        return None if done.returncode == 0 else f"the tests fail on the code as it is:\n{done.stdout[-3000:]}"
+    return None if failed else f"survives {mutant.tests}" + ("" if done.returncode == 0 else f":\n{done.stdout[-2000:]}")
+
+
+def main() -> int:
+    """Run all mutants, or those whose name holds a word; the exit status counts the survivors."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("word", nargs="?", default="")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if options.word in mutant.name]
+    bad = 0
+    with ThreadPoolExecutor(options.workers) as pool:
+        for mutant, verdict in zip([None, *chosen], pool.map(survives, [None, *chosen]), strict=True):
+            bad += verdict is not None
+            name = "(no mutation: every test passes)" if mutant is None else mutant.name
+            print(
+                f"{'ok      ' if verdict is None else 'SURVIVED'}  {name}{'' if verdict is None else f'  {verdict}'}",
+                flush=True,
+            )
+    print(f"{len(chosen) + 1 - bad} passed, {bad} failed")
+    return min(bad, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
