@@ -2,6 +2,7 @@
 
 from bilevel.check import Report, check_problem
 from bilevel.data import Data, FullBatch, LoaderStream, Stream, TensorStream, stream, streams
+from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
 from bilevel.errors import BilevelError, Refused
 from bilevel.evaluation import evaluate
 from bilevel.module_problem import ModuleProblem
@@ -9,7 +10,7 @@ from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction, al
 from bilevel.problem import Problem
 from bilevel.runner import Runner
 from bilevel.solver import Solution, Solver
-from bilevel.space import Domain, Integer, Interval, Positive, Real, Simplex, Space
+from bilevel.space import Space
 
 __all__ = [
     "Batch",

@@ -2,6 +2,6 @@
 
 import sys
 
-from bilevel.app import main
+from bilevel.cli.app import main
 
 sys.exit(main())

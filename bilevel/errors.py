@@ -1,5 +1,9 @@
 """What goes wrong on the user's side, said in one sentence."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
 
 class BilevelError(Exception):
     """A mistake that its user can mend: the message says what, why and what next.
@@ -10,3 +14,9 @@ class BilevelError(Exception):
 
 class Refused(BilevelError):
     """A solver cannot tune this problem: raised at set-up, before any work is lost."""
+
+
+def near(word: str, known: Iterable[Any]) -> str:
+    """', did you mean …' for the words of `known` that are close to `word`, or nothing."""
+    close = get_close_matches(word, [str(k) for k in known], n=3)
+    return f" (did you mean {' or '.join(f'`{c}`' for c in close)}?)" if close else ""

@@ -16,7 +16,7 @@ from bilevel.check import check_setup
 from bilevel.checkpoint import CHECKPOINT, Identity
 from bilevel.device import choose_device
 from bilevel.display import DISPLAYS, display
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, near
 from bilevel.interrupts import Interrupts
 from bilevel.loop import Loop
 from bilevel.plot import Picture
@@ -24,7 +24,6 @@ from bilevel.problem import Problem
 from bilevel.records import METRICS, JsonLines, Logger, Record, RunInfo, brief
 from bilevel.schedule import Schedule
 from bilevel.solver import Solver
-from bilevel.space import near
 from bilevel.starting import StartingFrom, read_params
 from bilevel.summary import summarize
 

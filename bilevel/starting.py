@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from bilevel.data import Data
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, near
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
 from bilevel.problem import Problem
-from bilevel.space import near
 
 
 class StartingFrom(Problem):

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, near
 from bilevel.records import Logger, Record, RunInfo
-from bilevel.space import near
 
 MODES = ("offline", "online", "disabled")
 AXES = {"": "epoch", "by_seconds/": "seconds", "by_examples/": "examples"}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel import Hypers, Space
-from bilevel.space import softplus_inverse
+from bilevel.domains import softplus_inverse
 from solvers.trained import MakeOptimizer, Trained
 
 

@@ -229,7 +229,7 @@ def survives(mutant: Mutant | None) -> str | None:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
         environment = os.environ | {"PYTHONPATH": place, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    failed = done.returncode == 1 and " failed" in done.stdout
+    failed = done.returncode == 1 and "\nFAILED " in done.stdout
     if mutant is None:
         return None if done.returncode == 0 else f"the tests fail on the code as it is:\n{done.stdout[-3000:]}"
     return None if failed else f"survives {mutant.tests}" + ("" if done.returncode == 0 else f":\n{done.stdout[-2000:]}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from bilevel.app import main
+from bilevel.cli.app import main
 from bilevel.records import read_metrics
 
 QUIET = ("wandb.mode=disabled", "runner.progress=none", "runner.picture=false")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel.app import main
+from bilevel.cli.app import main
 
 QUICK = ("wandb.mode=disabled", "runner.progress=none", "runner.picture=false", "problem=quadratic", "runner.epochs=2")
 

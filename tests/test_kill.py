@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.app import main
+from bilevel.cli.app import main
 from bilevel.records import read_metrics
 
 SETTINGS = (

@@ -9,8 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from bilevel.errors import BilevelError
-from bilevel.space import near
+from bilevel.errors import BilevelError, near
 
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 

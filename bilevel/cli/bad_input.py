@@ -16,8 +16,7 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from bilevel.errors import BilevelError
-from bilevel.space import near
+from bilevel.errors import BilevelError, near
 
 UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),

@@ -15,10 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 
-from bilevel import bad_input, own_code, targets
+from bilevel.cli import bad_input, own_code, targets
+from bilevel.cli.resume import CONFIG, continued, stored_config
 from bilevel.errors import BilevelError
 from bilevel.records import Logger, Record, RunInfo, write_atomically
-from bilevel.resume import CONFIG, continued, stored_config
 
 OPEN_GROUPS = ("problem", "solver", "runner", "wandb")
 """Nodes whose keys are arguments of a constructor: those that the YAML leaves at their default can be set too."""

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from bilevel.errors import BilevelError
 
-HERE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def add_working_directory() -> None:
@@ -30,7 +30,7 @@ def check_not_hidden(names: Sequence[str] = ("problems", "solvers")) -> None:
         BilevelError: naming the folder.
     """
     for name in names:
-        installed = HERE.parent / name  # a wheel and an editable install alike put our packages side by side
+        installed = PACKAGE.parent / name  # a wheel and an editable install alike put our packages side by side
         spec = importlib.util.find_spec(name)
         found = None if spec is None else _folder(spec)
         if found is None:

@@ -1,0 +1,1 @@
+"""The command line: what Hydra composes, and how bad input is told."""

@@ -1,0 +1,177 @@
+"""Where a hyperparameter lives, where it starts, and the map between its own units and unconstrained coordinates."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilevel.errors import BilevelError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain(ABC):
+    """One hyperparameter: where it lives, where it starts, how it is perturbed.
+
+    Attributes:
+        init: initial value in its own units, a number or nested lists of shape `shape`.
+        scale: initial σ of the perturbation, in unconstrained coordinates (the paper: 1).
+        shape: of the hyperparameter; () for a number.
+        differentiable: whether ∂L_T/∂λ exists; False where the problem samples with it or rounds it.
+        per_example: whether a perturbed value may differ from example to example within a batch.
+        frozen: a constant; it is no coordinate of u.
+    """
+
+    init: Any
+    scale: float = 1.0
+    shape: tuple[int, ...] = ()
+    differentiable: bool = True
+    per_example: bool = True
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        try:
+            value = torch.as_tensor(self.init, dtype=torch.float64)
+            value.expand(self.shape)
+        except (TypeError, ValueError, RuntimeError):
+            raise BilevelError(
+                f"init={self.init!r} is not a number, or numbers of shape {self.shape}; give one value per entry"
+            ) from None
+        if not bool(torch.isfinite(value).all()):
+            raise BilevelError(f"init={self.init!r} is not finite; give a finite initial value")
+        if not (isinstance(self.scale, (int, float)) and 0 < self.scale < math.inf):
+            raise BilevelError(f"scale={self.scale!r} is no standard deviation; give a positive number (the paper uses 1)")
+        if not self.frozen:
+            self._check_init(value)
+
+    @property
+    def numel(self) -> int:
+        """Coordinates in u."""
+        return math.prod(self.shape)
+
+    def initial(self) -> Tensor:
+        """The initial value as a float64 tensor of `shape`."""
+        return torch.as_tensor(self.init, dtype=torch.float64).expand(self.shape).clone()
+
+    @abstractmethod
+    def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        """From unconstrained coordinates to the hyperparameter's own units, elementwise (over the last axis for a simplex)."""
+
+    @abstractmethod
+    def unconstrain(self, value: Tensor) -> Tensor:
+        """The inverse of `constrain`."""
+
+    def _check_init(self, value: Tensor) -> None:
+        """Raise where the initial value has no finite unconstrained coordinate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Real(Domain):
+    """Any real number: λ = u."""
+
+    def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        return u
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positive(Domain):
+    """λ = low + softplus(u), above `low`."""
+
+    low: float = 0.0
+
+    def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.low + F.softplus(u, threshold=40.0)  # the default, 20, is off by 2e-9 there: too much in float64
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        return softplus_inverse(value - self.low)
+
+    def _check_init(self, value: Tensor) -> None:
+        if bool((value <= self.low).any()):
+            raise BilevelError(f"init={self.init!r} is not above {self.low:g}, where u = -∞; choose one a little above it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval(Domain):
+    """λ = low + (high − low) sigmoid(u), inside (low, high)."""
+
+    low: float
+    high: float
+
+    def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.low + (self.high - self.low) * torch.sigmoid(u)
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        return torch.log(value - self.low) - torch.log(self.high - value)
+
+    def _check_init(self, value: Tensor) -> None:
+        if not self.low < self.high:
+            raise BilevelError(f"({self.low:g}, {self.high:g}) is no interval; low must be below high")
+        if bool(((value < self.low) | (value > self.high)).any()):
+            raise BilevelError(f"init={self.init!r} is outside ({self.low:g}, {self.high:g}); choose one inside")
+        if bool(((value == self.low) | (value == self.high)).any()):
+            raise BilevelError(
+                f"init={self.init!r} lies on the edge of ({self.low:g}, {self.high:g}), where u is infinite; "
+                f"choose one strictly inside, {self.low + 0.05 * (self.high - self.low):g} say"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Integer(Interval):
+    """A whole number in [low, high]: an interval rounded stochastically, up with probability equal to the fraction.
+
+    The mean of the rounded values is the value itself, so that a value on a whole number does not collapse to the one below
+    (as it does under floor). Without a generator it is rounded to the nearest.
+    """
+
+    differentiable: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low != int(self.low) or self.high != int(self.high):
+            raise BilevelError(f"[{self.low:g}, {self.high:g}] does not begin and end at whole numbers; an Integer needs them")
+        if self.differentiable:
+            raise BilevelError("an Integer is rounded and has no derivative; leave differentiable=False, or use an Interval")
+
+    def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        value = super().constrain(u, generator)
+        if generator is None:
+            return torch.round(value)
+        return torch.floor(value + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simplex(Domain):
+    """Weights that are positive and sum to one over the last axis of `shape`: λ = softmax(u)."""
+
+    per_example: bool = False
+
+    def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
+        return torch.softmax(u, dim=-1)
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        logits = torch.log(value)
+        return logits - logits.mean(dim=-1, keepdim=True)
+
+    def _check_init(self, value: Tensor) -> None:
+        value = value.expand(self.shape)
+        if not self.shape:
+            raise BilevelError("a Simplex needs shape=(…, n), with n weights that sum to one")
+        if bool((value <= 0).any()) or not torch.allclose(value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-6):
+            raise BilevelError(
+                f"init={self.init!r} is not inside the simplex; "
+                f"give positive weights that sum to one (1/{self.shape[-1]} each, say)"
+            )
+        if self.per_example:
+            raise BilevelError("a Simplex is perturbed per batch; leave per_example=False")
+
+
+def softplus_inverse(y: Tensor) -> Tensor:
+    """log(e^y − 1) for y > 0, in a form that neither overflows for large y nor loses small ones."""
+    return y + torch.log(-torch.expm1(-y))
