@@ -24,7 +24,11 @@ from bilevel import Runner
 EPOCHS, WARMUP = 100, 5
 DROPOUTS = ("input_dropout", "dropout1", "dropout2")
 BAD_START = dict.fromkeys(DROPOUTS, 0.5) | {"weight_decay": 0.1}
-SOLVERS = {"fixed": solvers.Fixed, "delta_stn": partial(solvers.delta_stn, entropy_weight=0.03)}
+SGD = partial(torch.optim.SGD, lr=0.03, momentum=0.9)
+SOLVERS = {
+    "fixed": partial(solvers.Fixed, inner_optimizer=SGD),
+    "delta_stn": partial(solvers.delta_stn, inner_optimizer=SGD, entropy_weight=0.03),
+}
 
 
 def train(job: tuple[str, int, dict[str, float]]) -> dict[str, Any]:

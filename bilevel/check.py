@@ -1,5 +1,6 @@
 """What is wrong with a problem of one's own, and which solvers can tune it."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -9,9 +10,14 @@ import torch
 from bilevel import laws
 from bilevel.data import Data
 from bilevel.errors import BilevelError, Refused
-from bilevel.laws import Finding, Trial, told
+from bilevel.laws import Finding, told
 from bilevel.problem import Problem
 from bilevel.solver import Solver
+from bilevel.trial import Trial
+
+
+class ProblemWarning(UserWarning):
+    """Something about a problem that a run survives, and may be wasted by."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
                 report.findings.append(finding)
     for name, solver in (_installed(report) if solvers is None else solvers).items():
         try:
-            solver.check(problem, data)
+            solver.check(problem, data, device)
             report.tuned_by.append(name)
         except Refused as refusal:
             report.refused_by[name] = str(refusal)
@@ -93,15 +99,26 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
 
 
 def check_setup(problem: Problem, data: Data, device: torch.device) -> None:
-    """The few laws that every run would break on, before it begins.
+    """The few laws that every run would break on, before it begins; and a warning of those that it may be wasted by.
 
     Raises:
         BilevelError: the prediction does not depend on w, or an objective is not [].
+
+    Warns:
+        ProblemWarning: a weight without a gradient, a hyperparameter that changes nothing or lacks its derivative.
     """
     trial = Trial(problem, data, device)
     for law in laws.AT_SETUP:
         for finding in law(trial):
             raise BilevelError(finding.text)
+    for law in laws.WARNED_OF:
+        try:
+            findings = list(law(trial))
+        except Exception as error:  # at a λ far off, which the run may never see
+            findings = [Finding("error", f"a call of the problem raises {told(error)}")]
+        for finding in findings:
+            if finding.level == "error":
+                warnings.warn(finding.text, ProblemWarning, stacklevel=2)
 
 
 def _installed(report: Report) -> dict[str, Solver]:

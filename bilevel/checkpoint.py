@@ -59,6 +59,9 @@ def load(directory: Path, identity: Identity | None = None) -> dict[str, Any]:
         what = "is truncated" if truncated else "is no checkpoint of bilevel"
         raise BilevelError(f"{path} {what}; restore it from a copy, or start a new run")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load does not look at the checksums
+                raise BilevelError(f"{damaged} in it does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling what is damaged or foreign raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

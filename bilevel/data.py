@@ -1,6 +1,5 @@
-"""Streams of batches: endless for training, once through for evaluation; they count the examples that they hand out."""
+"""The three splits of the data as streams of batches: endless for training, once through for evaluation."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,41 +8,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel.errors import BilevelError
+from bilevel.loader_stream import LoaderStream
 from bilevel.params import Batch, count_examples, to_device
-
-
-class Stream(ABC):
-    """One split of the data.
-
-    Attributes:
-        examples: how many examples `next` has handed out.
-        size: examples in the split.
-        steps_per_epoch: batches that `next` hands out per epoch (a last, smaller batch is dropped: shapes stay static).
-    """
-
-    examples: int
-    size: int
-    steps_per_epoch: int
-
-    @abstractmethod
-    def next(self) -> Batch:
-        """The next training batch, without end."""
-
-    @abstractmethod
-    def peek(self) -> Batch:
-        """A batch to look at: nothing is counted, and the order of the batches stays as it is."""
-
-    @abstractmethod
-    def once(self, limit: int | None = None) -> Iterator[Batch]:
-        """Every example once, in a fixed order, for evaluation; stops after `limit` examples, to the batch."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """The position, such that the batches after `load_state_dict` are the ones that would have come."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position of `state`."""
+from bilevel.split import Borrowed, Stream
 
 
 class Data(NamedTuple):
@@ -108,7 +75,9 @@ class TensorStream(Stream):
             self.examples += self.size
             return self.tensors
         if self._order is None or self._position == self.steps_per_epoch:
-            self._order = torch.randperm(self.size, generator=self.generator).to(self.device)
+            order = torch.randperm(self.size, generator=self.generator)
+            on_gpu = self.device.type == "cuda"  # where only a copy from pinned memory does not wait
+            self._order = order.pin_memory().to(self.device, non_blocking=True) if on_gpu else order.to(self.device)
             self._position = 0
         start = self._position * self.batch_size
         self._position += 1
@@ -144,77 +113,6 @@ class TensorStream(Stream):
         return pytree.tree_map(lambda x: x[start:stop] if isinstance(x, Tensor) else x, self.tensors)
 
 
-class LoaderStream(Stream):
-    """Batches from a `torch.utils.data.DataLoader`, or from any other iterable that can be iterated again.
-
-    The order is reproducible when the loader shuffles with a `generator` of its own: each epoch seeds it from `generator`, and
-    a resumed run replays the batches of the epoch that was cut off.
-    """
-
-    def __init__(
-        self, loader: Iterable[Batch], generator: torch.Generator, *, device: torch.device | str = "cpu", name: str = "train"
-    ) -> None:
-        try:
-            self.steps_per_epoch = len(loader)  # type: ignore[arg-type]  # checked just here
-        except TypeError:
-            raise BilevelError(f"the {name} loader has no length; wrap it so that len() tells its batches per epoch") from None
-        if self.steps_per_epoch == 0:
-            raise BilevelError(f"the {name} split is empty: its loader has no batch; lower the batch size or give it examples")
-        self.loader, self.generator, self.device = loader, generator, torch.device(device)
-        dataset = getattr(loader, "dataset", None)
-        self._first = to_device(next(iter(loader)), device)
-        self.size = len(dataset) if dataset is not None else self.steps_per_epoch * count_examples(self._first)
-        self.examples = 0
-        self._seed = 0
-        self._position = self.steps_per_epoch
-        self._batches: Iterator[Batch] = iter(())
-
-    def next(self) -> Batch:
-        if self._position == self.steps_per_epoch:
-            self._begin(int(torch.randint(2**62, (), generator=self.generator)))
-        batch = to_device(next(self._batches), self.device)
-        self._position += 1
-        self.examples += count_examples(batch)
-        return batch
-
-    def peek(self) -> Batch:
-        return self._first
-
-    def once(self, limit: int | None = None) -> Iterator[Batch]:
-        own = getattr(self.loader, "generator", None)
-        state = own.get_state() if own is not None else None
-        seen = 0
-        for batch in self.loader:
-            yield to_device(batch, self.device)
-            seen += count_examples(batch)
-            if limit is not None and seen >= limit:
-                break
-        if own is not None and state is not None:
-            own.set_state(state)  # an evaluation leaves the training order as it was
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "examples": self.examples,
-            "position": self._position,
-            "seed": self._seed,
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["position"] < self.steps_per_epoch:
-            self._begin(state["seed"])
-            for _ in range(state["position"]):
-                next(self._batches)
-        self.examples, self._position, self._seed = state["examples"], state["position"], state["seed"]
-        self.generator.set_state(state["generator"])
-
-    def _begin(self, seed: int) -> None:
-        own = getattr(self.loader, "generator", None)
-        if own is not None:
-            own.manual_seed(seed)
-        self._seed, self._position, self._batches = seed, 0, iter(self.loader)
-
-
 class FullBatch(Stream):
     """A problem without examples (a closed form, say): one batch, the same at every step."""
 
@@ -244,13 +142,16 @@ class FullBatch(Stream):
 def stream(
     split: Any, batch_size: int | None, generator: torch.Generator, *, device: torch.device | str = "cpu", name: str = "train"
 ) -> Stream:
-    """The stream for what a user hands over: a `Stream` as it is, a pytree of tensors, or a loader.
+    """The stream for what a user hands over: a pytree of tensors, a loader, or a `Stream` of one's own.
+
+    A `Stream` keeps its own order, whatever `generator` says. Every call starts it where it stood when it was handed over for
+    the first time, so that a second run on the same problem sees what the first one saw; its batches are moved to `device`.
 
     Raises:
         BilevelError: an empty split, a batch larger than it, or something that is none of the three.
     """
     if isinstance(split, Stream):
-        return split
+        return Borrowed(split, device)
     leaves = pytree.tree_leaves(split)
     if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
         return TensorStream(split, batch_size, generator, device=device, name=name)

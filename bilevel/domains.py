@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,12 @@ class Domain(ABC):
     frozen: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.shape, Sequence) or not all(type(n) is int and n >= 0 for n in self.shape):
+            raise BilevelError(f"shape={self.shape!r} is no shape; give a tuple of whole numbers, () for a single value")
         object.__setattr__(self, "shape", tuple(self.shape))
+        for name in ("differentiable", "per_example", "frozen"):
+            if not isinstance(getattr(self, name), bool):
+                raise BilevelError(f"{name}={getattr(self, name)!r} is neither true nor false; give one of the two")
         try:
             value = torch.as_tensor(self.init, dtype=torch.float64)
             value.expand(self.shape)
@@ -45,8 +51,7 @@ class Domain(ABC):
             raise BilevelError(f"init={self.init!r} is not finite; give a finite initial value")
         if not (isinstance(self.scale, (int, float)) and 0 < self.scale < math.inf):
             raise BilevelError(f"scale={self.scale!r} is no standard deviation; give a positive number (the paper uses 1)")
-        if not self.frozen:
-            self._check_init(value)
+        self._check(value)
 
     @property
     def numel(self) -> int:
@@ -65,8 +70,8 @@ class Domain(ABC):
     def unconstrain(self, value: Tensor) -> Tensor:
         """The inverse of `constrain`."""
 
-    def _check_init(self, value: Tensor) -> None:
-        """Raise where the initial value has no finite unconstrained coordinate."""
+    def _check(self, value: Tensor) -> None:
+        """Raise where the initial value lies outside; on the edge, where u is infinite, a frozen one may lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +97,11 @@ class Positive(Domain):
     def unconstrain(self, value: Tensor) -> Tensor:
         return softplus_inverse(value - self.low)
 
-    def _check_init(self, value: Tensor) -> None:
-        if bool((value <= self.low).any()):
+    def _check(self, value: Tensor) -> None:
+        _check_bounds(low=self.low)
+        if self.frozen and bool((value < self.low).any()):
+            raise BilevelError(f"init={self.init!r} is below {self.low:g}; choose one that is not")
+        if not self.frozen and bool((value <= self.low).any()):
             raise BilevelError(f"init={self.init!r} is not above {self.low:g}, where u = -∞; choose one a little above it")
 
 
@@ -110,12 +118,13 @@ class Interval(Domain):
     def unconstrain(self, value: Tensor) -> Tensor:
         return torch.log(value - self.low) - torch.log(self.high - value)
 
-    def _check_init(self, value: Tensor) -> None:
+    def _check(self, value: Tensor) -> None:
+        _check_bounds(low=self.low, high=self.high)
         if not self.low < self.high:
             raise BilevelError(f"({self.low:g}, {self.high:g}) is no interval; low must be below high")
         if bool(((value < self.low) | (value > self.high)).any()):
             raise BilevelError(f"init={self.init!r} is outside ({self.low:g}, {self.high:g}); choose one inside")
-        if bool(((value == self.low) | (value == self.high)).any()):
+        if not self.frozen and bool(((value == self.low) | (value == self.high)).any()):
             raise BilevelError(
                 f"init={self.init!r} lies on the edge of ({self.low:g}, {self.high:g}), where u is infinite; "
                 f"choose one strictly inside, {self.low + 0.05 * (self.high - self.low):g} say"
@@ -136,6 +145,8 @@ class Integer(Interval):
         super().__post_init__()
         if self.low != int(self.low) or self.high != int(self.high):
             raise BilevelError(f"[{self.low:g}, {self.high:g}] does not begin and end at whole numbers; an Integer needs them")
+        if self.frozen and bool((self.initial() != self.initial().round()).any()):
+            raise BilevelError(f"init={self.init!r} is no whole number, and a frozen Integer is not rounded; give one")
         if self.differentiable:
             raise BilevelError("an Integer is rounded and has no derivative; leave differentiable=False, or use an Interval")
 
@@ -143,7 +154,8 @@ class Integer(Interval):
         value = super().constrain(u, generator)
         if generator is None:
             return torch.round(value)
-        return torch.floor(value + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype))
+        rounded = torch.floor(value + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype))
+        return rounded.clamp(self.low, self.high)  # a value plus a draw just below 1 may be rounded up itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,17 +171,24 @@ class Simplex(Domain):
         logits = torch.log(value)
         return logits - logits.mean(dim=-1, keepdim=True)
 
-    def _check_init(self, value: Tensor) -> None:
+    def _check(self, value: Tensor) -> None:
         value = value.expand(self.shape)
         if not self.shape:
             raise BilevelError("a Simplex needs shape=(…, n), with n weights that sum to one")
-        if bool((value <= 0).any()) or not torch.allclose(value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-6):
+        outside = value < 0 if self.frozen else value <= 0
+        if bool(outside.any()) or not torch.allclose(value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-6):
             raise BilevelError(
                 f"init={self.init!r} is not inside the simplex; "
                 f"give positive weights that sum to one (1/{self.shape[-1]} each, say)"
             )
         if self.per_example:
             raise BilevelError("a Simplex is perturbed per batch; leave per_example=False")
+
+
+def _check_bounds(**bounds: Any) -> None:
+    for name, bound in bounds.items():
+        if not isinstance(bound, (int, float)) or not math.isfinite(bound):
+            raise BilevelError(f"{name}={bound!r} is no finite number; give one")
 
 
 def softplus_inverse(y: Tensor) -> Tensor:

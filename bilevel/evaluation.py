@@ -15,7 +15,7 @@ def evaluate(problem: Problem, solution: Solution, stream: Stream, limit: int | 
     """`problem.metrics` in evaluation mode, each averaged over the items of the split (its first `limit` examples).
 
     A value of shape [] stands for every example of its batch; any other is one number per item (per token, say). The carry
-    goes from batch to batch, and is dropped at the end. Waits for the device once.
+    begins fresh, goes from batch to batch, and is dropped at the end. Waits for the device once.
 
     Raises:
         BilevelError: the problem reports no `loss`.
@@ -23,7 +23,9 @@ def evaluate(problem: Problem, solution: Solution, stream: Stream, limit: int | 
     totals: dict[str, Tensor] = {}
     items: dict[str, int] = {}
     hypers, params, carry = solution
-    for batch in stream.once(limit):
+    for number, batch in enumerate(stream.once(limit)):
+        if number == 0:
+            carry = problem.fresh_carry(carry, batch)
         prediction, carry = problem.predict(hypers, params, carry, batch, train=False, generator=None)
         for name, value in problem.metrics(hypers, params, prediction, batch).items():
             weight = count_examples(batch) if value.ndim == 0 else 1

@@ -1,8 +1,6 @@
 """What every solver relies on in a problem: one law a function, which yields what breaks it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,9 +8,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
-from bilevel.data import Data
-from bilevel.params import Batch, Carry, Hypers, Params, Prediction, count_examples, to_device
-from bilevel.problem import Problem
+from bilevel.agreement import close, same
+from bilevel.params import Carry, count_examples
+from bilevel.trial import Trial
 
 
 class Finding(NamedTuple):
@@ -20,54 +18,6 @@ class Finding(NamedTuple):
 
     level: Literal["error", "note"]
     text: str
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A problem at its first batch, with draws that are the same at every call."""
-
-    problem: Problem
-    data: Data
-    device: torch.device
-
-    @cached_property
-    def batch(self) -> Batch:
-        """Of the train split."""
-        return self.data.train.peek()
-
-    @cached_property
-    def hypers(self) -> Hypers:
-        """λ at its initial values, as solvers pass it."""
-        return self.problem.space.constrain(self.problem.space.init().to(self.device))
-
-    @cached_property
-    def start(self) -> tuple[Params, Carry]:
-        """Initial w and carry."""
-        return to_device(self.problem.init(torch.Generator().manual_seed(0)), self.device)
-
-    @cached_property
-    def params(self) -> Params:
-        """Weights a little away from the initial ones, at which a layer that begins at zero says nothing; with gradients."""
-        generator = torch.Generator().manual_seed(1)
-        noise = {name: 0.05 * torch.randn(p.shape, generator=generator).to(p) for name, p in self.start[0].items()}
-        return {name: (p + noise[name]).detach().requires_grad_() for name, p in self.start[0].items()}
-
-    def predict(self, *, train: bool, hypers: Hypers | None = None, params: Params | None = None) -> tuple[Prediction, Carry]:
-        """The prediction on the train batch, in either mode."""
-        generator = torch.Generator(self.device).manual_seed(0) if train else None
-        hypers, params = hypers or self.hypers, params or self.params
-        return self.problem.predict(hypers, params, self.start[1], self.batch, train=train, generator=generator)
-
-    def inner_loss(self, *, train: bool = True, hypers: Hypers | None = None, params: Params | None = None) -> Tensor:
-        """L_T on the train batch."""
-        hypers, params = hypers or self.hypers, params or self.params
-        prediction, _ = self.predict(train=train, hypers=hypers, params=params)
-        return self.problem.inner_objective(hypers, params, prediction, self.batch)
-
-    def outer_loss(self, *, hypers: Hypers | None = None, params: Params | None = None) -> Tensor:
-        """L_V on the first validation batch."""
-        hypers, params = hypers or self.hypers, params or self.params
-        return self.problem.outer_loss(hypers, params, self.start[1], self.data.valid.peek())[0]
 
 
 Law = Callable[[Trial], Iterator[Finding]]
@@ -84,7 +34,7 @@ def initial_weights(trial: Trial) -> Iterator[Finding]:
             if not torch.equal(before, torch.get_rng_state()):
                 yield Finding("error", "`init` moves PyTorch's global random state; draw from the generator that it is given")
                 break
-    if len(drawn) == 2 and not _same(*drawn):
+    if len(drawn) == 2 and not same(*drawn):
         yield Finding("error", "`init` gives other weights for the same generator; draw all of them from the generator")
     for name, p in drawn[0][0].items():
         if not p.is_floating_point():
@@ -102,10 +52,10 @@ def purity(trial: Trial) -> Iterator[Finding]:
         if not torch.equal(state, torch.get_rng_state()):
             torch.set_rng_state(state)
             yield Finding("error", f"{mode} draws from PyTorch's global random state; draw from the generator that it is given")
-        elif not _same(first, second):
+        elif not same(first, second):
             yield Finding("error", f"{mode} answers differently at the same generator state; keep no state outside the carry")
         for part, now, then in zip(("hypers", "params", "carry", "batch"), given, before, strict=True):
-            if not _same(now, then):
+            if not same(now, then):
                 yield Finding(
                     "error", f"{mode} modifies its {part} in place; work on a clone, and return what changes in the carry"
                 )
@@ -173,7 +123,7 @@ def hyperparameters(trial: Trial) -> Iterator[Finding]:
     with torch.no_grad():
         inner, outer = trial.inner_loss(), trial.outer_loss()
     for name in trial.problem.space.tuned:
-        moved = list(_moved(trial, name))
+        moved = list(trial.moved(name))
         with torch.no_grad():
             acts_inside = any(not torch.equal(inner, trial.inner_loss(hypers=hypers)) for hypers in moved)
             acts_outside = any(not torch.equal(outer, trial.outer_loss(hypers=hypers)) for hypers in moved)
@@ -210,11 +160,40 @@ def per_example_leaves(trial: Trial) -> Iterator[Finding]:
         except Exception as error:  # whatever a user's own code raises is what we are here to tell
             yield Finding("error", f"`{name}` with one value per example raises {told(error)}; {advice}")
             continue
-        if spread.shape != plain.shape or not torch.allclose(plain, spread, rtol=1e-4, atol=1e-6):
+        if not close(plain, spread):
             yield Finding(
                 "error",
                 f"`{name}` given once for each example makes L_T {_short(spread)}, not {_short(plain)} as given once; {advice}",
             )
+
+
+def example_axis(trial: Trial) -> Iterator[Finding]:
+    """Examples in another order are predicted alike in that order, in evaluation mode.
+
+    Batch statistics do not depend on the order either, so that a network may couple the examples of a batch.
+    """
+    examples = count_examples(trial.batch)
+    if examples < 2:
+        return
+
+    def reversed_examples(x: Any) -> Any:
+        return x.flip(0) if isinstance(x, Tensor) and x.ndim and len(x) == examples else x
+
+    with torch.no_grad():
+        straight, _ = trial.predict(train=False)
+        turned, _ = trial.predict(train=False, batch=pytree.tree_map(reversed_examples, trial.batch))
+    for ours, theirs in zip(pytree.tree_leaves(straight), pytree.tree_leaves(turned), strict=False):
+        # a leaf that stays as it is has no examples: w itself, say
+        if reversed_examples(ours) is ours or close(ours, theirs) or close(reversed_examples(ours), theirs):
+            continue
+        per_example = any(trial.problem.space[name].per_example for name in trial.problem.space.tuned)
+        yield Finding(
+            "error" if per_example else "note",
+            "in evaluation mode, reversing the examples of a batch does not reverse the predictions: the first axis of every "
+            "tensor is the example axis (give nn.LSTM batch_first=True, say); where their order is meant to matter, declare "
+            "per_example=False",
+        )
+        return
 
 
 def metrics(trial: Trial) -> Iterator[Finding]:
@@ -235,11 +214,15 @@ ALL: tuple[Law, ...] = (
     gradients_of_weights,
     hyperparameters,
     per_example_leaves,
+    example_axis,
     metrics,
 )
 
 AT_SETUP: tuple[Law, ...] = (prediction_of_weights, objectives)
-"""Those that cost little and spoil every run; a loss that is not finite is the loop's to see, at any step."""
+"""Those that spoil every run; a loss that is not finite is the loop's to see, at any step."""
+
+WARNED_OF: tuple[Law, ...] = (gradients_of_weights, hyperparameters)
+"""Those whose errors a run survives, and may waste: a weight that is not used, a hyperparameter that does nothing."""
 
 
 def told(error: Exception) -> str:
@@ -258,25 +241,6 @@ def recomputed(error: RuntimeError) -> str:
 def _losses(trial: Trial) -> Iterator[tuple[str, Tensor]]:
     yield "inner_objective", trial.inner_loss(params=trial.start[0])
     yield "outer_objective", trial.outer_loss(params=trial.start[0])
-
-
-def _moved(trial: Trial, name: str) -> Iterator[Hypers]:
-    """λ with one hyperparameter moved far, either way; unevenly, because a simplex does not see a shift."""
-    space, u = trial.problem.space, trial.problem.space.init()
-    step = space.split(torch.ones_like(u))
-    step = {
-        key: (2 + torch.linspace(0, 1, leaf.numel()).reshape(leaf.shape)) * leaf * (key == name) for key, leaf in step.items()
-    }
-    direction = torch.cat([leaf.reshape(-1) for leaf in step.values()])
-    for sign in (1, -1):
-        yield space.constrain((u + sign * direction).to(trial.device))
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two pytrees hold the same bits."""
-    ours, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
-    pairs = zip(ours, theirs, strict=False)
-    return len(ours) == len(theirs) and all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 def _alike(one: Carry, other: Carry) -> bool:

@@ -38,7 +38,6 @@ class Loop:
         problem: Problem,
         solver: Solver,
         data: Data,
-        generator: torch.Generator,
         device: torch.device,
         schedule: Schedule,
         loggers: Sequence[Logger],
@@ -46,7 +45,7 @@ class Loop:
         patience: int | None = None,
         checkpoint_every: int = 1,
     ) -> None:
-        self.problem, self.solver, self.data, self.generator, self.device = problem, solver, data, generator, device
+        self.problem, self.solver, self.data, self.device = problem, solver, data, device
         self.schedule, self.loggers, self.save, self.patience = schedule, loggers, save, patience
         self.checkpoint_every = checkpoint_every
         self.meter = Meter(device)
@@ -192,7 +191,7 @@ class Loop:
             "solver": self.solver.state_dict(),
             "train": self.data.train.state_dict(),
             "valid": self.data.valid.state_dict(),
-            "generator": self.generator.get_state(),
+            "device": self.device.type,
             "rng": rng_state(self.device),
             "loggers": {type(logger).__name__: logger.state() for logger in self.loggers},
             "seconds": self.meter.seconds,
@@ -206,8 +205,13 @@ class Loop:
         """Continue from `state`, bit for bit.
 
         Raises:
-            BilevelError: the state does not fit this solver or these data.
+            BilevelError: the state does not fit this device, this solver or these data.
         """
+        if (before := state["device"]) != self.device.type:  # the states of their random generators have nothing in common
+            raise BilevelError(
+                f"the run began on {before} and random numbers cannot go on from there on {self.device.type}; "
+                f"resume it with runner.device={before}, or start a new run"
+            )
         try:
             self.solver.load_state_dict(state["solver"])
             self.data.train.load_state_dict(state["train"])
@@ -217,7 +221,6 @@ class Loop:
                 f"the checkpoint does not fit this problem and solver ({type(error).__name__}: {str(error).splitlines()[0]}); "
                 "resume it with the settings that it was started with"
             ) from error
-        self.generator.set_state(state["generator"])
         set_rng_state(state["rng"], self.device)
         self.meter.seconds, self.meter.peak_memory = state["seconds"], state["peak_memory"]
         self._sums, self._counts = to_device(state["sums"], self.device), state["counts"]

@@ -19,7 +19,8 @@ class ModuleProblem(Problem):
     """A problem around an `nn.Module`; a subclass adds the two objectives, and what λ does to the module's input if anything.
 
     w are the module's trainable parameters; the carry is the rest of its state: buffers (batch-norm statistics) and parameters
-    with `requires_grad=False`. Whatever the module draws from PyTorch's global generator in training (`nn.Dropout`) follows
+    with `requires_grad=False`. A submodule that is in evaluation mode when it is handed over (a frozen batch norm) stays in it,
+    unless the whole module is. Whatever the module draws from PyTorch's global generator in training (`nn.Dropout`) follows
     from the generator that `predict` is given, and the global one stays as it was.
 
     Args:
@@ -29,6 +30,9 @@ class ModuleProblem(Problem):
         valid: the same for the outer objective.
         test: the same for the final report, if there is one.
         batch_size: for tensors; None takes a whole split at every step.
+
+    Attributes:
+        aliases: the further names of tied weights, each with the one that w has.
 
     Example:
         >>> import torch.nn.functional as F
@@ -72,6 +76,9 @@ class ModuleProblem(Problem):
         if not isinstance(made, nn.Module):
             raise BilevelError(f"{made!r} is no module; give an nn.Module or a function that makes one")
         self._module = _without_weights(made)
+        self._resting = [m for m in self._module.modules() if not m.training] if made.training else []
+        self._switch(train=True)
+        self.aliases = _aliases(made)
         self._trained = frozenset(name for name, p in made.named_parameters() if p.requires_grad)
         self._buffers = frozenset(name for name, _ in made.named_buffers())
         if not self._trained:
@@ -108,7 +115,7 @@ class ModuleProblem(Problem):
         generator: torch.Generator | None,
     ) -> tuple[Prediction, Carry]:
         if self._module.training != train:
-            self._module.train(train)
+            self._switch(train=train)
         args, kwargs = self.inputs(hypers, batch, train=train, generator=generator)
         if not train:
             return torch.func.functional_call(self._module, {**params, **carry}, args, kwargs), carry
@@ -118,6 +125,12 @@ class ModuleProblem(Problem):
         with _seeded(generator):
             prediction = torch.func.functional_call(self._module, tensors, args, kwargs)
         return prediction, {name: tensors[name] for name in carry}
+
+    def _switch(self, *, train: bool) -> None:
+        self._module.train(train)
+        if train:
+            for submodule in self._resting:
+                submodule.training = False
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
@@ -129,6 +142,13 @@ def _without_weights(module: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
     memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
     return copy.deepcopy(module, memo)
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """The further names of tied weights and buffers, each with the one that stands for all."""
+    first: dict[int, str] = {}
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {name: kept for name, tensor in named if (kept := first.setdefault(id(tensor), name)) != name}
 
 
 @contextmanager
@@ -145,6 +165,14 @@ def _seeded(generator: torch.Generator | None) -> Iterator[None]:
         else:  # reading a number drawn on the device would wait for it; the generator's own state lies on the host
             seed = hash(tuple(generator.get_state().view(torch.int64).tolist())) % 2**62
             torch.rand((), generator=generator, device=device)
-            torch.get_device_module(device).manual_seed(seed)
+            _seed_global(device, seed)
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def _seed_global(device: torch.device, seed: int) -> None:
+    """Seed the global generator of `device`, which need not be the current one."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    else:
+        torch.get_device_module(device).manual_seed(seed)

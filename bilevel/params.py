@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils import _pytree as pytree
 
+from bilevel.errors import BilevelError
+
 Params: TypeAlias = dict[str, Tensor]
 """w, named as in `torch.nn.Module.named_parameters`."""
 
@@ -33,7 +35,7 @@ def squared_norm(params: Params) -> Tensor:
         tensor(6.)
     """
     if not params:
-        raise ValueError("squared_norm of no parameters: the selection that you passed is empty")
+        raise BilevelError("squared_norm of no parameters: the selection that was passed is empty; select at least one")
     terms = [squared_norm_of(p) for p in params.values()]
     return sum(terms[1:], start=terms[0])
 

@@ -61,6 +61,10 @@ class Problem(ABC):
         """
         return {"loss": self.outer_objective(hypers, params, prediction, batch)}
 
+    def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
+        """The carry with which a pass over another split begins at `batch`: statistics kept, recurrent state anew."""
+        return carry
+
     @final
     def inner_loss(
         self, hypers: Hypers, params: Params, carry: Carry, batch: Batch, generator: torch.Generator | None

@@ -1,5 +1,6 @@
 """What a run tells as it goes, to whom, and what it leaves on disk."""
 
+import hashlib
 import json
 import math
 import os
@@ -172,22 +173,24 @@ class JsonLines(Logger):
             self.file = open(path, "r+b" if state else "wb")  # noqa: SIM115  # closed by `close`
         except OSError as error:
             raise BilevelError(f"cannot write {path}: {error.strerror or error}; choose another directory") from None
-        size, kept = self.file.seek(0, os.SEEK_END), state.get("bytes", 0)
-        if size < kept:
+        self.digest = hashlib.sha256(self.file.read(state["bytes"]) if state else b"")
+        if state and self.digest.hexdigest() != state["digest"]:
             self.file.close()
             raise BilevelError(
-                f"{path} has {size} bytes and its checkpoint needs {kept}: it was cut or replaced; start a new run"
+                f"{path} does not begin with the {state['lines']} lines that its checkpoint was saved after: "
+                "one of the two was cut or replaced; start a new run"
             )
-        self.file.seek(kept)
         self.file.truncate()
 
     def log(self, record: Record) -> None:
         try:
-            self.file.write(strict_json(record).encode() + b"\n")
+            line = strict_json(record).encode() + b"\n"
+            self.file.write(line)
             self.file.flush()
         except OSError as error:
             raise BilevelError(f"cannot write {self.directory / METRICS}: {error.strerror or error}") from None
         self.lines += 1
+        self.digest.update(line)
 
     def finish(self, summary: Record) -> None:
         write_atomically(self.directory / SUMMARY, lambda file: file.write(strict_json(summary, indent=2) + "\n"))
@@ -197,7 +200,7 @@ class JsonLines(Logger):
 
     def state(self) -> dict[str, Any]:
         os.fsync(self.file.fileno())  # the checkpoint vouches for these bytes
-        return {"bytes": self.file.tell(), "lines": self.lines}
+        return {"bytes": self.file.tell(), "lines": self.lines, "digest": self.digest.hexdigest()}
 
 
 def brief(leaf: Tensor) -> Any:

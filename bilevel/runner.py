@@ -109,6 +109,8 @@ class Runner:
         Raises:
             BilevelError: the solver refuses the problem, the directory cannot be used, or what is resumed does not fit.
         """
+        if resume and params is not None:
+            raise BilevelError("a resumed run goes on from its own weights; leave params out, or start a new run from them")
         if solver.inner_count:
             taken = f"this {type(solver).__name__} has {solver.inner_count} steps behind it"
             raise BilevelError(f"{taken}; give every run a solver of its own")
@@ -134,7 +136,6 @@ class Runner:
             problem=problem,
             solver=solver,
             data=data,
-            generator=draws,
             device=device,
             schedule=self.schedule(data.train.steps_per_epoch),
             loggers=[JsonLines(), *picture, *loggers, *display(self.progress)],  # the table comes when all is saved

@@ -30,6 +30,8 @@ class Solver(ABC):
     """Inner steps taken so far."""
     outer_count: int = 0
     """Outer steps taken so far."""
+    tunes: bool = True
+    """Whether it moves λ at all; a baseline does not."""
     first_bad_step: Tensor | None = None
     """[] on the device: the inner step of the first loss that was not finite; see `watch`."""
 
@@ -62,12 +64,11 @@ class Solver(ABC):
         """Continue from `state`, bit for bit; called after `setup`."""
 
     def initial(self, problem: Problem, device: torch.device, generator: torch.Generator) -> tuple[Params, Carry]:
-        """The w and carry of `problem.init` on `device`, drawn on the CPU from a seed of `generator`: alike on every device."""
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        params, carry = problem.init(torch.Generator().manual_seed(seed))
+        """The w and carry of `problem.init` on `device`, drawn on the CPU from the seed of `generator`, whatever the device."""
+        params, carry = problem.init(on_cpu(generator, 0))
         return to_device(params, device), to_device(carry, device)
 
-    def check(self, problem: Problem, data: Data) -> None:
+    def check(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Raise `Refused` where this solver cannot tune `problem`; called by `setup` and by `check_problem`.
 
         The base class refuses nothing.
@@ -93,3 +94,8 @@ class Solver(ABC):
         if self.first_bad_step is None or (step := int(self.first_bad_step)) == torch.iinfo(torch.int64).max:
             return None
         return step
+
+
+def on_cpu(generator: torch.Generator, draw: int) -> torch.Generator:
+    """A generator on the CPU that depends on the seed of `generator` and on the number of the draw, whatever the device."""
+    return torch.Generator().manual_seed((generator.initial_seed() + draw) % 2**63)

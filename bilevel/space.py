@@ -38,6 +38,7 @@ class Space(Mapping[str, Domain]):
         for name, domain in domains.items():
             if not domain.frozen:
                 self._slices[name] = slice(self.numel, self.numel + domain.numel)
+        self._constants: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     def __getitem__(self, name: str) -> Domain:
         return self._domains[name]
@@ -84,7 +85,7 @@ class Space(Mapping[str, Domain]):
         hypers: Hypers = {}
         for name, domain in self.items():
             if domain.frozen:
-                hypers[name] = domain.initial().to(u)
+                hypers[name] = self._constant(name, u)
                 continue
             part = u[..., self._slices[name]]
             if u.ndim == 2 and not domain.per_example:
@@ -114,17 +115,27 @@ class Space(Mapping[str, Domain]):
 
         Example:
             >>> from bilevel import Positive
-        >>> Space(decay=Positive(init=1e-3)).override({"decay": {"init": 0.1}})["decay"].init
+            >>> Space(decay=Positive(init=1e-3)).override({"decay": {"init": 0.1}})["decay"].init
             0.1
 
         Raises:
             BilevelError: an unknown hyperparameter or field (with the near misses), or a value out of its domain.
         """
         domains = dict(self._domains)
+        if not isinstance(changes, Mapping):
+            raise BilevelError(f"space={changes!r} changes no hyperparameter by its name; write space.NAME.init=… for one")
         for name, change in changes.items():
             if name not in domains:
                 raise BilevelError(f"there is no hyperparameter `{name}`{near(name, domains)}; there are {', '.join(domains)}")
-            known = [field.name for field in fields(domains[name])]
+            known = [field.name for field in fields(domains[name]) if field.name != "shape"]  # that is the problem's own
+            if not isinstance(change, Mapping):
+                raise BilevelError(
+                    f"hyperparameter `{name}` has several fields; write {name}.init={change} for where it starts"
+                )
+            if "shape" in change:
+                raise BilevelError(
+                    f"hyperparameter `{name}`: its shape {list(domains[name].shape)} comes from the problem; leave it out"
+                )
             for field in change:
                 if field not in known:
                     raise BilevelError(
@@ -135,6 +146,14 @@ class Space(Mapping[str, Domain]):
             except BilevelError as error:
                 raise BilevelError(f"hyperparameter `{name}`: {error}") from None
         return Space(**domains)
+
+    def _constant(self, name: str, like: Tensor) -> Tensor:
+        """The value of a frozen hyperparameter, copied to each device once: a copy waits for the device."""
+        key = (name, like.device, like.dtype)
+        if key not in self._constants:
+            with torch.inference_mode(False):  # what is made in inference must still serve training
+                self._constants[key] = self[name].initial().to(like.device, like.dtype)
+        return self._constants[key]
 
     def _per_coordinate(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         sizes = torch.tensor([self[name].numel for name in self.tuned], dtype=torch.long)

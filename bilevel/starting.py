@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.data import Data
 from bilevel.errors import BilevelError, near
+from bilevel.module_problem import ModuleProblem
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
 from bilevel.problem import Problem
 
@@ -17,12 +18,25 @@ class StartingFrom(Problem):
     """`problem`, with `init` answering `params` in place of random weights.
 
     Args:
-        params: one tensor for every weight, by name; a carried tensor (batch-norm statistics, say) may be among them too.
+        params: one tensor for every weight, by name; a carried tensor (batch-norm statistics, say) may be among them too, and
+            of tied weights all names, as a module's `state_dict` has them.
+
+    Raises:
+        BilevelError: tied weights have several values.
     """
 
     def __init__(self, problem: Problem, params: Mapping[str, Tensor]) -> None:
         self.problem, self.params = problem, dict(params)
         self.space = problem.space
+        for alias, name in (problem.aliases if isinstance(problem, ModuleProblem) else {}).items():
+            if alias not in self.params:
+                continue
+            value = self.params.pop(alias)
+            if not _equal(self.params.setdefault(name, value), value):
+                raise BilevelError(
+                    f"`{alias}` and `{name}` are one tied weight of the problem, and the initial weights hold two values; "
+                    "give one, or untie them in the module"
+                )
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         """The given weights, cast to the problem's types.
@@ -45,6 +59,9 @@ class StartingFrom(Problem):
                 raise BilevelError(f"the initial weight `{name}` is {found}; the problem's is {list(known[name].shape)}")
         start = {name: value.detach().to(known[name], copy=True) for name, value in self.params.items()}
         return {name: start[name] for name in params}, {name: start.get(name, value) for name, value in carry.items()}
+
+    def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
+        return self.problem.fresh_carry(carry, batch)
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         return self.problem.data(device, generator)
@@ -88,6 +105,10 @@ def read_params(path: str | Path) -> dict[str, Any]:
             f"initial_params={str(path)!r} holds no state dict; write one with torch.save(model.state_dict(), path)"
         )
     return params
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other))
 
 
 def _some(names: Mapping[str, Any]) -> str:

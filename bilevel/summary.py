@@ -25,6 +25,11 @@ def summarize(loop: Loop, run: RunInfo, reason: str) -> Record:
         "diverged": loop.diverged,
         "interrupted": f"interrupted at step {loop.step}; continue with: bilevel resume={run.directory}",
     }.get(reason)
+    if message is None and loop.solver.tunes and loop.solver.outer_count == 0:
+        message = (
+            f"nothing was tuned: the run ended within its warm-up of {run.warmup_epochs:g} epochs; "
+            "lower runner.warmup_epochs or run longer"
+        )
     return {
         "problem": run.problem,
         "solver": run.solver,

@@ -48,8 +48,10 @@ def mnist(root: str = "data", download: bool = True, valid_fraction: float = 0.1
         valid_fraction: of the 60,000 training images (the paper: 0.15).
 
     Raises:
-        BilevelError: the files are missing and cannot be fetched.
+        BilevelError: the files are missing and cannot be fetched, or a split would be empty.
     """
+    if not 0 < valid_fraction < 1:
+        raise BilevelError(f"valid_fraction={valid_fraction} leaves a split without images; give one between 0 and 1")
     from torchvision.datasets import MNIST
 
     try:

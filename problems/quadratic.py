@@ -94,10 +94,9 @@ class Quadratic(Problem):
         return {"w": torch.randn(len(self.d), generator=generator, dtype=self.d.dtype)}, {}
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        """One batch without examples; the coefficients move to `device` for good."""
-        for name in ("A", "B", "C", "d", "e", "M", "w_bar", "P", "lambda_bar"):
-            setattr(self, name, getattr(self, name).to(device))
-        return Data(FullBatch(device=device), FullBatch(device=device))
+        """The coefficients as a batch of one example: they go to `device`, those of the closed forms stay where they are."""
+        batch = {name: getattr(self, name)[None] for name in ("A", "B", "C", "d", "e", "M", "w_bar", "P", "lambda_bar")}
+        return Data(FullBatch(batch, device=device), FullBatch(batch, device=device))
 
     def predict(
         self, hypers: Hypers, params: Params, carry: Carry, batch: Batch, *, train: bool, generator: torch.Generator | None
@@ -105,12 +104,14 @@ class Quadratic(Problem):
         return params["w"], carry
 
     def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
-        w, λ = prediction, hypers["hyper"].to(self.A)
-        return 0.5 * w @ self.A @ w + w @ self.B @ λ + 0.5 * λ @ self.C @ λ + self.d @ w + self.e @ λ
+        A, B, C, d, e = (batch[name][0] for name in ("A", "B", "C", "d", "e"))
+        w, λ = prediction, hypers["hyper"].to(A)
+        return 0.5 * w @ A @ w + w @ B @ λ + 0.5 * λ @ C @ λ + d @ w + e @ λ
 
     def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
-        w, λ = prediction - self.w_bar, hypers["hyper"].to(self.A) - self.lambda_bar
-        return 0.5 * w @ self.M @ w + 0.5 * λ @ self.P @ λ
+        M, w_bar, P, lambda_bar = (batch[name][0] for name in ("M", "w_bar", "P", "lambda_bar"))
+        w, λ = prediction - w_bar, hypers["hyper"].to(M) - lambda_bar
+        return 0.5 * w @ M @ w + 0.5 * λ @ P @ λ
 
     def best_response(self, hypers: Hypers) -> Params:
         """w*(λ) = −A⁻¹(Bλ + d)."""

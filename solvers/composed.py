@@ -100,18 +100,18 @@ def _instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if running_mean is not None or not use_input_stats:
-        raise NotImplementedError("instance norm that tracks running statistics has no double backward here")
+        raise NotImplementedError("double backward is not implemented for instance norm that tracks running statistics")
     normalized, _, _ = _standardized(x, list(range(2, x.ndim)), eps)
     return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
 
 
-FORWARD: Table = {
-    torch._VF.lstm: lstm,
-    F.glu: _glu,
-    F.scaled_dot_product_attention: F.scaled_dot_product_attention,  # the kernel makes the difference
-    F.multi_head_attention_forward: F.multi_head_attention_forward,
-}
+FORWARD: Table = {torch._VF.lstm: lstm, F.glu: _glu}
 """What has no forward-mode derivative, or one without a backward pass of its own."""
+
+ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
+"""What needs the mathematical kernel, and `Composed` for that alone."""
+
+RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}
 
 TWICE: Table = FORWARD | {
     torch._weight_norm: _weight_norm,

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel import Carry, Params, Prediction
 from bilevel.params import detached
-from solvers.composed import FORWARD, TWICE, Composed
+from solvers.composed import ATTENTION, FORWARD, TWICE, Composed
 
 Predict: TypeAlias = Callable[[Params], tuple[Prediction, Carry]]
 Weights: TypeAlias = Callable[..., Params]
@@ -30,7 +30,9 @@ def forward_mode(predict: Predict, weights: Weights, offset: Tensor, functions: 
         offset: ε, [h] or [B, h].
         functions: what f calls; those without a forward-mode derivative are composed.
     """
-    composed: AbstractContextManager[Any] = nullcontext() if functions.isdisjoint(FORWARD) else Composed(FORWARD)
+    composed: AbstractContextManager[Any] = (
+        nullcontext() if functions.isdisjoint(FORWARD.keys() | ATTENTION) else Composed(FORWARD)
+    )
     with forward_ad.dual_level(), composed:
         dual, carry = predict(weights(offset, tangent=True))
         return pytree.tree_map(_linear_value, dual), {name: forward_ad.unpack_dual(t).primal for name, t in carry.items()}

@@ -51,24 +51,20 @@ def weighted(f: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor |
 
 
 @rule(F.linear)
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Y = X Wᵀ + b."""
-    return weighted(F.linear, x, weight, bias, -1)
+    return weighted(F.linear, input, weight, bias, -1)
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(x: Tensor, weight: Responding) -> Tensor:
+def matmul(input: Tensor, other: Responding) -> Tensor:
     """X W for a responding matrix, or X w for a responding vector."""
-    if isinstance(x, Responding):
-        raise BilevelError(
-            f"`{x.label}` stands on the left of a product; write X @ W.T (or F.linear) so that examples come first"
-        )
-    if weight.ndim == 1:  # w is the single row of a linear map, and its scale lies on the inputs
-        row = Responding.of(
-            weight.base[None], weight.response[None], weight.scale, 1, tangent=weight.tangent, label=weight.label
-        )
-        return linear(x, row).squeeze(-1)
-    return linear(x, weight.transposed())
+    if isinstance(input, Responding):
+        raise BilevelError(f"`{input.label}` stands on the left of a product; write X @ W.T (or F.linear): examples come first")
+    if other.ndim == 1:  # w is the single row of a linear map, and its scale lies on the inputs
+        row = Responding.of(other.base[None], other.response[None], other.scale, 1, tangent=other.tangent, label=other.label)
+        return linear(input, row).squeeze(-1)
+    return linear(input, other.transposed())
 
 
 @rule(Tensor.t, torch.t, *getters("T", "mT"))
@@ -79,7 +75,7 @@ def transpose(weight: Responding) -> Responding:
 
 def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def apply(
-        x: Tensor,
+        input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
         stride: Any = 1,
@@ -87,10 +83,10 @@ def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        def f(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return convolve(x, weight, bias, stride, padding, dilation, groups)
+        def f(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return convolve(input, weight, bias, stride, padding, dilation, groups)
 
-        return weighted(f, x, weight, bias, 1)
+        return weighted(f, input, weight, bias, 1)
 
     return apply
 
@@ -100,15 +96,15 @@ for _convolve in (F.conv1d, F.conv2d, F.conv3d):
 
 
 @rule(F.embedding)
-def embedding(x: Tensor, weight: Responding, *args: Any, **kwargs: Any) -> Tensor:
-    """E₀[x] + s ∘ E₁[x], with one scale per embedding column."""
+def embedding(input: Tensor, weight: Responding, *args: Any, **kwargs: Any) -> Tensor:
+    """E₀[input] + s ∘ E₁[input], with one scale per embedding column."""
     if weight.axis != 1:
         raise BilevelError(
             f"embedding `{weight.label}` is scaled along its rows; its response needs axis 1, one scale per column"
         )
-    weight.check_examples(x)
-    out = F.embedding(x, weight.base, *args, **kwargs)
-    return weight.respond(out, F.embedding(x, weight.response, *args, **kwargs), weight.spread(out.ndim, -1))
+    weight.check_examples(input)
+    out = F.embedding(input, weight.base, *args, **kwargs)
+    return weight.respond(out, F.embedding(input, weight.response, *args, **kwargs), weight.spread(out.ndim, -1))
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, view: Callable[[Tensor], Tensor]) -> Tensor:
@@ -123,7 +119,7 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, view: Callable
 
 @rule(F.batch_norm)
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -133,13 +129,13 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalization by the statistics of the batch (or the running ones), then a scale and shift per example and channel."""
-    normalized = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
-    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
+    normalized = F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (input.ndim - 2)))
 
 
 @rule(F.instance_norm)
 def instance_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -148,40 +144,42 @@ def instance_norm(
     **named: Any,
 ) -> Tensor:
     """Normalization of every channel of every example, then a scale and shift per example and channel."""
-    normalized = F.instance_norm(x, running_mean, running_var, None, None, *options, **named)
-    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
+    normalized = F.instance_norm(input, running_mean, running_var, None, None, *options, **named)
+    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (input.ndim - 2)))
 
 
 @rule(F.group_norm)
 def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Normalization over groups of channels, then a scale and shift per example and channel."""
     return affine(
-        F.group_norm(x, num_groups, None, None, eps), weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2))
+        F.group_norm(input, num_groups, None, None, eps), weight, bias, lambda p: p.reshape(*p.shape, *[1] * (input.ndim - 2))
     )
 
 
 @rule(F.layer_norm)
 def layer_norm(
-    x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """Normalization over the last axes, then a scale and shift per example and element."""
-    between = x.ndim - 1 - len(normalized_shape)
-    normalized = F.layer_norm(x, normalized_shape, None, None, eps)
+    between = input.ndim - 1 - len(normalized_shape)
+    normalized = F.layer_norm(input, normalized_shape, None, None, eps)
     return affine(normalized, weight, bias, lambda p: p.reshape(p.shape[0], *[1] * between, *p.shape[1:]))
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def add(x: Tensor, y: Tensor) -> Tensor:
+def add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
     """X + b with a responding b of fewer axes: a bias that is written out."""
-    return _elementwise(torch.add, x, y)
+    if alpha != 1:
+        raise BilevelError("`add` with alpha has no response rule; multiply first")
+    return _elementwise(torch.add, input, other)
 
 
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def mul(x: Tensor, y: Tensor) -> Tensor:
+def mul(input: Tensor, other: Tensor) -> Tensor:
     """X ∘ g with a responding g of fewer axes: a gain that is written out."""
-    return _elementwise(torch.mul, x, y)
+    return _elementwise(torch.mul, input, other)
 
 
 def _elementwise(f: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:

@@ -13,21 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Prediction, Problem, Refused
-from bilevel.laws import recomputed
-from bilevel.params import count_examples, detached
+from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Prediction, Problem
+from bilevel.params import count_examples, detached, to_device
+from bilevel.solver import on_cpu
 from solvers.belief import Belief
-from solvers.descent import RMSPROP, SGD, Descent
+from solvers.composed import RECURRENT
+from solvers.descent import Descent
 from solvers.linearization import double_backward, forward_mode
-from solvers.responding import MissingRule
+from solvers.rehearsal import check_space, refusals, without_last
 from solvers.response import Calls, Response, Structured
-from solvers.trained import MakeOptimizer, MakeScheduler, Trained, descend
-
-MOST_RESPONSE_BYTES = 8 * 2**30
-LACKS_DERIVATIVE = ("forward AD", "is not implemented", "inplace operation")
-"""Parts of what PyTorch says where a derivative does not exist."""
+from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend
 
 
 class SelfTuning(Descent):
@@ -167,7 +163,7 @@ class SelfTuning(Descent):
     # --- set-up and state ---
 
     def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
-        self.check(problem, data)
+        self.check(problem, data, device)
         self._build(problem, data, device, generator)
 
     def _build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
@@ -179,57 +175,38 @@ class SelfTuning(Descent):
         )
         hypers = problem.space.constrain(self.belief.centre)
         calls = Calls(problem, hypers, w, self.carry, data.train.peek(), torch.Generator(generator.device).manual_seed(0))
-        self.functions = calls.functions
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        theta = self.response.init(w, problem.space.numel, calls.axes, torch.Generator().manual_seed(seed))
-        self.theta = Trained(theta, self.response_optimizer, self.inner_scheduler, self.clip_norm)
+        self.functions, self.recurrent = calls.functions, not calls.functions.isdisjoint(RECURRENT)
+        theta = self.response.init(w, problem.space.numel, calls.axes, on_cpu(generator, 1))
+        self.theta = self.trained_with(theta, self.response_optimizer)
 
-    def check(self, problem: Problem, data: Data) -> None:
-        """Refuse a space with nothing to tune, a response too large for memory, and a function without a rule."""
-        if problem.space.numel == 0:
-            raise Refused(
-                "every hyperparameter is frozen, so there is nothing to tune; unfreeze one, or train with solver=fixed"
-            )
-        params, _ = problem.init(torch.Generator().manual_seed(0))
-        needed = self.response.size(params, problem.space.numel) * next(iter(params.values())).element_size()
-        if needed > MOST_RESPONSE_BYTES:
-            largest = max(problem.space.tuned, key=lambda name: problem.space[name].numel)
-            raise Refused(
-                f"the response to {problem.space.numel:,} hyperparameters (most of them `{largest}`) would need "
-                f"{needed / 2**30:,.0f} GiB; share the hyperparameter between weights, or tune it with an implicit solver"
-            )
-        trial, device = copy.copy(self), next(iter(pytree.tree_leaves(data.train.peek())), torch.zeros(())).device
+    def check(self, problem: Problem, data: Data, device: torch.device) -> None:
+        """Refuse what has nothing to tune, what would not fit in memory, and a network with a function that cannot respond."""
+        check_space(problem, self.response, device)
+        trial = copy.copy(self)
         trial.first_bad_step = None
-        try:
+        with refusals(linearize=self.linearize):
             trial._build(problem, data, device, torch.Generator(device).manual_seed(0))
             trial.rehearse(data.train.peek(), data.valid.peek())
-        except MissingRule as error:
-            raise Refused(str(error)) from None
-        except RuntimeError as error:
-            said = str(error).splitlines()[0]
-            if self.linearize and any(sign in said for sign in LACKS_DERIVATIVE):
-                raise Refused(
-                    f"linearize=true needs derivatives that PyTorch lacks for a layer of this network ({said}); compose that "
-                    "layer from elementary operations, or set linearize=false (centered STN)"
-                ) from None
-            if hint := recomputed(error):
-                raise Refused(f"a training pass fails, {said}{hint}") from None
-            raise
+            if self.response.per_example and bool(problem.space.per_example.any()) and not trial.carry:
+                # one example fewer: a network that moves the example axis to one of equal length is then found out
+                trial.rehearse(without_last(data.train.peek()), without_last(data.valid.peek()))
 
     def rehearse(self, train: Batch, valid: Batch) -> None:
         """Every pass of a round once, so that what cannot run fails at set-up; nothing is updated."""
+        hypers = self.problem.space.constrain(self.belief.centre, self.generator)
+        loss, _ = self.problem.inner_loss(hypers, self.unperturbed_weights(), self.carry, train, self.generator)
+        torch.autograd.grad(loss, self.weights.leaves, allow_unused=True)
         loss, _ = self.perturbed_loss(self.weights.tensors, self.carry, train)
-        torch.autograd.grad(loss, self.theta.leaves, allow_unused=True)
-        offset = self.belief.offset(count_examples(valid), self.generator)
-        hypers = self.problem.space.constrain(self.belief.centre + offset)
-        self.problem.outer_loss(hypers, self.respond(offset), self.carry, valid)
+        trained = self.theta.leaves if self.regularized_w0 else self.theta.leaves + self.weights.leaves
+        torch.autograd.grad(loss, trained, allow_unused=True)
+        torch.autograd.grad(self.outer_loss(valid), [self.belief.u], allow_unused=True)
 
     def trained(self) -> dict[str, Trained]:
-        return {"weights": self.weights, "theta": self.theta}
+        return super().trained() | {"theta": self.theta}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"response_carry": self.response_carry}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.response_carry = {name: t.to(self.device) for name, t in state["response_carry"].items()}
+        self.response_carry = to_device(state["response_carry"], self.device)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from bilevel import BilevelError, Params
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+SGD: MakeOptimizer = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+RMSPROP: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.03)
 
 
 class Trained:
@@ -30,7 +35,15 @@ class Trained:
             self.optimizer = optimizer(self.leaves)
             self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         except (TypeError, ValueError) as error:
-            raise BilevelError(f"the optimizer or its scheduler refuses its settings: {error}; change them") from error
+            raise BilevelError(
+                f"the optimizer or its schedule cannot be made: {error}; give functions of the parameters and of the optimizer "
+                "(in YAML: `_target_` with `_partial_: true`) and settings that they accept"
+            ) from error
+        if isinstance(self.optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+            name = type(self.optimizer).__name__
+            raise BilevelError(
+                f"{name} needs a closure or sparse gradients, which solvers do not give it; choose another optimizer"
+            )
         self.clip_norm = clip_norm
 
     def detached(self) -> Params:
@@ -39,11 +52,16 @@ class Trained:
 
     def epoch_ended(self, valid_loss: float | None) -> None:
         """Step the schedule."""
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            if valid_loss is not None:
-                self.scheduler.step(valid_loss)
-        elif self.scheduler is not None:
-            self.scheduler.step()
+        try:
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                if valid_loss is not None:
+                    self.scheduler.step(valid_loss)
+            elif self.scheduler is not None:
+                self.scheduler.step()
+        except (ValueError, ArithmeticError) as error:
+            raise BilevelError(
+                f"the learning-rate schedule, stepped once an epoch, fails: {error}; change its settings"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, optimizer and schedule."""

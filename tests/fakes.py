@@ -15,7 +15,7 @@ class FakeProblem(Problem):
     """Least squares; validation comes from a DataLoader, which draws from the global random state whenever it is iterated."""
 
     def __init__(self, test=True):
-        self.space = Space(decay=Positive(init=0.01), drop=Interval(low=0.0, high=0.9, init=0.3))
+        self.space = Space(decay=Positive(init=0.01), drop=Interval(low=0.0, high=0.9, init=0.3, differentiable=False))
         self.with_test = test
 
     def init(self, generator):
@@ -97,8 +97,11 @@ class FakeSolver(Solver):
 
     def state_dict(self):
         state = {"u": self.u, "params": self.solution().params, "carry": self.carry, "rate": self.rate}
+        state["rng"] = self.generator.get_state()
         return {**state, "inner_count": self.inner_count, "outer_count": self.outer_count}
 
     def load_state_dict(self, state):
-        for name, value in copy.deepcopy(state).items():
+        state = copy.deepcopy(state)
+        self.generator.set_state(state.pop("rng"))
+        for name, value in state.items():
             setattr(self, name, value)

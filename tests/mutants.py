@@ -130,7 +130,8 @@ MUTANTS = [
     Mutant(
         "w₀ moves with the perturbed loss, though regularized",
         "solvers/self_tuning.py",
-        "        descend(response_loss, self.theta)",
+        "self.perturbed_loss(self.weights.detached(), self.response_carry, batch)\n        descend(response_loss, self.theta)",
+        "self.perturbed_loss(self.weights.tensors, self.response_carry, batch)\n"
         "        descend(response_loss, self.theta, self.weights)",
         "test_self_tuning.py",
     ),
@@ -152,7 +153,7 @@ MUTANTS = [
     ),
     Mutant(
         "y₀ forgotten: the objective at ẏ alone",
-        "solvers/self_tuning.py",
+        "solvers/linearization.py",
         "return value if dot is None else value + dot",
         "return value if dot is None else dot",
         "test_linearization.py test_theory_nonlinear.py",
@@ -173,7 +174,7 @@ MUTANTS = [
     ),
     Mutant(
         "integers rounded down, not stochastically",
-        "bilevel/space.py",
+        "bilevel/domains.py",
         "torch.floor(value + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype))",
         "torch.floor(value)",
         "test_space.py test_belief.py",

@@ -44,6 +44,49 @@ def test_an_ablation_is_an_override_and_unlisted_settings_can_be_set():
     assert read_metrics(only_run() / "metrics.jsonl")[0]["hypers.hyper"] == pytest.approx([2.5] * 3)
 
 
+@pytest.mark.parametrize("hidden", ["[64]", "[16,16,16]"])
+def test_the_width_and_depth_of_a_network_are_settings(hidden):
+    last = "dropout1" if hidden == "[64]" else "dropout3"
+    settings = (*QUIET, "problem=digits", "solver=fixed", "runner.epochs=0.1")
+    assert main([*settings, f"problem.hidden={hidden}", f"problem.space.{last}.init=0.3"]) == 0
+    record = read_metrics(only_run() / "metrics.jsonl")[0]
+    assert record[f"hypers.{last}"] == pytest.approx(0.3)
+    assert ("hypers.dropout2" in record) == (last == "dropout3")
+
+
+def test_an_experiment_suits_every_solver():
+    quick = (*QUIET, "problem=quadratic", "runner.epochs=1")
+    assert main(["-m", "+experiment=mnist_mlp", *quick, "solver=fixed,delta_stn,centered_stn,stn"]) == 0
+    configs = [OmegaConf.load(d / "config.yaml") for d in sorted(only_run("sweeps").iterdir()) if d.is_dir()]
+    assert [config.solver.inner_optimizer.lr for config in configs] == [0.01] * 4
+    assert [config.solver.outer_optimizer.lr for config in configs[1:]] == [0.01] * 3
+    assert [config.solver.scale_optimizer.lr for config in configs[1:]] == [0.01] * 3
+
+
+def test_a_problem_that_may_waste_the_run_is_told_in_a_line():
+    Path("idlebox.py").write_text(
+        "from problems import Quadratic\n"
+        "from bilevel import Real, Space\n"
+        "def Idle():\n"
+        "    problem = Quadratic.random(weights=2, hypers=1)\n"
+        "    problem.space = Space(**problem.space, idle=Real(init=0.0))\n"
+        "    return problem\n"
+    )
+    arguments = (
+        *QUIET,
+        "solver=fixed",
+        "runner.epochs=1",
+        "~problem",
+        "+problem={_target_: idlebox.Idle}",
+        "names.problem=idle",
+    )
+    done = subprocess.run([sys.executable, "-m", "bilevel", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "bilevel: warning: the hyperparameter `idle` changes neither objective; use it, or leave it out of the space"
+    ]
+
+
 def test_the_seed_decides_the_run():
     for seed in (0, 0, 1):
         assert main([*QUICK, f"seed={seed}"]) == 0
@@ -72,7 +115,7 @@ def test_a_resumed_run_equals_an_undisturbed_one():
     # one warm-up epoch of one step, then rounds of five: both budgets end with a round
     assert main([*QUICK, "runner.epochs=11", "hydra.run.dir=whole"]) == 0
     assert main([*QUICK, "runner.epochs=6", "hydra.run.dir=parts"]) == 0
-    assert main(["resume=parts", "runner.epochs=11"]) == 0
+    assert main(["resume=parts", "runner.epochs=11", "runner.picture=false", "runner.device=cpu"]) == 0
     whole, parts = (read_metrics(Path(name) / "metrics.jsonl") for name in ("whole", "parts"))
     spent = ("seconds", "peak_memory_bytes")
     assert [{k: v for k, v in r.items() if k not in spent} for r in whole] == [
@@ -143,3 +186,13 @@ def test_the_module_is_the_command():
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert torch.load(only_run() / "checkpoint.pt", weights_only=True)["solver"] == "fixed"
+
+
+def test_resume_takes_any_path(capfd):
+    """Whatever its letters would mean to Hydra's grammar."""
+    place = Path("a, b=(c) 'jürgen' ~1")
+    Path("runs").mkdir()
+    assert main([*QUICK, "hydra.run.dir=runs/plain", "runner.epochs=1"]) == 0
+    Path("runs/plain").rename(place)
+    assert main([f"resume={place}", "runner.epochs=2"]) == 0
+    assert len((place / "metrics.jsonl").read_text().splitlines()) == 3

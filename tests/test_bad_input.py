@@ -46,6 +46,10 @@ def refused(capfd, *arguments: str) -> str:
         (["solver._target_=solvers.delta_stn", "solver.linearise=false"], "did you mean `linearize`"),
         (["problem.space.hypr.init=1"], "there is no hyperparameter `hypr` (did you mean `hyper`"),
         (["problem.space.hyper.ini=1"], "no field `ini` (did you mean `init`"),
+        (["problem.space.hyper=0.5"], "write hyper.init=0.5"),
+        (["problem.space.hyper.shape=3"], "its shape [3] comes from the problem"),
+        (["problem.space.hyper.frozen=maybe"], "frozen='maybe' is neither true nor false"),
+        (["problem.space=0.5"], "changes no hyperparameter by its name"),
         (["foo"], "`foo` is no override; write key=value"),
         (["seed==3"], "`seed==3` is no override"),
         (["seed=1,2"], "add -m to run each"),
@@ -85,6 +89,16 @@ def test_an_initial_value_on_the_edge_of_its_interval(capfd):
     assert "lies on the edge" in refused(capfd, "problem=digits", "problem.space.dropout1.init=0")
 
 
+def test_a_frozen_value_outside_its_domain(capfd):
+    override = "problem.space.dropout1={init: 7, frozen: true}"
+    assert "init=7 is outside (0, 0.95)" in refused(capfd, "problem=digits", override)
+
+
+def test_a_site_that_the_network_has_not(capfd):
+    said = refused(capfd, "problem=digits", "problem.hidden=[64]", "problem.space.dropout2.init=0.1")
+    assert "there is no hyperparameter `dropout2` (did you mean `dropout1`" in said
+
+
 def test_a_batch_larger_than_the_split(capfd):
     assert "choose a batch size between 1 and" in refused(capfd, "problem=digits", "problem.batch_size=100000", *QUICK[:3])
 
@@ -109,7 +123,7 @@ def test_the_traceback_on_request(monkeypatch):
         main([*QUICK, "solver.lineraize=true"])
 
 
-def test_a_bug_keeps_its_traceback():
+def test_an_error_that_nothing_explains_is_a_sentence_with_its_place(capfd):
     Path("bugbox.py").write_text(
         "from problems import Quadratic\n"
         "def Buggy():\n"
@@ -117,9 +131,11 @@ def test_a_bug_keeps_its_traceback():
         "    problem.outer_objective = None\n"
         "    return problem\n"
     )
-    with pytest.raises(TypeError, match="NoneType"):
-        main([*QUICK, "~problem", "+problem={_target_: bugbox.Buggy}", "names.problem=buggy"])
+    said = refused(capfd, *QUICK, "~problem", "+problem={_target_: bugbox.Buggy}", "names.problem=buggy")
     sys.modules.pop("bugbox", None)
+    assert "TypeError: 'NoneType' object is not callable" in said
+    assert "line " in said
+    assert "HYDRA_FULL_ERROR=1" in said
 
 
 @pytest.mark.parametrize(
@@ -128,8 +144,8 @@ def test_a_bug_keeps_its_traceback():
         (["seed=1"], "`seed` is 1 on the command line and was 0"),
         (["solver=stn"], "`solver` is stn on the command line and was fixed"),
         (["solver.inner_steps=7"], "`solver.inner_steps` is 7 on the command line and was 5"),
-        (["problem.space.hyper.init=0.5"], "`problem.space.hyper.init` is 0.5 on the command line and was 0.0"),
-        (["runner.evaluate_every=0.5"], "`runner.evaluate_every` is 0.5 on the command line and was absent"),
+        (["problem.space.hyper.init=0.5"], "`problem.space.hyper.init` is 0.5 on the command line and was left at its default"),
+        (["runner.evaluate_every=0.5"], "`runner.evaluate_every` is 0.5 on the command line and was left at its default"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

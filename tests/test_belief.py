@@ -1,27 +1,17 @@
 """What is believed of λ: entropy, scales, draws, and how a perturbation per example or per batch reaches the weights."""
 
-import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from self_tuning_cases import all_flags, classifier, ready, sgd
 
 from bilevel import Integer, Interval, ModuleProblem, Positive, Real, Simplex, Space
-from problems import MLP, Classification
-from problems.datasets import Images
 from solvers import Dense, Responding, SelfTuning
 from solvers.belief import Belief
 
-CPU = torch.device("cpu")
-NAMES = ("centered", "regularized_w0", "linearize")
-FLAGS = [dict(zip(NAMES, on, strict=True)) for on in itertools.product([True, False], repeat=3) if on[0] or not on[2]]
-SGD = partial(torch.optim.SGD, lr=0.1)
-
-all_flags = pytest.mark.parametrize(
-    "flags", FLAGS, ids=lambda flags: "-".join(name for name, on in flags.items() if on) or "none"
-)
+SGD = sgd(0.1)
 
 
 def belief(*domains, tune_scale=True, per_example=True):
@@ -121,28 +111,15 @@ def test_offset_without_tuned_scale_has_no_noise():
 # --- how a perturbation reaches the weights ---
 
 
-def solver_on(problem, **options):
-    own = generator(1)
-    solver = SelfTuning(**options)
-    solver.setup(problem, problem.data(CPU, own), CPU, own)
-    with torch.no_grad():
-        for t in solver.theta.leaves:
-            t.add_(0.3 * torch.randn(t.shape, generator=own, dtype=t.dtype))
-    return solver
-
-
 def mixed(rate_per_example, decay_per_example):
     """An MLP with three dropout rates and a weight decay, float64."""
-    split = torch.randn(24, 6, generator=generator()).double(), torch.arange(24) % 3
-    space = {name: {"per_example": rate_per_example} for name in ("input_dropout", "dropout1", "dropout2")}
-    space["weight_decay"] = {"init": 0.1, "per_example": decay_per_example}
-    images = Images(split, split, split, mean=0.0, std=1.0)
-    return Classification(lambda: MLP([6, 8, 7, 3]).double(), images, sites=3, batch_size=8, space=space)
+    rates = {name: {"per_example": rate_per_example} for name in ("input_dropout", "dropout1", "dropout2")}
+    return classifier(**rates, weight_decay={"init": 0.1, "per_example": decay_per_example})
 
 
 @pytest.mark.parametrize("decay_per_example", [True, False])
 def test_a_mixed_space_is_perturbed_as_each_hyperparameter_asks(decay_per_example):
-    solver = solver_on(mixed(True, decay_per_example))
+    solver = ready(mixed(True, decay_per_example), away=0.3)
     offset = solver.belief.perturbation(8, solver.generator)
     hypers = solver.problem.space.constrain(offset)
     assert hypers["dropout1"].unique().numel() == 8
@@ -155,7 +132,7 @@ def test_a_mixed_space_is_perturbed_as_each_hyperparameter_asks(decay_per_exampl
 @all_flags
 @pytest.mark.parametrize("response", [None, Dense()], ids=["structured", "dense"])
 def test_perturbed_per_batch_the_weights_are_plain(flags, response):
-    solver = solver_on(mixed(response is not None, False), response=response, **flags)
+    solver = ready(mixed(response is not None, False), SelfTuning(response=response, **flags), away=0.3)
     offset = solver.belief.perturbation(8, solver.generator)
     assert offset.shape == (4,)
     assert all(type(w) is torch.Tensor for w in solver.respond(offset).values())
@@ -165,7 +142,7 @@ def test_perturbed_per_batch_the_weights_are_plain(flags, response):
 @all_flags
 def test_one_perturbation_for_all_examples_is_the_per_batch_perturbation(flags):
     """Per-example weights that happen to agree give the loss and the gradients of plain dense ones."""
-    solver, results = solver_on(mixed(True, True), **flags), []
+    solver, results = ready(mixed(True, True), SelfTuning(**flags), away=0.3), []
     noise, batch = torch.randn(4, dtype=torch.float64), solver.data.train.next()
     for offset in (noise, noise.expand(8, 4)):
         solver.generator.manual_seed(5)
@@ -198,7 +175,7 @@ class Cutout(ModuleProblem):
 def test_an_integer_is_rounded_without_bias_in_both_training_passes(init):
     """λ₀ = 1 trains w₀ at 1, never at 0 (under floor half of the perturbed draws fall to 0); 1.5 at 1 and 2 alike."""
     problem = Cutout(init=init, scale=0.3)
-    solver = solver_on(problem)
+    solver = ready(problem, away=0.3)
     problem.seen.clear()
     for _ in range(400):
         solver.separate_step(solver.data.train.peek())

@@ -1,14 +1,27 @@
 """`check_problem` names what is wrong with a problem: one broken problem for each law, and sound ones that pass."""
 
 import re
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bilevel
-from bilevel import BilevelError, Interval, ModuleProblem, Positive, Refused, Solver, Space, check_problem, squared_norm
-from bilevel.check import check_setup
+from bilevel import (
+    BilevelError,
+    Data,
+    FullBatch,
+    Interval,
+    ModuleProblem,
+    Positive,
+    Refused,
+    Solver,
+    Space,
+    check_problem,
+    squared_norm,
+)
+from bilevel.check import ProblemWarning, check_setup
 from problems.quadratic import Quadratic
 
 X, Y = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
@@ -175,7 +188,7 @@ def test_data_that_cannot_be_made_is_a_finding():
 class Picky(Solver):
     """Refuses every problem; only `check` is ever called."""
 
-    def check(self, problem, data):
+    def check(self, problem, data, device):
         raise Refused("it is not convex")
 
     setup = step = solution = state_dict = load_state_dict = None  # type: ignore[assignment]
@@ -212,3 +225,141 @@ def test_a_sampled_hyperparameter_needs_no_gradient():
     assert check_problem(make(Sampled, decay=Positive(init=0.1), rate=rate), solvers={}).ok
     declared = Interval(low=0.0, high=1.0, init=0.3)
     assert "∂L_T/∂rate is absent" in str(check_problem(make(Sampled, decay=Positive(init=0.1), rate=declared), solvers={}))
+
+
+class Undisturbed(Solver):
+    """Takes what it is given."""
+
+    setup = step = solution = state_dict = load_state_dict = None  # type: ignore[assignment]
+
+    def check(self, problem, data, device):
+        self.seen = device
+
+
+def test_solvers_are_asked_about_the_device_that_they_are_checked_on():
+    solver = Undisturbed()
+    check_problem(make(Sound), solvers={"it": solver})
+    assert solver.seen == torch.device("cpu")
+
+
+class Double(Sound):
+    """Its linear algebra takes no mixture of types."""
+
+    def inputs(self, hypers, batch, *, train, generator):
+        return (batch[0].double() @ torch.diag(hypers["decay"].reshape(-1)[:1].expand(3)),), {}
+
+    def inner_objective(self, hypers, params, prediction, batch):
+        assert hypers["decay"].dtype == torch.float64
+        return super().inner_objective(hypers, params, prediction, batch)
+
+
+def test_hyperparameters_come_in_the_type_of_the_weights():
+    space = Space(decay=Positive(init=0.1, per_example=False), other=Positive(init=0.1, frozen=True))
+    problem = Double(torch.nn.Linear(3, 2).double(), space, train=(X, Y), valid=(X, Y))
+    report = check_problem(problem, solvers={})
+    assert report.ok, report
+
+
+class Idle(Sound):
+    """A layer that nothing calls, and which the penalty forgets."""
+
+    def inner_objective(self, hypers, params, prediction, batch):
+        used = {name: p for name, p in params.items() if not name.startswith("idle")}
+        return super().inner_objective(hypers, used, prediction, batch)
+
+
+class WithIdle(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.idle = torch.nn.Linear(5, 5)
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (Idle(WithIdle(), Space(decay=Positive(init=0.1)), train=(X, Y), valid=(X, Y)), "the weight `idle.bias` receives no"),
+        (make(ForgetsDecay), "`decay` changes neither objective"),
+        (make(CutsDecay), "∂L_T/∂decay is absent"),
+    ],
+    ids=["layer", "hyperparameter", "gradient"],
+)
+def test_a_run_that_may_be_wasted_begins_with_a_warning(problem, words):
+    device = torch.device("cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_setup(problem, problem.data(device, torch.Generator()), device)
+    assert any(re.search(words, str(warning.message)) for warning in caught)
+    assert {warning.category for warning in caught} == {ProblemWarning}
+
+
+def test_what_is_frozen_by_design_is_not_warned_of():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    network[0].requires_grad_(False)
+    space = Space(decay=Positive(init=0.1), unused=Positive(init=0.1, frozen=True))
+    problem, device = Sound(network, space, train=(X, Y), valid=(X, Y)), torch.device("cpu")
+    check_setup(problem, problem.data(device, torch.Generator()), device)  # a warning is an error in this session
+
+
+class Sideways(torch.nn.Module):
+    """Mixes the examples, unnoticed where there are as many as features."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1))
+
+
+def with_batches_of_three(network, **options):
+    return Sound(network, Space(decay=Positive(init=0.1, **options)), train=(X[:3], Y[:3]), valid=(X[3:6], Y[3:6]))
+
+
+def test_an_example_axis_in_another_place_is_found():
+    report = check_problem(with_batches_of_three(Sideways()), solvers={})
+    assert "reversing the examples of a batch does not reverse the predictions" in str(report)
+    assert not report.ok
+    assert check_problem(with_batches_of_three(Sideways(), per_example=False), solvers={}).ok  # then it may be meant
+
+
+def test_a_network_that_normalizes_by_its_batch_has_an_example_axis():
+    norm = torch.nn.BatchNorm1d(4, track_running_stats=False)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), norm, torch.nn.Linear(4, 2))
+    assert not check_problem(with_batches_of_three(network), solvers={}).findings
+
+
+class Described(Sound):
+    """Its batches carry text, and labels that are missing."""
+
+    def data(self, device, generator):
+        batch = (X, Y, {"names": ["a", "b"], "weights": torch.where(X[:, 0] > 0, X[:, 0], torch.nan)}, None)
+        return Data(FullBatch(batch), FullBatch(batch))
+
+
+class Bare(Sound):
+    """Has no batch at all."""
+
+    def data(self, device, generator):
+        return Data(FullBatch(), FullBatch())
+
+    def inputs(self, hypers, batch, *, train, generator):
+        return (X,), {}
+
+    def outer_objective(self, hypers, params, prediction, batch):
+        return F.cross_entropy(prediction, Y)
+
+
+@pytest.mark.parametrize("kind", [Described, Bare])
+def test_batches_with_text_or_without_tensors(kind):
+    report = check_problem(make(kind), solvers={})
+    assert not report.findings, report
+
+
+def test_a_check_leaves_a_run_of_the_same_problem_its_data():
+    problem = Quadratic.random(weights=3, hypers=2)
+    running = problem.data(torch.device("meta"), torch.Generator())
+    assert {t.device.type for t in running.train.peek().values()} == {"meta"}
+    assert check_problem(problem, solvers={}).ok
+    assert problem.A.device.type == "cpu"
+    assert running.train.next()["A"].device.type == "meta"
+    assert running.train.examples == 1

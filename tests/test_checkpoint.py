@@ -107,3 +107,15 @@ def test_a_run_without_a_best_has_no_best_solution(tmp_path):
     save(tmp_path, IDENTITY, STATE)
     with pytest.raises(BilevelError, match="never had a finite validation loss"):
         best_solution(tmp_path)
+
+
+def test_flipped_bytes_are_noticed(tmp_path):
+    """torch.load does not look at the checksums; damaged weights would load, and train on."""
+    save(tmp_path, Identity("p", "s", 0), {"w": torch.arange(1000.0)})
+    path = tmp_path / CHECKPOINT
+    content = bytearray(path.read_bytes())
+    middle = content.index(torch.arange(400.0, 404.0).numpy().tobytes())
+    content[middle] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(BilevelError, match="damaged"):
+        load(tmp_path)

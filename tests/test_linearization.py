@@ -6,13 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from self_tuning_cases import B, Dropped, drawn, ready
 
 import solvers.self_tuning
-from bilevel import Interval, ModuleProblem, Positive, Real, Space, squared_norm
 from solvers import SelfTuning
 from solvers.linearization import forward_mode
-
-CPU, B = torch.device("cpu"), 6
 
 
 class Net(nn.Module):
@@ -64,50 +62,6 @@ NETWORKS = {
 }
 
 
-class Dropped(ModuleProblem):
-    """Cross-entropy plus weight decay; the input is dropped out at a tuned rate, drawn per example."""
-
-    def __init__(self, module, shape, *, per_example=True):
-        space = Space(
-            rate=Interval(low=0.0, high=0.9, init=0.3, per_example=per_example),
-            decay=Positive(init=0.2, per_example=per_example),
-            idle=Real(init=0.0, per_example=per_example),
-        )
-        split = torch.randn(shape).double(), torch.arange(shape[0]) % 3
-        super().__init__(module.double(), space, split, split)
-
-    def inputs(self, hypers, batch, *, train, generator):
-        x = batch[0]
-        if not train:
-            return (x,), {}
-        rate = hypers["rate"].reshape(-1, *[1] * (x.ndim - 1))
-        return (x * (torch.rand(x.shape, generator=generator) > rate) / (1 - rate),), {}
-
-    def inner_objective(self, hypers, params, prediction, batch):
-        return F.cross_entropy(prediction.flatten(1), batch[1]) + 0.5 * (hypers["decay"] * squared_norm(params)).mean()
-
-    def outer_objective(self, hypers, params, prediction, batch):
-        return F.cross_entropy(prediction.flatten(1), batch[1])
-
-
-def ready(problem, **options):
-    """A solver set up on `problem`, and w₀ and Θ away from their start."""
-    generator = torch.Generator().manual_seed(1)
-    solver = SelfTuning(**options)
-    solver.setup(problem, problem.data(CPU, generator), CPU, generator)
-    with torch.no_grad():
-        for t in solver.theta.leaves + solver.weights.leaves:
-            t.add_(0.4 * torch.randn(t.shape, generator=generator, dtype=t.dtype))
-    return solver, solver.data.train.peek()
-
-
-def drawn(solver, batch):
-    """The solver's own loss for Θ, with draws that can be repeated."""
-    solver.generator.manual_seed(7)
-    base = solver.weights.detached() if solver.regularized_w0 else solver.weights.tensors
-    return solver.perturbed_loss(base, solver.carry, batch)[0]
-
-
 def changes(solver, noise):
     """ΔW_b = diag(Uε_b) W₁ in full: [B, *shape]."""
     out, start = {}, 0
@@ -141,7 +95,8 @@ def oracle(solver, batch):
 def test_linearized_gradients_equal_double_backward(network, regularized_w0):
     """Θ's gradient, and in the joint update w₀'s through y₀ and ẏ; masks shared by the value and its tangent."""
     make, shape = NETWORKS[network]
-    solver, batch = ready(Dropped(make(), shape), regularized_w0=regularized_w0)
+    solver = ready(Dropped(make(), shape), SelfTuning(regularized_w0=regularized_w0), away=0.4)
+    batch = solver.data.train.peek()
     leaves = solver.theta.leaves + ([] if regularized_w0 else solver.weights.leaves)
     ours, theirs = drawn(solver, batch), oracle(solver, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -157,7 +112,8 @@ def test_forward_mode_would_give_the_joint_update_a_wrong_gradient(network, monk
     forward = partial(forward_mode, functions=set())
     monkeypatch.setattr(solvers.self_tuning, "double_backward", forward)
     make, shape = NETWORKS[network]
-    solver, batch = ready(Dropped(make(), shape), regularized_w0=False)
+    solver = ready(Dropped(make(), shape), SelfTuning(regularized_w0=False), away=0.4)
+    batch = solver.data.train.peek()
     ours, theirs = (torch.autograd.grad(f(solver, batch), solver.weights.leaves[0])[0] for f in (drawn, oracle))
     assert (ours - theirs).norm() > 0.01 * theirs.norm()
 
@@ -168,5 +124,6 @@ def test_the_linearization_differs_from_the_network_itself():
     values = []
     for linearize in (True, False):
         torch.manual_seed(0)
-        values.append(drawn(*ready(Dropped(make(), shape), linearize=linearize)).item())
+        solver = ready(Dropped(make(), shape), SelfTuning(linearize=linearize), away=0.4)
+        values.append(drawn(solver, solver.data.train.peek()).item())
     assert abs(values[0] - values[1]) > 0.01

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from bilevel import BilevelError, ModuleProblem, Positive, Space, squared_norm
+from bilevel import BilevelError, ModuleProblem, Positive, Space, module_problem, squared_norm
+from bilevel.starting import StartingFrom
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 3
@@ -145,6 +146,32 @@ def test_tied_weights_are_one_weight():
     torch.testing.assert_close(run(p, params, carry)[0], F.linear(4 * X, params["out.weight"], params["out.bias"]))
 
 
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.there, self.back, self.out = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(4)
+        self.back.weight = self.there.weight
+
+    def forward(self, x):
+        return self.out(self.norm(self.back(self.there(x))))
+
+
+def test_a_state_dict_with_tied_weights_and_statistics_is_started_from():
+    module = Tied()
+    module(X)  # statistics that are not the initial ones
+    state = module.state_dict()
+    assert "back.weight" in state
+    params, carry = StartingFrom(problem(Tied), state).init(generator())
+    assert torch.equal(params["there.weight"], module.there.weight)
+    assert torch.equal(carry["norm.running_mean"], module.norm.running_mean)
+    assert carry["norm.num_batches_tracked"] == 1
+    only = {name: t for name, t in state.items() if name != "there.weight"}
+    assert torch.equal(StartingFrom(problem(Tied), only).init(generator())[0]["there.weight"], module.there.weight)
+    with pytest.raises(BilevelError, match=r"`back.weight` and `there.weight` are one tied weight"):
+        StartingFrom(problem(Tied), {**state, "back.weight": torch.zeros(4, 4)})
+
+
 def test_lstm_runs_with_the_weights_it_is_given():
     class Last(nn.LSTM):
         def forward(self, x):
@@ -198,3 +225,42 @@ def test_data_streams():
 def test_refused(module):
     with pytest.raises(BilevelError, match=r"no module|no trainable parameter"):
         problem(module)
+
+
+def test_what_is_frozen_in_evaluation_mode_stays_in_it():
+    module = normed()
+    module[1].eval()
+    p = problem(module)
+    params, carry = p.init(generator())
+    first, after = run(p, params, carry)
+    run(p, params, carry, train=False)
+    again, _ = run(p, params, carry)
+    assert torch.equal(first, again)
+    assert torch.equal(after["1.running_mean"], carry["1.running_mean"])
+    assert not torch.equal(first, run(p, params, carry, seed=1)[0])  # dropout is in training mode
+
+
+def test_a_module_in_evaluation_mode_is_trained_as_any_other():
+    assert run(problem(normed().eval()), *problem(normed()).init(generator()))[1]["1.num_batches_tracked"] == 1
+
+
+def test_a_module_that_keeps_its_norm_frozen_itself_does_so_from_the_first_batch():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    p = problem(lambda: Frozen(*normed()))
+    params, carry = p.init(generator())
+    assert run(p, params, carry)[1]["1.num_batches_tracked"] == 0
+    run(p, params, carry, train=False)
+    assert run(p, params, carry)[1]["1.num_batches_tracked"] == 0
+
+
+def test_the_generator_of_the_device_in_use_is_seeded_and_no_other(monkeypatch):
+    first, second = torch.Generator(), torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (first, second))
+    module_problem._seed_global(torch.device("cuda", 1), 5)
+    assert second.initial_seed() == 5
+    assert first.initial_seed() != 5

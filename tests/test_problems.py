@@ -295,3 +295,9 @@ def test_problems_are_imported_without_heavy_libraries():
     code = f"import sys, problems, problems.quadratic; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
+def test_a_split_without_images_is_one_sentence(tmp_path, fraction):
+    with pytest.raises(BilevelError, match=f"valid_fraction={fraction} leaves a split without images"):
+        datasets.mnist(str(tmp_path), download=False, valid_fraction=fraction)

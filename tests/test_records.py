@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_json_lines_go_on_at_the_checkpoint(tmp_path):
     again.close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0, 2]
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(BilevelError, match="its checkpoint needs"):
+    with pytest.raises(BilevelError, match="cut or replaced"):
         JsonLines().start(info, state)
 
 
@@ -154,3 +155,18 @@ def test_a_schedule_plans_in_steps():
     assert Schedule(steps_per_epoch=10).limit(7) is None
     assert Schedule(steps_per_epoch=10, evaluate_every=0.1 + 0.2).evaluations(3) == 1  # 0.1 + 0.2 > 0.3
     assert plan.spent(5, 1.0, 1) == {"epochs": 0.2}
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_and_nothing_is_cut(tmp_path):
+    """Same problem, solver and seed, other settings: its lines are not these, so the file stays as it was."""
+    for name, scale in (("one", 1.0), ("other", 2.0)):
+        Runner(epochs=3, progress="none", picture=False).run(
+            FakeProblem(), FakeSolver(rate=0.01 * scale), directory=tmp_path / name
+        )
+    shutil.copy(tmp_path / "other" / "checkpoint.pt", tmp_path / "one" / "checkpoint.pt")
+    lines = (tmp_path / "one" / "metrics.jsonl").read_bytes()
+    with pytest.raises(BilevelError, match="cut or replaced"):
+        Runner(epochs=5, progress="none", picture=False).run(
+            FakeProblem(), FakeSolver(rate=0.01), directory=tmp_path / "one", resume=True
+        )
+    assert (tmp_path / "one" / "metrics.jsonl").read_bytes() == lines

@@ -359,3 +359,20 @@ def test_a_file_of_weights_that_is_none_is_refused(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"not weights")
     with pytest.raises(BilevelError, match="holds no state dict"):
         run(tmp_path / "a", initial_params=str(tmp_path / "w.pt"))
+
+
+def test_a_run_goes_on_on_the_kind_of_device_that_it_began_on(tmp_path):
+    run(tmp_path)
+    content = torch.load(tmp_path / "checkpoint.pt")
+    assert content["state"]["device"] == "cpu"
+    content["state"]["device"] = "cuda"
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(BilevelError, match=r"began on cuda .* on cpu; resume it with runner\.device=cuda"):
+        run(tmp_path, resume=True)
+
+
+def test_the_draws_of_a_solver_are_its_own_to_save(tmp_path):
+    run(tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt")["state"]
+    assert "generator" not in state
+    assert "rng" in state["solver"]

@@ -1,50 +1,17 @@
 """Self-tuning steps: which gradient flows where, and what moves when."""
 
-import itertools
-from functools import partial
-
 import pytest
 import torch
+from self_tuning_cases import RECIPES, all_flags, all_solvers, classifier, ready, sgd
+from torch.utils._pytree import tree_leaves
 
 import solvers
 from bilevel import BilevelError
-from problems import MLP, Classification, Quadratic
-from problems.datasets import Images
+from problems import Quadratic
 from solvers import Dense, SelfTuning
 
-CPU = torch.device("cpu")
-NAMES = ("centered", "regularized_w0", "linearize")
-FLAGS = [dict(zip(NAMES, on, strict=True)) for on in itertools.product([True, False], repeat=3) if on[0] or not on[2]]
-RECIPES = {
-    "delta_stn": {"centered": True, "regularized_w0": True, "linearize": True},
-    "centered_stn": {"centered": True, "regularized_w0": True, "linearize": False},
-    "stn": {"centered": False, "regularized_w0": False, "linearize": False},
-}
-
-all_flags = pytest.mark.parametrize(
-    "flags", FLAGS, ids=lambda flags: "-".join(name for name, on in flags.items() if on) or "none"
-)
-
-
-def classifier(sizes=(6, 8, 7, 3), batch_size=8, **space):
-    """An MLP with a dropout rate per layer and weight decay, on random data in float64."""
-    generator = torch.Generator().manual_seed(0)
-    splits = [(torch.randn(24, sizes[0], generator=generator).double(), torch.arange(24) % sizes[-1]) for _ in range(3)]
-    images = Images(*splits, mean=0.0, std=1.0)
-    strong = {"weight_decay": {"init": 0.1}} | space
-    return Classification(lambda: MLP(sizes).double(), images, sites=len(sizes) - 1, batch_size=batch_size, space=strong)
-
-
-def ready(problem, *, away=True, **options):
-    """A solver set up on `problem`; `away`: from Θ = 0 and u = u₀, where some gradients vanish."""
-    generator = torch.Generator().manual_seed(1)
-    solver = SelfTuning(**options)
-    solver.setup(problem, problem.data(CPU, generator), CPU, generator)
-    if away:
-        with torch.no_grad():
-            for t in solver.theta.leaves:
-                t.add_(0.3 * torch.randn(t.shape, generator=generator, dtype=t.dtype))
-    return solver
+AWAY = 0.3
+"""From Θ = 0 and u = u₀, where some gradients vanish."""
 
 
 def parts(solver):
@@ -98,7 +65,7 @@ def watched(monkeypatch):
 @all_flags
 def test_which_gradient_flows_where(flags, response, watched):
     """L_T(λ₀, w₀) → w₀;  L_T(λ₀+ε, stop(w₀) + Θε) → Θ;  or both jointly;  L_V − τH → u and s (PAPER 1.4)."""
-    solver = ready(classifier(), response=response, inner_steps=1, **flags)
+    solver = ready(classifier(), SelfTuning(response=response, inner_steps=1, **flags), away=AWAY)
     rows = watched(solver)
     solver.step()
     inner = [{"w0"}, {"theta"}] if flags["regularized_w0"] else [{"w0", "theta"}]
@@ -106,7 +73,7 @@ def test_which_gradient_flows_where(flags, response, watched):
 
 
 def test_scales_stay_without_tune_scale(watched):
-    solver = ready(classifier(), inner_steps=1, tune_scale=False)
+    solver = ready(classifier(), SelfTuning(inner_steps=1, tune_scale=False), away=AWAY)
     rows, sigma = watched(solver), solver.belief.sigma.clone()
     solver.step()
     assert rows[-1] == ({"u"}, {"u"})
@@ -129,8 +96,8 @@ def test_linearize_without_centered_is_refused_with_its_reason(regularized_w0):
 def test_gradient_through_the_hyperparameter_itself():
     """With Θ = 0 and no perturbation, dL_V/du = ∂L_V/∂λ = P(λ − λ̄)."""
     problem = Quadratic.random(weights=4, hypers=3, direct=2.0, dtype=torch.float64)
-    solver = ready(problem, away=False, tune_scale=False, outer_optimizer=partial(torch.optim.SGD, lr=0.1))
-    solver.outer_step(())
+    solver = ready(problem, SelfTuning(tune_scale=False, outer_optimizer=sgd(0.1)))
+    solver.outer_step(solver.data.valid.next())
     torch.testing.assert_close(solver.belief.u.detach(), -0.1 * problem.P @ -problem.lambda_bar)
 
 
@@ -142,8 +109,8 @@ def test_without_response_or_entropy_no_rate_moves_by_one_bit(flags):
     """Θ frozen at zero and τ = 0: L_V does not depend on λ, so neither u nor s may move; with Θ free both do."""
 
     def after_two_rounds(lr):
-        optimizer = partial(torch.optim.SGD, lr=lr)
-        solver = ready(classifier(), away=False, entropy_weight=0.0, response_optimizer=optimizer, **flags)
+        optimizer = sgd(lr)
+        solver = ready(classifier(), SelfTuning(entropy_weight=0.0, response_optimizer=optimizer, **flags))
         before = copies(solver)
         for _ in range(2):
             solver.step()
@@ -155,7 +122,7 @@ def test_without_response_or_entropy_no_rate_moves_by_one_bit(flags):
 
 @all_flags
 def test_warmup_trains_the_weights_and_leaves_the_belief(flags):
-    solver = ready(classifier(), **flags)
+    solver = ready(classifier(), SelfTuning(**flags), away=AWAY)
     before = copies(solver)
     solver.step(warmup=True)
     assert moved(before, copies(solver)) == {"w0", "theta"}
@@ -163,7 +130,7 @@ def test_warmup_trains_the_weights_and_leaves_the_belief(flags):
 
 
 def test_centre_is_held_through_an_outer_phase_and_moves_at_its_end(monkeypatch):
-    solver = ready(classifier(), outer_steps=3)
+    solver = ready(classifier(), SelfTuning(outer_steps=3), away=AWAY)
     seen, outer_step = [], solver.outer_step
 
     def spy(batch):
@@ -182,16 +149,16 @@ def test_centre_is_held_through_an_outer_phase_and_moves_at_its_end(monkeypatch)
 def test_second_outer_step_looks_at_the_moved_hyperparameters():
     """ŵ = w₀ + Θ(u − u₀): on L_V = ½|w − w̄|²_M the second gradient is taken at the u that the first step left."""
     problem = Quadratic.random(weights=4, hypers=2, dtype=torch.float64)
-    solver = ready(problem, response=Dense(), tune_scale=False, outer_steps=2, outer_optimizer=partial(torch.optim.SGD, lr=0.1))
+    solver = ready(problem, SelfTuning(response=Dense(), tune_scale=False, outer_steps=2, outer_optimizer=sgd(0.1)), away=AWAY)
     theta, w0, u = solver.theta.detached()["w"], solver.weights.detached()["w"], torch.zeros(2, dtype=torch.float64)
     for _ in range(2):
-        solver.outer_step(())
+        solver.outer_step(solver.data.valid.next())
         u = u - 0.1 * theta.T @ problem.M @ (w0 + theta @ u - problem.w_bar)
     torch.testing.assert_close(solver.belief.u.detach(), u)
 
 
 def test_response_step_sees_the_weights_that_just_moved(monkeypatch):
-    solver = ready(classifier())
+    solver = ready(classifier(), away=AWAY)
     before, seen, perturbed_loss = copies(solver)["w0"], [], solver.perturbed_loss
 
     def spy(base, carry, batch):
@@ -208,7 +175,7 @@ def test_response_step_sees_the_weights_that_just_moved(monkeypatch):
 @all_flags
 def test_clipping_bounds_the_gradient_of_w0_and_of_theta_each(flags):
     """With steps of length lr = 1 along a gradient of norm above `clip_norm`, each group moves by `clip_norm`."""
-    solver = ready(classifier(), clip_norm=1e-3, inner_optimizer=partial(torch.optim.SGD, lr=1.0), **flags)
+    solver = ready(classifier(), SelfTuning(clip_norm=1e-3, inner_optimizer=sgd(1.0), **flags), away=AWAY)
     before = copies(solver)
     solver.inner_step(solver.data.train.next())
     after = copies(solver)
@@ -220,9 +187,35 @@ def test_clipping_bounds_the_gradient_of_w0_and_of_theta_each(flags):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_solution_goes_with_the_centre(recipe):
     """Centered: (λ(u₀), w₀); uncentered: (λ(u₀), φ + Θu₀)."""
-    solver = ready(Quadratic.random(weights=4, hypers=2, dtype=torch.float64), response=Dense(), **RECIPES[recipe])
+    problem = Quadratic.random(weights=4, hypers=2, dtype=torch.float64)
+    solver = ready(problem, SelfTuning(response=Dense(), **RECIPES[recipe]), away=AWAY)
     solver.belief.centre.copy_(torch.tensor([0.5, -1.0]))
     hypers, params, _ = solver.solution()
     assert hypers["hyper"].tolist() == [0.5, -1.0]
     w0, theta = solver.weights.detached()["w"], solver.theta.detached()["w"]
     torch.testing.assert_close(params["w"], w0 if RECIPES[recipe]["centered"] else w0 + theta @ solver.belief.centre)
+
+
+# --- what a round reports ---
+
+
+@all_solvers
+def test_a_round_reports_the_means_over_its_inner_steps(make):
+    """The metrics of three inner steps are the means of those of three rounds of one, draw by draw."""
+    whole, single = (ready(classifier(), make(inner_steps=3), away=AWAY) for _ in range(2))
+    metrics = whole.step(warmup=True)
+    each = [single.step(warmup=True, limit=1) for _ in range(3)]
+    assert "inner_loss" in metrics
+    assert len({m["inner_loss"].item() for m in each}) == 3
+    torch.testing.assert_close(metrics, {name: sum(m[name] for m in each) / 3 for name in each[0]})
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+@all_flags
+def test_a_round_reports_its_outer_phase_besides(flags):
+    """The means stand, and the outer loss and entropy are those of the outer step that follows."""
+    whole, single = (ready(classifier(), SelfTuning(inner_steps=2, **flags), away=AWAY) for _ in range(2))
+    metrics, means = whole.step(), single.step(warmup=True)
+    torch.testing.assert_close(metrics, means | single.outer_step(single.data.valid.next()))
+    assert metrics.keys() - means.keys() == {"outer_loss", "entropy"}
+    assert all(value.ndim == 0 for value in tree_leaves(metrics))

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from self_tuning_cases import ready
 
-import solvers.self_tuning
+import solvers.rehearsal
 from bilevel import ModuleProblem, Positive, Real, Refused, Space, squared_norm
 from solvers import Dense, SelfTuning, Structured, delta_stn, stn
 
-CPU, B = torch.device("cpu"), 6
+B = 6
 
 
 class Decayed(ModuleProblem):
@@ -36,13 +37,6 @@ class Apply(nn.Module):
 
     def forward(self, x):
         return self.f(self.linear(x), self)
-
-
-def ready(problem, solver=None):
-    generator = torch.Generator().manual_seed(1)
-    solver = delta_stn() if solver is None else solver
-    solver.setup(problem, problem.data(CPU, generator), CPU, generator)
-    return solver
 
 
 def refusal(problem, solver=None):
@@ -103,7 +97,7 @@ def test_nothing_to_tune_is_refused():
 
 
 def test_a_response_that_would_not_fit_is_refused_with_the_hyperparameter_to_blame(monkeypatch):
-    monkeypatch.setattr(solvers.self_tuning, "MOST_RESPONSE_BYTES", 10_000)
+    monkeypatch.setattr(solvers.rehearsal, "MOST_RESPONSE_BYTES", 10_000)
     space = {"decay": Positive(init=0.1), "per_weight": Real(init=0.0, shape=(1000,), per_example=False)}
     message = refusal(Decayed(nn.Linear(4, 3), **space))
     assert "1,001 hyperparameters" in message

@@ -88,6 +88,14 @@ def test_paper_values_of_dropout_at_its_initial_value():
         (lambda: Simplex(init=[0.5, 0.6], shape=(2,)), "sum to one"),
         (lambda: Simplex(init=[1.0, 0.0], shape=(2,)), "positive weights"),
         (lambda: Simplex(init=0.5, shape=(2,), per_example=True), "per batch"),
+        (lambda: Interval(low=0, high=1, init=7, frozen=True), "outside"),
+        (lambda: Positive(init=-1.0, frozen=True), "below 0"),
+        (lambda: Integer(low=0, high=3, init=1.4, frozen=True), "no whole number"),
+        (lambda: Simplex(init=[0.5, 0.6], shape=(2,), frozen=True), "sum to one"),
+        (lambda: Simplex(init=[1.5, -0.5], shape=(2,), frozen=True), "positive weights"),
+        (lambda: Interval(low="a", high=1, init=0.5), "low='a' is no finite number"),
+        (lambda: Real(init=0.0, shape=3), "shape=3 is no shape"),
+        (lambda: Real(init=0.0, frozen="maybe"), "neither true nor false"),
     ],
 )
 def test_refused(make, words):
@@ -112,6 +120,31 @@ for make in (lambda: bilevel.Space(rate=0.5), lambda: Mine(3, bilevel.Space(), N
 
 def test_frozen_value_may_lie_on_the_edge():
     assert Interval(low=0, high=1, init=0.0, frozen=True).initial() == 0
+    assert Positive(init=0.0, frozen=True).initial() == 0
+    assert Integer(low=0, high=3, init=3, frozen=True).initial() == 3
+    assert Simplex(init=[1.0, 0.0], shape=(2,), frozen=True).initial().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rounded_integer_stays_in_its_domain(dtype, rng):
+    domain = Integer(low=0, high=5, init=4.99)
+    u = torch.full((1_000_000,), 20.0, dtype=dtype)  # the value is 5 itself, and a draw may be so near 1 that the sum is 6
+    drawn = torch.cat([domain.constrain(u, rng) for _ in range(20 if dtype == torch.float32 else 1)])
+    assert drawn.max() == 5
+    assert domain.constrain(-u, rng).min() == 0
+
+
+def test_frozen_values_are_copied_to_a_device_once(monkeypatch):
+    space = Space(rate=Interval(low=0, high=1, init=0.5), fixed=Positive(init=3.0, frozen=True))
+    with torch.inference_mode():
+        first = space.constrain(space.init())["fixed"]
+    monkeypatch.setattr(Positive, "initial", lambda self: pytest.fail("a copy, which waits for the device"))
+    assert space.constrain(space.init())["fixed"] is first
+    w = torch.ones((), requires_grad=True)
+    (w * first).backward()  # what inference made serves training
+    assert w.grad == 3
+    with pytest.raises(pytest.fail.Exception):
+        space.constrain(space.init().double())
 
 
 def test_integer_rounding_is_unbiased_and_does_not_collapse_at_a_whole_number(rng):
@@ -206,6 +239,9 @@ def test_override(space):
         ({"rat": {"init": 0.1}}, "no hyperparameter `rat`.*did you mean `rate`"),
         ({"rate": {"inti": 0.1}}, "no field `inti`.*did you mean `init`"),
         ({"rate": {"init": 2.0}}, "`rate`.*outside"),
+        ({"rate": 0.5}, r"write rate\.init=0\.5"),
+        ({"gates": {"shape": [3]}}, r"its shape \[2\] comes from the problem"),
+        (3, "space=3 changes no hyperparameter by its name"),
     ],
 )
 def test_override_near_misses(space, changes, words):

@@ -1,10 +1,9 @@
 """What a step may cost, counted exactly by `FlopCounterMode` in units of one multiplication by all the weights."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn as nn
+from self_tuning_cases import all_flags, ready
 from torch.utils.flop_counter import FlopCounterMode
 
 from problems import MLP, Classification
@@ -12,9 +11,7 @@ from problems.datasets import Images
 from solvers import Fixed, SelfTuning, centered_stn, delta_stn, stn
 from solvers.descent import descend
 
-CPU, B = torch.device("cpu"), 8
-NAMES = ("centered", "regularized_w0", "linearize")
-FLAGS = [dict(zip(NAMES, on, strict=True)) for on in itertools.product([True, False], repeat=3) if on[0] or not on[2]]
+B = 8
 
 
 class Convolutions(nn.Module):
@@ -54,10 +51,9 @@ def network(request):
     return problem, unit, count(lambda: first(split[0])) / unit
 
 
-def ready(problem, solver):
-    """A solver set up, past its first step, Θ away from zero, and a batch of each kind."""
-    generator = torch.Generator().manual_seed(1)
-    solver.setup(problem, problem.data(CPU, generator), CPU, generator)
+def stepped(problem, solver):
+    """A solver past its first step, Θ away from zero, and a batch to train on."""
+    solver = ready(problem, solver)
     solver.step()
     return solver, solver.data.train.next()
 
@@ -75,21 +71,21 @@ def rows_cost(solver, unit, products=2):
 
 def test_plain_training_costs_three(network):
     problem, unit, first = network
-    solver, _ = ready(problem, Fixed(inner_steps=1))
+    solver, _ = stepped(problem, Fixed(inner_steps=1))
     within(count(solver.step) / unit, 3 - first, 3)
 
 
 def test_stn_costs_six(network):
     """Forward W₀x and W₁x; backward both to the inputs and both to the weights."""
     problem, unit, first = network
-    solver, batch = ready(problem, stn())
+    solver, batch = stepped(problem, stn())
     within(count(lambda: solver.inner_step(batch)) / unit, 6 - 2 * first, 6, rows_cost(solver, unit))
 
 
 def test_delta_stn_costs_eight_at_most_three_for_w0_and_five_for_the_response(network):
     """Forward W₀x, W₀ẋ and W₁x; backward W₀ᵀδ and ∂W₁: no W₁ẋ, nothing through the primal."""
     problem, unit, first = network
-    solver, batch = ready(problem, delta_stn())
+    solver, batch = stepped(problem, delta_stn())
     whole = count(lambda: solver.inner_step(batch)) / unit
 
     def response():
@@ -106,14 +102,14 @@ def test_delta_stn_costs_eight_at_most_three_for_w0_and_five_for_the_response(ne
 def test_centered_stn_costs_three_and_five(network):
     """Θ's own step: forward W₀x and W₁x, backward both to the inputs, and ∂W₁."""
     problem, unit, first = network
-    solver, batch = ready(problem, centered_stn())
+    solver, batch = stepped(problem, centered_stn())
     within(count(lambda: solver.inner_step(batch)) / unit, 8 - 3 * first, 8, rows_cost(solver, unit))
 
 
 def test_an_outer_step_costs_four_and_forms_no_gradient_of_a_weight(network):
     """Forward W₀x and W₁x; backward both to the inputs of every layer but the first."""
     problem, unit, first = network
-    solver, _ = ready(problem, delta_stn())
+    solver, _ = stepped(problem, delta_stn())
     batch = solver.data.valid.next()
     within(count(lambda: solver.outer_step(batch)) / unit, 4 - 2 * first, 4, rows_cost(solver, unit))
 
@@ -132,11 +128,11 @@ def leaves_of(loss):
     return found
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(name for name, on in flags.items() if on) or "none")
+@all_flags
 def test_an_outer_loss_reaches_u_and_s_alone(flags, monkeypatch):
     make, shape = NETWORKS["mlp"]
     split = torch.randn(B, *shape), torch.arange(B) % 10
-    solver, _ = ready(Classification(make, Images(split, split, split, 0.0, 1.0), sites=4, batch_size=B), SelfTuning(**flags))
+    solver, _ = stepped(Classification(make, Images(split, split, split, 0.0, 1.0), sites=4, batch_size=B), SelfTuning(**flags))
     seen = []
     monkeypatch.setattr("solvers.descent.descend", lambda loss, *groups: seen.extend(leaves_of(loss)))
     solver.outer_step(solver.data.valid.next())

@@ -1,49 +1,16 @@
 """The papers' theory on networks: what linearization computes (T7), the gate of T8, Δ-STN against centered STN."""
 
-import itertools
 import math
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from self_tuning_cases import classifier, expected_loss, ready, set_to, sgd
 from torch.func import hessian, jacrev
 
 from bilevel import Problem, Real, Space, squared_norm, streams
-from problems import MLP, Classification, Ridge
-from problems.datasets import Images
+from problems import Ridge
 from solvers import Dense, SelfTuning, centered_stn, delta_stn, stn
-
-CPU = torch.device("cpu")
-
-
-def sgd(lr):
-    return partial(torch.optim.SGD, lr=lr)
-
-
-def ready(problem, solver, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    solver.setup(problem, problem.data(CPU, generator), CPU, generator)
-    return solver
-
-
-def expected_loss(solver, base, order):
-    """E_ε of the solver's own perturbed loss, by Gauss–Hermite quadrature."""
-    h, total = solver.belief.u.numel(), 0.0
-    points, weights = np.polynomial.hermite_e.hermegauss(order)
-    for z, weight in zip(
-        itertools.product(points, repeat=h), itertools.product(weights / math.sqrt(2 * math.pi), repeat=h), strict=True
-    ):
-        solver.belief.perturbation = lambda *_, z=z: solver.belief.sigma.detach() * torch.tensor(z)
-        total = total + math.prod(weight) * solver.perturbed_loss(base, solver.carry, solver.data.train.peek())[0]
-    return total
-
-
-def set_to(tensors, value):
-    with torch.no_grad():
-        tensors.copy_(value.reshape(tensors.shape))
-
 
 # --- T7: what linearization computes ---
 
@@ -198,14 +165,6 @@ def test_t8_a_structured_response_learns_the_slope_of_the_gate():
 
 
 # --- Δ-STN and centered STN ---
-
-
-def classifier(sizes):
-    generator = torch.Generator().manual_seed(0)
-    split = torch.randn(24, sizes[0], generator=generator).double(), torch.arange(24) % 3
-    images = Images(split, split, split, mean=0.0, std=1.0)
-    space = {"weight_decay": {"init": 0.1}}
-    return Classification(lambda: MLP(sizes).double(), images, sites=len(sizes) - 1, batch_size=8, space=space)
 
 
 @pytest.mark.parametrize(("sizes", "equal"), [([6, 3], True), ([6, 5, 3], False)])

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 
+from bilevel.check import ProblemWarning
 from bilevel.cli import bad_input, own_code, targets
 from bilevel.cli.resume import CONFIG, continued, stored_config
 from bilevel.errors import BilevelError
@@ -34,11 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def told(error: Exception) -> bool:
         nonlocal failures
-        said = None if traceback_wanted else bad_input.sentence(error)
-        if said is not None:
-            failures += 1
-            print(f"bilevel: {said}", file=sys.stderr, flush=True)
-        return said is not None
+        failures += 1
+        if not traceback_wanted:
+            print(f"bilevel: {bad_input.sentence(error) or bad_input.unexpected(error)}", file=sys.stderr, flush=True)
+        return not traceback_wanted
 
     def job(composed: DictConfig) -> float:
         try:
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         own_code.check_not_hidden()
         own_code.add_working_directory()
-        _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = _show(warnings.showwarning)
+            _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
     except Exception as error:
         if not told(error):
             raise
@@ -80,6 +83,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("-") or "=" not in argument:
             flags.append(argument)
             continue
+        if argument.startswith("resume=") and argument not in ("resume=", "resume=null"):
+            argument = "resume=" + _quoted(argument.removeprefix("resume="))  # a path, whatever its letters mean to Hydra
         override = bad_input.parse(argument)
         key = override.key_or_group
         if override.is_sweep_override() and not sweeping:
@@ -91,6 +96,10 @@ def prepared(arguments: Sequence[str]) -> list[str]:
         opened = override.type is OverrideType.CHANGE and key.partition(".")[0] in OPEN_GROUPS and "." in key
         overrides.append(f"++{argument}" if opened else argument)
     return flags + overrides
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", r"\'") + "'" if text[:1] not in ("'", '"') else text
 
 
 class ConfigFile(Logger):
@@ -172,9 +181,21 @@ def _process(argv: list[str], **environment: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _show(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Print a warning about the problem in a line; hand others on."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, ProblemWarning):
+            print(f"bilevel: warning: {message}", file=sys.stderr, flush=True)
+        else:
+            otherwise(message, category, *place, **more)
+
+    return show
+
+
 def _ablation(overrides: Sequence[str]) -> str:
     """What tells the runs of a sweep apart beside names and seed: `-linearize-false`, of letters that `resume=` can read."""
-    own = [text.lstrip("+~") for text in overrides if text.lstrip("+~").startswith(("problem.", "solver."))]
+    own = [text.lstrip("+~") for text in overrides if text.lstrip("+~").startswith(("problem.", "solver.", "lr."))]
     label = "".join("-" + text.split(".", 1)[1] for text in own)
     return re.sub(r"[^\w.-]+", "-", label)[:80]
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import traceback
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -44,6 +45,14 @@ def sentence(error: BaseException) -> str | None:
         lines = [_first_line(e) for e in (error, cause) if isinstance(e, (HydraException, OmegaConfBaseException))]
         return ": ".join(line.rstrip(".:") for line in lines if line)
     return None
+
+
+def unexpected(error: BaseException) -> str:
+    """An error that nothing here explains, and where it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    said = _first_line(error).rstrip(".")
+    return f"{type(error).__name__}{': ' if said else ''}{said}{where}; HYDRA_FULL_ERROR=1 shows the whole traceback"
 
 
 def parse(text: str) -> Override:

@@ -83,4 +83,4 @@ def continued(stored: DictConfig, composed: Mapping[str, Any], overridden: Seque
 
 
 def _said(value: Any) -> str:
-    return "absent" if value is ABSENT else str(value)
+    return "left at its default" if value is ABSENT else str(value)

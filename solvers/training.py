@@ -1,0 +1,102 @@
+"""Training w round by round: what every solver with an inner problem of its own does."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+
+from bilevel import Batch, BilevelError, Carry, Data, Metrics, Params, Problem, Solver
+from bilevel.params import to_device
+from solvers.trained import MakeOptimizer, MakeScheduler, Trained
+
+
+class Training(Solver):
+    """Rounds of `inner_steps` updates of w on training batches.
+
+    A subclass says what one update is; `Descent` adds an outer phase to the round.
+
+    Attributes:
+        weights: w and its optimizer.
+        carry: batch-norm statistics, recurrent state.
+    """
+
+    problem: Problem
+    data: Data
+    device: torch.device
+    generator: torch.Generator
+    weights: Trained
+    carry: Carry
+
+    def __init__(
+        self,
+        *,
+        inner_steps: int,
+        inner_optimizer: MakeOptimizer,
+        inner_scheduler: MakeScheduler | None,
+        clip_norm: float | None,
+    ) -> None:
+        at_least(inner_steps=inner_steps, least=1)
+        if clip_norm is not None and clip_norm <= 0:
+            raise BilevelError(
+                f"clip_norm={clip_norm} would stop all training; choose a positive norm, or null for no clipping"
+            )
+        self.inner_steps = inner_steps
+        self.inner_optimizer, self.inner_scheduler, self.clip_norm = inner_optimizer, inner_scheduler, clip_norm
+
+    @abstractmethod
+    def inner_step(self, batch: Batch) -> Metrics:
+        """Train w, and whatever else the inner phase trains, on one batch."""
+
+    def outer_phase(self) -> Metrics:
+        """What follows the inner steps of a round after warm-up; nothing, unless a subclass tunes λ."""
+        return {}
+
+    def trained(self) -> dict[str, Trained]:
+        """What the inner phase trains, by name: scheduled and saved."""
+        return {"weights": self.weights}
+
+    def trained_with(self, tensors: Params, optimizer: MakeOptimizer) -> Trained:
+        """`tensors` under `optimizer`, with the schedule and the clipping of the inner phase."""
+        return Trained(tensors, optimizer, self.inner_scheduler, self.clip_norm)
+
+    def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+        self.problem, self.data, self.device, self.generator = problem, data, device, generator
+        params, self.carry = self.initial(problem, device, generator)
+        self.weights = self.trained_with(params, self.inner_optimizer)
+
+    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
+        totals: Metrics = {}
+        steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
+        for _ in range(steps):
+            self.inner_count += 1
+            for name, value in self.inner_step(self.data.train.next()).items():
+                totals[name] = totals[name] + value if name in totals else value
+        metrics = {name: total / steps for name, total in totals.items()}
+        return metrics if warmup else metrics | self.outer_phase()
+
+    def epoch_ended(self, valid_loss: float | None) -> None:
+        for group in self.trained().values():
+            group.epoch_ended(valid_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "trained": {name: group.state_dict() for name, group in self.trained().items()},
+            "carry": self.carry,
+            "generator": self.generator.get_state(),
+            "inner_count": self.inner_count,
+            "outer_count": self.outer_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, group in self.trained().items():
+            group.load_state_dict(state["trained"][name])
+        self.carry = to_device(state["carry"], self.device)
+        self.generator.set_state(state["generator"].cpu())
+        self.inner_count, self.outer_count = state["inner_count"], state["outer_count"]
+
+
+def at_least(*, least: float, **values: float) -> None:
+    """Raise where a value is too small."""
+    for name, value in values.items():
+        if value < least:
+            raise BilevelError(f"{name}={value} is below {least}; choose {name} ≥ {least}")
