@@ -2,11 +2,17 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from bilevel.errors import BilevelError
+from bilevel.params import Params
+
+MANY_WEIGHTS = 1_000_000
+"""From here on several threads of the CPU help more than they hinder."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -83,3 +89,15 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def cpu_threads(threads: int | None, params: Params) -> Iterator[None]:
+    """Within it, PyTorch computes on so many threads of the CPU; by default on one where the weights are few."""
+    before = torch.get_num_threads()
+    few = sum(p.numel() for p in params.values()) < MANY_WEIGHTS
+    torch.set_num_threads(threads or (1 if few else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bilevel import checkpoint
 from bilevel.check import check_setup
 from bilevel.checkpoint import CHECKPOINT, Identity
-from bilevel.device import choose_device
+from bilevel.device import choose_device, cpu_threads
 from bilevel.display import DISPLAYS, display
 from bilevel.errors import BilevelError, near
 from bilevel.interrupts import Interrupts
@@ -44,6 +44,8 @@ class Runner:
         patience: evaluations after warm-up without a new lowest validation loss that end the run; None never ends it so.
         checkpoint_every: evaluations between checkpoints; the end of a run, Ctrl-C included, always leaves one.
         device: `auto` (CUDA, else CPU) or a name of PyTorch's.
+        threads: of the CPU; by default one for fewer than a million weights, where threads wait for each other longer than they
+            work, and PyTorch's own number otherwise.
         progress: `live` display, `plain` lines, `none`, or `auto`: live in a terminal.
         initial_params: a file of `torch.save(model.state_dict(), …)` to start from, names and shapes as the problem has them.
         picture: whether the run ends by drawing `curves.png`.
@@ -60,6 +62,7 @@ class Runner:
     patience: int | None = None
     checkpoint_every: int = 1
     device: str = "auto"
+    threads: int | None = None
     progress: str = "auto"
     initial_params: str | None = None
     picture: bool = True
@@ -67,7 +70,7 @@ class Runner:
     def __post_init__(self) -> None:
         if self.epochs is None and self.seconds is None and self.examples is None:
             raise BilevelError("the runner has no budget; give epochs, seconds or examples")
-        for name in ("epochs", "seconds", "examples", "evaluate_every", "patience", "checkpoint_every"):
+        for name in ("epochs", "seconds", "examples", "evaluate_every", "patience", "checkpoint_every", "threads"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise BilevelError(f"runner.{name}={value!r} must be above zero")
@@ -160,6 +163,7 @@ class Runner:
         )
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
+            stack.enter_context(cpu_threads(self.threads, solver.solution().params))
             for logger in loop.loggers:
                 logger.start(info, state.get("loggers", {}).get(type(logger).__name__, {}))
                 stack.callback(logger.close)

@@ -376,3 +376,14 @@ def test_the_draws_of_a_solver_are_its_own_to_save(tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt")["state"]
     assert "generator" not in state
     assert "rng" in state["solver"]
+
+
+def test_few_weights_run_on_one_thread_unless_told_otherwise(tmp_path, monkeypatch):
+    """Afterwards PyTorch's own number is back."""
+    asked = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    for threads in (None, 3):
+        runner = Runner(epochs=1, progress="none", picture=False, threads=threads)
+        runner.run(FakeProblem(), FakeSolver(), directory=tmp_path / str(threads))
+    assert asked == [1, 7, 3, 7]

@@ -1,0 +1,82 @@
+"""Time, memory and multiplications of a step."""
+
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.workloads import prepared
+from bilevel.device import Meter
+
+Step = Callable[[], object]
+
+MEMORY_STEPS = 3
+FEWEST_ROUNDS = 5
+
+
+def alternating(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step in every round; a round takes each step once, and rounds go on for about `seconds`."""
+    for step in steps.values():  # momentum, and what the libraries choose at a first call
+        step()
+        step()
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < FEWEST_ROUNDS or time.perf_counter() < end:
+        rounds += 1
+        for name, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def median_ratio(taken: list[float], other: list[float]) -> float:
+    """The median over rounds of taken / other: what slows the machine for a while slows both of a round."""
+    return statistics.median(a / b for a, b in zip(taken, other, strict=True))
+
+
+def multiplications(step: Step) -> int:
+    """Floating-point operations in matrix products and convolutions: the same every time, on every machine."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def peak_memory(network: str, variant: str, device: torch.device) -> int:
+    """Bytes by which set-up and three training steps raise the peak.
+
+    On CUDA the peak of the tensors, on the CPU that of a process of its own, of which a tiny network is trained first, by each
+    kind of step: what the libraries load and reserve at first use belongs to no variant.
+    """
+    if device.type == "cuda":
+        return _growth(network, variant, device)
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_growth, (network, variant, device))
+
+
+def _growth(network: str, variant: str, device: torch.device) -> int:
+    for kind in ("plain", "delta_stn", "double_backward"):
+        _train("tiny", kind, device)
+    before, after = Meter(device), Meter(device)
+    before.start()
+    before.stop()
+    after.start()
+    _train(network, variant, device)
+    after.stop()
+    return (after.peak_memory or 0) - (before.peak_memory or 0)
+
+
+def _train(network: str, variant: str, device: torch.device) -> None:
+    solver = prepared(network, variant, device)
+    for _ in range(MEMORY_STEPS):
+        solver.step(warmup=True, limit=1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,138 @@
+"""What one step costs: `python -m benchmarks.step [--json] [--device auto] [--profile] [--seconds 25] [--threads N]`."""
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measure import Step, alternating, median_ratio, multiplications, peak_memory
+from benchmarks.workloads import BATCH, VARIANTS, Timed, prepared
+from bilevel.device import choose_device
+from solvers import SelfTuning
+
+TITLES = {"mlp": "MLP 784-1200-1200-1200-10", "convolutions": "conv 5×5 1-16, pool, conv 5×5 16-32, pool, linear 1568-1568-10"}
+MOST = {"mlp": 1.4, "convolutions": 1.5}
+"""Δ-STN's time over STN's, as the project wants it."""
+
+
+def main() -> None:
+    """Measure both networks and print a table, or JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description="Time, memory and multiplications of one step."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument("--seconds", type=float, default=25.0, help="how long each network's rounds go on")
+    parser.add_argument("--profile", action="store_true", help="print the profile of a Δ-STN and of an STN step instead")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default what PyTorch takes")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = choose_device(options.device)
+    if options.profile:
+        for network in TITLES:
+            for variant in ("stn", "delta_stn"):
+                print(f"{TITLES[network]}, {variant}\n{profiled(network, variant, device)}")
+        return
+    # Memory first: a process that is started inherits the peak of the one that starts it.
+    memory = {network: {variant: peak_memory(network, variant, device) for variant in VARIANTS} for network in TITLES}
+    networks = {network: measured(network, memory[network], options.seconds, device) for network in TITLES}
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    report = {"machine": machine, "torch": torch.__version__, "batch": BATCH, "networks": networks}
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print(f"batch {BATCH}, {machine}, torch {torch.__version__}")
+        for network, result in networks.items():
+            print(f"\n{TITLES[network]}: {result['rounds']} rounds\n{table(result)}")
+
+
+def measured(network: str, memory: dict[str, int], seconds: float, device: torch.device) -> dict[str, Any]:
+    """Every step's median milliseconds, multiplication units and peak memory, and the ratios that have a target."""
+    ready = {variant: prepared(network, variant, device) for variant in VARIANTS}
+    steps = {variant: training_step(solver) for variant, solver in ready.items()}
+    tuned = ready["delta_stn"]
+    assert isinstance(tuned, SelfTuning)
+    steps["outer step"] = outer_step(tuned)
+    taken = alternating(steps, seconds, device)
+    unit = multiplications(forward(ready["plain"]))
+    rows = {
+        name: {
+            "milliseconds": 1e3 * statistics.median(taken[name]),
+            "fastest_milliseconds": 1e3 * min(taken[name]),
+            "of_stn": median_ratio(taken[name], taken["stn"]),
+            "units": multiplications(step) / unit,
+            "peak_bytes": memory.get(name),
+        }
+        for name, step in steps.items()
+    }
+    targets = [
+        ("Δ-STN / STN, time", rows["delta_stn"]["of_stn"], MOST[network]),
+        ("Δ-STN / double backward, time", median_ratio(taken["delta_stn"], taken["double_backward"]), 0.6),
+        ("Δ-STN / STN, peak memory", memory["delta_stn"] / memory["stn"], 1.3),
+    ]
+    return {
+        "rounds": len(taken["stn"]),
+        "steps": rows,
+        "targets": [{"name": name, "measured": value, "at_most": most} for name, value, most in targets],
+    }
+
+
+def training_step(solver: Timed) -> Step:
+    """One inner step on the next training batch, as a run takes it."""
+    return lambda: solver.step(warmup=True, limit=1)
+
+
+def outer_step(solver: SelfTuning) -> Step:
+    """One step of u and σ on the next validation batch, and u₀ ← u."""
+
+    def step() -> None:
+        solver.outer_step(solver.data.valid.next())
+        solver.belief.recentre()
+
+    return step
+
+
+def forward(solver: Timed) -> Step:
+    """One unit: a multiplication by all the weights, plain ones, for a batch."""
+    problem, (hypers, params, carry) = solver.problem, solver.solution()
+    batch = solver.data.train.peek()
+    return lambda: problem.predict(hypers, params, carry, batch, train=False, generator=None)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of one network as text."""
+    stn = result["steps"]["stn"]["peak_bytes"]
+    lines = [f"{'':16} {'units':>6} {'ms':>8} {'fastest':>8} {'× STN':>6} {'peak MiB':>9} {'× STN':>6}"]
+    for name, row in result["steps"].items():
+        line = f"{name:16} {row['units']:6.2f} {row['milliseconds']:8.2f} {row['fastest_milliseconds']:8.2f}"
+        line += f" {row['of_stn']:6.2f}"
+        if row["peak_bytes"] is not None:
+            line += f" {row['peak_bytes'] / 2**20:9.1f} {row['peak_bytes'] / stn:6.2f}"
+        lines.append(line)
+    for target in result["targets"]:
+        verdict = "reached" if target["measured"] <= target["at_most"] else "missed"
+        lines.append(f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']}: {verdict}")
+    return "\n".join(lines)
+
+
+def profiled(network: str, variant: str, device: torch.device, steps: int = 10) -> str:
+    """PyTorch's table of the operations that take most of `steps` training steps."""
+    step = training_step(prepared(network, variant, device))
+    for _ in range(3):
+        step()
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities, record_shapes=True) as record:
+        for _ in range(steps):
+            step()
+    order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    averages = record.key_averages(group_by_input_shape=True)
+    return averages.table(sort_by=order, row_limit=25, max_name_column_width=40, max_shapes_column_width=60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The two networks, and the solvers that are timed on them, on random images of MNIST's shape."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import solvers
+from benchmarks.twin import DoubleBackward
+from problems.classification import Classification
+from problems.datasets import Images
+from problems.networks import MLP, Drop, keep
+
+Timed: TypeAlias = solvers.Fixed | solvers.SelfTuning
+
+BATCH = 128
+
+
+class SimpleCNN(nn.Module):
+    """Two 5×5 convolutions with pooling and two linear layers, for [B, 1, 28, 28].
+
+    Dropout sites: the input, both convolutions (whole channels), the hidden layer.
+
+    Source: Bae & Grosse, NeurIPS 2020, the FashionMNIST experiment of the official code.
+    """
+
+    def __init__(self, first: int = 16, second: int = 32, hidden: int = 1568) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(1, first, 5, padding=2), nn.Conv2d(first, second, 5, padding=2)])
+        self.hidden, self.out = nn.Linear(second * 7 * 7, hidden), nn.Linear(hidden, 10)
+
+    def forward(self, x: Tensor, drop: Drop = keep) -> Tensor:
+        """Logits [B, 10]."""
+        x = drop(0, x)
+        for site, convolution in enumerate(self.convolutions, start=1):
+            x = F.max_pool2d(F.relu(convolution(x)), 2)
+            x = x * drop(site, torch.ones(*x.shape[:2], 1, 1, dtype=x.dtype, device=x.device))
+        return self.out(drop(3, F.relu(self.hidden(x.flatten(1)))))
+
+
+def _on_random_images(network: Callable[[], nn.Module]) -> Classification:
+    """Four dropout rates tuned per example from 0.05, as in the papers; no weight decay."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split() -> tuple[Tensor, Tensor]:
+        pixels = torch.randint(256, (8 * BATCH, 1, 28, 28), generator=generator, dtype=torch.uint8)
+        return pixels, torch.randint(10, (8 * BATCH,), generator=generator)
+
+    images = Images(split(), split(), split(), mean=127.5, std=73.9)
+    return Classification(network, images, sites=4, weight_decay=False, batch_size=BATCH)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": partial(MLP, [784, 1200, 1200, 1200, 10]),
+    "convolutions": SimpleCNN,
+    "tiny": partial(SimpleCNN, first=1, second=2, hidden=4),
+}
+
+VARIANTS: dict[str, Callable[[], Timed]] = {
+    "plain": solvers.Fixed,
+    "stn": solvers.stn,
+    "centered_stn": solvers.centered_stn,
+    "delta_stn": solvers.delta_stn,
+    "double_backward": DoubleBackward,
+}
+
+
+def prepared(network: str, variant: str, device: torch.device) -> Timed:
+    """The solver `variant`, set up to tune the dropout rates of `network`."""
+    problem, solver = _on_random_images(NETWORKS[network]), VARIANTS[variant]()
+    data = problem.data(device, torch.Generator().manual_seed(1))
+    solver.setup(problem, data, device, torch.Generator(device).manual_seed(2))
+    return solver
