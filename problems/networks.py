@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes))
 
     def forward(self, x: Float[Tensor, "batch *shape"], drop: Drop = keep) -> Float[Tensor, "batch classes"]:
-        x = x.flatten(1)
+        x = rearrange(x, "batch ... -> batch (...)")
         for site, layer in enumerate(self.layers):
             x = layer(drop(site, F.relu(x) if site else x))
         return x
