@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         "u₀ moves in the middle of an outer phase",
         "solvers/descent.py",
-        "                self.outer_count += 1\n            self.belief.recentre()",
-        "                self.outer_count += 1\n                self.belief.recentre()",
+        "        self.belief.recentre()\n        return metrics",
+        "            self.belief.recentre()\n        return metrics",
         "test_self_tuning.py",
     ),
     Mutant(
@@ -181,9 +181,9 @@ MUTANTS = [
     ),
     Mutant(
         "the warm-up moves λ",
-        "solvers/descent.py",
-        "if not warmup:",
-        "if True:",
+        "solvers/training.py",
+        "return metrics if warmup else metrics | self.outer_phase()",
+        "return metrics | self.outer_phase()",
         "test_self_tuning.py",
     ),
     Mutant(

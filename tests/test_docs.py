@@ -29,3 +29,7 @@ def test_the_list_of_mutants_is_complete():
     page = (ROOT / "docs" / "mutants.md").read_text()
     listed = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| ")]
     assert [["| " + mutant.name, f"`{mutant.file}`"] for mutant in MUTANTS] == listed[1:]
+
+
+def test_no_mutant_is_out_of_date():
+    assert [mutant.name for mutant in MUTANTS if (ROOT / mutant.file).read_text().count(mutant.old) != 1] == []
