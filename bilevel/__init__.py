@@ -6,7 +6,9 @@ from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
 from bilevel.errors import BilevelError, Refused
 from bilevel.evaluation import evaluate
 from bilevel.loader_stream import LoaderStream
+from bilevel.loop import SolverWarning
 from bilevel.module_problem import ModuleProblem
+from bilevel.needs import Need
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction, along_examples, squared_norm
 from bilevel.problem import Problem
 from bilevel.runner import Runner
@@ -27,6 +29,7 @@ __all__ = [
     "LoaderStream",
     "Metrics",
     "ModuleProblem",
+    "Need",
     "Params",
     "Positive",
     "Prediction",
@@ -38,6 +41,7 @@ __all__ = [
     "Simplex",
     "Solution",
     "Solver",
+    "SolverWarning",
     "Space",
     "Stream",
     "TensorStream",

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, near
+
+OPTIMIZER_SETTINGS = ("lr", "momentum", "beta1", "beta2", "alpha", "eps", "weight_decay")
+"""What may be tuned of the inner optimizer, under PyTorch's names; Adam's `betas` are two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,8 @@ class Domain(ABC):
         differentiable: whether ∂L_T/∂λ exists; False where the problem samples with it or rounds it.
         per_example: whether a perturbed value may differ from example to example within a batch.
         frozen: a constant; it is no coordinate of u.
+        optimizer: the setting of the inner optimizer that it is (`lr`, `momentum`, …), None for one that the problem reads;
+            such a one is a number for all examples.
     """
 
     init: Any
@@ -32,11 +37,21 @@ class Domain(ABC):
     differentiable: bool = True
     per_example: bool = True
     frozen: bool = False
+    optimizer: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, Sequence) or not all(type(n) is int and n >= 0 for n in self.shape):
             raise BilevelError(f"shape={self.shape!r} is no shape; give a tuple of whole numbers, () for a single value")
         object.__setattr__(self, "shape", tuple(self.shape))
+        if self.optimizer is not None:
+            if self.optimizer not in OPTIMIZER_SETTINGS:
+                raise BilevelError(
+                    f"optimizer={self.optimizer!r}{near(str(self.optimizer), OPTIMIZER_SETTINGS)} is no setting of an inner "
+                    f"optimizer; there are {', '.join(OPTIMIZER_SETTINGS)}"
+                )
+            if self.shape:
+                raise BilevelError(f"a setting of the inner optimizer is one number, not of shape {self.shape}")
+            object.__setattr__(self, "per_example", False)  # there is one optimizer for all of them
         for name in ("differentiable", "per_example", "frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise BilevelError(f"{name}={getattr(self, name)!r} is neither true nor false; give one of the two")
@@ -194,3 +209,15 @@ def _check_bounds(**bounds: Any) -> None:
 def softplus_inverse(y: Tensor) -> Tensor:
     """log(e^y − 1) for y > 0, in a form that neither overflows for large y nor loses small ones."""
     return y + torch.log(-torch.expm1(-y))
+
+
+def optimizer_setting(setting: str, **fields: Any) -> Domain:
+    """The domain of a setting of the inner optimizer: positive where it has no upper bound, else in (0, 1).
+
+    Example:
+        >>> optimizer_setting("lr", init=0.1).optimizer, type(optimizer_setting("momentum", init=0.9)).__name__
+        ('lr', 'Interval')
+    """
+    if setting in ("lr", "eps", "weight_decay"):
+        return Positive(optimizer=setting, **fields)
+    return Interval(**{"low": 0.0, "high": 1.0} | fields, optimizer=setting)

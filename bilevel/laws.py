@@ -123,6 +123,8 @@ def hyperparameters(trial: Trial) -> Iterator[Finding]:
     with torch.no_grad():
         inner, outer = trial.inner_loss(), trial.outer_loss()
     for name in trial.problem.space.tuned:
+        if trial.problem.space[name].optimizer is not None:
+            continue  # it acts on the way to w*
         moved = list(trial.moved(name))
         with torch.no_grad():
             acts_inside = any(not torch.equal(inner, trial.inner_loss(hypers=hypers)) for hypers in moved)

@@ -1,7 +1,8 @@
 """The loop, written once: rounds of a solver, evaluations between them, and the state to go on from."""
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from bilevel.problem import Problem
 from bilevel.records import Logger, Progress, Record, make_record
 from bilevel.schedule import Schedule
 from bilevel.solver import Solution, Solver
+
+
+class SolverWarning(UserWarning):
+    """A solver has reason to doubt what it does; the run goes on."""
 
 
 class Loop:
@@ -57,6 +62,7 @@ class Loop:
         self.evaluations = 0
         self.stalled = 0
         self.epochs_ended = 0
+        self.doubted: list[str] = []
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -132,6 +138,7 @@ class Loop:
             valid = evaluate(self.problem, solution, self.data.valid)
             # what a solver minimizes while training is not comparable, so every solver is measured in this one way
             train = evaluate(self.problem, solution, self.data.train, limit=min(self.data.train.size, self.data.valid.size))
+        metrics = self._step_metrics()
         self.last = make_record(
             step=self.step,
             epoch=self.step / self.schedule.steps_per_epoch,
@@ -141,7 +148,8 @@ class Loop:
             valid=valid,
             hypers=solution.hypers,
             scales=self.solver.scales(),
-            metrics=self._step_metrics(),
+            metrics=metrics,
+            exact={name: float(value) for name, value in self.problem.exact(solution.hypers).items()},
             peak_memory_bytes=self.meter.peak_memory,
         )
         self.evaluations += 1
@@ -150,6 +158,7 @@ class Loop:
             logger.log(self.last)
         if self.diverged:
             return
+        self._warn(self.solver.doubts(metrics))
         self.good = self.last
         if self.best is None or valid["loss"] < self.best["record"]["valid_loss"]:
             self.best, self.stalled = {"record": self.last, "solution": _on_cpu(solution)._asdict()}, 0
@@ -171,6 +180,12 @@ class Loop:
         self.diverged = (
             f"diverged: {bad[0]}; {before}; lower a learning rate, clip gradients, or start from other hyperparameters"
         )
+
+    def _warn(self, doubts: Mapping[str, str]) -> None:
+        for kind, sentence in doubts.items():
+            if kind not in self.doubted:
+                self.doubted.append(kind)
+                warnings.warn(sentence, SolverWarning, stacklevel=2)
 
     def _step_metrics(self) -> dict[str, float]:
         """Means of the solver's own metrics since the last evaluation; waits for the device once."""
@@ -228,7 +243,7 @@ class Loop:
             setattr(self, name, state[name])
 
 
-_PLAIN = ("initial", "best", "good", "last", "evaluations", "stalled", "epochs_ended")
+_PLAIN = ("initial", "best", "good", "last", "evaluations", "stalled", "epochs_ended", "doubted")
 
 
 def _on_cpu(solution: Solution) -> Solution:

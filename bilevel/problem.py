@@ -61,6 +61,10 @@ class Problem(ABC):
         """
         return {"loss": self.outer_objective(hypers, params, prediction, batch)}
 
+    def exact(self, hypers: Hypers) -> Metrics:
+        """What a closed form knows of λ itself, [] each: `regret` = L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)), say; {} for most."""
+        return {}
+
     def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
         """The carry with which a pass over another split begins at `batch`: statistics kept, recurrent state anew."""
         return carry

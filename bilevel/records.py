@@ -95,8 +95,10 @@ def make_record(
     scales: Hypers,
     metrics: Mapping[str, float],
     peak_memory_bytes: int | None,
+    exact: Mapping[str, float] | None = None,
 ) -> Record:
-    """One flat line: `train_loss`, `valid_loss`, …, `hypers.<name>`, `scales.<name>`, and the solver's own step metrics.
+    """One flat line: `train_loss`, `valid_loss`, …, `hypers.<name>`, `scales.<name>`, the solver's own step metrics, and
+    `exact.<name>` where the problem knows the truth.
 
     Example:
         >>> import torch
@@ -114,6 +116,7 @@ def make_record(
         **{f"valid_{name}": value for name, value in valid.items()},
         **{f"hypers.{name}": brief(leaf) for name, leaf in hypers.items()},
         **{f"scales.{name}": brief(leaf) for name, leaf in scales.items()},
+        **{f"exact.{name}": value for name, value in (exact or {}).items()},
         **metrics,
         "peak_memory_bytes": peak_memory_bytes,
     }

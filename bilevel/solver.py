@@ -1,12 +1,14 @@
 """What a solver is: set up on a problem, advanced round by round, asked for its solution."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel.data import Data
+from bilevel.needs import Need, check_space
 from bilevel.params import Carry, Hypers, Metrics, Params, to_device
 from bilevel.problem import Problem
 
@@ -26,6 +28,10 @@ class Solver(ABC):
     the device; a loss that is not finite is noted by `watch` and read by the runner at the next evaluation.
     """
 
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it relies on in a problem; see `check`."""
+    tunes_optimizer: ClassVar[bool] = False
+    """Whether it can tune settings of the inner optimizer (`Domain.optimizer`)."""
     inner_count: int = 0
     """Inner steps taken so far."""
     outer_count: int = 0
@@ -71,11 +77,20 @@ class Solver(ABC):
     def check(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Raise `Refused` where this solver cannot tune `problem`; called by `setup` and by `check_problem`.
 
-        The base class refuses nothing.
+        The base class holds the space against `needs` and `tunes_optimizer`; one that tunes nothing refuses nothing.
         """
+        if self.tunes:
+            check_space(type(self).__name__, problem.space, self.needs, tunes_optimizer=self.tunes_optimizer)
 
     def scales(self) -> Hypers:
         """σ of the perturbation of each hyperparameter, in unconstrained coordinates; {} for solvers that draw none."""
+        return {}
+
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Reasons to doubt what it does, a sentence for each kind, from the means of its metrics since the last evaluation.
+
+        The runner warns of each kind once in a run.
+        """
         return {}
 
     def epoch_ended(self, valid_loss: float | None) -> None:

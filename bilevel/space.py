@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.domains import Domain
+from bilevel.domains import Domain, optimizer_setting
 from bilevel.errors import BilevelError, near
 from bilevel.params import Hypers
 
@@ -113,10 +113,14 @@ class Space(Mapping[str, Domain]):
     def override(self, changes: Mapping[str, Mapping[str, Any]]) -> "Space":
         """The same space with some fields of some hyperparameters changed, as configuration does it.
 
+        A new name is a setting of the inner optimizer that shall be tuned too, and says which: `optimizer`, and `init`.
+
         Example:
             >>> from bilevel import Positive
             >>> Space(decay=Positive(init=1e-3)).override({"decay": {"init": 0.1}})["decay"].init
             0.1
+            >>> list(Space(decay=Positive(init=1e-3)).override({"rate": {"optimizer": "lr", "init": 0.01}}))
+            ['decay', 'rate']
 
         Raises:
             BilevelError: an unknown hyperparameter or field (with the near misses), or a value out of its domain.
@@ -125,6 +129,9 @@ class Space(Mapping[str, Domain]):
         if not isinstance(changes, Mapping):
             raise BilevelError(f"space={changes!r} changes no hyperparameter by its name; write space.NAME.init=… for one")
         for name, change in changes.items():
+            if name not in domains and isinstance(change, Mapping) and change.get("optimizer") is not None:
+                domains[name] = _added(name, change)
+                continue
             if name not in domains:
                 raise BilevelError(f"there is no hyperparameter `{name}`{near(name, domains)}; there are {', '.join(domains)}")
             known = [field.name for field in fields(domains[name]) if field.name != "shape"]  # that is the problem's own
@@ -158,3 +165,15 @@ class Space(Mapping[str, Domain]):
     def _per_coordinate(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         sizes = torch.tensor([self[name].numel for name in self.tuned], dtype=torch.long)
         return torch.repeat_interleave(torch.tensor(values, dtype=dtype), sizes)
+
+
+def _added(name: str, change: Mapping[str, Any]) -> Domain:
+    """The setting of the inner optimizer that joins a space as `name`."""
+    if "init" not in change:
+        raise BilevelError(f"hyperparameter `{name}` has no initial value; give {name}.init=… beside {name}.optimizer=…")
+    try:
+        return optimizer_setting(**{"setting" if field == "optimizer" else field: value for field, value in change.items()})
+    except TypeError as error:
+        raise BilevelError(f"hyperparameter `{name}`: {error}; it takes optimizer, init, scale, frozen, low and high") from None
+    except BilevelError as error:
+        raise BilevelError(f"hyperparameter `{name}`: {error}") from None

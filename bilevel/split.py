@@ -32,6 +32,10 @@ class Stream(ABC):
     def next(self) -> Batch:
         """The next training batch, without end."""
 
+    def count(self, examples: int) -> None:
+        """Count examples that a solver looks at beside `next`: a batch used again, a pass over the split."""
+        self.examples += examples
+
     @abstractmethod
     def peek(self) -> Batch:
         """A batch to look at: nothing is counted, and the order of the batches stays as it is."""
@@ -72,6 +76,11 @@ class Borrowed(Stream):
         batch = to_device(stream.next(), self.device)
         self.examples = stream.examples
         return batch
+
+    def count(self, examples: int) -> None:
+        stream = self._held()
+        stream.count(examples)
+        self.examples = stream.examples
 
     def peek(self) -> Batch:
         return to_device(self.stream.peek(), self.device)

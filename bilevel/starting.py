@@ -84,6 +84,9 @@ class StartingFrom(Problem):
     def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         return self.problem.outer_objective(hypers, params, prediction, batch)
 
+    def exact(self, hypers: Hypers) -> Metrics:
+        return self.problem.exact(hypers)
+
     def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
         return self.problem.metrics(hypers, params, prediction, batch)
 

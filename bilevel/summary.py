@@ -64,8 +64,11 @@ def _outcome(record: Record) -> Record:
     kept = (*known, "epoch", "seconds", "examples", "hypers")
     return {
         **known,
-        **{name: value for name, value in record.items() if name in kept or name.startswith(("train_", "valid_", "test_"))},
+        **{name: value for name, value in record.items() if name in kept or name.startswith(_MEASURED)},
     }
+
+
+_MEASURED = ("train_", "valid_", "test_", "exact.")
 
 
 def _lists(hypers: Hypers) -> dict[str, Any]:

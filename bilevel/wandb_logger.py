@@ -81,7 +81,7 @@ class WandB(Logger):
                 log.warning("W&B is offline (%s); the run goes on, and can be uploaded with: %s", problem, later)
         for prefix, axis in AXES.items():
             self.run.define_metric(axis, hidden=True)
-            for section in (f"{prefix}*",) if prefix else ("train/*", "valid/*", "hypers/*", "scales/*", "solver/*"):
+            for section in (f"{prefix}*",) if prefix else ("train/*", "valid/*", "hypers/*", "scales/*", "exact/*", "solver/*"):
                 self.run.define_metric(section, step_metric=axis)
         self.run.define_metric("valid/loss", step_metric="epoch", summary="min,last")
 
@@ -110,13 +110,13 @@ def _sections(record: Record) -> dict[str, float]:
         kind, _, rest = (
             name.replace("_", "/", 1).partition("/") if name.startswith(("train_", "valid_")) else name.partition(".")
         )
-        if kind in ("train", "valid", "hypers", "scales"):
+        if kind in ("train", "valid", "hypers", "scales", "exact"):
             shown |= _entries(f"{kind}/{rest}", value)
         elif name in ("step", "epoch", "seconds", "examples", "peak_memory_bytes"):
             shown |= _entries(name, value)
         else:
             shown |= _entries(f"solver/{name}", value)
-        if kind == "valid":
+        if kind in ("valid", "exact"):
             for prefix in ("by_seconds", "by_examples"):
                 shown |= _entries(f"{prefix}/{name}", value)
     return shown

@@ -1,7 +1,7 @@
 """Fused operations written out in elementary ones, where PyTorch's kernels lack the derivatives that a linearization needs."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Set
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -121,3 +121,12 @@ TWICE: Table = FORWARD | {
     F.instance_norm: _instance_norm,
 }
 """What cannot be differentiated backward twice either: training batch norm raises, weight norm comes out wrong."""
+
+
+def twice_differentiable(functions: Set[Any]) -> AbstractContextManager[Any]:
+    """Within it, what a network calls can be differentiated twice; nothing changes where it can be as it is.
+
+    Args:
+        functions: the torch functions that the network calls (`Descent.functions`).
+    """
+    return nullcontext() if functions.isdisjoint(TWICE.keys() | ATTENTION) else Composed(TWICE)

@@ -1,5 +1,6 @@
 """The one outer loop: train near λ₀, then descend L_V(λ, ŵ(λ)), with ŵ whatever the solver answers, differentiable in λ."""
 
+import copy
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Hypers, Metrics, Params, Solution
+from bilevel import Batch, Data, Hypers, Metrics, Need, Params, Problem, Solution
 from bilevel.params import count_examples
 from solvers.belief import Belief
+from solvers.composed import RECURRENT
+from solvers.rehearsal import peeking, refusals
+from solvers.response import Calls
 from solvers.trained import MakeOptimizer, MakeScheduler, descend
 from solvers.training import Training, at_least
 
@@ -17,30 +21,36 @@ from solvers.training import Training, at_least
 class Descent(Training):
     """Rounds of `inner_steps` updates of w (and of what answers ŵ) and `outer_steps` updates of λ.
 
-    A subclass trains in `inner_step` and answers ŵ(u₀ + offset) in `respond`; direct and indirect terms of the hypergradient
-    then add up by autograd itself:
+    A subclass answers ŵ(u₀ + offset) in `respond`, and may train more than w in `inner_step`; direct and indirect terms of the
+    hypergradient then add up by autograd itself:
 
         dL_V/du = ∂_λ L_V · dλ/du + ∂_w L_V · dŵ/du
 
     Attributes:
         belief: u, u₀, σ and their optimizers.
+        functions: the torch functions that the network calls, as one pass at set-up saw them.
         recurrent: whether the network has fused recurrent layers, which cuDNN does not differentiate in evaluation mode.
+        per_example: whether ŵ can follow a perturbation that varies within a batch.
+        perturbs: whether it draws λ from the belief at all; σ means nothing to the others.
     """
 
     belief: Belief
+    functions: set[Any]
     recurrent: bool = False
+    per_example: bool = False
+    perturbs: bool = False
 
     def __init__(
         self,
         *,
         inner_steps: int,
-        outer_steps: int,
         inner_optimizer: MakeOptimizer,
         inner_scheduler: MakeScheduler | None,
         clip_norm: float | None,
         outer_optimizer: MakeOptimizer,
-        scale_optimizer: MakeOptimizer | None,
-        entropy_weight: float,
+        outer_steps: int = 1,
+        scale_optimizer: MakeOptimizer | None = None,
+        entropy_weight: float = 0.0,
     ) -> None:
         super().__init__(
             inner_steps=inner_steps, inner_optimizer=inner_optimizer, inner_scheduler=inner_scheduler, clip_norm=clip_norm
@@ -49,6 +59,10 @@ class Descent(Training):
         at_least(entropy_weight=entropy_weight, least=0)
         self.outer_steps, self.outer_optimizer, self.scale_optimizer = outer_steps, outer_optimizer, scale_optimizer
         self.entropy_weight = entropy_weight
+
+    def inner_step(self, batch: Batch) -> Metrics:
+        """w descends L_T(λ₀, ·)."""
+        return self.descend_inner(self.belief.centre, batch)
 
     @abstractmethod
     def respond(self, offset: Tensor) -> Params:
@@ -63,11 +77,33 @@ class Descent(Training):
         return metrics
 
     def outer_step(self, batch: Batch) -> Metrics:
-        """(u, s) descend L_V(λ(u₀ + δ), ŵ(u₀ + δ)) − τ H[N(u, σ²)], with δ = u − u₀ + ε and dropout and augmentation off."""
-        loss, entropy = self.outer_loss(batch), self.belief.entropy()
+        """(u, s) descend L_V(λ(u₀ + δ), ŵ(u₀ + δ)) − τ H[N(u, σ²)], with δ = u − u₀ + ε and dropout and augmentation off.
+
+        Where σ is not tuned there is neither ε nor entropy.
+        """
+        loss = self.outer_loss(batch)
         self.watch(loss)
-        descend(loss - self.entropy_weight * entropy, *self.belief.trained())
-        return {"outer_loss": loss.detach(), "entropy": entropy.detach()}
+        metrics, objective = {"outer_loss": loss.detach()}, loss
+        if self.belief.tune_scale:
+            entropy = self.belief.entropy()
+            metrics["entropy"], objective = entropy.detach(), loss - self.entropy_weight * entropy
+        gradient = descend(objective, *self.belief.trained())[0]
+        return metrics if gradient is None else metrics | {"hypergradient_norm": gradient.norm()}
+
+    def hypergradient(self, batch: Batch | None = None) -> Tensor:
+        """dL_V/du, [h], as an outer step would follow it on `batch` (by default the next one of validation); u stays.
+
+        Example:
+            >>> import solvers
+            >>> from problems import Quadratic
+            >>> problem, device = Quadratic.random(seed=1), torch.device("cpu")
+            >>> solver = solvers.delta_stn()
+            >>> solver.setup(problem, problem.data(device, torch.Generator()), device, torch.Generator())
+            >>> solver.hypergradient().shape
+            torch.Size([3])
+        """
+        loss = self.outer_loss(self.data.valid.next() if batch is None else batch)
+        return torch.autograd.grad(loss, self.belief.u, materialize_grads=True)[0]
 
     def outer_loss(self, batch: Batch) -> Tensor:
         """L_V(λ(u₀ + δ), ŵ(u₀ + δ)) with a fresh draw of δ."""
@@ -80,6 +116,44 @@ class Descent(Training):
     def _without_cudnn(self) -> AbstractContextManager[Any]:
         return torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext()
 
+    def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+        self.check(problem, data, device)
+        self.build(problem, data, device, generator)
+
+    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+        """All state, without the checks."""
+        super().setup(problem, data, device, generator)
+        like = self.weights.leaves[0]
+        self.belief = Belief(problem.space, self.outer_optimizer, self.scale_optimizer, per_example=self.per_example, like=like)
+        hypers, draws = problem.space.constrain(self.belief.centre), torch.Generator(generator.device).manual_seed(0)
+        self.calls = Calls(problem, hypers, self.weights.detached(), self.carry, data.train.peek(), draws)
+        self.functions, self.recurrent = self.calls.functions, not self.calls.functions.isdisjoint(RECURRENT)
+
+    def check(self, problem: Problem, data: Data, device: torch.device) -> None:
+        """Besides what the space says, refuse a problem on which a round cannot run: it is tried, on a copy."""
+        super().check(problem, data, device)
+        trial = copy.copy(self)
+        trial.first_bad_step = None
+        with refusals(self.lacking()):
+            trial.build(problem, peeking(data), device, torch.Generator(device).manual_seed(0))
+            trial.rehearse()
+
+    def rehearse(self) -> None:
+        """What a round does, so that what cannot run fails at set-up."""
+        self.step(limit=2)
+
+    def lacking(self) -> str | None:
+        """The sentence for a layer without a derivative that this solver needs, with {said} for what PyTorch says; None where
+        it needs none but the gradient.
+        """
+        if Need.SECOND_DERIVATIVES not in self.needs:
+            return None
+        return (
+            f"{type(self).__name__} needs {Need.SECOND_DERIVATIVES.value}, which PyTorch lacks for a layer of this network "
+            "({said}); compose that layer from elementary operations, or use a solver that needs the gradient alone "
+            "(self-tuning, SAMA, penalty, evolution strategies, black box)"
+        )
+
     def solution(self) -> Solution:
         with torch.no_grad():
             hypers = self.problem.space.constrain(self.belief.centre)
@@ -90,7 +164,7 @@ class Descent(Training):
         return self.weights.detached()
 
     def scales(self) -> Hypers:
-        return self.belief.scales()
+        return self.belief.scales() if self.perturbs else {}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"belief": self.belief.state_dict()}

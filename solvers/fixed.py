@@ -3,8 +3,7 @@
 import torch
 
 from bilevel import Batch, Data, Metrics, Problem, Solution
-from bilevel.params import detached
-from solvers.trained import SGD, MakeOptimizer, MakeScheduler, descend
+from solvers.trained import SGD, MakeOptimizer, MakeScheduler
 from solvers.training import Training
 
 
@@ -38,12 +37,7 @@ class Fixed(Training):
         self.u = problem.space.init(like.dtype).to(like)
 
     def inner_step(self, batch: Batch) -> Metrics:
-        hypers = self.problem.space.constrain(self.u, self.generator)
-        loss, carry = self.problem.inner_loss(hypers, self.weights.tensors, self.carry, batch, self.generator)
-        self.watch(loss)
-        descend(loss, self.weights)
-        self.carry = detached(carry)
-        return {"inner_loss": loss.detach()}
+        return self.descend_inner(self.u, batch)
 
     def solution(self) -> Solution:
         return Solution(self.problem.space.constrain(self.u), self.weights.detached(), self.carry)

@@ -1,13 +1,14 @@
-"""What a self-tuning solver refuses at set-up: by looking at the problem, and by a rehearsal whose errors it explains."""
+"""What a solver refuses at set-up: a response that would not fit, and a rehearsal of its round whose errors it explains."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel import Batch, Problem, Refused
+from bilevel import Batch, Data, Problem, Refused, Stream
 from bilevel.laws import recomputed
 from bilevel.params import count_examples
 from solvers.responding import MissingRule
@@ -16,19 +17,17 @@ from solvers.response import Response
 MOST_RESPONSE_BYTES = 8 * 2**30
 """On the CPU; on a GPU a quarter of its memory."""
 
-LACKS_DERIVATIVE = ("forward AD", "is not implemented", "inplace operation")
+LACKS_DERIVATIVE = ("forward AD", "is not implemented", "inplace operation", "once_differentiable", "differentiate twice")
 """Parts of what PyTorch says where a derivative does not exist."""
 
 
-def check_space(problem: Problem, response: Response, device: torch.device) -> None:
-    """Refuse a space with nothing to tune, and one to which the response would not fit in memory.
+def check_response(problem: Problem, response: Response, device: torch.device) -> None:
+    """Refuse a space to which the response would not fit in memory.
 
     Raises:
-        Refused: either, or weights of several types.
+        Refused: that, or weights of several types.
     """
     space = problem.space
-    if space.numel == 0:
-        raise Refused("every hyperparameter is frozen, so there is nothing to tune; unfreeze one, or use solver=fixed")
     params, _ = problem.init(torch.Generator().manual_seed(0))
     if len(dtypes := {str(p.dtype) for p in params.values()}) > 1:
         raise Refused(f"the weights are of several types, {' and '.join(sorted(dtypes))}; give all of them one")
@@ -43,22 +42,51 @@ def check_space(problem: Problem, response: Response, device: torch.device) -> N
 
 
 @contextmanager
-def refusals(*, linearize: bool) -> Iterator[None]:
-    """Within it, an error that comes of a network that self-tuning cannot differentiate is a refusal that says what to do."""
+def refusals(lacking: str | None) -> Iterator[None]:
+    """Within it, an error that comes of a network that the solver cannot differentiate is a refusal that says what to do.
+
+    Args:
+        lacking: the sentence for a derivative that PyTorch lacks, with {said} for what it says; None where none is needed.
+    """
     try:
         yield
     except MissingRule as error:
         raise Refused(str(error)) from None
     except RuntimeError as error:
         said = str(error).splitlines()[0]
-        if linearize and any(sign in said for sign in LACKS_DERIVATIVE):
-            raise Refused(
-                f"linearize=true needs derivatives that PyTorch lacks for a layer of this network ({said}); compose that layer "
-                "from elementary operations, or set linearize=false (centered STN)"
-            ) from None
+        if lacking is not None and any(sign in said for sign in LACKS_DERIVATIVE):
+            raise Refused(lacking.format(said=said)) from None
         if hint := recomputed(error):
             raise Refused(f"a training pass fails, {said}{hint}") from None
         raise
+
+
+class Peeking(Stream):
+    """A stream at its first batch, for a trial that must count nothing and leave the order of the batches as it is."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.examples = stream, 0
+        self.size, self.steps_per_epoch = stream.size, stream.steps_per_epoch
+
+    def next(self) -> Batch:
+        return self.stream.peek()
+
+    def peek(self) -> Batch:
+        return self.stream.peek()
+
+    def once(self, limit: int | None = None) -> Iterator[Batch]:
+        yield self.stream.peek()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing moves here."""
+
+
+def peeking(data: Data) -> Data:
+    """The splits as a trial sees them."""
+    return Data(Peeking(data.train), Peeking(data.valid))
 
 
 def without_last(batch: Batch) -> Batch:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Prediction, Problem
+from bilevel.needs import check_space
 from bilevel.params import count_examples, detached, to_device
 from bilevel.solver import on_cpu
-from solvers.belief import Belief
-from solvers.composed import RECURRENT
 from solvers.descent import Descent
 from solvers.linearization import double_backward, forward_mode
-from solvers.rehearsal import check_space, refusals, without_last
-from solvers.response import Calls, Response, Structured
+from solvers.rehearsal import check_response, without_last
+from solvers.response import Response, Structured
 from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend
 
 
@@ -57,6 +56,7 @@ class SelfTuning(Descent):
 
     theta: Trained
     response_carry: Carry
+    perturbs = True
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class SelfTuning(Descent):
         )
         self.centered, self.regularized_w0, self.linearize = centered, regularized_w0, linearize
         self.response = copy.copy(response) if response is not None else Structured()
+        self.per_example = self.response.per_example
         self.response_optimizer = response_optimizer or inner_optimizer
 
     # --- one training batch ---
@@ -162,37 +163,35 @@ class SelfTuning(Descent):
 
     # --- set-up and state ---
 
-    def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
-        self.check(problem, data, device)
-        self._build(problem, data, device, generator)
-
-    def _build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
-        super().setup(problem, data, device, generator)
+    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+        super().build(problem, data, device, generator)
         self.response_carry = self.carry
-        w, like = self.weights.detached(), self.weights.leaves[0]
-        self.belief = Belief(
-            problem.space, self.outer_optimizer, self.scale_optimizer, per_example=self.response.per_example, like=like
-        )
-        hypers = problem.space.constrain(self.belief.centre)
-        calls = Calls(problem, hypers, w, self.carry, data.train.peek(), torch.Generator(generator.device).manual_seed(0))
-        self.functions, self.recurrent = calls.functions, not calls.functions.isdisjoint(RECURRENT)
-        theta = self.response.init(w, problem.space.numel, calls.axes, on_cpu(generator, 1))
+        theta = self.response.init(self.weights.detached(), problem.space.numel, self.calls.axes, on_cpu(generator, 1))
         self.theta = self.trained_with(theta, self.response_optimizer)
 
     def check(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse what has nothing to tune, what would not fit in memory, and a network with a function that cannot respond."""
-        check_space(problem, self.response, device)
-        trial = copy.copy(self)
-        trial.first_bad_step = None
-        with refusals(linearize=self.linearize):
-            trial._build(problem, data, device, torch.Generator(device).manual_seed(0))
-            trial.rehearse(data.train.peek(), data.valid.peek())
-            if self.response.per_example and bool(problem.space.per_example.any()) and not trial.carry:
-                # one example fewer: a network that moves the example axis to one of equal length is then found out
-                trial.rehearse(without_last(data.train.peek()), without_last(data.valid.peek()))
+        check_space(type(self).__name__, problem.space, self.needs, tunes_optimizer=False)  # before what may not fit is built
+        check_response(problem, self.response, device)
+        super().check(problem, data, device)
 
-    def rehearse(self, train: Batch, valid: Batch) -> None:
-        """Every pass of a round once, so that what cannot run fails at set-up; nothing is updated."""
+    def lacking(self) -> str | None:
+        if not self.linearize:
+            return None
+        return (
+            "linearize=true needs derivatives that PyTorch lacks for a layer of this network ({said}); compose that layer from "
+            "elementary operations, or set linearize=false (centered STN)"
+        )
+
+    def rehearse(self) -> None:
+        train, valid = self.data.train.peek(), self.data.valid.peek()
+        self.rehearse_on(train, valid)
+        if self.response.per_example and bool(self.problem.space.per_example.any()) and not self.carry:
+            # one example fewer: a network that moves the example axis to one of equal length is then found out
+            self.rehearse_on(without_last(train), without_last(valid))
+
+    def rehearse_on(self, train: Batch, valid: Batch) -> None:
+        """Every pass of a round once; nothing is updated."""
         hypers = self.problem.space.constrain(self.belief.centre, self.generator)
         loss, _ = self.problem.inner_loss(hypers, self.unperturbed_weights(), self.carry, train, self.generator)
         torch.autograd.grad(loss, self.weights.leaves, allow_unused=True)

@@ -78,8 +78,12 @@ class Trained:
             self.scheduler.load_state_dict(state["schedule"])
 
 
-def descend(loss: Tensor, *groups: Trained) -> None:
-    """One optimizer step of each group along the gradient of `loss`; no gradient is formed for anything else."""
+def descend(loss: Tensor, *groups: Trained) -> list[Tensor | None]:
+    """One optimizer step of each group along the gradient of `loss`; no gradient is formed for anything else.
+
+    Returns:
+        The gradients, None for a leaf on which the loss does not depend.
+    """
     leaves = [leaf for group in groups for leaf in group.leaves]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -90,3 +94,4 @@ def descend(loss: Tensor, *groups: Trained) -> None:
         group.optimizer.step()
     for leaf in leaves:
         leaf.grad = None
+    return list(gradients)

@@ -4,10 +4,12 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel import Batch, BilevelError, Carry, Data, Metrics, Params, Problem, Solver
-from bilevel.params import to_device
-from solvers.trained import MakeOptimizer, MakeScheduler, Trained
+from bilevel.params import detached, to_device
+from solvers.trained import MakeOptimizer, MakeScheduler, Trained, descend
+from solvers.updates import configured, optimizer_settings
 
 
 class Training(Solver):
@@ -47,6 +49,27 @@ class Training(Solver):
     def inner_step(self, batch: Batch) -> Metrics:
         """Train w, and whatever else the inner phase trains, on one batch."""
 
+    def descend_inner(self, u: Tensor, batch: Batch) -> Metrics:
+        """w takes one step of its optimizer on L_T(λ(u), ·), at a constant λ."""
+        hypers = self.problem.space.constrain(u, self.generator)
+        loss, carry = self.problem.inner_loss(hypers, self.weights.tensors, self.carry, batch, self.generator)
+        self.watch(loss)
+        descend(loss, self.weights)
+        self.carry = detached(carry)
+        return {"inner_loss": loss.detach()}
+
+    def inner_phase(self, steps: int, *, warmup: bool) -> Metrics:
+        """`steps` inner steps, each on the next training batch; the means of their metrics.
+
+        `warmup` says that no outer phase follows.
+        """
+        totals: Metrics = {}
+        for _ in range(steps):
+            self.inner_count += 1
+            for name, value in self.inner_step(self.data.train.next()).items():
+                totals[name] = totals[name] + value if name in totals else value
+        return {name: total / steps for name, total in totals.items()}
+
     def outer_phase(self) -> Metrics:
         """What follows the inner steps of a round after warm-up; nothing, unless a subclass tunes λ."""
         return {}
@@ -62,16 +85,13 @@ class Training(Solver):
     def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
         self.problem, self.data, self.device, self.generator = problem, data, device, generator
         params, self.carry = self.initial(problem, device, generator)
-        self.weights = self.trained_with(params, self.inner_optimizer)
+        initial = {name: problem.space[name].initial() for name in problem.space}
+        optimizer = configured(self.inner_optimizer, optimizer_settings(problem.space, initial))
+        self.weights = self.trained_with(params, optimizer)
 
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
-        totals: Metrics = {}
         steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
-        for _ in range(steps):
-            self.inner_count += 1
-            for name, value in self.inner_step(self.data.train.next()).items():
-                totals[name] = totals[name] + value if name in totals else value
-        metrics = {name: total / steps for name, total in totals.items()}
+        metrics = self.inner_phase(steps, warmup=warmup)
         return metrics if warmup else metrics | self.outer_phase()
 
     def epoch_ended(self, valid_loss: float | None) -> None:

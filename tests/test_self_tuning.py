@@ -51,8 +51,9 @@ def watched(monkeypatch):
 
         def spy(loss, *groups):
             gradients, before = reached(loss, solver), copies(solver)
-            descend(loss, *groups)
+            result = descend(loss, *groups)
             rows.append((gradients, moved(before, copies(solver))))
+            return result
 
         monkeypatch.setattr(solvers.self_tuning, "descend", spy)
         monkeypatch.setattr(solvers.descent, "descend", spy)
@@ -217,5 +218,5 @@ def test_a_round_reports_its_outer_phase_besides(flags):
     whole, single = (ready(classifier(), SelfTuning(inner_steps=2, **flags), away=AWAY) for _ in range(2))
     metrics, means = whole.step(), single.step(warmup=True)
     torch.testing.assert_close(metrics, means | single.outer_step(single.data.valid.next()))
-    assert metrics.keys() - means.keys() == {"outer_loss", "entropy"}
+    assert metrics.keys() - means.keys() == {"outer_loss", "entropy", "hypergradient_norm"}
     assert all(value.ndim == 0 for value in tree_leaves(metrics))

@@ -20,6 +20,7 @@ from bilevel.check import ProblemWarning
 from bilevel.cli import bad_input, own_code, targets
 from bilevel.cli.resume import CONFIG, continued, stored_config
 from bilevel.errors import BilevelError
+from bilevel.loop import SolverWarning
 from bilevel.records import Logger, Record, RunInfo, write_atomically
 
 OPEN_GROUPS = ("problem", "solver", "runner", "wandb")
@@ -182,10 +183,10 @@ def _process(argv: list[str], **environment: str) -> Iterator[None]:
 
 
 def _show(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """Print a warning about the problem in a line; hand others on."""
+    """Print a warning about the problem or the solver in a line; hand others on."""
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, ProblemWarning):
+        if issubclass(category, (ProblemWarning, SolverWarning)):
             print(f"bilevel: warning: {message}", file=sys.stderr, flush=True)
         else:
             otherwise(message, category, *place, **more)
