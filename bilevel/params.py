@@ -27,25 +27,37 @@ Prediction: TypeAlias = Any
 Metrics: TypeAlias = dict[str, Tensor]
 
 
-def squared_norm(params: Params) -> Tensor:
-    """‖w‖² summed over `params`: [] for plain weights, [B] for weights that vary from example to example.
+def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
+    """‖w‖² summed over `params`, or Σ_i c_i w_i²: [] for plain weights, [B] for weights that vary from example to example.
+
+    Args:
+        params: one at least.
+        weights: c, one number for each entry of w: [m], flat in the order of `params`.
 
     Example:
         >>> squared_norm({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
         tensor(6.)
+        >>> squared_norm({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, torch.tensor([1.0, 2.0, 4.0]))
+        tensor(7.)
     """
     if not params:
         raise BilevelError("squared_norm of no parameters: the selection that was passed is empty; select at least one")
-    terms = [squared_norm_of(p) for p in params.values()]
+    if weights is None:
+        terms = [squared_norm_of(p) for p in params.values()]
+    else:
+        if weights.shape != (size := sum(p.numel() for p in params.values()),):
+            raise BilevelError(f"weights are {list(weights.shape)} and the parameters have {size} entries; give one for each")
+        parts = weights.split([p.numel() for p in params.values()])
+        terms = [squared_norm_of(p, part) for p, part in zip(params.values(), parts, strict=True)]
     return sum(terms[1:], start=terms[0])
 
 
-def squared_norm_of(p: Tensor) -> Tensor:
-    """‖p‖² of one tensor; a tensor subclass may answer it its own way (`__torch_function__`)."""
+def squared_norm_of(p: Tensor, weights: Tensor | None = None) -> Tensor:
+    """‖p‖² of one tensor, or with flat weights; a tensor subclass may answer it its own way (`__torch_function__`)."""
     if has_torch_function_unary(p):
-        return handle_torch_function(squared_norm_of, (p,), p)
+        return handle_torch_function(squared_norm_of, (p,), p, weights)
     flat = p.reshape(-1)
-    return flat.dot(flat)  # one kernel and no temporary, unlike (p * p).sum()
+    return flat.dot(flat) if weights is None else weights.dot(flat.square())  # dot: no temporary, unlike (p * p).sum()
 
 
 def along_examples(leaf: Tensor, like: Tensor) -> Tensor:
