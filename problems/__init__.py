@@ -1,8 +1,9 @@
 """Problems to tune, and to learn from: closed forms first, then real data."""
 
 from problems.classification import Classification, digits, mnist
+from problems.elastic import ElasticNet
 from problems.networks import MLP
 from problems.quadratic import Quadratic
 from problems.regression import Ridge
 
-__all__ = ["MLP", "Classification", "Quadratic", "Ridge", "digits", "mnist"]
+__all__ = ["MLP", "Classification", "ElasticNet", "Quadratic", "Ridge", "digits", "mnist"]

@@ -1,20 +1,36 @@
-"""Image classification whose dropout rates and weight decay are tuned."""
+"""Image classification whose dropout rates and weight decay, one or one per weight, are tuned."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias, final
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bilevel import Batch, Hypers, Interval, Metrics, ModuleProblem, Params, Positive, Prediction, Space, squared_norm
+from bilevel import (
+    Batch,
+    BilevelError,
+    Domain,
+    Hypers,
+    Interval,
+    Metrics,
+    ModuleProblem,
+    Params,
+    Positive,
+    Prediction,
+    Space,
+    squared_norm,
+)
 from problems import datasets
 from problems.datasets import Images
-from problems.dropout import dropout
+from problems.dropout import Kind, named
 from problems.networks import MLP
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
+
+
+WeightDecay: TypeAlias = bool | Literal["per_weight"]
 
 
 @final
@@ -23,15 +39,22 @@ class Classification(ModuleProblem):
 
         L_T = mean over examples of CE(f(x; λ, w), y) + ½ weight_decay ‖w‖²,    L_V = mean of CE(f(x; w), y)
 
-    The rates are `input_dropout`, `dropout1`, `dropout2`, … in (0, 0.95).
+    The rates are `input_dropout`, `dropout1`, `dropout2`, … in (0, 0.95). Bernoulli's are sampled with, so that ∂L_T/∂λ exists
+    for Gaussian and concrete dropout alone.
 
     Args:
         network: makes a module with `forward(x, drop)`, as in `problems.networks`.
         images: the data.
         sites: how many dropout sites the network has.
-        weight_decay: whether there is one.
+        weight_decay: whether there is one; or `per_weight`, ½ Σ_i weight_decay_i w_i² with the hyperparameter [m], flat in the
+            order of the parameters.
+        dropout: `bernoulli`, `gaussian` or `concrete`, as in `problems.dropout`.
+        temperature: of concrete dropout, 0.1 by default.
         batch_size: of training and of validation.
         space: changes to the space, as in `Space.override`.
+
+    Raises:
+        BilevelError: an unknown `weight_decay` or `dropout`, or a temperature of a dropout that has none.
     """
 
     def __init__(
@@ -40,17 +63,26 @@ class Classification(ModuleProblem):
         images: Images,
         *,
         sites: int,
-        weight_decay: bool = True,
+        weight_decay: WeightDecay = True,
+        dropout: Kind = "bernoulli",
+        temperature: float | None = None,
         batch_size: int | None = 128,
         space: Changes | None = None,
     ) -> None:
+        if weight_decay not in (True, False, "per_weight"):
+            raise BilevelError(f"weight_decay={weight_decay!r} is none of true, false and per_weight; choose one of these")
+        self._drop, self._per_weight = named(dropout, temperature), weight_decay == "per_weight"
         self._rates = ["input_dropout", *(f"dropout{site}" for site in range(1, sites))][:sites]
         self._mean, self._std = images.mean, images.std
-        full = Space(
-            **{name: Interval(low=0.0, high=0.95, init=0.05, differentiable=False) for name in self._rates},
-            **({"weight_decay": Positive(init=1e-4)} if weight_decay else {}),
-        )
-        super().__init__(network, full.override(space or {}), images.train, images.valid, images.test, batch_size=batch_size)
+        super().__init__(network, Space(), images.train, images.valid, images.test, batch_size=batch_size)
+        rate = Interval(low=0.0, high=0.95, init=0.05, differentiable=dropout != "bernoulli")
+        domains: dict[str, Domain] = dict.fromkeys(self._rates, rate)
+        if self._per_weight:
+            size = sum(p.numel() for p in self._module.parameters() if p.requires_grad)
+            domains["weight_decay"] = Positive(init=1e-4, shape=(size,), per_example=False)
+        elif weight_decay:
+            domains["weight_decay"] = Positive(init=1e-4)
+        self.space = Space(**domains).override(space or {})
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
@@ -58,15 +90,16 @@ class Classification(ModuleProblem):
         x = (batch[0] - self._mean) / self._std
 
         def drop(site: int, x: Tensor) -> Tensor:
-            return dropout(x, hypers[self._rates[site]], generator)
+            return self._drop(x, hypers[self._rates[site]], generator)
 
         return (x, drop) if train else (x,), {}
 
     def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         loss = F.cross_entropy(prediction, batch[1])
-        if "weight_decay" not in hypers:
+        if (decay := hypers.get("weight_decay")) is None:
             return loss
-        return loss + 0.5 * (hypers["weight_decay"] * squared_norm(params)).mean()
+        penalty = squared_norm(params, decay) if self._per_weight else decay * squared_norm(params)
+        return loss + 0.5 * penalty.mean()
 
     def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         return F.cross_entropy(prediction, batch[1])
@@ -78,17 +111,32 @@ class Classification(ModuleProblem):
 
 
 def digits(
-    hidden: Sequence[int] = (256, 256), batch_size: int = 64, split_seed: int = 0, space: Changes | None = None
+    hidden: Sequence[int] = (256, 256),
+    batch_size: int = 64,
+    split_seed: int = 0,
+    weight_decay: WeightDecay = True,
+    dropout: Kind = "bernoulli",
+    temperature: float | None = None,
+    space: Changes | None = None,
 ) -> Classification:
     """scikit-learn's digits with an MLP; tuned: a dropout rate per layer, and weight decay.
 
     Example:
         >>> list(digits(hidden=[32]).space)
         ['input_dropout', 'dropout1', 'weight_decay']
+        >>> digits(hidden=[32], weight_decay="per_weight").space["weight_decay"].shape
+        (2410,)
     """
     sizes = [64, *hidden, 10]
     return Classification(
-        partial(MLP, sizes), datasets.digits(split_seed), sites=len(sizes) - 1, batch_size=batch_size, space=space
+        partial(MLP, sizes),
+        datasets.digits(split_seed),
+        sites=len(sizes) - 1,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        temperature=temperature,
+        batch_size=batch_size,
+        space=space,
     )
 
 
@@ -98,14 +146,23 @@ def mnist(
     hidden: Sequence[int] = (1200, 1200),
     batch_size: int = 128,
     valid_fraction: float = 0.15,
+    weight_decay: WeightDecay = False,
+    dropout: Kind = "bernoulli",
+    temperature: float | None = None,
     space: Changes | None = None,
 ) -> Classification:
-    """MNIST with the MLP 784-1200-1200-10 and three tuned dropout rates, without weight decay.
+    """MNIST with the MLP 784-1200-1200-10 and three tuned dropout rates; without weight decay, unless it is asked for.
 
     Source: Bae & Grosse, NeurIPS 2020, the MNIST experiment of the official code.
     """
     sizes = [784, *hidden, 10]
-    images = datasets.mnist(root, download, valid_fraction)
     return Classification(
-        partial(MLP, sizes), images, sites=len(sizes) - 1, weight_decay=False, batch_size=batch_size, space=space
+        partial(MLP, sizes),
+        datasets.mnist(root, download, valid_fraction),
+        sites=len(sizes) - 1,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        temperature=temperature,
+        batch_size=batch_size,
+        space=space,
     )

@@ -1,13 +1,17 @@
 """The joint quadratic: every quantity of a bilevel problem in closed form."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilevel import Batch, Carry, Data, FullBatch, Hypers, Params, Prediction, Problem, Real, Space
+from bilevel import Batch, Carry, Data, FullBatch, Hypers, Metrics, Params, Prediction, Problem, Real, Space
+from problems.dtypes import DType, floating
+
+COEFFICIENTS = ("A", "B", "C", "d", "e", "M", "w_bar", "P", "lambda_bar")
 
 
 @final
@@ -18,7 +22,8 @@ class Quadratic(Problem):
         L_V(λ, w) = ½ (w − w̄)ᵀ M (w − w̄) + ½ (λ − λ̄)ᵀ P (λ − λ̄)
 
     One real hyperparameter `hyper` of shape [h], perturbed per batch; one weight `w` of shape [m]. P = 0 and λ̄ = 0 where they
-    are not given: λ then acts through w alone. Closed forms have the dtype and the device of the coefficients.
+    are not given: λ then acts through w alone. Closed forms have the dtype and the device of the coefficients; `exact` is
+    float64 on the CPU.
 
     Args:
         A: [m, m], symmetric positive definite.
@@ -66,7 +71,7 @@ class Quadratic(Problem):
         seed: int = 0,
         *,
         direct: float = 0.0,
-        dtype: torch.dtype | None = None,
+        dtype: DType = None,
         space: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> "Quadratic":
         """A draw with eigenvalues of A spread evenly in logarithm from 1 down to 1/`condition`, C = I and P = `direct` · I."""
@@ -88,14 +93,14 @@ class Quadratic(Problem):
             direct * identity,
             normal(hypers),
         )
-        return cls(*(c.to(dtype or torch.get_default_dtype()) for c in coefficients), space=space)
+        return cls(*(c.to(floating(dtype)) for c in coefficients), space=space)
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         return {"w": torch.randn(len(self.d), generator=generator, dtype=self.d.dtype)}, {}
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         """The coefficients as a batch of one example: they go to `device`, those of the closed forms stay where they are."""
-        batch = {name: getattr(self, name)[None] for name in ("A", "B", "C", "d", "e", "M", "w_bar", "P", "lambda_bar")}
+        batch = {name: getattr(self, name)[None] for name in COEFFICIENTS}
         return Data(FullBatch(batch, device=device), FullBatch(batch, device=device))
 
     def predict(
@@ -127,7 +132,39 @@ class Quadratic(Problem):
         return J.T @ self.M @ (w - self.w_bar) + self.P @ (λ - self.lambda_bar)
 
     def optimum(self) -> Hypers:
-        """λ* = (JᵀMJ + P)⁻¹ (JᵀM(w̄ + A⁻¹d) + Pλ̄) with J = ∂w*/∂λ."""
+        """λ* = (JᵀMJ + P)⁺ (JᵀM(w̄ + A⁻¹d) + Pλ̄) with J = ∂w*/∂λ; of several, the one of least norm; a frozen λ as it is."""
+        if self.space["hyper"].frozen:
+            return {"hyper": self.space["hyper"].initial().to(self.A)}
         J = self.best_response_jacobian()
         wanted = self.w_bar + torch.linalg.solve(self.A, self.d)
-        return {"hyper": torch.linalg.solve(J.T @ self.M @ J + self.P, J.T @ self.M @ wanted + self.P @ self.lambda_bar)}
+        curvature = torch.linalg.pinv(J.T @ self.M @ J + self.P, hermitian=True)
+        return {"hyper": curvature @ (J.T @ self.M @ wanted + self.P @ self.lambda_bar)}
+
+    def exact(self, hypers: Hypers) -> Metrics:
+        """`regret` L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)), and `hypergradient_norm` ‖dL_V(λ, w*(λ))/dλ‖.
+
+        A frozen λ leaves nothing to choose: both are zero.
+        """
+        with torch.no_grad():
+            if self.space["hyper"].frozen:
+                return dict.fromkeys(("regret", "hypergradient_norm"), torch.zeros((), dtype=torch.float64))
+            own = {"hyper": hypers["hyper"].to("cpu", torch.float64)}
+            return {
+                "regret": self._twin.best_loss(own) - self._least,
+                "hypergradient_norm": self._twin.hypergradient(own).norm(),
+            }
+
+    def best_loss(self, hypers: Hypers) -> Float[Tensor, ""]:
+        """L_V(λ, w*(λ))."""
+        w, λ = self.best_response(hypers)["w"] - self.w_bar, hypers["hyper"].to(self.A) - self.lambda_bar
+        return 0.5 * w @ self.M @ w + 0.5 * λ @ self.P @ λ
+
+    @cached_property
+    def _twin(self) -> "Quadratic":
+        """The same problem in float64 on the CPU."""
+        return Quadratic(*(getattr(self, name).to("cpu", torch.float64) for name in COEFFICIENTS))
+
+    @cached_property
+    def _least(self) -> Tensor:
+        """L_V(λ*, w*(λ*))."""
+        return self._twin.best_loss(self._twin.optimum())

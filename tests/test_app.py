@@ -15,7 +15,7 @@ from bilevel.cli.app import main
 from bilevel.records import read_metrics
 
 QUIET = ("wandb.mode=disabled", "runner.progress=none", "runner.picture=false")
-QUICK = (*QUIET, "problem=quadratic", "runner.epochs=4", "runner.warmup_epochs=1")
+QUICK = (*QUIET, "problem=quadratic", "runner.epochs=4", "runner.warmup_epochs=1", "runner.evaluate_every=1")
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -151,6 +151,41 @@ def test_a_problem_of_ones_own_beside_oneself():
     assert only_run().name.startswith("toy-mine-seed0-")
 
 
+def test_a_problem_brings_its_run_length_and_can_be_overruled():
+    settings = (*QUIET, "solver=stn", "runner.epochs=2", "hydra.run.dir=it")
+    assert main([*settings, "problem=ridge", "lr.outer=0.5"]) == 0
+    config = OmegaConf.load("it/config.yaml")
+    assert (config.runner.epochs, config.runner.warmup_epochs, config.lr.inner, config.lr.outer) == (2, 100, 0.03, 0.5)
+    assert config.solver.response == {"_target_": "solvers.Dense"}
+    assert config.names.problem == "ridge"
+    assert main(["resume=it", "problem=ridge", "runner.epochs=3"]) == 0
+    assert read_metrics("it/metrics.jsonl")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("header", ["", "# @package _global_\nproblem:\n"])
+def test_a_users_problem_with_and_without_a_run_length(header):
+    Path("conf/problem").mkdir(parents=True)
+    node = "_target_: problems.Quadratic.random\nweights: 2\n"
+    if header:
+        node = "".join(f"  {line}\n" for line in node.splitlines()) + "runner: {epochs: 3}\n"
+    Path("conf/problem/mine.yaml").write_text(header + node)
+    arguments = (*QUIET, "--config-dir", "conf", "problem=mine", "solver=fixed", "problem.hypers=1", "hydra.run.dir=it")
+    assert main([*arguments, *(() if header else ("runner.epochs=3",))]) == 0
+    config = OmegaConf.load("it/config.yaml")
+    assert (config.runner.epochs, config.problem.weights, config.problem.hypers, config.names.problem) == (3, 2, 1, "mine")
+    assert read_metrics("it/metrics.jsonl")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("problem", ["ridge", "quadratic", "elastic_net"])
+def test_closed_forms_are_reported_and_the_self_tuning_solvers_run(problem):
+    for solver in ("stn", "delta_stn"):
+        settings = (f"problem={problem}", f"solver={solver}", "problem.dtype=float64", f"hydra.run.dir={solver}")
+        assert main([*QUIET, *settings, "runner.epochs=12", "runner.warmup_epochs=2"]) == 0
+        record = read_metrics(f"{solver}/metrics.jsonl")[-1]
+        assert record["exact.regret"] > 0
+        assert record["exact.hypergradient_norm"] > 0
+
+
 def test_a_diverged_run_is_a_failure_that_leaves_its_records(capfd):
     assert main([*QUICK, "solver=fixed", "runner.epochs=200", "solver.inner_optimizer.lr=1000"]) == 1
     assert "diverged" in capfd.readouterr().err
@@ -165,7 +200,7 @@ def test_help_says_how_to_begin_and_where_things_go(capsys):
     for words in (
         "bilevel -m solver=stn,delta_stn seed=0,1,2",
         "resume=",
-        "problem: digits, mnist",
+        "problem: digits, elastic_net",
         "solver: centered_stn",
         "summary.json",
     ):

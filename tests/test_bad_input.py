@@ -145,7 +145,7 @@ def test_an_error_that_nothing_explains_is_a_sentence_with_its_place(capfd):
         (["solver=stn"], "`solver` is stn on the command line and was fixed"),
         (["solver.inner_steps=7"], "`solver.inner_steps` is 7 on the command line and was 5"),
         (["problem.space.hyper.init=0.5"], "`problem.space.hyper.init` is 0.5 on the command line and was left at its default"),
-        (["runner.evaluate_every=0.5"], "`runner.evaluate_every` is 0.5 on the command line and was left at its default"),
+        (["runner.threads=2"], "`runner.threads` is 2 on the command line and was left at its default"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

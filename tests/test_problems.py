@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
+from torch.utils._pytree import tree_leaves
 
 import problems
 from bilevel import BilevelError
-from problems import MLP, Classification, Quadratic, Ridge, datasets
+from problems import MLP, Classification, ElasticNet, Quadratic, Ridge, datasets, linear_data
 from problems.datasets import Images
 from problems.dropout import dropout
 
@@ -29,6 +30,8 @@ CLOSED = {
     "ridge": lambda: Ridge.synthetic(40, 5, condition=20.0, dtype=F64),
     "ridge, a decay per feature": lambda: Ridge.synthetic(40, 5, per_feature=True, dtype=F64),
     "ridge on diabetes": lambda: Ridge.diabetes(dtype=F64),
+    "elastic net": lambda: ElasticNet.synthetic(60, 10, 100.0, active=5, dtype=F64),
+    "elastic net on diabetes": lambda: ElasticNet.diabetes(4, dtype=F64),
 }
 
 
@@ -124,6 +127,14 @@ def test_seeds_and_dtypes():
     assert not torch.equal(Quadratic.random(seed=3).A, Quadratic.random(seed=4).A)
     assert Quadratic.random().init(generator())[0]["w"].dtype == torch.float32
     assert Ridge.synthetic(dtype=F64).init(generator())[0]["weight"].dtype == F64
+    for problem in (Quadratic.random(dtype="float64"), Ridge.synthetic(dtype="float64"), ElasticNet.diabetes(dtype="float64")):
+        (weight,) = problem.init(generator())[0].values()
+        assert weight.dtype == F64
+        assert all(t.dtype == F64 for t in tree_leaves(problem.data(CPU, generator()).train.peek()))
+    with pytest.raises(BilevelError, match=r"dtype='float46' \(did you mean `float64` or `float32`\?\) is no floating"):
+        Quadratic.random(dtype="float46")
+    with pytest.raises(BilevelError, match=r"dtype=torch\.int64 is no floating-point type"):
+        Ridge.synthetic(dtype=torch.int64)
 
 
 def test_ridge_batches_and_leaves_per_example():
@@ -139,6 +150,32 @@ def test_ridge_batches_and_leaves_per_example():
 def test_ridge_with_fewer_examples_than_features():
     with pytest.raises(BilevelError, match="at least 10 examples"):
         Ridge.synthetic(examples=5, features=10)
+
+
+@pytest.mark.parametrize(("weights", "hypers"), [(1, 1), (5, 1), (2, 4), (1, 3)])
+def test_quadratics_of_any_dimensions(weights, hypers):
+    """With more hyperparameters than weights there are many λ*; each is as good as w̄ itself."""
+    problem = Quadratic.random(weights, hypers, seed=4, dtype=F64)
+    best = problem.optimum()
+    assert problem.hypergradient(best).abs().max() < 1e-11
+    if hypers >= weights:
+        torch.testing.assert_close(problem.best_response(best)["w"], problem.w_bar)
+        assert problem.best_loss(best) < 1e-20
+    data = problem.data(CPU, generator())
+    for λ in torch.randn(5, hypers, generator=generator(1), dtype=F64):
+        w = problem.best_response({"hyper": λ})
+        expected = problem.outer_loss({"hyper": λ}, w, {}, data.valid.peek())[0]
+        torch.testing.assert_close(problem.best_loss({"hyper": λ}), expected)
+
+
+def test_features_without_effect():
+    (X, y), *_ = linear_data.synthetic(40, 6, noise=0.0, active=2, dtype=F64)
+    assert torch.linalg.lstsq(X, y[:, None]).solution[2:].abs().max() < 1e-12
+    dense = linear_data.synthetic(40, 6, noise=0.0, dtype=F64).train
+    assert torch.equal(dense[0], X)
+    assert torch.linalg.lstsq(X, dense[1][:, None]).solution[2:].abs().min() > 0.01
+    with pytest.raises(BilevelError, match="active=7 features are not among 6"):
+        linear_data.synthetic(40, 6, active=7)
 
 
 def test_mlp_sites_stand_before_every_layer():

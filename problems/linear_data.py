@@ -1,0 +1,77 @@
+"""Data of linear regression: drawn with a given conditioning, or scikit-learn's diabetes patients."""
+
+import math
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel import BilevelError
+from problems.dtypes import DType, floating
+
+Split: TypeAlias = tuple[Tensor, Tensor]
+"""X [n, d] and y [n]."""
+
+
+class LinearData(NamedTuple):
+    """The three splits."""
+
+    train: Split
+    valid: Split
+    test: Split | None = None
+
+
+def synthetic(
+    examples: int = 60,
+    features: int = 10,
+    condition: float = 10.0,
+    noise: float = 1.0,
+    data_seed: int = 0,
+    *,
+    active: int | None = None,
+    dtype: DType = None,
+) -> LinearData:
+    """Y = Xw + `noise` · N(0, 1), with `examples` rows in each split.
+
+    The eigenvalues of XᵀX/n on the training split are spread evenly in logarithm from 1 down to 1/`condition`, exactly. Of w,
+    the first `active` entries are N(0, 1), all by default, and the others zero.
+
+    Example:
+        >>> X, y = synthetic(examples=20, features=4, condition=100.0, dtype="float64").train
+        >>> round(torch.linalg.cond(X.T @ X / 20).item(), 6)
+        100.0
+
+    Raises:
+        BilevelError: fewer examples than features, or more active features than there are.
+    """
+    if examples < features:
+        raise BilevelError(f"{examples} examples span no {features} features; give at least {features} examples")
+    if active is not None and not 0 <= active <= features:
+        raise BilevelError(f"active={active} features are not among {features}; choose a number between 0 and {features}")
+    generator = torch.Generator().manual_seed(data_seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    rotation = torch.linalg.qr(normal(features, features))[0]
+    root = torch.logspace(0, -0.5, features, base=condition, dtype=torch.float64)[:, None] * rotation
+    true = normal(features)
+    true[features if active is None else active :] = 0
+    white = torch.linalg.qr(normal(examples, features))[0] * math.sqrt(examples)
+    inputs = [z @ root for z in (white, normal(examples, features), normal(examples, features))]
+    return LinearData(*(_cast(X, X @ true + noise * normal(examples), dtype) for X in inputs))
+
+
+def diabetes(data_seed: int = 1, *, dtype: DType = None) -> LinearData:
+    """scikit-learn's diabetes data, 442 patients with 10 features: split 60/20/20, standardized by the training split."""
+    from sklearn.datasets import load_diabetes
+
+    X, y = (torch.from_numpy(a).double() for a in load_diabetes(return_X_y=True))
+    order = torch.randperm(len(X), generator=torch.Generator().manual_seed(data_seed))
+    rows = order.tensor_split([int(0.6 * len(X)), int(0.8 * len(X))])
+    X, y = ((a - a[rows[0]].mean(0)) / a[rows[0]].std(0) for a in (X, y))
+    return LinearData(*(_cast(X[i], y[i], dtype) for i in rows))
+
+
+def _cast(X: Tensor, y: Tensor, dtype: DType) -> Split:
+    return X.to(floating(dtype)), y.to(floating(dtype))
