@@ -1,7 +1,7 @@
 """Tensors that descend together: leaves, their `torch.optim` optimizer, its schedule, clipping, and the state of all."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,13 @@ def descend(loss: Tensor, *groups: Trained) -> list[Tensor | None]:
     """
     leaves = [leaf for group in groups for leaf in group.leaves]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    follow(gradients, *groups)
+    return list(gradients)
+
+
+def follow(gradients: Sequence[Tensor | None], *groups: Trained) -> None:
+    """One optimizer step of each group along `gradients`, in the order of all their leaves; None leaves a leaf where it is."""
+    leaves = [leaf for group in groups for leaf in group.leaves]
     for leaf, gradient in zip(leaves, gradients, strict=True):
         leaf.grad = gradient
     for group in groups:
@@ -94,4 +101,3 @@ def descend(loss: Tensor, *groups: Trained) -> list[Tensor | None]:
         group.optimizer.step()
     for leaf in leaves:
         leaf.grad = None
-    return list(gradients)
