@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Data, Hypers, Metrics, Need, Params, Problem, Solution
-from bilevel.params import count_examples
+from bilevel import Batch, Carry, Data, Hypers, Metrics, Need, Params, Problem, Solution
+from bilevel.params import count_examples, detached, to_device
 from solvers.belief import Belief
 from solvers.composed import RECURRENT
+from solvers.pullback import Pullback, flat
 from solvers.rehearsal import peeking, refusals
 from solvers.response import Calls
 from solvers.trained import MakeOptimizer, MakeScheduler, descend
@@ -29,6 +30,7 @@ class Descent(Training):
     Attributes:
         belief: u, u₀, σ and their optimizers.
         functions: the torch functions that the network calls, as one pass at set-up saw them.
+        last_outer_carry: what the last outer batch ended with; a problem may go on from there (`Problem.outer_carry`).
         recurrent: whether the network has fused recurrent layers, which cuDNN does not differentiate in evaluation mode.
         per_example: whether ŵ can follow a perturbation that varies within a batch.
         perturbs: whether it draws λ from the belief at all; σ means nothing to the others.
@@ -36,6 +38,7 @@ class Descent(Training):
 
     belief: Belief
     functions: set[Any]
+    last_outer_carry: Carry | None = None
     recurrent: bool = False
     per_example: bool = False
     perturbs: bool = False
@@ -109,9 +112,20 @@ class Descent(Training):
         """L_V(λ(u₀ + δ), ŵ(u₀ + δ)) with a fresh draw of δ."""
         offset = self.belief.offset(count_examples(batch), self.generator)
         hypers = self.problem.space.constrain(self.belief.centre + offset)
-        carry = self.problem.fresh_carry(self.carry, batch)
+        carry = self.problem.outer_carry(self.carry, self.last_outer_carry, batch)
         with self._without_cudnn():
-            return self.problem.outer_loss(hypers, self.respond(offset), carry, batch)[0]
+            loss, last = self.problem.outer_loss(hypers, self.respond(offset), carry, batch)
+        self.last_outer_carry = detached(last)
+        return loss
+
+    def outer_gradients(self, batch: Batch, params: Params, carry: Carry) -> tuple[Tensor, Tensor, Tensor]:
+        """L_V(λ(u), w), ∇_w L_V [m] and ∂_u L_V [h] at `params` and u as they are, for a solver that adds ŵ's part itself."""
+        w = {name: p.detach().requires_grad_() for name, p in params.items()}
+        hypers = self.problem.space.constrain(self.belief.u)
+        with self._without_cudnn():
+            loss, _ = self.problem.outer_loss(hypers, w, self.problem.fresh_carry(carry, batch), batch)
+        *gradients, direct = torch.autograd.grad(loss, [*w.values(), self.belief.u], materialize_grads=True)
+        return loss.detach(), flat(gradients), direct
 
     def _without_cudnn(self) -> AbstractContextManager[Any]:
         return torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext()
@@ -141,6 +155,9 @@ class Descent(Training):
     def rehearse(self) -> None:
         """What a round does, so that what cannot run fails at set-up."""
         self.step(limit=2)
+        if Need.SECOND_DERIVATIVES in self.needs:
+            u, params, batch = self.belief.centre, self.weights.detached(), self.data.train.peek()
+            Pullback(self.problem, u, params, self.carry, [batch], self.generator, self.functions).check()
 
     def lacking(self) -> str | None:
         """The sentence for a layer without a derivative that this solver needs, with {said} for what PyTorch says; None where
@@ -167,8 +184,9 @@ class Descent(Training):
         return self.belief.scales() if self.perturbs else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"belief": self.belief.state_dict()}
+        return super().state_dict() | {"belief": self.belief.state_dict(), "last_outer_carry": self.last_outer_carry}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.belief.load_state_dict(state["belief"])
+        self.last_outer_carry = to_device(state["last_outer_carry"], self.device)

@@ -1,14 +1,17 @@
 """∇_w L_T as a function to differentiate again: products with the Hessian and with the mixed derivative, of one graph."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from bilevel import Batch, Carry, Params, Problem
-from solvers.composed import twice_differentiable
+from bilevel import Batch, Carry, Params, Prediction, Problem
+from bilevel.params import detached
+from solvers.composed import RECURRENT, twice_differentiable
 
 
 class Pullback:
@@ -23,13 +26,18 @@ class Pullback:
         problem: whose L_T.
         u: unconstrained coordinates, [h].
         params: w, as constants.
-        carry: with which each pass begins; what the passes would write is dropped.
+        carry: with which the pass over the first batch begins; it goes on from batch to batch, as in training.
         batches: of training, one at least.
         generator: of the masks.
         functions: the torch functions that the network calls (`Descent.functions`).
 
     Attributes:
-        gradient: g, [m], as a constant.
+        problem: the same.
+        hypers: λ(u), differentiable in u.
+        params: w, leaves of the graph.
+        passes: every batch with its prediction, differentiable in u and w.
+        loss: L_T, as a constant.
+        carried: what the pass over the first batch passes on, as constants.
     """
 
     def __init__(
@@ -42,37 +50,93 @@ class Pullback:
         generator: torch.Generator,
         functions: Set[Any] = frozenset(),
     ) -> None:
+        self.problem, self._functions = problem, functions
+        self.passes: list[tuple[Batch, Prediction]] = []
+        losses, carries = [], [carry]
         with torch.enable_grad():  # a custom backward, where a solve happens, has gradients off
             self._u = u.detach().requires_grad_()
-            w = {name: p.detach().requires_grad_() for name, p in params.items()}
-            self._w = list(w.values())
-            hypers = problem.space.constrain(self._u, generator)
-            with twice_differentiable(functions):
-                losses = [problem.inner_loss(hypers, w, carry, batch, generator)[0] for batch in batches]
+            self.params = {name: p.detach().requires_grad_() for name, p in params.items()}
+            self._w = list(self.params.values())
+            self.hypers = problem.space.constrain(self._u, generator)
+            with self.differentiable_twice():
+                for batch in batches:
+                    prediction, after = problem.predict(
+                        self.hypers, self.params, carries[-1], batch, train=True, generator=generator
+                    )
+                    losses.append(problem.inner_objective(self.hypers, self.params, prediction, batch))
+                    self.passes.append((batch, prediction))
+                    carries.append(detached(after))
             loss = sum(losses[1:], start=losses[0]) / len(losses)
-            gradients = torch.autograd.grad(loss, self._w, create_graph=True, materialize_grads=True)
-        self._gradients = [g for g in gradients if g.requires_grad]
-        self._moving = [g.requires_grad for g in gradients]
-        self.gradient = flat(gradients).detach()
+            self._gradients: Sequence[Tensor] = torch.autograd.grad(loss, self._w, create_graph=True, materialize_grads=True)
+        self._edges = edges(self._gradients)
+        self.loss, self.carried = loss.detach(), carries[1]
+
+    @property
+    def gradient(self) -> Float[Tensor, " m"]:
+        """The gradient g as a constant."""
+        return flat(self._gradients).detach()
+
+    @property
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """‖g‖, without a copy of g."""
+        return torch.stack([torch.linalg.vector_norm(g.detach()) for g in self._gradients]).norm()
+
+    def check(self) -> None:
+        """Raise as PyTorch does where a layer cannot be differentiated twice.
+
+        Products do not: they look for ways to w and u alone, and pass by the node that would raise, with a wrong value.
+        """
+        moving = [g for g in self._gradients if g.requires_grad]
+        torch.autograd.backward(moving, [torch.zeros_like(g) for g in moving], retain_graph=True)
+
+    def forget_gradient(self) -> None:
+        """Free g itself; the products do without."""
+        self._gradients = ()
 
     def hessian(self, q: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """H q."""
-        return flat(self._pull(q, self._w)).detach()
+        """The product H q."""
+        return gathered(list(pulled(self._edges, self._w, self.unflat(q))))
 
     def cross(self, q: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
         """(∂²L_T/∂u∂w)ᵀ q."""
-        return self._pull(q, [self._u])[0].detach()
+        return pulled(self._edges, [self._u], self.unflat(q))[0]
 
     def both(self, q: Float[Tensor, " m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " h"]]:
         """H q and (∂²L_T/∂u∂w)ᵀ q, for the price of one."""
-        *products, cross = self._pull(q, [*self._w, self._u])
-        return flat(products).detach(), cross.detach()
+        *products, cross = pulled(self._edges, [*self._w, self._u], self.unflat(q))
+        return gathered(products), cross
 
-    def _pull(self, q: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
-        parts = [part for part, moving in zip(unflat(q, self._w), self._moving, strict=True) if moving]
-        if not parts:
-            return [torch.zeros_like(x) for x in inputs]
-        return torch.autograd.grad(self._gradients, inputs, parts, retain_graph=True, materialize_grads=True)
+    def unflat(self, q: Float[Tensor, " m"]) -> list[Tensor]:
+        """The vector in the shapes of w."""
+        return unflat(q, self._w)
+
+    @contextmanager
+    def differentiable_twice(self) -> Iterator[None]:
+        """Within it, the network's functions can be differentiated twice, where that is possible at all."""
+        recurrent = not self._functions.isdisjoint(RECURRENT)  # which cuDNN differentiates once
+        without = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+        with twice_differentiable(self._functions), without:
+            yield
+
+
+def edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """What `pulled` needs of tensors, without their values: a solve may have no room for them; None of a constant."""
+    return [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+
+
+def pulled(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge | None], inputs: Sequence[Tensor], q: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """(∂outputs/∂inputs)ᵀ q as constants, for outputs or their edges (None is a constant); the graph is kept."""
+    pairs = [
+        (output, part)
+        for output, part in zip(outputs, q, strict=True)
+        if output is not None and (not isinstance(output, Tensor) or output.requires_grad)
+    ]
+    if not pairs:
+        return [torch.zeros_like(x) for x in inputs]
+    moving, parts = zip(*pairs, strict=True)
+    return torch.autograd.grad(moving, inputs, parts, retain_graph=True, materialize_grads=True)
 
 
 def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
@@ -83,6 +147,17 @@ def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
         tensor([1., 1., 1., 1., 0.])
     """
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def gathered(tensors: list[Tensor]) -> Float[Tensor, " m"]:
+    """`flat`, which frees the tensors one by one: there is little room for a second copy of what is as large as w."""
+    vector = tensors[0].new_empty(sum(t.numel() for t in tensors))
+    end = vector.numel()
+    while tensors:
+        t = tensors.pop()
+        vector[end - t.numel() : end] = t.reshape(-1)
+        end -= t.numel()
+    return vector
 
 
 def unflat(vector: Float[Tensor, " m"], like: Sequence[Tensor]) -> list[Tensor]:

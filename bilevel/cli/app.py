@@ -161,6 +161,7 @@ def _job(composed: DictConfig) -> float:
 def _run_hydra(job: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
     OmegaConf.register_new_resolver("bilevel.resumed", lambda resumed, fresh: resumed or fresh, replace=True)
     OmegaConf.register_new_resolver("bilevel.ablation", _ablation, replace=True)
+    OmegaConf.register_new_resolver("bilevel.times", lambda factor, value: factor * value, replace=True)
     with _process(["bilevel", *arguments], HYDRA_FULL_ERROR="1"):  # errors reach us instead of being printed in Hydra's way
         hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")(job)()
 
