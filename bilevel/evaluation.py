@@ -15,7 +15,8 @@ def evaluate(problem: Problem, solution: Solution, stream: Stream, limit: int | 
     """`problem.metrics` in evaluation mode, each averaged over the items of the split (its first `limit` examples).
 
     A value of shape [] stands for every example of its batch; any other is one number per item (per token, say). The carry
-    begins fresh, goes from batch to batch, and is dropped at the end. Waits for the device once.
+    begins fresh, goes from batch to batch, and is dropped at the end. What `problem.derived` makes of the means comes beside
+    them. Waits for the device once.
 
     Raises:
         BilevelError: the problem reports no `loss`.
@@ -34,7 +35,8 @@ def evaluate(problem: Problem, solution: Solution, stream: Stream, limit: int | 
     if "loss" not in totals:
         raise BilevelError(f"{type(problem).__name__}.metrics reports no `loss`, by which the best step is judged; add it")
     sums = torch.stack(list(totals.values())).tolist()
-    return {name: total / items[name] for name, total in zip(totals, sums, strict=True)}
+    means = {name: total / items[name] for name, total in zip(totals, sums, strict=True)}
+    return means | problem.derived(means)
 
 
 def wide(value: Tensor) -> Tensor:

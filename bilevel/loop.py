@@ -228,9 +228,9 @@ class Loop:
                 f"resume it with runner.device={before}, or start a new run"
             )
         try:
-            self.solver.load_state_dict(state["solver"])
-            self.data.train.load_state_dict(state["train"])
+            self.data.train.load_state_dict(state["train"])  # first: other data say so better than weights of another shape
             self.data.valid.load_state_dict(state["valid"])
+            self.solver.load_state_dict(state["solver"])
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise BilevelError(
                 f"the checkpoint does not fit this problem and solver ({type(error).__name__}: {str(error).splitlines()[0]}); "

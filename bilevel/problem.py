@@ -1,6 +1,7 @@
 """What a bilevel problem is: a prediction, two objectives on top of it, a space of hyperparameters, and data."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -61,6 +62,10 @@ class Problem(ABC):
         """
         return {"loss": self.outer_objective(hypers, params, prediction, batch)}
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What follows from the means of `metrics` over a split and is no mean itself: perplexity = e^loss, say."""
+        return {}
+
     def exact(self, hypers: Hypers) -> Metrics:
         """What a closed form knows of λ itself, [] each: `regret` = L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)), say; {} for most."""
         return {}
@@ -68,6 +73,14 @@ class Problem(ABC):
     def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
         """The carry with which a pass over another split begins at `batch`: statistics kept, recurrent state anew."""
         return carry
+
+    def outer_carry(self, carry: Carry, last: Carry | None, batch: Batch) -> Carry:
+        """The carry with which L_V of an outer batch begins; `last` is what the batch before it ended with, None at first.
+
+        By default that of a pass over another split, `fresh_carry`; a problem whose batches continue each other goes on from
+        `last`.
+        """
+        return self.fresh_carry(carry, batch)
 
     @final
     def inner_loss(

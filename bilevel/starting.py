@@ -63,6 +63,9 @@ class StartingFrom(Problem):
     def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
         return self.problem.fresh_carry(carry, batch)
 
+    def outer_carry(self, carry: Carry, last: Carry | None, batch: Batch) -> Carry:
+        return self.problem.outer_carry(carry, last, batch)
+
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         return self.problem.data(device, generator)
 
@@ -83,6 +86,9 @@ class StartingFrom(Problem):
 
     def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         return self.problem.outer_objective(hypers, params, prediction, batch)
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        return self.problem.derived(means)
 
     def exact(self, hypers: Hypers) -> Metrics:
         return self.problem.exact(hypers)

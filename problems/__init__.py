@@ -2,8 +2,9 @@
 
 from problems.classification import Classification, digits, mnist
 from problems.elastic import ElasticNet
+from problems.language import Language, language
 from problems.networks import MLP
 from problems.quadratic import Quadratic
 from problems.regression import Ridge
 
-__all__ = ["MLP", "Classification", "ElasticNet", "Quadratic", "Ridge", "digits", "mnist"]
+__all__ = ["MLP", "Classification", "ElasticNet", "Language", "Quadratic", "Ridge", "digits", "language", "mnist"]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from solvers.rules import affine, lstm
+from solvers.recurrence import gru, lstm
+from solvers.rules import affine
 
 Table = dict[Any, Callable[..., Any]]
 
@@ -105,7 +106,7 @@ def _instance_norm(
     return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
 
 
-FORWARD: Table = {torch._VF.lstm: lstm, F.glu: _glu}
+FORWARD: Table = {torch._VF.lstm: lstm, torch._VF.gru: gru, F.glu: _glu}
 """What has no forward-mode derivative, or one without a backward pass of its own."""
 
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}

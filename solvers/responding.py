@@ -152,6 +152,12 @@ class Responding(Tensor):
             self.base.t(), self.response.t(), self.scale, 1 - self.axis, tangent=self.tangent, label=self.label
         )
 
+    def masked(self, mask: Tensor) -> "Responding":
+        """M ∘ W for a mask [*shape] that all examples share (DropConnect): W₀ and W₁ are masked alike."""
+        return Responding.of(
+            self.base * mask, self.response * mask, self.scale, self.axis, tangent=self.tangent, label=self.label
+        )
+
     def check_examples(self, x: Tensor) -> None:
         """Raise where the first axis of the input is not the example axis."""
         if x.ndim == 0 or x.shape[0] != self.scale.shape[0]:

@@ -178,8 +178,17 @@ def add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
 
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def mul(input: Tensor, other: Tensor) -> Tensor:
-    """X ∘ g with a responding g of fewer axes: a gain that is written out."""
+    """X ∘ g with a responding g of fewer axes: a gain that is written out; or M ∘ W with a mask M of the shape of W."""
+    weight, mask = (input, other) if isinstance(input, Responding) else (other, input)
+    if isinstance(weight, Responding) and _is_mask(mask, weight):
+        return weight.masked(mask)
     return _elementwise(torch.mul, input, other)
+
+
+def _is_mask(mask: Any, weight: Responding) -> bool:
+    """Whether it is one for all examples: a constant of the weight's own shape, which is a matrix at least."""
+    plain = isinstance(mask, Tensor) and not isinstance(mask, Responding) and tangent(mask) is None
+    return plain and weight.ndim >= 2 and mask.shape == weight.shape
 
 
 def _elementwise(f: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
@@ -197,57 +206,13 @@ def _elementwise(f: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tenso
 
 
 @rule(squared_norm_of)
-def squared_norm_per_example(weight: Responding) -> Tensor:
-    """‖W₀ + diag(s_b) W₁‖² = ‖W₀‖² + 2 s_b·⟨W₀, W₁⟩_rows + s_b²·‖W₁‖²_rows: [B]."""
-    base, response = (
-        p.movedim(weight.axis, 0).reshape(p.shape[weight.axis], -1) if p.ndim else p.reshape(1, 1)
-        for p in (weight.base, weight.response)
-    )
-    cross, square = (base * response).sum(1), (response * response).sum(1)
-    return squared_norm({"base": weight.base}) + torch.mv(weight.scale, 2 * cross) + torch.mv(weight.scale**2, square)
+def squared_norm_per_example(weight: Responding, weights: Tensor | None = None) -> Tensor:
+    """‖W₀ + diag(s_b) W₁‖² = ‖W₀‖² + 2 s_b·⟨W₀, W₁⟩_rows + s_b²·‖W₁‖²_rows: [B]; with `weights`, every product is weighted."""
 
+    def rows(p: Tensor) -> Tensor:
+        return p.movedim(weight.axis, 0).reshape(p.shape[weight.axis], -1) if p.ndim else p.reshape(1, 1)
 
-@rule(torch._VF.lstm)
-def lstm(x: Tensor, state: Any, weights: Any, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """A (multi-layer, bidirectional) LSTM, its gates written out: the fused one has no forward-mode derivative.
-
-    Gates and states, for every step t:
-
-        i, f, g, o = split(W_ih x_t + b_ih + W_hh h + b_hh);  c ← σ(f) c + σ(i) tanh(g);  h ← σ(o) tanh(c)
-    """
-    if not isinstance(weights, (list, tuple)):
-        raise BilevelError(
-            "a packed sequence has no fixed example axis; pad it, or perturb per batch (per_example=False) with linearize=false"
-        )
-    biases, layers, dropout, train, bidirectional, batch_first = options
-    if not batch_first:
-        if any(isinstance(w, Responding) for w in weights):
-            raise BilevelError("an LSTM perturbed per example needs batch_first=True: the example axis comes first")
-        out, *last = lstm(x.transpose(0, 1), state, weights, biases, layers, dropout, train, bidirectional, True)
-        return out.transpose(0, 1), *last
-    directions = 2 if bidirectional else 1
-    each = len(weights) // (layers * directions)
-    if each != (4 if biases else 2):
-        raise BilevelError("an LSTM with projections (proj_size) has no response rule; leave proj_size=0")
-    hidden, cells = [], []
-    for layer in range(layers):
-        outputs = []
-        for direction in range(directions):
-            k = layer * directions + direction
-            part = weights[k * each : (k + 1) * each]
-            w_ih, w_hh, b_ih, b_hh = part if biases else (*part, None, None)
-            h, c = state[0][k], state[1][k]
-            gates_in = F.linear(x, w_ih, b_ih)
-            steps = range(x.shape[1]) if direction == 0 else reversed(range(x.shape[1]))
-            seen = {}
-            for t in steps:
-                i, f, g, o = (gates_in[:, t] + F.linear(h, w_hh, b_hh)).chunk(4, dim=-1)
-                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-                seen[t] = h = torch.sigmoid(o) * torch.tanh(c)
-            outputs.append(torch.stack([seen[t] for t in range(x.shape[1])], dim=1))
-            hidden.append(h)
-            cells.append(c)
-        x = torch.cat(outputs, dim=-1) if bidirectional else outputs[0]
-        if dropout and train and layer < layers - 1:
-            x = F.dropout(x, dropout)
-    return x, torch.stack(hidden), torch.stack(cells)
+    base, response = rows(weight.base), rows(weight.response)
+    weighted = response if weights is None else rows(weights.view(weight.base.shape)) * response
+    cross, square = (base * weighted).sum(1), (response * weighted).sum(1)
+    return squared_norm({"base": weight.base}, weights) + torch.mv(weight.scale, 2 * cross) + torch.mv(weight.scale**2, square)

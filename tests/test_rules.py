@@ -40,13 +40,30 @@ class ByHand(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, **options) -> None:
+    def __init__(self, make=nn.LSTM, **options) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(4, 3, batch_first=True, **options)
+        self.layers = make(4, 3, batch_first=True, **options)
 
     def forward(self, x):
-        y, (h, c) = self.lstm(x)
-        return torch.cat([y.flatten(1), h.transpose(0, 1).flatten(1), c.transpose(0, 1).flatten(1)], dim=1)
+        y, last = self.layers(x)
+        last = last if isinstance(last, tuple) else (last,)
+        return torch.cat([part.flatten(1) for part in (y, *(s.transpose(0, 1) for s in last))], dim=1)
+
+
+class DropConnect(nn.Module):
+    """Weights masked before they are used, one mask for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Recurrent(nn.GRU)
+        self.head = nn.Parameter(torch.randn(2, 18))
+        self.masks = [torch.rand(9, 3) < 0.6, torch.rand(2, 18) < 0.6]
+
+    def forward(self, x):
+        recurrent, head = (mask.double() / 0.6 for mask in self.masks)
+        layer = self.layer.layers
+        y = functional_call(layer, {"weight_hh_l0": layer.weight_hh_l0 * recurrent}, (x,))[0]
+        return F.linear(torch.cat([y.flatten(1), y[:, -1]], dim=1), head * self.head)
 
 
 def normed(norm: nn.Module, *head: nn.Module) -> nn.Module:
@@ -66,6 +83,9 @@ LAYERS = {
     "group norm": (normed(nn.GroupNorm(2, 4), nn.Conv2d(2, 4, 2)), (B, 2, 4, 4)),
     "lstm": (Recurrent(num_layers=2), (B, 5, 4)),
     "lstm bidirectional": (Recurrent(bidirectional=True, bias=False), (B, 5, 4)),
+    "gru": (Recurrent(nn.GRU, num_layers=2), (B, 5, 4)),
+    "gru bidirectional": (Recurrent(nn.GRU, bidirectional=True, bias=False), (B, 5, 4)),
+    "masked weights": (DropConnect(), (B, 5, 4)),
     "embedding": (nn.Sequential(nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 2)), "tokens"),
     "tied decoder": (Tied(), "tokens"),
     "by hand": (ByHand(), (B, 4)),
@@ -185,11 +205,13 @@ def test_exact_rule_has_second_derivatives(layer):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_squared_norm_per_example(layer):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_squared_norm_per_example(layer, weighted):
     _, base, response, scales, axes = layer
     leaves = require_grad(base, response, scales)
-    ours = squared_norm(responding(base, response, scales, axes))
-    oracle = torch.stack([squared_norm(dense(base, response, scales, axes, b)) for b in range(B)])
+    weights = torch.rand(sum(p.numel() for p in base.values())).to(next(iter(base.values()))) if weighted else None
+    ours = squared_norm(responding(base, response, scales, axes), weights)
+    oracle = torch.stack([squared_norm(dense(base, response, scales, axes, b), weights) for b in range(B)])
     torch.testing.assert_close(ours, oracle)
     for mine, theirs in zip(gradients(ours, leaves), gradients(oracle, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -232,8 +254,12 @@ def test_an_input_without_the_example_axis_first_is_an_error(shape):
         F.linear(torch.randn(shape), weight())
 
 
-def test_lstm_with_time_first_is_an_error():
-    lstm = nn.LSTM(4, 3)
-    params = {k: Responding.of(p.detach(), p.detach(), torch.ones(B, p.shape[0]), label=k) for k, p in lstm.named_parameters()}
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_with_time_first_or_packed_is_an_error(make):
+    layer = make(4, 3)
+    params = {k: Responding.of(p.detach(), p.detach(), torch.ones(B, p.shape[0]), label=k) for k, p in layer.named_parameters()}
+    x = torch.randn(5, B, 4)
     with pytest.raises(bilevel.BilevelError, match="batch_first"):
-        functional_call(lstm, params, (torch.randn(5, B, 4),))
+        functional_call(layer, params, (x,))
+    with pytest.raises(bilevel.BilevelError, match="packed"):
+        functional_call(layer, params, (nn.utils.rnn.pack_padded_sequence(x, torch.full((B,), 5)),))
