@@ -2,7 +2,14 @@
 
 from typing import Any
 
+from solvers.conjugate_gradients import CG
+from solvers.implicit import Implicit
+from solvers.linear_solve import Identity
+from solvers.nystrom import Nystrom
+from solvers.richardson import Neumann
 from solvers.self_tuning import SelfTuning
+from solvers.tangents import Forward
+from solvers.unrolled import Unrolled
 
 
 def delta_stn(**options: Any) -> SelfTuning:
@@ -18,3 +25,28 @@ def centered_stn(**options: Any) -> SelfTuning:
 def stn(**options: Any) -> SelfTuning:
     """STN (MacKay et al., 2019): the response at λ itself, everything fitted together."""
     return SelfTuning(**{"centered": False, "regularized_w0": False, "linearize": False} | options)
+
+
+def implicit_cg(**options: Any) -> Implicit:
+    """Implicit differentiation by conjugate gradients (HOAG; Pedregosa, 2016)."""
+    return Implicit(**{"linear_solve": CG()} | options)
+
+
+def implicit_neumann(**options: Any) -> Implicit:
+    """Implicit differentiation by a Neumann series (Lorraine et al., 2020)."""
+    return Implicit(**{"linear_solve": Neumann()} | options)
+
+
+def implicit_nystrom(**options: Any) -> Implicit:
+    """Implicit differentiation by a Nyström approximation (Hataya & Yamada, 2023)."""
+    return Implicit(**{"linear_solve": Nystrom()} | options)
+
+
+def implicit_identity(**options: Any) -> Implicit:
+    """T1–T2 (Luketina et al., 2016): implicit differentiation with the identity for the curvature."""
+    return Implicit(**{"linear_solve": Identity()} | options)
+
+
+def unrolled_forward(**options: Any) -> Unrolled:
+    """Unrolled differentiation in forward mode (Franceschi et al., 2017)."""
+    return Unrolled(**{"mode": Forward()} | options)
