@@ -6,6 +6,7 @@ from solvers.curvature import Curvature, GaussNewton, Hessian
 from solvers.differentiation import Reverse
 from solvers.evolution import EvolutionStrategies
 from solvers.fixed import Fixed
+from solvers.given import Constant, Gaussian, Given, Replayed, Sinusoidal
 from solvers.implicit import Implicit
 from solvers.linear_solve import Guess, Identity, LinearSolve, Solved
 from solvers.nystrom import Nystrom
@@ -40,6 +41,7 @@ __all__ = [
     "SAMA",
     "SOBA",
     "TPE",
+    "Constant",
     "Curvature",
     "Dense",
     "EvolutionStrategies",
@@ -47,6 +49,8 @@ __all__ = [
     "FixedPoint",
     "Forward",
     "GaussNewton",
+    "Gaussian",
+    "Given",
     "Guess",
     "Hessian",
     "Hyperband",
@@ -62,11 +66,13 @@ __all__ = [
     "PopulationBased",
     "Pullback",
     "RandomSearch",
+    "Replayed",
     "Responding",
     "Response",
     "Reverse",
     "Search",
     "SelfTuning",
+    "Sinusoidal",
     "Solved",
     "Structured",
     "Unrolled",

@@ -3,6 +3,7 @@
 from typing import Any
 
 from solvers.conjugate_gradients import CG
+from solvers.curvature import GaussNewton
 from solvers.implicit import Implicit
 from solvers.linear_solve import Identity
 from solvers.nystrom import Nystrom
@@ -28,8 +29,11 @@ def stn(**options: Any) -> SelfTuning:
 
 
 def implicit_cg(**options: Any) -> Implicit:
-    """Implicit differentiation by conjugate gradients (HOAG; Pedregosa, 2016)."""
-    return Implicit(**{"linear_solve": CG()} | options)
+    """Implicit differentiation by conjugate gradients (HOAG; Pedregosa, 2016) on the Gauss–Newton matrix.
+
+    Of a network the Hessian is hardly ever positive definite, and CG would stop at the first direction that shows it.
+    """
+    return Implicit(**{"linear_solve": CG(), "curvature": GaussNewton()} | options)
 
 
 def implicit_neumann(**options: Any) -> Implicit:

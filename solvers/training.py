@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, BilevelError, Carry, Data, Metrics, Params, Problem, Solver
+from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Problem, Solver
 from bilevel.params import detached, to_device
 from solvers.trained import MakeOptimizer, MakeScheduler, Trained, descend
 from solvers.updates import configured, optimizer_settings
@@ -51,7 +51,10 @@ class Training(Solver):
 
     def descend_inner(self, u: Tensor, batch: Batch) -> Metrics:
         """w takes one step of its optimizer on L_T(λ(u), ·), at a constant λ."""
-        hypers = self.problem.space.constrain(u, self.generator)
+        return self.descend_at(self.problem.space.constrain(u, self.generator), batch)
+
+    def descend_at(self, hypers: Hypers, batch: Batch) -> Metrics:
+        """The same at λ in its own units."""
         loss, carry = self.problem.inner_loss(hypers, self.weights.tensors, self.carry, batch, self.generator)
         self.watch(loss)
         descend(loss, self.weights)

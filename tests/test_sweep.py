@@ -8,7 +8,14 @@ import pytest
 from bilevel.cli.app import main
 from bilevel.cli.sweep import examples_to, read_runs, spread, sweep_table
 
-QUICK = ("wandb.mode=disabled", "runner.progress=none", "runner.picture=false", "runner.epochs=4", "runner.warmup_epochs=1")
+QUICK = (
+    "wandb.mode=disabled",
+    "runner.progress=none",
+    "runner.picture=false",
+    "runner.epochs=4",
+    "runner.warmup_epochs=1",
+    "runner.evaluate_every=1",
+)
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

@@ -1,0 +1,66 @@
+"""How far a solver's hypergradient is from the exact one where that is known: w trained at a λ that is held."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import solvers
+from bilevel import Problem
+from problems import Quadratic, Ridge
+from solvers.descent import Descent
+
+HELD = partial(torch.optim.SGD, lr=0.0)
+"""λ stays, while everything else that a solver trains goes on."""
+SGD = partial(torch.optim.SGD, lr=0.1)
+ROUNDS, DRAWS = 400, 200
+
+PROBLEMS: dict[str, Callable[[], Any]] = {
+    "quadratic, 10 weights, 3 λ, condition 10": partial(Quadratic.random, dtype=torch.float64),
+    "ridge, 10 features, one λ": partial(Ridge.synthetic, dtype=torch.float64),
+}
+
+_made = partial(dict, inner_optimizer=SGD, outer_optimizer=HELD)
+
+SOLVERS: dict[str, Callable[[], Descent]] = {
+    "implicit, CG (10)": lambda: solvers.Implicit(linear_solve=solvers.CG(iterations=10), **_made()),
+    "implicit, Neumann (10)": lambda: solvers.Implicit(linear_solve=solvers.Neumann(terms=10), **_made()),
+    "implicit, Nyström (rank 5)": lambda: solvers.Implicit(linear_solve=solvers.Nystrom(rank=5), **_made()),
+    "implicit, identity": lambda: solvers.Implicit(linear_solve=solvers.Identity(), **_made()),
+    "unrolled, 10 steps": lambda: solvers.Unrolled(inner_steps=10, **_made()),
+    "unrolled, 100 steps": lambda: solvers.Unrolled(inner_steps=100, **_made()),
+    "SOBA": lambda: solvers.SOBA(**_made()),
+    "SAMA": lambda: solvers.SAMA(**_made()),
+    "penalty": lambda: solvers.Penalty(**_made()),
+    "evolution strategies": lambda: solvers.EvolutionStrategies(**_made()),
+    "evolution strategies, truncated": lambda: solvers.EvolutionStrategies(persistent=False, **_made()),
+    **{
+        name: partial(lambda recipe: recipe(response=solvers.Dense(), scale_optimizer=HELD, **_made()), getattr(solvers, name))
+        for name in ("delta_stn", "centered_stn", "stn")
+    },
+}
+
+
+def bias() -> dict[str, dict[str, dict[str, float]]]:
+    """‖ĝ − g‖/‖g‖ of one hypergradient (the median) and of the mean over draws, and the cosine of that mean with g."""
+    return {title: {name: _error(make(), solver()) for name, solver in SOLVERS.items()} for title, make in PROBLEMS.items()}
+
+
+def _error(problem: Problem, solver: Descent) -> dict[str, float]:
+    cpu = torch.device("cpu")
+    solver.setup(problem, problem.data(cpu, torch.Generator().manual_seed(1)), cpu, torch.Generator().manual_seed(2))
+    for _ in range(ROUNDS):
+        solver.step()
+    exact = problem.hypergradient(problem.space.constrain(solver.belief.centre))  # type: ignore[attr-defined]
+    drawn = []
+    for _ in range(DRAWS):
+        solver.step()
+        drawn.append(solver.hypergradient())
+    estimates = torch.stack(drawn)
+    mean = estimates.mean(0)
+    return {
+        "error": ((estimates - exact).norm(dim=1) / exact.norm()).median().item(),
+        "error_of_mean": ((mean - exact).norm() / exact.norm()).item(),
+        "cosine": torch.cosine_similarity(mean, exact, dim=0).item(),
+    }

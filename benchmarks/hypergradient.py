@@ -1,0 +1,297 @@
+"""What a hypergradient costs: `python -m benchmarks.hypergradient [cost|scaling|bias] [--json] [--threads 1] [--seconds 60]`.
+
+The machine is one thread of the CPU by default, so that ratios mean something on a machine that others share.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import torch
+
+import solvers
+from benchmarks.bias import bias
+from benchmarks.decays import decays
+from benchmarks.measure import Step, alternating, median_ratio
+from bilevel import Problem, Solver
+from bilevel.device import Meter, choose_device
+from solvers.descent import Descent
+
+K = 10
+"""Terms, iterations, unrolled steps."""
+KS = (1, 5, 10, 20, 40)
+
+
+class Case(NamedTuple):
+    """A solver as it is timed.
+
+    Attributes:
+        make: the solver.
+        whole: whether its hypergradient comes of a whole round of K differentiated steps, or of `hypergradient` alone.
+        most: plain gradients that one hypergradient may cost, from K and h; None where the project sets no aim.
+        memory: peak memory in multiples of plain training that it may take.
+        few: whether λ must be few.
+    """
+
+    make: Callable[[], Descent]
+    whole: bool = False
+    most: Callable[[int, int], float] | None = None
+    memory: float | None = None
+    few: bool = False
+
+
+def _products(k: int, h: int) -> float:
+    return 2.5 * k + 5
+
+
+def _implicit(linear_solve: Any, **options: Any) -> Callable[[], Descent]:
+    return partial(solvers.Implicit, linear_solve=linear_solve, **options)
+
+
+CASES: dict[str, Case] = {
+    "implicit, CG": Case(_implicit(solvers.CG(iterations=K)), most=_products, memory=3.0),
+    "implicit, CG, Gauss–Newton": Case(
+        _implicit(solvers.CG(iterations=K), curvature=solvers.GaussNewton(damping=1e-3)), most=_products, memory=3.0
+    ),
+    "implicit, Neumann": Case(_implicit(solvers.Neumann(terms=K)), most=_products, memory=3.0),
+    "implicit, fixed point": Case(_implicit(solvers.FixedPoint(iterations=K)), most=_products, memory=3.0),
+    "implicit, Nyström": Case(_implicit(solvers.Nystrom(rank=K)), most=_products),
+    "implicit, identity": Case(_implicit(solvers.Identity())),
+    "SAMA": Case(solvers.SAMA),
+    "SOBA": Case(solvers.SOBA),
+    "penalty": Case(solvers.Penalty),
+    "unrolled, reverse": Case(partial(solvers.Unrolled, inner_steps=K), whole=True, most=lambda k, h: 4 * k),
+    "unrolled, reverse, checkpointed": Case(
+        partial(solvers.Unrolled, inner_steps=K, mode=solvers.Reverse(checkpoint=True)), whole=True
+    ),
+    "unrolled, forward": Case(
+        partial(solvers.Unrolled, inner_steps=K, mode=solvers.Forward()),
+        whole=True,
+        most=lambda k, h: (2 * h + 1.5) * k,
+        few=True,
+    ),
+    "evolution strategies": Case(partial(solvers.EvolutionStrategies, inner_steps=K), whole=True, few=True),
+    "Δ-STN": Case(solvers.delta_stn, few=True),
+}
+
+LAMBDAS: dict[str, Callable[[], Problem]] = {
+    "few λ": partial(decays, 4),
+    "a decay per weight": partial(decays, None),
+}
+
+
+def ready(case: str, hypers: int | None, device: torch.device, **changes: Any) -> Descent:
+    """The solver of a case, set up, after two rounds: momentum, warm starts and what libraries choose at a first call."""
+    problem = decays(hypers)
+    solver = CASES[case].make(**changes)  # type: ignore[call-arg]
+    solver.setup(
+        problem, problem.data(device, torch.Generator().manual_seed(1)), device, torch.Generator(device).manual_seed(2)
+    )
+    solver.step()
+    solver.step()
+    return solver
+
+
+def set_up(solver: Solver, problem: Problem, device: torch.device) -> None:
+    """Set the solver up on the problem, from fixed seeds."""
+    data = problem.data(device, torch.Generator().manual_seed(1))
+    solver.setup(problem, data, device, torch.Generator(device).manual_seed(2))
+
+
+def hypergradient(case: str, solver: Descent) -> Step:
+    """One hypergradient: of `hypergradient`, or of a whole round where it is the round that is differentiated."""
+    if CASES[case].whole:
+        return solver.step
+    batch = solver.data.valid.peek()
+    return lambda: solver.hypergradient(batch)
+
+
+def plain_gradient(solver: Descent) -> Step:
+    """∇_w L_T on one batch: forward and backward, nothing else."""
+    problem, batch, carry = solver.problem, solver.data.train.peek(), solver.carry
+    params = {name: p.detach().requires_grad_() for name, p in solver.weights.tensors.items()}
+    hypers = problem.space.constrain(solver.belief.centre)
+
+    def step() -> None:
+        loss, _ = problem.inner_loss(hypers, params, carry, batch, solver.generator)
+        torch.autograd.grad(loss, list(params.values()))
+
+    return step
+
+
+def peak_memory(case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]) -> int:
+    """Bytes by which set-up and three rounds of a case raise the peak; of plain training where it is None.
+
+    On the CPU that of a process of its own, in which the same has been done with a tiny problem before.
+    """
+    if device.type == "cuda":
+        return _growth(case, hypers, device, changes)
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_growth, (case, hypers, device, changes))
+
+
+def _growth(case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]) -> int:
+    torch.set_num_threads(1)
+    _work(case, hypers, device, changes, sizes=(784, 16, 10))
+    before, after = Meter(device), Meter(device)
+    before.start()
+    before.stop()
+    after.start()
+    _work(case, hypers, device, changes)
+    after.stop()
+    return (after.peak_memory or 0) - (before.peak_memory or 0)
+
+
+def _work(case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any], **size: Any) -> None:
+    problem = decays(None if hypers is None else min(hypers, 4) if size else hypers, **size)
+    solver = solvers.Fixed() if case is None else CASES[case].make(**changes)  # type: ignore[call-arg]
+    solver.setup(
+        problem, problem.data(device, torch.Generator().manual_seed(1)), device, torch.Generator(device).manual_seed(2)
+    )
+    for _ in range(3):
+        solver.step()
+
+
+def cost(seconds: float, device: torch.device) -> dict[str, Any]:
+    """Every case against one plain gradient, with few λ and with one per weight."""
+    report = {}
+    for title, make in LAMBDAS.items():
+        hypers = None if make().space.numel > 1000 else make().space.numel
+        cases = [name for name, case in CASES.items() if hypers is not None or not case.few]
+        plain_bytes = peak_memory(None, hypers, device, {})
+        memory = {name: peak_memory(name, hypers, device, {}) / plain_bytes for name in cases}
+        made = {name: ready(name, hypers, device) for name in cases}
+        steps: dict[str, Step] = {"plain": plain_gradient(next(iter(made.values())))}
+        steps |= {name: hypergradient(name, solver) for name, solver in made.items()}
+        taken = alternating(steps, seconds, device)
+        h = make().space.numel
+        report[title] = {
+            "h": h,
+            "plain_milliseconds": 1e3 * statistics.median(taken["plain"]),
+            "plain_bytes": plain_bytes,
+            "rounds": len(taken["plain"]),
+            "cases": {name: _row(name, h, median_ratio(taken[name], taken["plain"]), memory[name]) for name in cases},
+        }
+    return report
+
+
+def _row(name: str, h: int, time: float, memory: float) -> dict[str, Any]:
+    case = CASES[name]
+    return {
+        "plain_gradients": time,
+        "at_most": None if case.most is None else case.most(K, h),
+        "memory_of_plain": memory,
+        "memory_at_most": case.memory,
+    }
+
+
+def scaling(seconds: float, device: torch.device) -> dict[str, Any]:
+    """Time and memory against the number of hyperparameters, and against K."""
+    sweep = partial(_sweep, seconds=seconds, device=device)
+
+    def solves(make: Callable[[int], Any]) -> list[tuple[int, dict[str, Any]]]:
+        return [(4, {"linear_solve": make(k)}) for k in KS]
+
+    steps = [(4, {"inner_steps": k}) for k in KS]
+    return {
+        "h": sweep("implicit, CG", [(10**n, {}) for n in range(7)])
+        | sweep("unrolled, reverse", [(10**n, {}) for n in (0, 3, 6)])
+        | sweep("unrolled, forward", [(2**n, {}) for n in range(4)]),
+        "K": sweep("implicit, CG", solves(lambda k: solvers.CG(iterations=k)))
+        | sweep("implicit, Neumann", solves(lambda k: solvers.Neumann(terms=k)))
+        | sweep("unrolled, reverse", steps)
+        | sweep("unrolled, reverse, checkpointed", steps)
+        | sweep("unrolled, forward", steps),
+    }
+
+
+def _sweep(case: str, points: list[tuple[int, dict[str, Any]]], seconds: float, device: torch.device) -> dict[str, Any]:
+    rows = []
+    for hypers, changes in points:
+        bytes_taken, plain_bytes = (peak_memory(name, hypers, device, changes if name else {}) for name in (case, None))
+        solver = ready(case, hypers, device, **changes)
+        steps = {"plain": plain_gradient(solver), case: hypergradient(case, solver)}
+        taken = alternating(steps, seconds / 10, device)
+        rows.append(
+            {
+                "h": hypers,
+                "K": _k(changes),
+                "plain_gradients": median_ratio(taken[case], taken["plain"]),
+                "memory_of_plain": bytes_taken / plain_bytes,
+            }
+        )
+    return {case: rows}
+
+
+def _k(changes: dict[str, Any]) -> int:
+    solve = changes.get("linear_solve")
+    return int(changes.get("inner_steps") or getattr(solve, "iterations", None) or getattr(solve, "terms", None) or K)
+
+
+def main() -> None:
+    """Measure, and print tables or JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hypergradient", description=__doc__)
+    parser.add_argument("what", nargs="?", default="cost", choices=["cost", "scaling", "bias"])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long the rounds of each table go on")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = choose_device(options.device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    measure = {"cost": cost, "scaling": scaling, "bias": lambda seconds, device: bias()}[options.what]
+    report = {"machine": machine, "torch": torch.__version__, options.what: measure(options.seconds, device)}
+    print(
+        json.dumps(report, indent=2)
+        if options.json
+        else f"{machine}, torch {torch.__version__}\n{TABLES[options.what](report)}"
+    )
+
+
+def cost_table(report: dict[str, Any]) -> str:
+    """The costs as text."""
+    lines = []
+    for title, part in report["cost"].items():
+        lines.append(
+            f"\n{title} (h = {part['h']:,}), K = {K}; plain gradient {part['plain_milliseconds']:.1f} ms, plain training "
+            f"{part['plain_bytes'] / 2**20:.0f} MiB; {part['rounds']} rounds"
+        )
+        lines.append(f"{'':34} {'plain gradients':>16} {'wanted':>8} {'memory × plain':>15} {'wanted':>7}")
+        for name, row in part["cases"].items():
+            wanted = "" if row["at_most"] is None else f"≤ {row['at_most']:g}"
+            memory = "" if row["memory_at_most"] is None else f"≤ {row['memory_at_most']:g}"
+            lines.append(f"{name:34} {row['plain_gradients']:16.1f} {wanted:>8} {row['memory_of_plain']:15.2f} {memory:>7}")
+    return "\n".join(lines)
+
+
+def scaling_table(report: dict[str, Any]) -> str:
+    """The scaling as text."""
+    lines = []
+    for axis, part in report["scaling"].items():
+        lines.append(f"\nagainst {axis}: plain gradients (memory × plain)")
+        for name, rows in part.items():
+            cells = [f"{row[axis]:,}: {row['plain_gradients']:.1f} ({row['memory_of_plain']:.2f})" for row in rows]
+            lines.append(f"{name:34} " + "   ".join(cells))
+    return "\n".join(lines)
+
+
+def bias_table(report: dict[str, Any]) -> str:
+    """The errors as text."""
+    lines = []
+    for title, rows in report["bias"].items():
+        lines.append(f"\n{title}\n{'':34} {'relative error':>15} {'of the mean':>12} {'cosine':>8}")
+        for name, row in rows.items():
+            lines.append(f"{name:34} {row['error']:15.2g} {row['error_of_mean']:12.2g} {row['cosine']:8.4f}")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cost": cost_table, "scaling": scaling_table, "bias": bias_table}
+
+
+if __name__ == "__main__":
+    main()
