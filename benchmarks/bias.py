@@ -14,11 +14,12 @@ from solvers.descent import Descent
 HELD = partial(torch.optim.SGD, lr=0.0)
 """λ stays, while everything else that a solver trains goes on."""
 SGD = partial(torch.optim.SGD, lr=0.1)
-ROUNDS, DRAWS = 400, 200
+STEPS, DRAWS = 2000, 100
+"""Inner steps at the held λ before anything is measured, and rounds in which it is."""
 
 PROBLEMS: dict[str, Callable[[], Any]] = {
-    "quadratic, 10 weights, 3 λ, condition 10": partial(Quadratic.random, dtype=torch.float64),
-    "ridge, 10 features, one λ": partial(Ridge.synthetic, dtype=torch.float64),
+    "quadratic, 10 weights, 3 λ, condition 10": partial(Quadratic.random, dtype=torch.float64, space={"hyper": {"scale": 0.5}}),
+    "ridge, 10 features, one λ": partial(Ridge.synthetic, dtype=torch.float64, space={"log_decay": {"scale": 0.5}}),
 }
 
 _made = partial(dict, inner_optimizer=SGD, outer_optimizer=HELD)
@@ -26,6 +27,7 @@ _made = partial(dict, inner_optimizer=SGD, outer_optimizer=HELD)
 SOLVERS: dict[str, Callable[[], Descent]] = {
     "implicit, CG (10)": lambda: solvers.Implicit(linear_solve=solvers.CG(iterations=10), **_made()),
     "implicit, Neumann (10)": lambda: solvers.Implicit(linear_solve=solvers.Neumann(terms=10), **_made()),
+    "implicit, Nyström (rank 10)": lambda: solvers.Implicit(linear_solve=solvers.Nystrom(rank=10), **_made()),
     "implicit, Nyström (rank 5)": lambda: solvers.Implicit(linear_solve=solvers.Nystrom(rank=5), **_made()),
     "implicit, identity": lambda: solvers.Implicit(linear_solve=solvers.Identity(), **_made()),
     "unrolled, 10 steps": lambda: solvers.Unrolled(inner_steps=10, **_made()),
@@ -50,7 +52,7 @@ def bias() -> dict[str, dict[str, dict[str, float]]]:
 def _error(problem: Problem, solver: Descent) -> dict[str, float]:
     cpu = torch.device("cpu")
     solver.setup(problem, problem.data(cpu, torch.Generator().manual_seed(1)), cpu, torch.Generator().manual_seed(2))
-    for _ in range(ROUNDS):
+    while solver.inner_count < STEPS:
         solver.step()
     exact = problem.hypergradient(problem.space.constrain(solver.belief.centre))  # type: ignore[attr-defined]
     drawn = []

@@ -5,6 +5,7 @@ The machine is one thread of the CPU by default, so that ratios mean something o
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,12 @@ from solvers.descent import Descent
 
 K = 10
 """Terms, iterations, unrolled steps."""
-KS = (1, 5, 10, 20, 40)
+KS = (1, 10, 40)
+MANY = 1000
+"""From so many on, the cases for few hyperparameters are left out."""
+MEMORY_ROUNDS = 2
+WEIGHED = ("implicit, CG", "unrolled, reverse", "unrolled, reverse, checkpointed", "unrolled, forward")
+"""Whose memory is measured against K."""
 
 
 class Case(NamedTuple):
@@ -33,7 +39,8 @@ class Case(NamedTuple):
         make: the solver.
         whole: whether its hypergradient comes of a whole round of K differentiated steps, or of `hypergradient` alone.
         most: plain gradients that one hypergradient may cost, from K and h; None where the project sets no aim.
-        memory: peak memory in multiples of plain training that it may take.
+        memory: peak memory in multiples of plain training that it may take; `math.inf` where it is measured without an aim,
+            None where it is not.
         few: whether λ must be few.
     """
 
@@ -58,15 +65,15 @@ CASES: dict[str, Case] = {
         _implicit(solvers.CG(iterations=K), curvature=solvers.GaussNewton(damping=1e-3)), most=_products, memory=3.0
     ),
     "implicit, Neumann": Case(_implicit(solvers.Neumann(terms=K)), most=_products, memory=3.0),
-    "implicit, fixed point": Case(_implicit(solvers.FixedPoint(iterations=K)), most=_products, memory=3.0),
-    "implicit, Nyström": Case(_implicit(solvers.Nystrom(rank=K)), most=_products),
+    "implicit, fixed point": Case(_implicit(solvers.FixedPoint(iterations=K)), most=_products),
+    "implicit, Nyström": Case(_implicit(solvers.Nystrom(rank=K)), memory=3.0),
     "implicit, identity": Case(_implicit(solvers.Identity())),
     "SAMA": Case(solvers.SAMA),
     "SOBA": Case(solvers.SOBA),
     "penalty": Case(solvers.Penalty),
-    "unrolled, reverse": Case(partial(solvers.Unrolled, inner_steps=K), whole=True, most=lambda k, h: 4 * k),
+    "unrolled, reverse": Case(partial(solvers.Unrolled, inner_steps=K), whole=True, most=lambda k, h: 4 * k, memory=math.inf),
     "unrolled, reverse, checkpointed": Case(
-        partial(solvers.Unrolled, inner_steps=K, mode=solvers.Reverse(checkpoint=True)), whole=True
+        partial(solvers.Unrolled, inner_steps=K, mode=solvers.Reverse(checkpoint=True)), whole=True, memory=math.inf
     ),
     "unrolled, forward": Case(
         partial(solvers.Unrolled, inner_steps=K, mode=solvers.Forward()),
@@ -124,7 +131,7 @@ def plain_gradient(solver: Descent) -> Step:
 
 
 def peak_memory(case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]) -> int:
-    """Bytes by which set-up and three rounds of a case raise the peak; of plain training where it is None.
+    """Bytes by which set-up and two rounds of a case raise the peak; of plain training where it is None.
 
     On the CPU that of a process of its own, in which the same has been done with a tiny problem before.
     """
@@ -152,79 +159,100 @@ def _work(case: str | None, hypers: int | None, device: torch.device, changes: d
     solver.setup(
         problem, problem.data(device, torch.Generator().manual_seed(1)), device, torch.Generator(device).manual_seed(2)
     )
-    for _ in range(3):
+    for _ in range(MEMORY_ROUNDS):
         solver.step()
 
 
 def cost(seconds: float, device: torch.device) -> dict[str, Any]:
     """Every case against one plain gradient, with few λ and with one per weight."""
+    sizes = {title: None if make().space.numel > MANY else make().space.numel for title, make in LAMBDAS.items()}
+    cases = {title: [name for name, case in CASES.items() if h is not None or not case.few] for title, h in sizes.items()}
+    # Memory first, all of it: a process that is started inherits the peak of the one that starts it.
+    weighed = {title: [name for name in cases[title] if CASES[name].memory is not None] for title in sizes}
+    memory = {title: {name: peak_memory(name, h, device, {}) for name in [None, *weighed[title]]} for title, h in sizes.items()}
     report = {}
-    for title, make in LAMBDAS.items():
-        hypers = None if make().space.numel > 1000 else make().space.numel
-        cases = [name for name, case in CASES.items() if hypers is not None or not case.few]
-        plain_bytes = peak_memory(None, hypers, device, {})
-        memory = {name: peak_memory(name, hypers, device, {}) / plain_bytes for name in cases}
-        made = {name: ready(name, hypers, device) for name in cases}
+    for title, hypers in sizes.items():
+        made = {name: ready(name, hypers, device) for name in cases[title]}
         steps: dict[str, Step] = {"plain": plain_gradient(next(iter(made.values())))}
         steps |= {name: hypergradient(name, solver) for name, solver in made.items()}
         taken = alternating(steps, seconds, device)
-        h = make().space.numel
+        h, plain = LAMBDAS[title]().space.numel, memory[title][None]
         report[title] = {
             "h": h,
             "plain_milliseconds": 1e3 * statistics.median(taken["plain"]),
-            "plain_bytes": plain_bytes,
+            "plain_bytes": plain,
             "rounds": len(taken["plain"]),
-            "cases": {name: _row(name, h, median_ratio(taken[name], taken["plain"]), memory[name]) for name in cases},
+            "cases": {
+                name: _row(name, h, median_ratio(taken[name], taken["plain"]), _over(memory[title].get(name), plain))
+                for name in made
+            },
         }
     return report
 
 
-def _row(name: str, h: int, time: float, memory: float) -> dict[str, Any]:
+def _over(memory: int | None, plain: int) -> float | None:
+    return None if memory is None else memory / plain
+
+
+def _row(name: str, h: int, time: float, memory: float | None) -> dict[str, Any]:
     case = CASES[name]
     return {
         "plain_gradients": time,
         "at_most": None if case.most is None else case.most(K, h),
         "memory_of_plain": memory,
-        "memory_at_most": case.memory,
+        "memory_at_most": None if case.memory == math.inf else case.memory,
     }
 
 
 def scaling(seconds: float, device: torch.device) -> dict[str, Any]:
     """Time and memory against the number of hyperparameters, and against K."""
-    sweep = partial(_sweep, seconds=seconds, device=device)
 
     def solves(make: Callable[[int], Any]) -> list[tuple[int, dict[str, Any]]]:
         return [(4, {"linear_solve": make(k)}) for k in KS]
 
-    steps = [(4, {"inner_steps": k}) for k in KS]
+    steps: list[tuple[int, dict[str, Any]]] = [(4, {"inner_steps": k}) for k in KS]
+    plans: dict[str, dict[str, list[tuple[int, dict[str, Any]]]]] = {
+        "h": {
+            "implicit, CG": [(10**n, {}) for n in (0, 2, 4, 6)],
+            "unrolled, reverse": [(10**n, {}) for n in (0, 3, 6)],
+            "unrolled, forward": [(2**n, {}) for n in range(3)],
+        },
+        "K": {
+            "implicit, CG": solves(lambda k: solvers.CG(iterations=k)),
+            "implicit, Neumann": solves(lambda k: solvers.Neumann(terms=k)),
+            "unrolled, reverse": steps,
+            "unrolled, reverse, checkpointed": steps,
+            "unrolled, forward": steps,
+        },
+    }
+    plain = peak_memory(None, 4, device, {})
+    memory = {
+        (case, i): peak_memory(case, h, device, changes) / plain
+        for case in WEIGHED
+        for i, (h, changes) in enumerate(plans["K"][case])
+    }
+    each = seconds / sum(len(sweep) for plan in plans.values() for sweep in plan.values())
     return {
-        "h": sweep("implicit, CG", [(10**n, {}) for n in range(7)])
-        | sweep("unrolled, reverse", [(10**n, {}) for n in (0, 3, 6)])
-        | sweep("unrolled, forward", [(2**n, {}) for n in range(4)]),
-        "K": sweep("implicit, CG", solves(lambda k: solvers.CG(iterations=k)))
-        | sweep("implicit, Neumann", solves(lambda k: solvers.Neumann(terms=k)))
-        | sweep("unrolled, reverse", steps)
-        | sweep("unrolled, reverse, checkpointed", steps)
-        | sweep("unrolled, forward", steps),
+        axis: {
+            case: [
+                {
+                    "h": h,
+                    "K": _k(changes),
+                    "plain_gradients": _time(case, h, changes, each, device),
+                    "memory_of_plain": memory.get((case, i)) if axis == "K" else None,
+                }
+                for i, (h, changes) in enumerate(sweep)
+            ]
+            for case, sweep in plan.items()
+        }
+        for axis, plan in plans.items()
     }
 
 
-def _sweep(case: str, points: list[tuple[int, dict[str, Any]]], seconds: float, device: torch.device) -> dict[str, Any]:
-    rows = []
-    for hypers, changes in points:
-        bytes_taken, plain_bytes = (peak_memory(name, hypers, device, changes if name else {}) for name in (case, None))
-        solver = ready(case, hypers, device, **changes)
-        steps = {"plain": plain_gradient(solver), case: hypergradient(case, solver)}
-        taken = alternating(steps, seconds / 10, device)
-        rows.append(
-            {
-                "h": hypers,
-                "K": _k(changes),
-                "plain_gradients": median_ratio(taken[case], taken["plain"]),
-                "memory_of_plain": bytes_taken / plain_bytes,
-            }
-        )
-    return {case: rows}
+def _time(case: str, hypers: int, changes: dict[str, Any], seconds: float, device: torch.device) -> float:
+    solver = ready(case, hypers, device, **changes)
+    taken = alternating({"plain": plain_gradient(solver), case: hypergradient(case, solver)}, seconds, device)
+    return median_ratio(taken[case], taken["plain"])
 
 
 def _k(changes: dict[str, Any]) -> int:
@@ -265,7 +293,8 @@ def cost_table(report: dict[str, Any]) -> str:
         for name, row in part["cases"].items():
             wanted = "" if row["at_most"] is None else f"≤ {row['at_most']:g}"
             memory = "" if row["memory_at_most"] is None else f"≤ {row['memory_at_most']:g}"
-            lines.append(f"{name:34} {row['plain_gradients']:16.1f} {wanted:>8} {row['memory_of_plain']:15.2f} {memory:>7}")
+            peak = "" if row["memory_of_plain"] is None else f"{row['memory_of_plain']:.2f}"
+            lines.append(f"{name:34} {row['plain_gradients']:16.1f} {wanted:>8} {peak:>15} {memory:>7}")
     return "\n".join(lines)
 
 
@@ -275,7 +304,11 @@ def scaling_table(report: dict[str, Any]) -> str:
     for axis, part in report["scaling"].items():
         lines.append(f"\nagainst {axis}: plain gradients (memory × plain)")
         for name, rows in part.items():
-            cells = [f"{row[axis]:,}: {row['plain_gradients']:.1f} ({row['memory_of_plain']:.2f})" for row in rows]
+            cells = [
+                f"{row[axis]:,}: {row['plain_gradients']:.1f}"
+                + ("" if row["memory_of_plain"] is None else f" ({row['memory_of_plain']:.2f})")
+                for row in rows
+            ]
             lines.append(f"{name:34} " + "   ".join(cells))
     return "\n".join(lines)
 
