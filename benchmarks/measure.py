@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -12,6 +13,7 @@ from benchmarks.workloads import prepared
 from bilevel.device import Meter
 
 Step = Callable[[], object]
+Work = Callable[[torch.device], object]
 
 MEMORY_STEPS = 3
 FEWEST_ROUNDS = 5
@@ -48,27 +50,36 @@ def multiplications(step: Step) -> int:
 
 
 def peak_memory(network: str, variant: str, device: torch.device) -> int:
-    """Bytes by which set-up and three training steps raise the peak.
+    """Bytes by which set-up and three training steps raise the peak: see `peak_growth`."""
+    return peak_growth(partial(_train, network, variant), _warm, device)
 
-    On CUDA the peak of the tensors, on the CPU that of a process of its own, of which a tiny network is trained first, by each
+
+def peak_growth(work: Work, warm: Work, device: torch.device) -> int:
+    """Bytes by which `work` raises the peak after `warm`.
+
+    On CUDA the peak of the tensors, on the CPU that of a process of its own. `warm` does the same on a tiny scale, with each
     kind of step: what the libraries load and reserve at first use belongs to no variant.
     """
     if device.type == "cuda":
-        return _growth(network, variant, device)
+        return _growth(work, warm, device)
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_growth, (network, variant, device))
+        return pool.apply(_growth, (work, warm, device))
 
 
-def _growth(network: str, variant: str, device: torch.device) -> int:
-    for kind in ("plain", "delta_stn", "double_backward"):
-        _train("tiny", kind, device)
+def _growth(work: Work, warm: Work, device: torch.device) -> int:
+    warm(device)
     before, after = Meter(device), Meter(device)
     before.start()
     before.stop()
     after.start()
-    _train(network, variant, device)
+    work(device)
     after.stop()
     return (after.peak_memory or 0) - (before.peak_memory or 0)
+
+
+def _warm(device: torch.device) -> None:
+    for kind in ("plain", "delta_stn", "double_backward"):
+        _train("tiny", kind, device)
 
 
 def _train(network: str, variant: str, device: torch.device) -> None:
