@@ -156,9 +156,9 @@ class Loop:
         self._judge(self.solver.bad_step(), {"the validation loss": valid["loss"], **_first_bad(solution)})
         for logger in self.loggers:
             logger.log(self.last)
+        self._warn(self.solver.doubts(metrics))  # which may say why a run has diverged
         if self.diverged:
             return
-        self._warn(self.solver.doubts(metrics))
         self.good = self.last
         if self.best is None or valid["loss"] < self.best["record"]["valid_loss"]:
             self.best, self.stalled = {"record": self.last, "solution": _on_cpu(solution)._asdict()}, 0
@@ -263,4 +263,6 @@ def _first_bad(solution: Solution) -> dict[str, float]:
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_short(entry) for entry in value) + "]"
+    if isinstance(value, dict):  # of a large array
+        return f"{_short(value['min'])}…{_short(value['max'])}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

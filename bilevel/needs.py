@@ -40,11 +40,11 @@ def check_space(solver: str, space: Space, needs: Collection[Need], *, tunes_opt
             raise Refused(
                 f"{solver} cannot tune `{name}`: it sets the inner optimizer's {domain.optimizer}, which acts on the way to w* "
                 "and not on L_T; tune it with an unrolled, evolution-strategy or black-box solver, or freeze it "
-                f"(space.{name}.frozen=true)"
+                f"(problem.space.{name}.frozen=true)"
             )
         if Need.INNER_DERIVATIVE in needs and not domain.differentiable:
             raise Refused(
                 f"{solver} needs {Need.INNER_DERIVATIVE.value}, but `{name}` is sampled or rounded and has none; tune it with "
-                "a self-tuning, evolution-strategy or black-box solver, relax it (dropout=gaussian or dropout=concrete, say), "
-                f"or freeze it (space.{name}.frozen=true)"
+                "a self-tuning, evolution-strategy or black-box solver, relax it (problem.dropout=gaussian or concrete, say), "
+                f"or freeze it (problem.space.{name}.frozen=true)"
             )

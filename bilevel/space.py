@@ -33,6 +33,12 @@ class Space(Mapping[str, Domain]):
                 raise BilevelError(
                     f"hyperparameter `{name}` is a {type(domain).__name__}; give a Real, Positive, Interval, Integer or Simplex"
                 )
+        setters: dict[str, str] = {}
+        for name, domain in domains.items():
+            if domain.optimizer is not None and setters.setdefault(domain.optimizer, name) != name:
+                raise BilevelError(
+                    f"`{setters[domain.optimizer]}` and `{name}` both set the inner optimizer's {domain.optimizer}; keep one"
+                )
         self._domains = domains
         self._slices: dict[str, slice] = {}
         for name, domain in domains.items():

@@ -1,5 +1,6 @@
 """Which matrix stands for the curvature of L_T in w: its Hessian, or the Gauss–Newton matrix, damped."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
@@ -115,5 +116,5 @@ def _damped(product: Product, damping: float) -> Product:
 
 
 def _check(damping: float) -> None:
-    if not damping >= 0:
-        raise BilevelError(f"damping={damping} would take curvature away; choose 0 or more")
+    if not 0 <= damping < math.inf:
+        raise BilevelError(f"damping={damping} adds no curvature; choose a finite number, 0 or more")

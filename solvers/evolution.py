@@ -15,7 +15,7 @@ from bilevel import Batch, Data, Hypers, Metrics, Params, Problem
 from bilevel.params import count_examples, to_device
 from solvers.descent import Descent
 from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, descend
-from solvers.training import at_least
+from solvers.training import above_zero, at_least
 from solvers.trajectory import Point, Trajectory
 from solvers.updates import Moments, Twin
 
@@ -100,7 +100,7 @@ class EvolutionStrategies(Descent):
             outer_optimizer=outer_optimizer,
         )
         at_least(pairs=pairs, horizon=horizon, least=1)
-        at_least(spread=spread, least=torch.finfo(torch.float32).tiny)
+        above_zero(spread=spread)
         self.pairs, self.persistent, self.horizon, self.spread = pairs, persistent, horizon, spread
 
     # --- a round: the particles and the centre on the same batches ---

@@ -1,6 +1,7 @@
 """Implicit differentiation: ŵ is w as it was trained, and its derivative that of the minimizer it should have come to."""
 
 import copy
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -130,8 +131,8 @@ class Implicit(Descent):
         return [batch for batch, _ in self.recent], self.recent[0][1]
 
     def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        if "residual" not in metrics:
-            return {}
+        if "residual" not in metrics or (math.isnan(metrics["residual"]) and math.isnan(metrics["inner_gradient_norm"])):
+            return {}  # w itself has diverged, which the runner says
         found: dict[str, str] = {}
         name, solve = type(self).__name__, type(self.linear_solve).__name__
         if not metrics["residual"] <= self.linear_solve.tolerance:  # NaN too

@@ -1,5 +1,6 @@
 """Solves of A x = v for a symmetric A that is known by its products alone, all on the device and without waiting for it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -135,7 +136,14 @@ def relative(residual: Tensor, square: Tensor) -> Tensor:
 def check_positive(**values: float | None) -> None:
     """Raise where a setting of a solve is too small to do anything."""
     for name, value in values.items():
-        least = 1 if name in ("iterations", "terms", "rank") else 0
-        if value is not None and not (value >= least if least or name == "tolerance" else value > 0):
-            wanted = f"{least} or more" if least or name == "tolerance" else "a positive number"
-            raise BilevelError(f"{name}={value} solves nothing; choose {wanted}")
+        if value is None:
+            continue
+        if name in ("iterations", "terms", "rank"):
+            fits, wanted = value >= 1, "1 or more"
+        elif name == "tolerance":
+            fits, wanted = value >= 0, "0 or more"
+        else:
+            fits, wanted = 0 < value < math.inf, "a positive and finite number"
+        if not fits:
+            what = "is no tolerance" if name == "tolerance" else "solves nothing"
+            raise BilevelError(f"{name}={value} {what}; choose {wanted}")

@@ -15,7 +15,7 @@ from bilevel.params import detached, to_device
 from bilevel.solver import on_cpu
 from solvers.search_space import ranges_of
 from solvers.trained import SGD, MakeOptimizer, MakeScheduler, Trained, descend
-from solvers.training import at_least
+from solvers.training import above_zero, at_least, check_clip_norm
 from solvers.updates import apply_settings, configured, optimizer_settings
 
 
@@ -108,12 +108,12 @@ class PopulationBased(Solver):
     ) -> None:
         at_least(population=population, least=2)
         at_least(inner_steps=inner_steps, least=1)
-        at_least(perturbation=perturbation, resample=resample, least=0)
-        if interval <= 0 or resample > 1 or (clip_norm is not None and clip_norm <= 0):
-            raise BilevelError(
-                f"interval={interval} and clip_norm={clip_norm} must be positive, and resample={resample} a probability; "
-                "choose such values"
-            )
+        above_zero(interval=interval)
+        check_clip_norm(clip_norm)
+        if not 0 <= perturbation < math.inf:
+            raise BilevelError(f"perturbation={perturbation} moves λ by no distance; choose a finite one, 0 or more")
+        if not 0 <= resample <= 1:
+            raise BilevelError(f"resample={resample} is no probability; choose one from 0 to 1")
         self.population, self.interval, self.perturbation, self.resample = population, interval, perturbation, resample
         self.ranges, self.inner_steps = ranges, inner_steps
         self.inner_optimizer, self.inner_scheduler, self.clip_norm = inner_optimizer, inner_scheduler, clip_norm

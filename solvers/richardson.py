@@ -36,7 +36,7 @@ class Richardson(LinearSolve):
         square = v.dot(v)
         start = v.clone() if known is None else known.addcmul_(v, (known.norm() == 0).to(v.dtype))  # v where it is 0
         largest, eigenvector = power_iteration(product, start, COLD if known is None else WARM)
-        eps = torch.finfo(v.dtype).eps
+        first, eps = largest, torch.finfo(v.dtype).eps
         negative, nothing = torch.zeros_like(square, dtype=torch.bool), eps**2 * square
         for _ in range(count):
             image = product(r)
@@ -52,9 +52,11 @@ class Richardson(LinearSolve):
             x.addcmul_(r, step)
             r.addcmul_(image, -step)
             del image  # before the next product makes another
-        if self.step is not None and bool(self.step * largest > 2):
+        # an x that has overflowed says no L any more; that of the power iteration does
+        bound = torch.where(torch.isfinite(largest), largest, first)
+        if self.step is not None and bool(self.step * bound > 2):
             raise BilevelError(
-                f"step={self.step:g} is above 2/L = {2 / float(largest):.3g}, where L is the largest eigenvalue of the "
+                f"step={self.step:g} is above 2/L = {2 / float(bound):.3g}, where L is the largest eigenvalue of the "
                 f"curvature, so that {type(self).__name__} diverges; choose a smaller step, or step=null for 1/L"
             )
         return Solved(x, relative(r.dot(r), square), torch.full_like(square, count), negative, largest, eigenvector)

@@ -3,6 +3,7 @@
 Source: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell & Xing, NeurIPS 2023 (arXiv 2310.05674).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -77,8 +78,8 @@ class SAMA(Descent):
         clip_norm: float | None = None,
         outer_optimizer: MakeOptimizer = RMSPROP,
     ) -> None:
-        if not alpha > 0:
-            raise BilevelError(f"alpha={alpha} displaces nothing; choose a positive one, small beside ‖w‖")
+        if not 0 < alpha < math.inf:
+            raise BilevelError(f"alpha={alpha} is no distance to displace w by; choose a positive one, small beside ‖w‖")
         super().__init__(
             inner_steps=inner_steps,
             outer_steps=outer_steps,

@@ -3,6 +3,7 @@
 Source: Dagréou, Ablin, Vaiter & Moreau, NeurIPS 2022 (arXiv 2201.13409).
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class SOBA(Descent):
         clip_norm: float | None = None,
         outer_optimizer: MakeOptimizer = SLOW,
     ) -> None:
-        if adjoint_lr is not None and not adjoint_lr > 0:
+        if adjoint_lr is not None and not 0 < adjoint_lr < math.inf:
             raise BilevelError(f"adjoint_lr={adjoint_lr} is no step size; choose a positive one, or null for 1/L")
         super().__init__(
             inner_steps=1,

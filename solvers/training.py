@@ -1,5 +1,6 @@
 """Training w round by round: what every solver with an inner problem of its own does."""
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -38,10 +39,7 @@ class Training(Solver):
         clip_norm: float | None,
     ) -> None:
         at_least(inner_steps=inner_steps, least=1)
-        if clip_norm is not None and clip_norm <= 0:
-            raise BilevelError(
-                f"clip_norm={clip_norm} would stop all training; choose a positive norm, or null for no clipping"
-            )
+        check_clip_norm(clip_norm)
         self.inner_steps = inner_steps
         self.inner_optimizer, self.inner_scheduler, self.clip_norm = inner_optimizer, inner_scheduler, clip_norm
 
@@ -119,7 +117,22 @@ class Training(Solver):
 
 
 def at_least(*, least: float, **values: float) -> None:
-    """Raise where a value is too small."""
+    """Raise where a value is too small, or NaN."""
     for name, value in values.items():
-        if value < least:
-            raise BilevelError(f"{name}={value} is below {least}; choose {name} ≥ {least}")
+        if not value >= least:
+            raise BilevelError(
+                f"{name}={value} is {'no number' if value != value else f'below {least}'}; choose {name} ≥ {least}"
+            )
+
+
+def above_zero(**values: float) -> None:
+    """Raise where a value is not a positive and finite number."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise BilevelError(f"{name}={value} is not a positive, finite number; choose one")
+
+
+def check_clip_norm(clip_norm: float | None) -> None:
+    """Raise where a largest gradient norm is none."""
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise BilevelError(f"clip_norm={clip_norm} clips to no norm; choose a positive and finite one, or null for no clipping")

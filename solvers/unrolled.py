@@ -1,13 +1,14 @@
 """Unrolled differentiation: the best response is what K steps of the inner optimizer make of λ."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Data, Metrics, Need, Params, Problem, Refused
+from bilevel import Batch, Data, Metrics, Need, Params, Problem, Refused, SolverWarning
 from bilevel.needs import check_space
 from bilevel.params import to_device
 from solvers.descent import Descent
@@ -20,6 +21,9 @@ from solvers.trajectory import Point, Trajectory, once_only
 from solvers.updates import Moments, Twin
 
 REVERSE = Reverse()
+
+MANY = 100
+"""Coordinates from which on forward mode is advised against."""
 
 
 class Unrolled(Descent):
@@ -151,6 +155,13 @@ class Unrolled(Descent):
         if isinstance(self.mode, Forward):
             check_space(type(self).__name__, problem.space, self.needs, tunes_optimizer=self.tunes_optimizer)
             check_response(problem, Dense(), device)
+            if problem.space.numel >= MANY:
+                warnings.warn(
+                    f"{type(self).__name__}: forward mode carries w once for each of λ's {problem.space.numel} coordinates, at "
+                    "every inner step; mode=Reverse costs the same for any number of them",
+                    SolverWarning,
+                    stacklevel=2,
+                )
         super().check(problem, data, device)
 
     def rehearse(self) -> None:

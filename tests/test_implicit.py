@@ -438,6 +438,7 @@ def test_doubts_are_said_one_by_one():
     start = float(solver.initial_norm)
     good = {"residual": 0.009, "negative_curvature": 0.0, "inner_gradient_norm": 0.19 * start}
     assert solver.doubts(good) == solver.doubts({}) == {}
+    assert solver.doubts(dict.fromkeys(good, math.nan)) == {}  # w has diverged: the runner says so, and once is enough
     bad = {"residual": 0.011, "negative_curvature": 0.25, "inner_gradient_norm": 0.21 * start}
     said = {
         "residual": r"CG leaves a relative residual of 0\.011 .*, above its tolerance 0\.01, .*; spend more on the solve",

@@ -456,3 +456,26 @@ def test_a_setting_that_solves_nothing_is_refused(make, said):
 def test_solved_is_all_on_the_device():
     A, v = spd(5)
     assert all(isinstance(t, torch.Tensor) for t in Solved(*solve(Neumann(), A, v)))
+
+
+@pytest.mark.parametrize("solve", [Neumann(terms=60, step=1e30), FixedPoint(iterations=60, step=1e30)])
+def test_a_step_so_large_that_the_iterate_overflows_is_refused_too(solve):
+    """NaN compares with nothing: the bound is then that of the power iteration."""
+    A = torch.tensor([2.0, 1.0])
+    with pytest.raises(BilevelError, match=r"step=1e\+30 is above 2/L = 1"):
+        solve.solve(lambda q: A * q, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda bad: Neumann(step=bad),
+        lambda bad: FixedPoint(step=bad),
+        lambda bad: Nystrom(damping=bad),
+        lambda bad: Identity(scale=bad),
+    ],
+)
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 0.0])
+def test_a_setting_that_is_no_size_is_an_error(make, bad):
+    with pytest.raises(BilevelError, match="solves nothing; choose a positive and finite number"):
+        make(bad)

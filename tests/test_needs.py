@@ -54,13 +54,21 @@ RATE = Interval(low=0.0, high=0.9, init=0.3, differentiable=False)
 @pytest.mark.parametrize("domain", [RATE, Integer(low=0, high=5, init=2.0)], ids=["sampled", "rounded"])
 def test_a_solver_that_needs_the_derivative_names_what_lacks_it_and_what_else_could_tune_it(domain):
     message = refusal(Needy(), decay=Positive(init=1.0), drop=domain)
-    for part in ("Needy needs ∂L_T/∂λ", "`drop`", "self-tuning", "black-box", "dropout=gaussian", "space.drop.frozen=true"):
+    parts = (
+        "Needy needs ∂L_T/∂λ",
+        "`drop`",
+        "self-tuning",
+        "black-box",
+        "problem.dropout=gaussian",
+        "problem.space.drop.frozen=true",
+    )
+    for part in parts:
         assert part in message
 
 
 def test_a_setting_of_the_optimizer_is_refused_where_it_cannot_be_tuned():
     message = refusal(FakeSolver(), rate=Positive(init=0.1, optimizer="lr"))
-    for part in ("FakeSolver cannot tune `rate`", "inner optimizer's lr", "unrolled", "space.rate.frozen=true"):
+    for part in ("FakeSolver cannot tune `rate`", "inner optimizer's lr", "unrolled", "problem.space.rate.frozen=true"):
         assert part in message
 
 

@@ -13,7 +13,7 @@ from test_no_sync import no_waiting
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from bilevel import BilevelError, Interval, Positive, Real, Refused
+from bilevel import BilevelError, Interval, Positive, Real, Refused, Runner, SolverWarning
 from bilevel.domains import optimizer_setting
 from problems import Quadratic, Ridge
 from solvers import Fixed
@@ -81,7 +81,7 @@ def trained_by_torch(make, optimizer, steps, clip_norm=None):
         fixed = ready(problem, Fixed(inner_steps=steps, inner_optimizer=optimizer, clip_norm=clip_norm))
         hypers = problem.space.constrain(u)
         apply_settings(fixed.weights.optimizer.param_groups[0], optimizer_settings(problem.space, hypers))
-        fixed.u = u
+        fixed.hypers.u = u
         fixed.step()
         return problem.outer_loss(hypers, fixed.weights.detached(), fixed.carry, fixed.data.valid.next())[0]
 
@@ -315,7 +315,7 @@ def test_plain_steps_follow_the_tuned_settings():
     assert abs(moved["of_lr"] - 0.1) > 1e-3
     for name in settings:
         fixed.weights.optimizer.param_groups[0][name] = moved[f"of_{name}"].item()
-    fixed.u, fixed.generator, fixed.data = solver.belief.u.detach(), torch.Generator(), solver.data
+    fixed.hypers.u, fixed.generator, fixed.data = solver.belief.u.detach(), torch.Generator(), solver.data
     fixed.generator.set_state(solver.generator.get_state())
     batch = solver.data.train.peek()
     solver.data.train.next = lambda: batch
@@ -497,6 +497,22 @@ def test_forward_mode_refuses_columns_that_do_not_fit():
     many = Decayed(nn.Linear(4, 3000), decay=Positive(init=0.1), idle=Real(init=0.0, shape=(100_000,), per_example=False))
     with pytest.raises(Refused, match="100,001 hyperparameters"):
         ready(many, Unrolled(mode=Forward()))
+
+
+def test_forward_mode_advises_against_many_hyperparameters():
+    many = Decayed(nn.Linear(4, 3), decay=Positive(init=0.1), idle=Real(init=0.0, shape=(100,), per_example=False))
+    with pytest.warns(SolverWarning, match="once for each of λ's 101 coordinates, .*mode=Reverse"):
+        ready(many, Unrolled(mode=Forward()))
+
+
+def test_a_run_whose_hypergradient_explodes_says_why_it_diverged(tmp_path):
+    """The doubt comes before the verdict, though λ is not finite at the same evaluation."""
+    solver = Unrolled(inner_steps=60, inner_optimizer=sgd(1e3))
+    with pytest.warns(SolverWarning, match="the hypergradient through 60 inner steps is not finite"):
+        summary = Runner(epochs=60, warmup_epochs=0, progress="none", picture=False).run(
+            quadratic(), solver, directory=tmp_path
+        )
+    assert "diverged" in str(summary)
 
 
 @pytest.mark.parametrize("truncate", [0, -1])

@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.errors import BilevelError, near
 
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+PLAIN = (bool, int, float, str, type(None), list, tuple)
 
 
 def build(node: Any, role: str) -> Any:
@@ -78,8 +79,8 @@ def locate(path: Any, role: str) -> Callable[..., Any]:
 def check_type(value: Any, annotation: Any, role: str) -> None:
     """Raise where a plain value of the configuration cannot be what the annotation says.
 
-    Only numbers, strings, truth values and None are judged, and only against annotations that speak of those; a constructor's
-    own checks see the rest.
+    Numbers, strings, truth values, None, lists and the classes of nodes are judged, and only against annotations that speak of
+    plain values or of abstract classes; a constructor's own checks see the rest.
 
     Example:
         >>> check_type(3, float, "decay")
@@ -92,11 +93,37 @@ def check_type(value: Any, annotation: Any, role: str) -> None:
     """
     union = get_origin(annotation) in (Union, types.UnionType)
     members = get_args(annotation) if union else (annotation,)
-    if not isinstance(value, (bool, int, float, str, type(None))) or any(_admits(member, value) for member in members):
+    if isinstance(value, Mapping):
+        made = _made(value, role)
+        if made is None or any(_holds(member, made) for member in members):
+            return
+        found = f"would be a {made.__name__}"
+    elif not isinstance(value, PLAIN) or any(_admits(member, value) for member in members):
         return
+    else:
+        kind = type(value).__name__
+        found = "is null" if value is None else f"= {value!r} is {'an' if kind == 'int' else 'a'} {kind}"
     wanted = " or ".join(_name(member) for member in members)
-    found = "is null" if value is None else f"= {value!r} is a {type(value).__name__}"
+    if any(map(inspect.isabstract, members)):
+        wanted += ", as {_target_: …}"
     raise BilevelError(f"`{role}` {found}; give {wanted}")
+
+
+def _made(node: Mapping[str, Any], role: str) -> type | None:
+    """The class of what a node becomes, where that is known beforehand."""
+    if "_target_" not in node:
+        return dict
+    if node.get("_partial_"):
+        return None
+    target = locate(node["_target_"], role)
+    return target if inspect.isclass(target) else None
+
+
+def _holds(member: Any, made: type) -> bool:
+    """Whether a `made` may be passed where `member` is annotated; True where that cannot be told."""
+    if inspect.isabstract(member):
+        return issubclass(made, member)
+    return member not in (bool, int, float, str, None, type(None))
 
 
 def _admits(member: Any, value: Any) -> bool:
@@ -113,6 +140,8 @@ def _admits(member: Any, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if member is str:
         return isinstance(value, str)
+    if inspect.isabstract(member):
+        return isinstance(value, member)
     return member is not Tensor  # configuration holds no tensors
 
 
@@ -150,10 +179,12 @@ def _check_arguments(node: Mapping[str, Any], role: str, target: Callable[..., A
             continue
         if key in known:
             parameter = known[key]
-            if parameter.default is inspect.Parameter.empty or value != parameter.default:
+            if type(value) is not type(parameter.default) or value != parameter.default:
                 check_type(value, hints.get(key, Any), f"{role}.{key}")
         elif not open_ended:
-            raise BilevelError(f"`{role}` has no setting `{key}`{near(key, known)}; there are {', '.join(known) or 'none'}")
+            meant = near(key, known)  # or else it is left of another class, into which this one has been merged
+            out = "" if meant else f"; '~{role}.{key}' takes it out"
+            raise BilevelError(f"`{role}` has no setting `{key}`{meant}; there are {', '.join(known) or 'none'}{out}")
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
