@@ -27,8 +27,8 @@ def summarize(loop: Loop, run: RunInfo, reason: str) -> Record:
     }.get(reason)
     if message is None and loop.solver.tunes and loop.solver.outer_count == 0:
         message = (
-            f"nothing was tuned: the run ended within its warm-up of {run.warmup_epochs:g} epochs; "
-            "lower runner.warmup_epochs or run longer"
+            "nothing was tuned: the run ended before a first outer step (a trial, a generation), with "
+            f"a warm-up of {run.warmup_epochs:g} epochs; lower runner.warmup_epochs, or run longer"
         )
     return {
         "problem": run.problem,
