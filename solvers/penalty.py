@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Params, Problem
 from bilevel.params import count_examples, detached, to_device
-from solvers.descent import Descent
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend, follow
+from solvers.explicit import Explicit
+from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend
 from solvers.training import at_least
 
 
-class Penalty(Descent):
+class Penalty(Explicit):
     """min_{λ, y} L_V(λ, y) + σ (L_T(λ, y) − min_z L_T(λ, z)): what L_V may gain, it pays for in L_T.
 
         z descends L_T(λ, ·),    y descends L_V(λ, ·)/σ + L_T(λ, ·),
@@ -116,17 +116,6 @@ class Penalty(Descent):
         metrics = super().outer_phase() | {"penalty_weight": torch.full((), self.sigma, device=self.device)}
         self.sigma = min(self.sigma + self.growth, self.weight_max)
         return metrics
-
-    def outer_step(self, batch: Batch) -> Metrics:
-        loss, gradient, metrics = self.differentiate(batch)
-        self.watch(loss)
-        follow([gradient], self.belief.mean)
-        return metrics | {"outer_loss": loss, "hypergradient_norm": gradient.norm()}
-
-    def outer_loss(self, batch: Batch) -> Tensor:
-        """L_V at y, with the hypergradient as its derivative in u."""
-        loss, gradient, _ = self.differentiate(batch)
-        return loss + gradient @ (self.belief.u - self.belief.u.detach())
 
     def differentiate(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
         """L_V(λ, y) on `batch`, the hypergradient [h] on it and on the last training batch, and what was measured."""

@@ -10,15 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Params, Problem
+from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Problem
 from bilevel.params import count_examples
-from solvers.descent import Descent
+from solvers.explicit import Explicit
 from solvers.pullback import Pullback, flat, unflat
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, follow
+from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 from solvers.updates import Moments, Twin, sgd
 
 
-class SAMA(Descent):
+class SAMA(Explicit):
     """λ follows what the next step w − s(g) of the inner optimizer, g = ∇_w L_T(λ, w), would do to L_V.
 
         dL_V/dλ ≈ ∂_λ L_V − (∂²L_T/∂λ∂w)ᵀ v    with    v = (∂s/∂g)ᵀ ∇_w L_V
@@ -96,17 +96,6 @@ class SAMA(Descent):
         self.recent = batch, self.carry
         return super().inner_step(batch)
 
-    def outer_step(self, batch: Batch) -> Metrics:
-        loss, gradient, metrics = self.differentiate(batch)
-        self.watch(loss)
-        follow([gradient], self.belief.mean)
-        return metrics | {"outer_loss": loss, "hypergradient_norm": gradient.norm()}
-
-    def outer_loss(self, batch: Batch) -> Tensor:
-        """L_V at w, with the hypergradient as its derivative in u."""
-        loss, gradient, _ = self.differentiate(batch)
-        return loss + gradient @ (self.belief.u - self.belief.u.detach())
-
     def differentiate(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
         """L_V on `batch`, the hypergradient [h] on it and on the last training batch, and what was measured."""
         loss, vector, direct = self.outer_gradients(batch, self.weights.detached(), self.carry)
@@ -162,10 +151,6 @@ class SAMA(Descent):
         memory = Moments(slots, dict.fromkeys(slots, self.inner_count))
         after, _ = self.twin.step(self.weights.detached(), memory, g, settings)
         return -flat(torch.autograd.grad(list(after.values()), g, unflat(vector, leaves)))
-
-    def respond(self, offset: Tensor) -> Params:
-        """The weights, as constants: `outer_loss` adds what they do to the hypergradient."""
-        return self.weights.detached()
 
     def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
         relative = metrics.get("relative_difference", 1.0)
