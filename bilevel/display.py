@@ -6,7 +6,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from bilevel.records import Logger, Progress, Record, RunInfo
-from bilevel.tables import duration, final_tables, moves_table, number, part, scores, scores_table, units
+from bilevel.tables import duration, final_tables, moves_table, number, part, scores, scores_table, title, units
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -107,7 +107,7 @@ class PlainDisplay(_Display):
         if time.monotonic() - self._shown < self.interval:
             return
         self._shown = time.monotonic()
-        losses = [f"{name.replace('_', ' ')} {number(name, value)}" for name, value in scores(self.record).items()]
+        losses = [f"{title(name)} {number(name, value)}" for name, value in scores(self.record).items()]
         hypers = [f"{name} {units(value)}" for name, value in part(self.record, "hypers.").items()]
         self._print(" | ".join(filter(None, [self.epoch(), *losses, ", ".join(hypers), self.time_left()])))
 

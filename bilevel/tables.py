@@ -27,7 +27,7 @@ def scores_table(**columns: Record) -> "RenderableType":
         table.add_column(name + at, justify="right")
     rows = dict.fromkeys(score for record in columns.values() for score in scores(record))
     for row in rows:
-        table.add_row(row.replace("_", " "), *(number(row, record.get(row)) for record in columns.values()))
+        table.add_row(title(row), *(number(row, record.get(row)) for record in columns.values()))
     return table
 
 
@@ -46,8 +46,18 @@ def moves_table(start: Record, now: Record, scales: Record, arrow: str, sigma: s
 
 def scores(record: Record) -> Record:
     """Losses and whatever else was measured over the splits, by name, those that are known."""
-    scores = {name: value for name, value in record.items() if name.startswith(("train_", "valid_", "test_"))}
+    scores = {name: value for name, value in record.items() if name.startswith(("train_", "valid_", "test_", "exact."))}
     return {name: value for name, value in scores.items() if value is not None}
+
+
+def title(name: str) -> str:
+    """A score's name as people read it.
+
+    Example:
+        >>> title("valid_loss"), title("exact.regret")
+        ('valid loss', 'regret')
+    """
+    return name.removeprefix("exact.").replace("_", " ")
 
 
 def part(record: Record, prefix: str) -> Record:
