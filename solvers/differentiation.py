@@ -67,7 +67,7 @@ class Reverse(Mode):
     Args:
         truncate: how many steps are differentiated, the last ones; None for all. The error is that of the terms left out.
         checkpoint: keep the state at ⌈√K⌉ of the steps alone and recompute the rest in the backward pass, with the same batches
-            and masks: memory grows with √K, for about one and a half times the time.
+            and masks: memory grows with √K, for about a quarter more time.
 
     Source: Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017, section 3.1; truncation: Shaban et al., AISTATS 2019;
     checkpoints: Chen et al., 2016.

@@ -127,7 +127,6 @@ class EvolutionStrategies(Descent):
             self.watch(loss)
             losses.append(loss)
         self.twin.write(point.params, point.moments)
-        self.weights.optimizer.step()  # without gradients it does nothing; a schedule wants to have seen a step before its own
         self.carry = point.carry
         return {"inner_loss": torch.stack(losses).mean()}
 

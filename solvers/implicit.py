@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Params, Problem
 from bilevel.params import to_device
 from solvers.conjugate_gradients import CG
-from solvers.curvature import Curvature, Hessian
+from solvers.curvature import Curvature, GaussNewton, Hessian
 from solvers.descent import Descent
 from solvers.linear_solve import Guess, LinearSolve
 from solvers.pullback import Pullback, flat, unflat
@@ -28,7 +28,8 @@ class Implicit(Descent):
         ŵ(u) = w,    (∂ŵ/∂u)ᵀ v = −(∂²L_T/∂u∂w)ᵀ H⁻¹ v
 
     It is exact where ∇_w L_T = 0 and the solve is. All products of one outer step come of one graph, on the last training
-    batches of the round and under one draw of their masks; nothing is held that is larger than a few vectors like w or λ.
+    batches of the round and under one draw of their masks; nothing is held that is larger than a few vectors like w or λ
+    (`Nystrom`: 2 · rank of them).
 
     Args:
         linear_solve: how H⁻¹v is computed: `CG`, `Neumann`, `FixedPoint`, `Nystrom` or `Identity`.
@@ -142,9 +143,11 @@ class Implicit(Descent):
                 "solve, damp the curvature, or say by linear_solve.tolerance what will do"
             )
         if metrics["negative_curvature"] > 0:
+            damped = "damp it (curvature.damping)"
+            remedy = damped if isinstance(self.curvature, GaussNewton) else f"use curvature=GaussNewton, {damped}"
             found["negative_curvature"] = (
-                f"{name}: {metrics['negative_curvature']:.0%} of the solves met negative curvature, where w is near no minimum "
-                "of L_T and H⁻¹v is no best response; use curvature=GaussNewton, damp it, or train w for longer"
+                f"{name}: {metrics['negative_curvature']:.0%} of the solves met curvature that is not positive, where H⁻¹v is "
+                f"no best response; {remedy}, or train w for longer"
             )
         start = float(self.initial_norm)
         if not metrics["inner_gradient_norm"] <= self.stationarity * start:

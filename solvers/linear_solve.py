@@ -63,7 +63,7 @@ class LinearSolve(ABC):
         continues: whether it can begin at the x of a guess.
     """
 
-    tolerance: float
+    tolerance: float = 0.1
     continues: ClassVar[bool] = False
 
     @abstractmethod

@@ -151,7 +151,7 @@ class Penalty(Explicit):
 
     def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
         super().build(problem, data, device, generator)
-        self.penalized = self.trained_with(self.weights.detached(), self.inner_optimizer)
+        self.penalized = self.trained_with(self.weights.detached(), self.configured_optimizer)
         self.penalized_carry, self.sigma, self.recent = self.carry, self.weight, None
 
     def trained(self) -> dict[str, Trained]:

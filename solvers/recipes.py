@@ -31,9 +31,10 @@ def stn(**options: Any) -> SelfTuning:
 def implicit_cg(**options: Any) -> Implicit:
     """Implicit differentiation by conjugate gradients (HOAG; Pedregosa, 2016) on the Gauss–Newton matrix.
 
-    Of a network the Hessian is hardly ever positive definite, and CG would stop at the first direction that shows it.
+    Of a network the Hessian is hardly ever positive definite, and CG would stop at the first direction that shows it. One
+    batch's Gauss–Newton matrix is singular, and ∇_w L_V not in its range: undamped, CG's x would grow without bound.
     """
-    return Implicit(**{"linear_solve": CG(), "curvature": GaussNewton()} | options)
+    return Implicit(**{"linear_solve": CG(), "curvature": GaussNewton(damping=0.1)} | options)
 
 
 def implicit_neumann(**options: Any) -> Implicit:
@@ -47,7 +48,7 @@ def implicit_nystrom(**options: Any) -> Implicit:
 
 
 def implicit_identity(**options: Any) -> Implicit:
-    """T1–T2 (Luketina et al., 2016): implicit differentiation with the identity for the curvature."""
+    """T1–T2 (Luketina et al., 2016): the identity for the curvature, where theirs is divided by the inner learning rate."""
     return Implicit(**{"linear_solve": Identity()} | options)
 
 

@@ -5,7 +5,7 @@ Source: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell & Xing, NeurIPS 2023 (arXiv 
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -151,6 +151,10 @@ class SAMA(Explicit):
         memory = Moments(slots, dict.fromkeys(slots, self.inner_count))
         after, _ = self.twin.step(self.weights.detached(), memory, g, settings)
         return -flat(torch.autograd.grad(list(after.values()), g, unflat(vector, leaves)))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.recent = None
 
     def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
         relative = metrics.get("relative_difference", 1.0)

@@ -110,7 +110,7 @@ class Median(Pruner):
 
     Attributes:
         startup: complete trials before any is pruned.
-        warmup_epochs: epochs of a trial after which it is not pruned yet.
+        warmup_epochs: after so many epochs of its own, or fewer, a trial is not pruned.
 
     Source: Golovin et al., KDD 2017, section 3.2.
     """

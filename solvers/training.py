@@ -87,8 +87,8 @@ class Training(Solver):
         self.problem, self.data, self.device, self.generator = problem, data, device, generator
         params, self.carry = self.initial(problem, device, generator)
         initial = {name: problem.space[name].initial() for name in problem.space}
-        optimizer = configured(self.inner_optimizer, optimizer_settings(problem.space, initial))
-        self.weights = self.trained_with(params, optimizer)
+        self.configured_optimizer = configured(self.inner_optimizer, optimizer_settings(problem.space, initial))
+        self.weights = self.trained_with(params, self.configured_optimizer)
 
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
         steps = self.inner_steps if limit is None else min(limit, self.inner_steps)

@@ -40,7 +40,8 @@ class Unrolled(Descent):
         mode: how the steps are differentiated: `Reverse(truncate=…, checkpoint=…)`, or `Forward()` for few hyperparameters.
         inner_steps: K.
         restart: a round begins at the initial weights, with a fresh optimizer, and not where the last one ended: the
-            hypergradient is then exactly that of K steps from there. Otherwise λ is tuned online, and its effect on earlier
+            hypergradient is then exactly that of K steps from there (a schedule goes on, as one over
+            rounds). Otherwise λ is tuned online, and its effect on earlier
             rounds is not seen.
         inner_optimizer: for w; SGD, Adam, AdamW or RMSprop.
         inner_scheduler: its learning-rate schedule, stepped every epoch.

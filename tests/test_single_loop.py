@@ -666,3 +666,10 @@ def test_an_optimizer_without_a_twin_is_refused_by_sama_alone():
     with pytest.raises(Refused, match="Adagrad has no differentiable twin"):
         ready(quadratic(), SAMA(inner_optimizer=partial(torch.optim.Adagrad, lr=0.1)))
     ready(quadratic(), SOBA(inner_optimizer=partial(torch.optim.Adagrad, lr=0.1))).step()
+
+
+def test_both_weights_of_the_penalty_have_the_settings_that_lambda_holds():
+    settings = {"rate": {"optimizer": "lr", "init": 0.07, "frozen": True}}
+    solver = ready(Quadratic.random(space=settings), Penalty())
+    rates = [group.optimizer.param_groups[0]["lr"] for group in (solver.weights, solver.penalized)]
+    assert rates == pytest.approx([0.07, 0.07])
