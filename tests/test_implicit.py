@@ -442,7 +442,7 @@ def test_doubts_are_said_one_by_one():
     bad = {"residual": 0.011, "negative_curvature": 0.25, "inner_gradient_norm": 0.21 * start}
     said = {
         "residual": r"CG leaves a relative residual of 0\.011 .*, above its tolerance 0\.01, .*; spend more on the solve",
-        "negative_curvature": r"25% of the solves met negative curvature, .*; use curvature=GaussNewton",
+        "negative_curvature": r"25% of the solves met curvature that is not positive, .*; use curvature=GaussNewton, damp it",
         "stationarity": r"‖∇_w L_T‖ = .* where it was .* at the initial weights, .*; take more inner_steps",
     }
     for kind, value in bad.items():
@@ -454,6 +454,8 @@ def test_doubts_are_said_one_by_one():
         assert re.search(said[key], solver.doubts(good | {kind: value})[key])
     identity = ready(CLOSED["quadratic"](), Implicit(linear_solve=Identity()))
     assert "residual" not in identity.doubts(good | {"residual": 5.0})
+    gauss_newton = ready(CLOSED["quadratic"](), Implicit(curvature=GaussNewton()))
+    assert "; damp it" in gauss_newton.doubts(good | {"negative_curvature": 0.25})["negative_curvature"]
 
 
 def test_a_run_warns_of_a_solve_cut_short(tmp_path):
