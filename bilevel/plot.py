@@ -61,7 +61,7 @@ def draw(
     panels = len(scores) + len(names)
     columns = max(1, min(3, panels))
     rows = max(1, math.ceil(panels / columns))
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.4), dpi=160, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten().tolist()
@@ -116,7 +116,7 @@ def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | 
         ax.plot(epochs, [v["mean"] for v in values], color=PATH)
         return
     path = torch.tensor(values, dtype=torch.float64)
-    band = _band(space, name, path, [r.get(f"scales.{name}") for r in points])
+    band = sigma_band(space, name, path, [r.get(f"scales.{name}") for r in points])
     entries = path.reshape(len(values), -1).unbind(1)
     for index, entry in enumerate(entries):
         color = PATHS[index % len(PATHS)]
@@ -129,7 +129,7 @@ def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | 
     _spread(ax, path.flatten().tolist())
 
 
-def _band(space: Space | None, name: str, path: Tensor, scales: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+def sigma_band(space: Space | None, name: str, path: Tensor, scales: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
     """λ(u − σ) and λ(u + σ) along the path."""
     if space is None or name not in space or any(scale is None for scale in scales):
         return None
@@ -170,7 +170,7 @@ def _spread(ax: "Axes", values: Sequence[float]) -> None:
         ax.set_yscale("log")
 
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 8,
     "axes.formatter.limits": (-3, 4),
     "axes.titlesize": 9,

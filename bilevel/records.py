@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from bilevel.description import LARGE, describe
 from bilevel.errors import BilevelError
 from bilevel.params import Hypers
 from bilevel.space import Space
@@ -21,8 +22,7 @@ Record: TypeAlias = dict[str, Any]
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-LARGE = 64
-"""A hyperparameter of more entries is recorded by its mean, min and max."""
+DESCRIPTION = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
 
 
 class JsonLines(Logger):
-    """`metrics.jsonl`, one line per evaluation, and `summary.json` at the end.
+    """`run.json` at the start, `metrics.jsonl` with a line per evaluation, and `summary.json` at the end.
 
     A resumed run cuts the file at its checkpoint, so that lines written after it are not there twice.
     """
@@ -184,6 +184,10 @@ class JsonLines(Logger):
                 "one of the two was cut or replaced; start a new run"
             )
         self.file.truncate()
+        if not run.resumed:
+            told = {"problem": run.problem, "solver": run.solver, "seed": run.seed, "epochs": run.epochs}
+            told |= {"warmup_epochs": run.warmup_epochs, "space": describe(run.space)}
+            write_atomically(run.directory / DESCRIPTION, lambda file: file.write(strict_json(told, indent=2) + "\n"))
 
     def log(self, record: Record) -> None:
         try:

@@ -47,7 +47,8 @@ class Runner:
         threads: of the CPU; by default one for fewer than a million weights, where threads wait for each other longer than they
             work, and PyTorch's own number otherwise.
         progress: `live` display, `plain` lines, `none`, or `auto`: live in a terminal.
-        initial_params: a file of `torch.save(model.state_dict(), …)` to start from, names and shapes as the problem has them.
+        initial_params: weights to start from, names and shapes as the problem has them: a file of
+            `torch.save(model.state_dict(), …)`, or the directory of a run, for its weights at its lowest validation loss.
         picture: whether the run ends by drawing `curves.png`.
 
     Raises:
@@ -93,7 +94,7 @@ class Runner:
         resume: bool = False,
         params: Mapping[str, Tensor] | None = None,
     ) -> Record:
-        """Run `solver` on `problem` and leave `metrics.jsonl`, `summary.json`, `checkpoint.pt` and `curves.png` in `directory`.
+        """Run `solver` on `problem` and leave records, `summary.json`, `checkpoint.pt` and `curves.png` in `directory`.
 
         Args:
             problem: what to solve.

@@ -1,0 +1,145 @@
+"""Curves over seeds on a common grid, and when a run came to a target."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bilevel.comparison.runs import Array, Run
+
+AXES = {"epochs": "epoch", "seconds": "seconds", "examples": "examples"}
+"""What may lie on a horizontal axis, and its column in the records."""
+
+LOSS = "valid_loss"
+POINTS = 200
+
+
+class Band(NamedTuple):
+    """Mean and standard deviation over seeds along a grid.
+
+    Attributes:
+        x: the grid, [points].
+        mean, std, low: mean, standard deviation (0 of one run) and minimum of the runs that reach that far, [points].
+        n: how many runs reach that far, [points].
+        of: how many there are.
+    """
+
+    x: Array
+    mean: Array
+    std: Array
+    low: Array
+    n: Array
+    of: int
+
+    def whole(self) -> "Band":
+        """The part of the grid that all runs reach."""
+        kept = self.n == self.of
+        return Band(self.x[kept], self.mean[kept], self.std[kept], self.low[kept], self.n[kept], self.of)
+
+
+class Reached(NamedTuple):
+    """When a run first came to a target."""
+
+    epochs: float
+    seconds: float
+    examples: float
+
+
+def band(
+    runs: Sequence[Run],
+    y: str = LOSS,
+    x: str = "epochs",
+    *,
+    best_so_far: bool = False,
+    points: int = POINTS,
+    entry: int | None = None,
+) -> Band:
+    """Mean ± standard deviation over the runs, each interpolated linearly to a common grid.
+
+    A run counts up to its last finite value, and is not continued beyond it: `n` tells how many reach a point, and `whole`
+    keeps those that all reach. Best-so-far is a staircase, and is interpolated as one.
+
+    Args:
+        runs: of one group, a seed each.
+        y: a column of numbers.
+        x: `epochs`, `seconds` or `examples`.
+        best_so_far: the running minimum in place of the value.
+        points: of the grid, which ends where the longest run does.
+        entry: of a column that has several.
+
+    Example:
+        >>> from pathlib import Path
+        >>> def run(seed, losses):
+        ...     columns = {"epoch": np.array([0.0, 1.0, 2.0])[: len(losses)], "valid_loss": np.array(losses)}
+        ...     return Run(directory=Path(), problem="p", solver="s", label="s", seed=seed, columns=columns)
+        >>> over = band([run(0, [4.0, 2.0, 1.0]), run(1, [2.0, 2.0])], points=3)
+        >>> over.mean.tolist(), over.n.tolist(), over.whole().x.tolist()
+        ([3.0, 2.0, 1.0], [2, 2, 1], [0.0, 1.0])
+    """
+    curves = [curve for run in runs if (curve := _curve(run, y, x, best_so_far, entry)) is not None]
+    if not curves:
+        empty = np.empty(0)
+        return Band(empty, empty, empty, empty, empty, len(runs))
+    end = max(at[-1] for at, _ in curves)
+    ends = sorted({float(at[-1]) for at, _ in curves})
+    grid = np.unique(np.concatenate([np.linspace(0.0, end, points), ends]))  # where n changes is a point of the grid
+    table = np.full((len(curves), grid.size), np.nan)
+    for row, (at, values) in enumerate(curves):
+        inside = (grid >= at[0]) & (grid <= at[-1])
+        if best_so_far:
+            table[row, inside] = values[np.searchsorted(at, grid[inside], side="right") - 1]
+        else:
+            table[row, inside] = np.interp(grid[inside], at, values)
+    n = np.isfinite(table).sum(axis=0)
+    grid, table, n = grid[n > 0], table[:, n > 0], n[n > 0]
+    mean = np.nanmean(table, axis=0)
+    squares = np.nansum((table - mean) ** 2, axis=0)
+    return Band(grid, mean, np.sqrt(squares / np.maximum(n - 1, 1)), np.nanmin(table, axis=0), n, len(runs))
+
+
+def reached(run: Run, target: float, of: str = LOSS) -> Reached | None:
+    """The first evaluation at which `of` is at or below the target; None where there is none.
+
+    No interpolation between evaluations: what was not measured was not reached.
+    """
+    below = np.flatnonzero(run.column(of) <= target)
+    if not below.size:
+        return None
+    return Reached(*(float(run.column(column)[below[0]]) for column in AXES.values()))
+
+
+def common_target(groups: Mapping[str, Sequence[Run]]) -> float | None:
+    """The highest of the groups' mean best validation losses: the hardest target that each of them reaches on average.
+
+    Runs that diverged are left aside, as long as there are others: what they reached before is no aim.
+    """
+    sound = {label: [run for run in runs if run.status != "diverged"] for label, runs in groups.items()}
+    means = []
+    for runs in (sound if any(sound.values()) else groups).values():
+        best = [loss for run in runs if (loss := run.at_best(LOSS)) is not None]
+        if best:
+            means.append(math.fsum(best) / len(best))
+    return max(means, default=None)
+
+
+def spans_decades(values: Iterable[Array], decades: float = 1.0) -> bool:
+    """Whether a logarithmic axis suits the values: all positive, and of different orders of magnitude."""
+    known = [array[np.isfinite(array)] for array in values]
+    joined = np.concatenate([array for array in known if array.size] or [np.empty(0)])
+    return bool(joined.size and joined.min() > 0 and joined.max() > 10**decades * joined.min())
+
+
+def _curve(run: Run, y: str, x: str, best_so_far: bool, entry: int | None) -> tuple[Array, Array] | None:
+    """The finite points of a run, x ascending."""
+    values = run.column(y)
+    if entry is not None and values.ndim == 2:
+        values = values[:, entry]
+    elif values.ndim == 2:
+        values = values.mean(axis=1)
+    at = run.column(AXES[x])
+    kept = np.isfinite(values) & np.isfinite(at)
+    if not kept.any():
+        return None
+    at, values = at[kept], values[kept]
+    return at, np.minimum.accumulate(values) if best_so_far else values

@@ -1,0 +1,277 @@
+"""Curves of groups of runs on matplotlib's axes: bands over seeds, paths of hyperparameters, quality against cost."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bilevel.comparison.curves import AXES, LOSS, POINTS, Band, band, spans_decades
+from bilevel.comparison.runs import Array, Run
+from bilevel.description import described
+from bilevel.plot import STYLE, sigma_band
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Groups = Mapping[str, Sequence[Run]]
+"""Runs by label, a seed each."""
+Looks = Mapping[str, Mapping[str, Any]]
+"""Colour, dash and marker of each label."""
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, without the yellow that white paper swallows."""
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""One more than colours, so that the two do not come round together."""
+FEW = 4
+"""A hyperparameter of more entries is drawn by the mean of them."""
+SEEDS = 8
+"""Runs of a group whose own paths are drawn; more would hide each other."""
+DPI = 160
+
+
+def styles(labels: Sequence[str]) -> Looks:
+    """A colour for each label, and where colours come round again another dash, so that no two lines look alike in print.
+
+    Later lines are thinner: of two that coincide both are seen.
+
+    Example:
+        >>> styles(["stn", "fixed"])["fixed"]
+        {'color': '#D55E00', 'linestyle': '-', 'linewidth': 1.2, 'marker': 's'}
+    """
+    widths = np.linspace(2.2, 1.2, len(labels)) if len(labels) > 1 else [1.5]
+    return {
+        label: {
+            "color": COLORS[i % len(COLORS)],
+            "linestyle": LINES[i // len(COLORS) % len(LINES)],
+            "linewidth": round(float(widths[i]), 2),
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        for i, label in enumerate(labels)
+    }
+
+
+@contextmanager
+def figure(
+    path: str | Path | IO[bytes], rows: int = 1, columns: int = 1, size: tuple[float, float] = (3.4, 2.5)
+) -> Iterator[Any]:
+    """Axes [rows, columns] of a new figure, which is saved at the end to a place or a file; `size` is a panel's, in inches."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(drawn)
+        yield drawn.subplots(rows, columns, squeeze=False)
+        drawn.savefig(path)
+
+
+def draw_bands(
+    ax: "Axes",
+    groups: Groups,
+    y: str = LOSS,
+    x: str = "epochs",
+    *,
+    best_so_far: bool = False,
+    looks: Looks | None = None,
+    entry: int | None = None,
+    n_in_label: bool = True,
+) -> None:
+    """Mean ± standard deviation over the seeds of each group, on one pair of axes.
+
+    Where not all runs of a group reach, the line is thin and pale, and has no band. A run that diverged ends in a cross. A band
+    that would go below zero, where no run is, ends at the lowest run. The axis is logarithmic where the means span a decade.
+
+    Args:
+        ax: to draw on.
+        groups: runs by label.
+        y: a column of numbers, `valid_loss` or `hypers.decay` say.
+        x: `epochs`, `seconds` or `examples`.
+        best_so_far: the running minimum in place of the value.
+        looks: colour, dash and marker of each label; by default those of `styles`.
+        entry: of a hyperparameter that has several.
+        n_in_label: whether the legend tells the number of seeds.
+    """
+    looks = looks or styles(list(groups))
+    drawn: dict[str, Band] = {}
+    for label, runs in groups.items():
+        over = band(runs, y, x, best_so_far=best_so_far, entry=entry)
+        if over.x.size:
+            drawn[label] = over
+    log = spans_decades(over.mean for over in drawn.values()) and "accuracy" not in y
+    for label, over in drawn.items():
+        look = {name: looks[label][name] for name in ("color", "linestyle", "linewidth")}
+        _draw_band(ax, over, look, f"{label} (n = {len(groups[label])})" if n_in_label else label)
+        for run in groups[label]:
+            if run.status == "diverged":
+                _draw_end(ax, run, y, x, look["color"], best_so_far, entry)
+    if log:
+        ax.set_yscale("log")
+    _horizontal(ax, x)
+    ax.set_ylabel(f"best {spoken(y)} so far" if best_so_far else spoken(y))
+
+
+def draw_paths(
+    ax: "Axes",
+    groups: Groups,
+    name: str,
+    x: str = "epochs",
+    *,
+    entry: int | None = None,
+    sigma: bool = False,
+    looks: Looks | None = None,
+) -> None:
+    """Paths of one hyperparameter: mean ± standard deviation over seeds, or, with `sigma`, each seed's own and its λ(u ± σ).
+
+    Args:
+        ax: to draw on.
+        groups: runs by label.
+        name: of the hyperparameter, without `hypers.`.
+        x: `epochs`, `seconds` or `examples`.
+        entry: of a hyperparameter that has several; None for their mean.
+        sigma: every run's path within the range that its perturbation reaches, λ(u − σ) to λ(u + σ), where it is known.
+        looks: colour and dash of each label; by default those of `styles`.
+    """
+    looks = looks or styles(list(groups))
+    if not sigma:
+        draw_bands(ax, groups, f"hypers.{name}", x, looks=looks, entry=entry)
+    shown: list[Array] = []
+    for label, runs in groups.items() if sigma else ():
+        for number, run in enumerate(runs[:SEEDS]):
+            thin = slice(None, None, max(1, run.evaluations // POINTS))
+            at, path = run.column(AXES[x])[thin], _entry(run.column(f"hypers.{name}"), entry)[thin]
+            edges = perturbed(run, name)
+            if edges is not None:
+                low, high = (_entry(edge, entry)[thin] for edge in edges)
+                ax.fill_between(at, low, high, color=looks[label]["color"], alpha=0.35 / max(2, len(runs)), linewidth=0)
+            text = f"{label} ({counted_seeds(runs)})" if number == 0 else None
+            ax.plot(at, path, color=looks[label]["color"], linestyle=looks[label]["linestyle"], linewidth=0.9, label=text)
+            shown.append(path)
+    if spans_decades(shown):
+        ax.set_yscale("log")
+    _horizontal(ax, x)
+    several = entry is None and any(run.column(f"hypers.{name}").ndim == 2 for runs in groups.values() for run in runs)
+    ax.set_ylabel(f"mean of {spoken(name)}" if several else spoken(name) + ("" if entry is None else f"[{entry}]"))
+
+
+def counted_seeds(runs: Sequence[Run]) -> str:
+    """How many runs have their own path in a picture.
+
+    Example:
+        >>> counted_seeds([])
+        'n = 0'
+    """
+    return f"n = {len(runs)}" if len(runs) <= SEEDS else f"{SEEDS} of {len(runs)} runs"
+
+
+def perturbed(run: Run, name: str) -> tuple[Array, Array] | None:
+    """λ(u − σ) and λ(u + σ) along a run, shaped as its column; None where it has no σ, or its domain is not known."""
+    space = described(run.description.get("space"))
+    values, scales = run.column(f"hypers.{name}"), run.column(f"scales.{name}")
+    if name not in space or not np.isfinite(scales).any() or values.shape != scales.shape:
+        return None
+    shape = (len(values), *space[name].shape)
+    if values.size != int(np.prod(shape)):
+        return None
+    sigma: Any = scales.reshape(shape).tolist()
+    edges = sigma_band(space, name, torch.from_numpy(values).reshape(shape), sigma)
+    return None if edges is None else (edges[0].reshape(values.shape).numpy(), edges[1].reshape(values.shape).numpy())
+
+
+def hyper_panels(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
+    """Names, and entries where there are few, of the hyperparameters that move in any of the runs."""
+    panels: list[tuple[str, int | None]] = []
+    for name in dict.fromkeys(name for run in runs for name in run.part("hypers.")):
+        columns = [run.column(f"hypers.{name}") for run in runs if f"hypers.{name}" in run.columns]
+        if not any(_moves(column) for column in columns):
+            continue
+        width = max(column.shape[1] if column.ndim == 2 else 1 for column in columns)
+        panels += [(name, None)] if width == 1 or width > FEW else [(name, entry) for entry in range(width)]
+    return panels
+
+
+def spoken(name: str) -> str:
+    """A column's name as people read it.
+
+    Example:
+        >>> spoken("valid_loss"), spoken("exact.regret"), spoken("hypers.log_decay")
+        ('validation loss', 'regret', 'log decay')
+    """
+    bare = name.removeprefix("exact.").removeprefix("hypers.").removeprefix("scales.")
+    return bare.replace("valid_", "validation ").replace("train_", "training ").replace("_", " ")
+
+
+def counted(value: float) -> str:
+    """A count in the space that an axis has.
+
+    Example:
+        >>> counted(20_000), counted(1.5e6), counted(64)
+        ('20k', '1.5M', '64')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def legend(drawn: "Figure", ax: "Axes") -> None:
+    """One legend for the whole figure, above it, where it hides nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        drawn.legend(handles, labels, loc="outside upper center", ncols=legend_columns(labels, drawn.get_figwidth()))
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of a legend fit into a figure of so many inches.
+
+    Example:
+        >>> legend_columns(["stn", "fixed", "delta_stn"], 5.0), legend_columns(["stn with many settings" * 3] * 4, 5.0)
+        (3, 1)
+    """
+    each = 0.55 + 0.055 * max(map(len, labels), default=0)  # handle and gaps, and a letter at the style's size
+    return max(1, min(len(labels), int(width / each)))
+
+
+def _draw_band(ax: "Axes", over: Band, look: Mapping[str, Any], text: str) -> None:
+    whole = over.whole()
+    if whole.x.size > 1:
+        low = whole.mean - whole.std
+        low = np.where((low <= 0) & (whole.low > 0), whole.low, low)
+        ax.fill_between(whole.x, low, whole.mean + whole.std, color=look["color"], alpha=0.2, linewidth=0)
+    ax.plot(whole.x, whole.mean, label=text, **look)
+    if whole.x.size < over.x.size:
+        kept = slice(max(0, whole.x.size - 1), None)  # n only falls: runs start together and end one by one
+        ax.plot(over.x[kept], over.mean[kept], **{**look, "linewidth": 0.8, "alpha": 0.6})
+
+
+def _draw_end(ax: "Axes", run: Run, y: str, x: str, color: str, best_so_far: bool, entry: int | None) -> None:
+    over = band([run], y, x, best_so_far=best_so_far, entry=entry)
+    if over.x.size:
+        ax.plot(over.x[-1], over.mean[-1], "x", color=color, markersize=6, markeredgewidth=1.5, clip_on=False, zorder=4)
+
+
+def _horizontal(ax: "Axes", x: str) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    ax.set_xlabel("training time (s)" if x == "seconds" else x)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    if x == "examples":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: counted(value)))
+
+
+def _moves(column: Array) -> bool:
+    known = column[np.isfinite(column).reshape(len(column), -1).all(axis=1)]
+    return len(known) > 1 and bool(np.ptp(known, axis=0).max(initial=0) > 0)
+
+
+def _entry(values: Array, entry: int | None) -> Array:
+    if values.ndim == 1:
+        return values
+    picked: Array = values.mean(axis=1) if entry is None else values[:, entry]
+    return picked

@@ -1,0 +1,236 @@
+"""The pictures of a report, each as PNG: curves, paths of hyperparameters, their perturbation, quality against cost."""
+
+import io
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from bilevel.comparison.curves import LOSS, spans_decades
+from bilevel.comparison.drawing import (
+    Groups,
+    Looks,
+    counted,
+    counted_seeds,
+    draw_bands,
+    draw_paths,
+    figure,
+    hyper_panels,
+    legend,
+    legend_columns,
+    perturbed,
+    spoken,
+    styles,
+)
+from bilevel.comparison.runs import Run
+from bilevel.comparison.statistics import Spread, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DRAWN = 12
+"""Groups in one picture; of more, those of the lowest mean loss."""
+PERTURBED = 6
+"""Groups whose perturbation is drawn, a row of panels each."""
+WIDTH = 3
+"""Panels in a row."""
+
+
+class Picture(NamedTuple):
+    """A picture, the end of its file's name, and what it shows."""
+
+    name: str
+    png: bytes
+    caption: str
+
+
+def pictures(groups: Groups, x: str, *, best_so_far: bool = False) -> list[Picture]:
+    """All pictures of the runs on one problem that have something to show."""
+    drawn, left = _drawn(groups)
+    looks = styles(list(drawn))
+    made = [
+        _curves(drawn, x, looks, best_so_far),
+        _paths(drawn, x, looks),
+        _perturbations(drawn, x, looks),
+        _pareto(drawn, looks),
+    ]
+    more = f" Drawn are the {len(drawn)} of lowest mean loss; {left} more are in the tables." if left else ""
+    return [picture._replace(caption=picture.caption + more) for picture in made if picture is not None]
+
+
+def _drawn(groups: Groups) -> tuple[Groups, int]:
+    """The groups to draw, in their order, and how many are left out."""
+    kept = sorted(groups, key=lambda label: _loss(groups[label]))[:DRAWN]
+    return {label: groups[label] for label in groups if label in kept}, len(groups) - len(kept)
+
+
+def _loss(runs: Sequence[Run]) -> float:
+    """The mean best validation loss; infinite where no run has one."""
+    told = spread(run.at_best(LOSS) for run in runs)
+    return math.inf if told is None else told.mean
+
+
+def _is_perturbed(runs: Sequence[Run], name: str) -> bool:
+    return any(perturbed(run, name) is not None for run in runs)
+
+
+def _grid(
+    panels: Sequence[Callable[["Axes"], None]],
+    *,
+    width: int = WIDTH,
+    labels: Sequence[str] = (),
+    alike: Sequence[Hashable] = (),
+) -> bytes:
+    """One panel for each of the functions that draw on axes, and the legend of its `labels` above all.
+
+    Panels that are `alike` have the same limits.
+    """
+    columns = min(width, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    file = io.BytesIO()
+    each = 5.0 if columns == 1 else 3.2  # a legend of several solvers has no room above a narrow panel
+    numbered = [f"{label} (n = 10)" for label in labels]
+    extra = 0.17 * math.ceil(len(labels) / legend_columns(numbered, each * columns)) if labels else 0.0
+    with figure(file, rows, columns, (each, 2.4 + extra / rows)) as axes:
+        flat = axes.flatten().tolist()
+        for draw, ax in zip(panels, flat, strict=False):
+            draw(ax)
+        for ax in flat[len(panels) :]:
+            ax.set_visible(False)
+        for kind in dict.fromkeys(alike):
+            _equalize([ax for other, ax in zip(alike, flat, strict=False) if other == kind])
+        if labels:
+            legend(axes[0, 0].figure, axes[0, 0])
+    return file.getvalue()
+
+
+def _equalize(axes: Sequence["Axes"]) -> None:
+    """The same limits for all, on a logarithmic axis if one has it."""
+    if any(ax.get_yscale() == "log" for ax in axes):
+        for ax in axes:
+            ax.set_yscale("log")
+    x, y = ([getattr(ax, f"get_{axis}lim")() for ax in axes] for axis in "xy")
+    for ax in axes:
+        ax.set(xlim=(min(low for low, _ in x), max(high for _, high in x)))
+        ax.set(ylim=(min(low for low, _ in y), max(high for _, high in y)))
+
+
+def _curves(groups: Groups, x: str, looks: Looks, best_so_far: bool) -> Picture | None:
+    runs = [run for members in groups.values() for run in members]
+    names = [LOSS, "valid_accuracy", "exact.regret"]
+    names = [name for name in names if any(np.isfinite(run.column(name)).any() for run in runs)]
+    if not names:
+        return None
+
+    def panel(name: str) -> Callable[["Axes"], None]:
+        falls = best_so_far and name != "valid_accuracy"
+        return lambda ax: draw_bands(ax, groups, name, x, best_so_far=falls, looks=looks)
+
+    png = _grid([panel(name) for name in names], labels=list(groups))
+    caption = (
+        f"{_list(spoken(name) for name in names)} against {_axis(x)}{', the best so far' if best_so_far else ''}. "
+        "Lines are means over seeds, bands one standard deviation on either side, both where all runs of a group are still "
+        "going; beyond that a thin line is the mean of those that are. A cross ends a run that diverged."
+    )
+    return Picture("curves", png, caption[0].upper() + caption[1:])
+
+
+def _paths(groups: Groups, x: str, looks: Looks) -> Picture | None:
+    panels = hyper_panels([run for runs in groups.values() for run in runs])
+    if not panels:
+        return None
+
+    def panel(name: str, entry: int | None) -> Callable[["Axes"], None]:
+        return lambda ax: draw_paths(ax, groups, name, x, entry=entry, looks=looks)
+
+    png = _grid([panel(*place) for place in panels], labels=list(groups))
+    return Picture("paths", png, "Hyperparameters in their own units: mean ± one standard deviation over seeds.")
+
+
+def _perturbations(groups: Groups, x: str, looks: Looks) -> Picture | None:
+    """A row of panels for each group whose runs are perturbed."""
+    runs = [run for members in groups.values() for run in members]
+    panels = hyper_panels(runs)
+    known = [(label, *panel) for label, members in groups.items() for panel in panels if _is_perturbed(members, panel[0])]
+    if not known:
+        return None
+    labels = list(dict.fromkeys(label for label, _, _ in known))
+    best = sorted(labels, key=lambda label: _loss(groups[label]))[:PERTURBED]
+    shown = [place for place in known if place[0] in best]
+
+    def panel(label: str, name: str, entry: int | None) -> Callable[["Axes"], None]:
+        def draw(ax: "Axes") -> None:
+            draw_paths(ax, {label: groups[label]}, name, x, entry=entry, sigma=True, looks=looks)
+            ax.set_title(fill(f"{label} ({counted_seeds(groups[label])})", 36))
+
+        return draw
+
+    together = len(panels) if 1 < len(panels) <= 4 else WIDTH
+    alike = [(name, entry) for _, name, entry in shown]
+    png = _grid([panel(*place) for place in shown], width=together, alike=alike)
+    caption = "Hyperparameters run by run, in the range that their perturbation reaches, λ(u − σ) to λ(u + σ)."
+    if len(labels) > len(best):
+        caption += f" The {len(best)} perturbed solvers of lowest mean loss, of {len(labels)}."
+    return Picture("perturbation", png, caption)
+
+
+def _pareto(groups: Groups, looks: Looks) -> Picture | None:
+    costs = {"total training time (s)": "seconds", "total examples": "examples"}
+    quality = {label: told for label, runs in groups.items() if (told := spread(run.at_best(LOSS) for run in runs))}
+
+    def panel(title: str, name: str) -> Callable[["Axes"], None]:
+        def draw(ax: "Axes") -> None:
+            cost = {label: told for label in quality if (told := spread(run.total(name) for run in groups[label]))}
+            _scatter(ax, groups, cost, quality, looks, name)
+            ax.set_xlabel(title)
+            ax.set_ylabel("best validation loss")
+
+        return draw
+
+    if not quality:
+        return None
+    png = _grid([panel(*cost) for cost in costs.items()], labels=list(groups))
+    caption = (
+        "Quality against cost: the best validation loss of a run against what the whole run cost; means with one standard "
+        "deviation, and each run as a pale dot, or a cross where it diverged. Lower and further left is better; the grey steps "
+        "join the groups, of those without a diverged run, that no other beats in both."
+    )
+    return Picture("pareto", png, caption)
+
+
+def _scatter(ax: "Axes", groups: Groups, cost: dict[str, Spread], quality: dict[str, Spread], looks: Looks, name: str) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    if not cost:
+        return
+    for label, spent in cost.items():
+        look, reached = looks[label], quality[label]
+        for run in groups[label]:
+            mark, at, loss = "x" if run.status == "diverged" else ".", run.total(name), run.at_best(LOSS)
+            if at is not None and loss is not None:
+                ax.plot(at, loss, mark, color=look["color"], alpha=0.4, markersize=5, markeredgewidth=float(mark == "x"))
+        point: dict[str, Any] = {"fmt": look["marker"], "color": look["color"], "markersize": 5.5, "elinewidth": 1}
+        rim: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6, "zorder": 3}
+        text = f"{label} (n = {len(groups[label])})"
+        ax.errorbar(spent.mean, reached.mean, xerr=spent.std, yerr=reached.std, label=text, **point, **rim)
+    sound = [label for label in cost if not any(run.status == "diverged" for run in groups[label])]
+    best = sorted((cost[label].mean, quality[label].mean) for label in sound)
+    front = [point for i, point in enumerate(best) if all(point[1] < other[1] for other in best[:i])]
+    ax.step([spent for spent, _ in front], [loss for _, loss in front], where="post", color="0.6", linewidth=1, zorder=1)
+    values = [np.array([spent.mean for spent in cost.values()]), np.array([told.mean for told in quality.values()])]
+    for scale, numbers in zip((ax.set_xscale, ax.set_yscale), values, strict=True):
+        if spans_decades([numbers]):
+            scale("log")
+    if name == "examples":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: counted(value)))
+
+
+def _axis(x: str) -> str:
+    return "training time" if x == "seconds" else x
+
+
+def _list(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last

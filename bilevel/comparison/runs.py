@@ -1,0 +1,293 @@
+"""What runs left on disk, read back: each file once, its columns as arrays."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bilevel.comparison.labels import label
+from bilevel.records import DESCRIPTION, METRICS, SUMMARY, Record
+
+CONFIG = "config.yaml"
+
+Array = NDArray[np.float64]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run as its directory tells it.
+
+    Attributes:
+        label: the solver, and the settings in which its runs differ from each other; see `bilevel.comparison.labels`.
+        columns: the records by name, each [evaluations], or [evaluations, entries] of a hyperparameter that is no number; NaN
+            where a record lacks it. Of a large hyperparameter `name` is the mean, beside `name.min` and `name.max`.
+        summary: of a run that ended; None for one that is still going, or was killed.
+        config: the run's settings; {} where they were not kept.
+        description: `run.json`: problem, solver, seed and the hyperparameters' domains; {} for runs that left none.
+        status: `finished`, `diverged`, `interrupted` or `running`.
+    """
+
+    directory: Path
+    problem: str
+    solver: str
+    label: str
+    seed: int | None
+    columns: dict[str, Array] = field(repr=False)
+    summary: Record | None = field(default=None, repr=False)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    description: Record = field(default_factory=dict, repr=False)
+    status: str = "running"
+
+    @cached_property
+    def records(self) -> list[Record]:
+        """The lines of `metrics.jsonl`, read again: `columns` is what a comparison of many runs works on."""
+        return _parsed(self.directory / METRICS)[0]
+
+    def column(self, name: str) -> Array:
+        """One column, [evaluations] or [evaluations, entries]; NaN throughout where no record has it."""
+        found = self.columns.get(name)
+        return np.full(self.evaluations, np.nan) if found is None else found
+
+    @property
+    def evaluations(self) -> int:
+        """How many records there are."""
+        return len(next(iter(self.columns.values()), ()))
+
+    @cached_property
+    def best(self) -> int | None:
+        """The evaluation of lowest validation loss; None where no loss is finite."""
+        losses = self.column("valid_loss")
+        return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
+
+    def at_best(self, name: str) -> float | None:
+        """A number at the best evaluation, from the records, or from the summary (which alone knows the test split)."""
+        if self.best is not None and name in self.columns and self.columns[name].ndim == 1:
+            return finite(self.columns[name][self.best])
+        return finite(((self.summary or {}).get("best") or {}).get(name))
+
+    def at_end(self, name: str) -> float | None:
+        """A number at the last evaluation, from the records, or from the summary."""
+        if self.evaluations and name in self.columns and self.columns[name].ndim == 1:
+            return finite(self.columns[name][-1])
+        return finite(((self.summary or {}).get("last") or {}).get(name))
+
+    def total(self, name: str) -> float | None:
+        """A total (`seconds`, `examples`, `outer_steps`, `peak_memory_bytes`) as the summary has it, else the highest yet."""
+        told = finite(self.summary.get(name)) if self.summary and self.status != "running" else None
+        if told is not None:
+            return told
+        column = self.columns.get("step" if name == "steps" else name)
+        return finite(np.nanmax(column)) if column is not None and np.isfinite(column).any() else None
+
+    def part(self, prefix: str) -> list[str]:
+        """The names under `prefix` (`hypers.`, `scales.`, …), without it, in the order of the records."""
+        names = [name.removeprefix(prefix) for name in self.columns if name.startswith(prefix)]
+        return [name for name in names if not (name.endswith((".min", ".max")) and name[:-4] in names)]
+
+
+def read_runs(*places: str | os.PathLike[str], tell: Tell = lambda sentence: None) -> list[Run]:
+    """All runs in the directories, at any depth, in the order of their names; `tell` hears of what cannot be read.
+
+    Example:
+        >>> read_runs("no/such/place", tell=print)
+        no/such/place does not exist; give the directory of a run, or one with runs in it
+        []
+    """
+    directories: dict[Path, Path] = {}
+    for place in map(Path, places):
+        if not place.is_dir():
+            fault = "is a file" if place.exists() else "does not exist"
+            tell(f"{place} {fault}; give the directory of a run, or one with runs in it")
+            continue
+        found = list(_find(place, tell))
+        if not found:
+            tell(f"{place} holds no run: there is no {METRICS} in it, nor below it")
+        directories |= {directory.resolve(): directory for directory in found}
+    runs = [run for directory in directories.values() if (run := read_run(directory, tell=tell)) is not None]
+    without = [run for run in runs if not run.config]
+    if without:
+        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        tell(f"{without[0].directory}{more}: no settings in {CONFIG}; such runs are told apart by problem and solver alone")
+    return labelled(runs)
+
+
+def read_run(directory: Path, *, tell: Tell = lambda sentence: None) -> Run | None:
+    """The run in `directory`; None, with a sentence to `tell`, where nothing of it can be used."""
+    records: list[Record] = []
+    try:
+        records, skipped = _parsed(directory / METRICS)
+        if skipped:
+            tell(f"{directory / METRICS}: {skipped} of its lines {'is' if skipped == 1 else 'are'} damaged and left out")
+    except OSError as error:
+        tell(f"cannot read {directory / METRICS}: {error.strerror or error}; what its summary says is used")
+    summary, description = (_object(directory / name, tell) for name in (SUMMARY, DESCRIPTION))
+    config = _config(directory / CONFIG, tell)
+    columns = _columns(records)
+    usable = np.isfinite(columns["valid_loss"]).any() if "valid_loss" in columns else False
+    if not records and not summary:
+        tell(f"{directory}: {METRICS} has no evaluation yet; this run is left out")
+        return None
+    if not usable and not summary:
+        tell(f"{directory}: no evaluation has a finite validation loss; its row has no loss")
+    names = config.get("names") if isinstance(config.get("names"), dict) else {}
+    known = {**{"seed": config.get("seed")}, **(names or {}), **description, **(summary or {})}
+    return Run(
+        directory=directory,
+        problem=str(known.get("problem", "unknown problem")),
+        solver=str(known.get("solver", "unknown solver")),
+        label=str(known.get("solver", "unknown solver")),
+        seed=known["seed"] if isinstance(known.get("seed"), int) else None,
+        columns=columns,
+        summary=summary or None,
+        config=config,
+        description=description,
+        status=_status(summary, columns),
+    )
+
+
+def labelled(runs: Iterable[Run]) -> list[Run]:
+    """The runs with labels that tell their groups apart, in the order in which they were given."""
+    runs = list(runs)
+    labels = label([(run.problem, run.solver, run.config) for run in runs])
+    return [replace(run, label=text) for run, text in zip(runs, labels, strict=True)]
+
+
+def grouped(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
+    """The runs by problem, and by label within it."""
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run.problem, {}).setdefault(run.label, []).append(run)
+    return groups
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for whatever is none, NaN and infinity included."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value):
+        return float(value)
+    return None
+
+
+def _find(place: Path, tell: Tell) -> Iterator[Path]:
+    """Run directories at or below `place`; what lies within a run belongs to it."""
+
+    def unreadable(error: OSError) -> None:
+        tell(f"cannot look into {error.filename}: {error.strerror or error}; what lies there is left out")
+
+    for root, below, files in os.walk(place, onerror=unreadable):
+        if METRICS in files or SUMMARY in files:
+            below.clear()
+            yield Path(root)
+        below.sort(key=_in_order)
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """Sweeps number their runs from 0 without leading zeros."""
+    number = name.partition("-")[0]
+    return (int(number) if number.isascii() and number.isdigit() else -1, name)
+
+
+def _parsed(path: Path) -> tuple[list[Record], int]:
+    """The records, and how many lines are damaged beside a last one that is not finished."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        records = json.loads(b"[" + b",".join(lines) + b"]")  # all at once: twice as quick as line by line
+        if len(records) == len(lines) and all(type(record) is dict for record in records):
+            return records, 0
+    except ValueError:
+        pass
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records, len(lines) - len(records)
+
+
+def _columns(records: Sequence[Record]) -> dict[str, Array]:
+    columns: dict[str, Array] = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        values = [record.get(name) for record in records]
+        example = next((value for value in values if value is not None), None)
+        if isinstance(example, dict):
+            for key in ("mean", "min", "max"):
+                parts = [value.get(key) if isinstance(value, dict) else None for value in values]
+                columns[name if key == "mean" else f"{name}.{key}"] = _numbers(parts)
+        elif isinstance(example, list):
+            columns[name] = _table(values, np.size(np.asarray(example, dtype=object)))
+        else:
+            columns[name] = _numbers(values)
+    return columns
+
+
+def _numbers(values: Sequence[Any]) -> Array:
+    try:
+        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
+    except (TypeError, ValueError):
+        return np.array([np.nan if (number := finite(value)) is None else number for value in values])
+    numbers[np.isinf(numbers)] = np.nan
+    return numbers
+
+
+def _table(values: Sequence[Any], width: int) -> Array:
+    """[evaluations, entries], a row of NaN where a record has something else."""
+    table = np.full((len(values), width), np.nan)
+    for row, value in enumerate(values):
+        try:
+            flat = np.array(value, dtype=np.float64).reshape(-1)
+        except (TypeError, ValueError):
+            continue
+        if flat.size == width:
+            table[row] = flat
+    return table
+
+
+def _object(path: Path, tell: Tell) -> Record:
+    """A JSON object; {} where there is no such file, or, with a sentence, where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no JSON"
+        tell(f"cannot use {path}: {reason}; the run is read without it")
+        return {}
+    if isinstance(found, dict):
+        return found
+    tell(f"cannot use {path}: it holds no object; the run is read without it")
+    return {}
+
+
+def _config(path: Path, tell: Tell) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except FileNotFoundError:
+        return {}
+    except (OSError, yaml.YAMLError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no YAML"
+        tell(f"cannot use {path}: {reason}; the run is read without it")
+        return {}
+    if isinstance(found, dict):
+        return {str(key): value for key, value in found.items()}
+    tell(f"cannot use {path}: it holds no settings; the run is read without it")
+    return {}
+
+
+def _status(summary: Record, columns: dict[str, Array]) -> str:
+    if not summary:
+        return "running"
+    steps, ended = columns.get("step"), finite(summary.get("steps"))
+    if summary.get("interrupted") and steps is not None and ended is not None and steps[-1] > ended:
+        return "running"  # resumed: the summary is that of its first part
+    return next((word for word in ("diverged", "interrupted") if summary.get(word)), "finished")

@@ -1,0 +1,53 @@
+"""What a run is, as `run.json` keeps it for those who read the run later."""
+
+from dataclasses import fields
+from typing import Any
+
+from bilevel import domains
+from bilevel.domains import Domain
+from bilevel.errors import BilevelError
+from bilevel.space import Space
+
+LARGE = 64
+"""A hyperparameter of more entries is recorded by its mean, min and max."""
+
+
+def describe(space: Space) -> dict[str, Any]:
+    """The domains of a space in JSON's types; without large ones, and without those of a user's own class.
+
+    Example:
+        >>> describe(Space(decay=domains.Positive(init=0.1, scale=0.5)))
+        {'decay': {'domain': 'Positive', 'init': 0.1, 'scale': 0.5}}
+    """
+    return {name: _fields(domain) for name, domain in space.items() if _is_plain(domain)}
+
+
+def described(description: Any) -> Space:
+    """The space that was described; what is no description of a domain is left out.
+
+    Example:
+        >>> described(describe(Space(p=domains.Interval(init=0.1, low=0.0, high=0.9, shape=(2,)))))["p"].shape
+        (2,)
+    """
+    known: dict[str, Domain] = {}
+    for name, told in (description if isinstance(description, dict) else {}).items():
+        cls = getattr(domains, str(told.get("domain")), None) if isinstance(told, dict) else None
+        if isinstance(cls, type) and issubclass(cls, Domain) and cls is not Domain:
+            try:
+                known[name] = cls(**{key: value for key, value in told.items() if key != "domain"})
+            except (BilevelError, TypeError):
+                continue
+    return Space(**known)
+
+
+def _is_plain(domain: Domain) -> bool:
+    return type(domain).__module__ == domains.__name__ and domain.numel <= LARGE
+
+
+def _fields(domain: Domain) -> dict[str, Any]:
+    told: dict[str, Any] = {"domain": type(domain).__name__, "init": domain.initial().tolist()}
+    for field in fields(domain):
+        value = getattr(domain, field.name)
+        if field.name != "init" and value != field.default:
+            told[field.name] = list(value) if isinstance(value, tuple) else value
+    return told
