@@ -5,40 +5,17 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import solvers
 from benchmarks.twin import DoubleBackward
 from problems.classification import Classification
 from problems.datasets import Images
-from problems.networks import MLP, Drop, keep
+from problems.networks import MLP, SimpleCNN
 
 Timed: TypeAlias = solvers.Fixed | solvers.SelfTuning
 
 BATCH = 128
-
-
-class SimpleCNN(nn.Module):
-    """Two 5×5 convolutions with pooling and two linear layers, for [B, 1, 28, 28].
-
-    Dropout sites: the input, both convolutions (whole channels), the hidden layer.
-
-    Source: Bae & Grosse, NeurIPS 2020, the FashionMNIST experiment of the official code.
-    """
-
-    def __init__(self, first: int = 16, second: int = 32, hidden: int = 1568) -> None:
-        super().__init__()
-        self.convolutions = nn.ModuleList([nn.Conv2d(1, first, 5, padding=2), nn.Conv2d(first, second, 5, padding=2)])
-        self.hidden, self.out = nn.Linear(second * 7 * 7, hidden), nn.Linear(hidden, 10)
-
-    def forward(self, x: Tensor, drop: Drop = keep) -> Tensor:
-        """Logits [B, 10]."""
-        x = drop(0, x)
-        for site, convolution in enumerate(self.convolutions, start=1):
-            x = F.max_pool2d(F.relu(convolution(x)), 2)
-            x = x * drop(site, torch.ones(*x.shape[:2], 1, 1, dtype=x.dtype, device=x.device))
-        return self.out(drop(3, F.relu(self.hidden(x.flatten(1)))))
 
 
 def _on_random_images(network: Callable[[], nn.Module]) -> Classification:

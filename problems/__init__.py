@@ -1,10 +1,29 @@
 """Problems to tune, and to learn from: closed forms first, then real data."""
 
+from problems.augmented import augmented_images
 from problems.classification import Classification, digits, mnist
 from problems.elastic import ElasticNet
+from problems.generalized_ridge import GeneralizedRidge
+from problems.input_dropout import InputDropout
 from problems.language import Language, language
-from problems.networks import MLP
+from problems.linear_network import LinearNetwork
+from problems.networks import MLP, SimpleCNN
 from problems.quadratic import Quadratic
 from problems.regression import Ridge
 
-__all__ = ["MLP", "Classification", "ElasticNet", "Language", "Quadratic", "Ridge", "digits", "language", "mnist"]
+__all__ = [
+    "MLP",
+    "Classification",
+    "ElasticNet",
+    "GeneralizedRidge",
+    "InputDropout",
+    "Language",
+    "LinearNetwork",
+    "Quadratic",
+    "Ridge",
+    "SimpleCNN",
+    "augmented_images",
+    "digits",
+    "language",
+    "mnist",
+]

@@ -1,4 +1,4 @@
-"""Image classification whose dropout rates and weight decay, one or one per weight, are tuned."""
+"""Image classification whose dropout rates, weight decay (one, or one per weight) and augmentation are tuned."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,6 +23,7 @@ from bilevel import (
     squared_norm,
 )
 from problems import datasets
+from problems.augmentation import Augmentation, Operation, strengths
 from problems.datasets import Images
 from problems.dropout import Kind, named
 from problems.networks import MLP
@@ -40,7 +41,8 @@ class Classification(ModuleProblem):
         L_T = mean over examples of CE(f(x; λ, w), y) + ½ weight_decay ‖w‖²,    L_V = mean of CE(f(x; w), y)
 
     The rates are `input_dropout`, `dropout1`, `dropout2`, … in (0, 0.95). Bernoulli's are sampled with, so that ∂L_T/∂λ exists
-    for Gaussian and concrete dropout alone.
+    for Gaussian and concrete dropout alone. Augmentation is for training too: x is then the augmented image, with a draw of its
+    own in every pass, so that the two passes of Δ-STN see the batch differently augmented, as in the paper's code.
 
     Args:
         network: makes a module with `forward(x, drop)`, as in `problems.networks`.
@@ -50,11 +52,14 @@ class Classification(ModuleProblem):
             order of the parameters.
         dropout: `bernoulli`, `gaussian` or `concrete`, as in `problems.dropout`.
         temperature: of concrete dropout, 0.1 by default.
+        augment: operations of which the strengths are tuned, as in `problems.augmentation`.
+        flip: whether half of the training images are mirrored left to right.
         batch_size: of training and of validation.
         space: changes to the space, as in `Space.override`.
 
     Raises:
-        BilevelError: an unknown `weight_decay` or `dropout`, or a temperature of a dropout that has none.
+        BilevelError: an unknown `weight_decay`, `dropout` or operation, a temperature of a dropout that has none, or strengths
+            that mean nothing.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class Classification(ModuleProblem):
         weight_decay: WeightDecay = True,
         dropout: Kind = "bernoulli",
         temperature: float | None = None,
+        augment: Sequence[Operation] = (),
+        flip: bool = False,
         batch_size: int | None = 128,
         space: Changes | None = None,
     ) -> None:
@@ -82,12 +89,14 @@ class Classification(ModuleProblem):
             domains["weight_decay"] = Positive(init=1e-4, shape=(size,), per_example=False)
         elif weight_decay:
             domains["weight_decay"] = Positive(init=1e-4)
-        self.space = Space(**domains).override(space or {})
+        self.space = Space(**domains, **strengths(images, augment)).override(space or {})
+        self._augment = Augmentation(self.space, images, flip=flip)
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = (batch[0] - self._mean) / self._std
+        x = self._augment(hypers, batch[0], generator) if train else batch[0]
+        x = (x - self._mean) / self._std
 
         def drop(site: int, x: Tensor) -> Tensor:
             return self._drop(x, hypers[self._rates[site]], generator)
@@ -146,6 +155,8 @@ def mnist(
     hidden: Sequence[int] = (1200, 1200),
     batch_size: int = 128,
     valid_fraction: float = 0.15,
+    train_size: int | None = None,
+    valid_size: int | None = None,
     weight_decay: WeightDecay = False,
     dropout: Kind = "bernoulli",
     temperature: float | None = None,
@@ -153,12 +164,14 @@ def mnist(
 ) -> Classification:
     """MNIST with the MLP 784-1200-1200-10 and three tuned dropout rates; without weight decay, unless it is asked for.
 
+    `train_size` and `valid_size` take the first images of either split alone; None takes all.
+
     Source: Bae & Grosse, NeurIPS 2020, the MNIST experiment of the official code.
     """
     sizes = [784, *hidden, 10]
     return Classification(
         partial(MLP, sizes),
-        datasets.mnist(root, download, valid_fraction),
+        datasets.few(datasets.mnist(root, download, valid_fraction), train_size, valid_size),
         sites=len(sizes) - 1,
         weight_decay=weight_decay,
         dropout=dropout,

@@ -65,3 +65,21 @@ def mnist(root: str = "data", download: bool = True, valid_fraction: float = 0.1
     (images, labels), test = ((s.data[:, None], s.targets) for s in sets)
     cut = len(labels) - round(valid_fraction * len(labels))
     return Images((images[:cut], labels[:cut]), (images[cut:], labels[cut:]), test, mean=0.1307 * 255, std=0.3081 * 255)
+
+
+def few(images: Images, train_size: int | None = None, valid_size: int | None = None) -> Images:
+    """The same images with the first `train_size` of train and the first `valid_size` of valid alone; None keeps all.
+
+    Example:
+        >>> few(digits(), train_size=100).train[1].shape
+        torch.Size([100])
+
+    Raises:
+        BilevelError: a size beyond what there is.
+    """
+    parts = {"train": (images.train, train_size), "valid": (images.valid, valid_size)}
+    for name, ((_, labels), size) in parts.items():
+        if size is not None and not 1 <= size <= len(labels):
+            raise BilevelError(f"{name}_size={size} of {len(labels)} images cannot be taken; give 1 to {len(labels)}")
+    train, valid = ((x[:size], labels[:size]) for (x, labels), size in parts.values())
+    return images._replace(train=train, valid=valid)

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilevel import BilevelError, Hypers, Params, Real, Space, squared_norm
-from problems.linear import Linear
+from bilevel import Batch, BilevelError, Hypers, Params, Prediction, Real, Space, squared_norm
+from problems.linear import Linear, squared_error
 from problems.linear_data import Split
 
 MOST_ITERATIONS = 100
@@ -67,11 +67,12 @@ class ElasticNet(Linear):
         domain = Real(init=-2.0, per_example=False)
         self.space = Space(log_l1=domain, log_l2=domain).override(space or {})
 
-    def penalty(self, hypers: Hypers, params: Params) -> Tensor:
+    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         rounded = (self._root(params["weight"]) - self.smoothing).sum()
-        return hypers["log_l1"].exp() * rounded + 0.5 * hypers["log_l2"].exp() * squared_norm(params)
+        penalty = hypers["log_l1"].exp() * rounded + 0.5 * hypers["log_l2"].exp() * squared_norm(params)
+        return squared_error(prediction, batch) + penalty.mean()
 
-    def best_response(self, hypers: Hypers) -> Params:
+    def minimizer(self, hypers: Hypers) -> Tensor:
         """w*(λ) with ∇_w L_T = 0 to rounding, differentiable in λ.
 
         Raises:
@@ -82,7 +83,7 @@ class ElasticNet(Linear):
             # From w*(λ₀), a constant, a step of Newton's method errs by |λ − λ₀|², two by its fourth power: three derivatives.
             for _ in range(2):
                 w = w - torch.linalg.solve(self._hessian(hypers, w), self._gradient(hypers, w))
-        return {"weight": w[None]}
+        return w
 
     def response_columns(self, hypers: Hypers, w: Tensor) -> dict[str, Tensor]:
         """−(∂²L_T/∂w²)⁻¹ [e^{λ₁} φ'(w*), e^{λ₂} w*]."""

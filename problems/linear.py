@@ -19,12 +19,13 @@ Made = TypeVar("Made", bound="Linear")
 
 
 class Linear(Problem):
-    """Least squares with a penalty on w that λ controls and L_V does not have.
+    """Least squares for a linear map, with something in L_T that λ controls and L_V does not have.
 
         L_T(λ, w) = 1/(2n) ‖Xw − y‖² + penalty(λ, w),    L_V(w) = 1/(2n_v) ‖X_v w − y_v‖²
 
-    The weight `weight` is [1, d], as in `nn.Linear`. Closed forms are float64 on the CPU, and h counts the entries of λ that
-    are tuned, in the order of the space: frozen hyperparameters are constants.
+    A subclass says what L_T is, and which w minimizes it. The weight `weight` is [1, d], as in `nn.Linear`. Closed forms are
+    float64 on the CPU, and h counts the entries of λ that are tuned, in the order of the space: frozen hyperparameters are
+    constants.
 
     Args:
         train: X [n, d] and y [n].
@@ -69,6 +70,16 @@ class Linear(Problem):
         """The problem on scikit-learn's diabetes data; see `problems.linear_data.diabetes`."""
         return cls(*linear_data.diabetes(data_seed, dtype=dtype), **options)
 
+    @classmethod
+    def linnerud(cls: type[Made], data_seed: int = 0, *, dtype: DType = None, **options: Any) -> Made:
+        """The problem on scikit-learn's Linnerud data; see `problems.linear_data.linnerud`."""
+        return cls(*linear_data.linnerud(data_seed, dtype=dtype), **options)
+
+    @classmethod
+    def wine(cls: type[Made], data_seed: int = 1, *, dtype: DType = None, **options: Any) -> Made:
+        """The problem on scikit-learn's wine data; see `problems.linear_data.wine`."""
+        return cls(*linear_data.wine(data_seed, dtype=dtype), **options)
+
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         X = self._splits[0][0]
         return {"weight": torch.randn((1, X.shape[1]), generator=generator, dtype=X.dtype) / math.sqrt(X.shape[1])}, {}
@@ -81,21 +92,14 @@ class Linear(Problem):
     ) -> tuple[Prediction, Carry]:
         return F.linear(batch[0], params["weight"]).squeeze(-1), carry
 
-    @abstractmethod
-    def penalty(self, hypers: Hypers, params: Params) -> Tensor:
-        """[], or [B] for hyperparameters or weights that vary per example."""
-
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
-        return 0.5 * F.mse_loss(prediction, batch[1]) + self.penalty(hypers, params).mean()
-
     def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
-        return 0.5 * F.mse_loss(prediction, batch[1])
+        return squared_error(prediction, batch)
 
     # --- closed forms ---
 
     @abstractmethod
-    def best_response(self, hypers: Hypers) -> Params:
-        """w*(λ), differentiable in λ, twice."""
+    def minimizer(self, hypers: Hypers) -> Float[Tensor, " d"]:
+        """w*(λ) as a vector, differentiable in λ, twice."""
 
     @abstractmethod
     def response_columns(self, hypers: Hypers, w: Float[Tensor, " d"]) -> dict[str, Float[Tensor, "d columns"]]:
@@ -105,13 +109,21 @@ class Linear(Problem):
     def starts(self, h: int) -> Float[Tensor, "starts h"]:
         """Where the search for λ* looks first."""
 
+    def best_response(self, hypers: Hypers) -> Params:
+        """The parameters of `minimizer`."""
+        return {"weight": self.minimizer(hypers)[None]}
+
+    def linear_map(self, params: Params) -> Float[Tensor, " d"]:
+        """The w of these parameters: of what the closed forms speak."""
+        return params["weight"][0]
+
     def best_response_jacobian(self, hypers: Hypers) -> Float[Tensor, "d h"]:
         """∂w*/∂λ by the implicit function theorem, −(∂²L_T/∂w²)⁻¹ ∂²L_T/∂w∂λ."""
-        return self._jacobian(hypers, self.best_response(hypers)["weight"][0])
+        return self._jacobian(hypers, self.minimizer(hypers))
 
     def hypergradient(self, hypers: Hypers) -> Float[Tensor, " h"]:
         """dL_V(w*(λ))/dλ = (∂w*/∂λ)ᵀ X_vᵀ(X_v w* − y_v)/n_v."""
-        return self._hypergradient(hypers, self.best_response(hypers)["weight"][0])
+        return self._hypergradient(hypers, self.minimizer(hypers))
 
     def optimum(self) -> Hypers:
         """λ* with a hypergradient below 1e-10: Newton's method from the best of `starts`.
@@ -122,7 +134,7 @@ class Linear(Problem):
         space = self._penalized_space()
 
         def loss(u: Tensor) -> Tensor:
-            return self._outer(self.best_response(space.constrain(u))["weight"][0])
+            return self._outer(self.minimizer(space.constrain(u)))
 
         u = min(self.starts(space.numel), key=lambda start: float(loss(start)))
         if not space.numel:
@@ -155,7 +167,7 @@ class Linear(Problem):
         least, nan = self._least, torch.tensor(math.nan, dtype=torch.float64)
         with torch.no_grad():
             try:
-                w = self.best_response(own)["weight"][0]
+                w = self.minimizer(own)
                 loss, norm = self._outer(w), self._hypergradient(own, w).norm()
             except (BilevelError, torch.linalg.LinAlgError):
                 loss, norm = nan, nan
@@ -169,7 +181,7 @@ class Linear(Problem):
                 best = self.optimum()
         except BilevelError:
             return None
-        return self._outer(self.best_response(best)["weight"][0])
+        return self._outer(self.minimizer(best))
 
     def _outer(self, w: Tensor) -> Tensor:
         return 0.5 * F.mse_loss(self._valid[0] @ w, self._valid[1])
@@ -184,3 +196,8 @@ class Linear(Problem):
 
     def _penalized_space(self) -> Space:
         return Space(**{name: self.space[name] for name in self.penalized})
+
+
+def squared_error(prediction: Float[Tensor, " n"], batch: Batch) -> Tensor:
+    """½ mean (f(x) − y)²: []."""
+    return 0.5 * F.mse_loss(prediction, batch[1])

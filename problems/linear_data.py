@@ -1,7 +1,7 @@
-"""Data of linear regression: drawn with a given conditioning, or scikit-learn's diabetes patients."""
+"""Data of linear regression: drawn with a given conditioning, or one of the small sets that scikit-learn ships."""
 
 import math
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,10 +63,43 @@ def synthetic(
 
 
 def diabetes(data_seed: int = 1, *, dtype: DType = None) -> LinearData:
-    """scikit-learn's diabetes data, 442 patients with 10 features: split 60/20/20, standardized by the training split."""
+    """scikit-learn's diabetes data: 442 patients, the disease's progress from 10 measurements.
+
+    Like the other real sets it is shuffled by `data_seed`, split 60/20/20 and standardized by the training split.
+    """
     from sklearn.datasets import load_diabetes
 
-    X, y = (torch.from_numpy(a).double() for a in load_diabetes(return_X_y=True))
+    X, y = load_diabetes(return_X_y=True)
+    return _real(X, y, data_seed, dtype)
+
+
+def linnerud(data_seed: int = 0, *, dtype: DType = None) -> LinearData:
+    """scikit-learn's Linnerud data: 20 men, the waist from their chin-ups, sit-ups and jumps.
+
+    Source: Tenenhaus, La régression PLS, 1998.
+    """
+    from sklearn.datasets import load_linnerud
+
+    X, targets = load_linnerud(return_X_y=True)
+    return _real(X, targets[:, 1], data_seed, dtype)
+
+
+def wine(data_seed: int = 1, *, dtype: DType = None) -> LinearData:
+    """scikit-learn's wine data, with a regression made of it: the alcohol of 178 wines from the 12 other measurements.
+
+    The cultivar, which the set is meant to be classified by, is not used.
+
+    Source: Aeberhard & Forina, UCI Machine Learning Repository, 1991.
+    """
+    from sklearn.datasets import load_wine
+
+    measured, _ = load_wine(return_X_y=True)
+    return _real(measured[:, 1:], measured[:, 0], data_seed, dtype)
+
+
+def _real(X: Any, y: Any, data_seed: int, dtype: DType) -> LinearData:
+    """Arrays, shuffled, split 60/20/20 and standardized by the training split."""
+    X, y = (torch.from_numpy(a).double() for a in (X, y))
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(data_seed))
     rows = order.tensor_split([int(0.6 * len(X)), int(0.8 * len(X))])
     X, y = ((a - a[rows[0]].mean(0)) / a[rows[0]].std(0) for a in (X, y))

@@ -6,13 +6,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from bilevel import Hypers, Params, Real, Space, squared_norm
-from problems.linear import Linear
+from bilevel import Batch, Hypers, Params, Prediction, Real, Space, squared_norm
+from problems.generalized_ridge import GeneralizedRidge
+from problems.linear import squared_error
 from problems.linear_data import Split
 
 
 @final
-class Ridge(Linear):
+class Ridge(GeneralizedRidge):
     """Linear regression with a tuned weight decay, one for all weights or one per feature.
 
         L_T(λ, w) = 1/(2n) ‖Xw − y‖² + ½ Σ_j e^{λ_j} w_j²
@@ -48,29 +49,11 @@ class Ridge(Linear):
         space: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(train, valid, test, batch_size=batch_size)
-        self.per_feature = per_feature
+        self.per_feature, self.weighting = per_feature, torch.ones_like(self.moment)
         decay = Real(init=0.0, shape=(len(self.moment),), per_example=False) if per_feature else Real(init=0.0)
         self.space = Space(log_decay=decay).override(space or {})
 
-    def penalty(self, hypers: Hypers, params: Params) -> Tensor:
+    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         decay = hypers["log_decay"].exp()
-        return 0.5 * (squared_norm(params, decay) if self.per_feature else decay * squared_norm(params))
-
-    def best_response(self, hypers: Hypers) -> Params:
-        """w*(λ) = (H + diag e^λ)⁻¹ b, differentiable in λ."""
-        return {"weight": torch.linalg.solve(self._hessian(hypers), self.moment)[None]}
-
-    def response_columns(self, hypers: Hypers, w: Tensor) -> dict[str, Tensor]:
-        """−(H + diag e^λ)⁻¹ diag(e^λ ∘ w*); with one λ for all, the sum of its columns."""
-        mixed = torch.diag(self._decay(hypers) * w)
-        return {"log_decay": -torch.linalg.solve(self._hessian(hypers), mixed if self.per_feature else mixed.sum(1, True))}
-
-    def starts(self, h: int) -> Tensor:
-        """The same λ for all features."""
-        return torch.linspace(-12, 6, 73, dtype=torch.float64)[:, None].expand(73, h)
-
-    def _decay(self, hypers: Hypers) -> Tensor:
-        return hypers["log_decay"].to(self.gram).exp().expand(len(self.gram))
-
-    def _hessian(self, hypers: Hypers) -> Tensor:
-        return self.gram + torch.diag(self._decay(hypers))
+        penalty = squared_norm(params, decay) if self.per_feature else decay * squared_norm(params)
+        return squared_error(prediction, batch) + 0.5 * penalty.mean()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from bilevel import Integer, Interval, ModuleProblem, Positive, Problem, Real, Simplex, Space, squared_norm, streams
 from problems import MLP, Classification, Quadratic, Ridge, digits
 from problems.datasets import Images
+from problems.input_dropout import InputDropout
+from problems.linear_network import LinearNetwork
 from solvers import Dense, Fixed, SelfTuning
 
 CPU, B = torch.device("cpu"), 6
@@ -200,6 +202,8 @@ PROBLEMS = {
     "quadratic": partial(Quadratic.random, weights=4, hypers=2),
     "ridge": partial(Ridge.synthetic, features=4, batch_size=8),
     "ridge per feature": partial(Ridge.synthetic, features=4, per_feature=True),
+    "linear network": partial(LinearNetwork.synthetic, features=4, hidden=[3]),
+    "input dropout": partial(InputDropout.synthetic, features=4, batch_size=8),
     "dropout and batch norm": partial(normed, dropout=0.3),
     "convolutions with batch norm": convolutional,
     "lstm per example": lambda: Dropped(Last(), (24, 3, 4)),

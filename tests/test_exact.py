@@ -8,7 +8,9 @@ import torch
 
 from bilevel import BilevelError
 from problems import ElasticNet, Quadratic, Ridge
+from problems.input_dropout import InputDropout
 from problems.linear import Linear
+from problems.linear_network import LinearNetwork
 
 CPU, F64 = torch.device("cpu"), torch.float64
 
@@ -17,6 +19,8 @@ PROBLEMS = {
     "quadratic with a direct term": lambda **options: Quadratic.random(6, 3, seed=2, direct=0.7, **options),
     "quadratic with more hyperparameters than weights": lambda **options: Quadratic.random(2, 4, seed=2, **options),
     "ridge": lambda **options: Ridge.synthetic(40, 5, condition=20.0, **options),
+    "linear network": lambda **options: LinearNetwork.synthetic(40, 5, condition=20.0, **options),
+    "input dropout": lambda **options: InputDropout.synthetic(40, 5, condition=20.0, **options),
     "elastic net": lambda **options: ElasticNet.synthetic(60, 10, 100.0, active=5, **options),
 }
 

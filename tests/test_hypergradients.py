@@ -9,6 +9,7 @@ import torch
 from self_tuning_cases import ready, set_to, sgd
 
 from problems import ElasticNet, Quadratic, Ridge
+from problems.input_dropout import InputDropout
 from solvers import (
     CG,
     SAMA,
@@ -35,6 +36,10 @@ PROBLEMS = {
     "ridge": partial(Ridge.synthetic, features=5, dtype=torch.float64),
     "ridge per feature": partial(Ridge.synthetic, features=5, per_feature=True, dtype=torch.float64),
     "diabetes": partial(Ridge.diabetes, dtype=torch.float64),
+    "expected dropout": partial(InputDropout.synthetic, features=5, expected=True, dtype=torch.float64),
+    "expected dropout per feature": partial(
+        InputDropout.synthetic, features=5, expected=True, per_feature=True, dtype=torch.float64
+    ),
     "elastic net": partial(ElasticNet.synthetic, features=5, smoothing=0.5, dtype=torch.float64),
 }
 all_problems = pytest.mark.parametrize("make_problem", PROBLEMS.values(), ids=PROBLEMS)

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from bilevel import BilevelError
 from problems import MLP, Classification, ElasticNet, Quadratic, Ridge, datasets, linear_data
 from problems.datasets import Images
 from problems.dropout import dropout
+from problems.input_dropout import InputDropout
+from problems.linear_network import LinearNetwork
 
 CPU = torch.device("cpu")
 F64 = torch.float64
@@ -30,6 +33,12 @@ CLOSED = {
     "ridge": lambda: Ridge.synthetic(40, 5, condition=20.0, dtype=F64),
     "ridge, a decay per feature": lambda: Ridge.synthetic(40, 5, per_feature=True, dtype=F64),
     "ridge on diabetes": lambda: Ridge.diabetes(dtype=F64),
+    "ridge on wine": lambda: Ridge.wine(dtype=F64),
+    "ridge on linnerud": lambda: Ridge.linnerud(dtype=F64),
+    "linear network": lambda: LinearNetwork.synthetic(40, 5, condition=20.0, dtype=F64, hidden=[4]),
+    "deep linear network on wine": lambda: LinearNetwork.wine(dtype=F64, hidden=[3, 2]),
+    "expected dropout": lambda: InputDropout.synthetic(40, 5, condition=20.0, dtype=F64, expected=True),
+    "expected dropout on wine, a rate per feature": lambda: InputDropout.wine(dtype=F64, expected=True, per_feature=True),
     "elastic net": lambda: ElasticNet.synthetic(60, 10, 100.0, active=5, dtype=F64),
     "elastic net on diabetes": lambda: ElasticNet.diabetes(4, dtype=F64),
 }
@@ -58,6 +67,11 @@ def losses(problem):
     return inner, outer
 
 
+def unflattened(params, flat):
+    parts = flat.split([p.numel() for p in params.values()])
+    return {name: part.reshape(p.shape) for (name, p), part in zip(params.items(), parts, strict=True)}
+
+
 def jacobian_of(problem, u):
     at = () if isinstance(problem, Quadratic) else (problem.space.constrain(u),)
     return problem.best_response_jacobian(*at)
@@ -65,19 +79,18 @@ def jacobian_of(problem, u):
 
 def test_best_response_minimizes_the_inner_loss(closed, u):
     inner, _ = losses(closed)
-    ((name, w),) = closed.best_response(closed.space.constrain(u)).items()
-    assert set(closed.init(generator())[0]) == {name}
-    assert closed.init(generator())[0][name].shape == w.shape
-    gradient = jacobian(lambda w: inner(u, {name: w}), w)
-    assert gradient.abs().max() < 1e-12
-    curvature = hessian(lambda w: inner(u, {name: w}), w).reshape(w.numel(), w.numel())
-    assert torch.linalg.eigvalsh(curvature).min() > 0
+    params = closed.best_response(closed.space.constrain(u))
+    assert {name: p.shape for name, p in closed.init(generator())[0].items()} == {name: p.shape for name, p in params.items()}
+    w, unflat = torch.nn.utils.parameters_to_vector(params.values()), partial(unflattened, params)
+    assert jacobian(lambda w: inner(u, unflat(w)), w).abs().max() < 1e-12
+    eigenvalues = torch.linalg.eigvalsh(hessian(lambda w: inner(u, unflat(w)), w))
+    assert eigenvalues.min() > (-1e-12 if isinstance(closed, LinearNetwork) else 0)  # of a network's minimizers there are many
 
 
 def test_jacobian_of_the_best_response_by_differences(closed, u):
     def w(u):
-        (w,) = closed.best_response(closed.space.constrain(u)).values()
-        return w.reshape(-1)
+        params = closed.best_response(closed.space.constrain(u))
+        return params["w"] if isinstance(closed, Quadratic) else closed.linear_map(params)
 
     J, step = jacobian_of(closed, u), 1e-5
     columns = [(w(u + step * e) - w(u - step * e)) / (2 * step) for e in torch.eye(len(u), dtype=F64)]
@@ -91,7 +104,7 @@ def test_hypergradient_by_autograd_through_the_best_response(closed, u):
 
 
 def test_optimum_has_no_hypergradient_and_is_a_minimum(closed):
-    if isinstance(closed, Ridge) and closed.per_feature:
+    if getattr(closed, "per_feature", False):
         with pytest.raises(BilevelError, match="there is no λ"):
             closed.optimum()
         return
@@ -311,6 +324,15 @@ def test_mnist_is_the_papers(mnist_root):
     (x,), _ = problem.inputs({}, (whole[::50], None), train=False, generator=None)
     assert abs(x.mean()) < 0.05
     assert abs(x.std() - 1) < 0.05
+
+
+def test_a_part_of_mnist_is_its_first_images(mnist_root):
+    whole, part = (problems.mnist(mnist_root, download=False, **sizes) for sizes in ({}, {"train_size": 300, "valid_size": 200}))
+    few, all_ = part.data(CPU, generator()), whole.data(CPU, generator())
+    assert (few.train.size, few.valid.size, few.test.size) == (300, 200, 10_000)
+    assert torch.equal(few.train.tensors[0], all_.train.tensors[0][:300])
+    with pytest.raises(BilevelError, match="train_size=60000 of 51000"):
+        problems.mnist(mnist_root, download=False, train_size=60_000)
 
 
 def test_missing_mnist_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatch):

@@ -1,0 +1,69 @@
+"""Learned augmentation: a small convolutional network on images, few if wanted, with strengths and dropout rates tuned."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from problems import datasets
+from problems.augmentation import Operation
+from problems.classification import Changes, Classification, WeightDecay
+from problems.datasets import Images
+from problems.dropout import Kind
+from problems.networks import SimpleCNN
+
+ALL: tuple[Operation, ...] = ("affine", "colour", "cutout")
+
+
+def augmented_images(
+    images: Images,
+    channels: Sequence[int] = (16, 32),
+    hidden: int | None = None,
+    augment: Sequence[Operation] = ALL,
+    flip: bool = False,
+    train_size: int | None = None,
+    valid_size: int | None = None,
+    batch_size: int = 128,
+    weight_decay: WeightDecay = False,
+    dropout: Kind = "bernoulli",
+    temperature: float | None = None,
+    space: Changes | None = None,
+) -> Classification:
+    """`SimpleCNN` on any images; tuned: its four dropout rates, and the strengths of the operations.
+
+    Args:
+        images: the data, of 1 or 3 channels.
+        channels: of the two convolutions.
+        hidden: units of the hidden layer; by default as many as it has inputs.
+        augment: any of `affine`, `colour` and `cutout`; empty for none.
+        flip: whether half of the training images are mirrored left to right.
+        train_size: how many training images are used, the first ones; None for all.
+        valid_size: the same of validation images.
+        batch_size: of training and of validation.
+        weight_decay: as in `Classification`.
+        dropout: as there.
+        temperature: as there.
+        space: changes to the space, as in `Space.override`.
+
+    Example:
+        >>> problem = augmented_images(datasets.digits(), channels=[4, 8], augment=["affine"], train_size=100)
+        >>> list(problem.space)[3:]
+        ['dropout3', 'degrees', 'translate', 'scale', 'shear']
+
+    Raises:
+        BilevelError: as `Classification`, and for more images than there are.
+    """
+    images = datasets.few(images, train_size, valid_size)
+    depth, height, width = images.train[0].shape[1:]
+    first, second = channels
+    classes = int(max(labels.max() for _, labels in (images.train, images.valid, images.test))) + 1
+    return Classification(
+        partial(SimpleCNN, first, second, hidden, (depth, height, width), classes),
+        images,
+        sites=SimpleCNN.SITES,
+        weight_decay=weight_decay,
+        dropout=dropout,
+        temperature=temperature,
+        augment=augment,
+        flip=flip,
+        batch_size=batch_size,
+        space=space,
+    )
