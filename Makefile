@@ -1,8 +1,9 @@
-# make run: the main job in an environment of its own; make test: everything that CI asks for.
+# make run: the main job in an environment of its own; make test: everything that CI asks for; make experiments-quick: every table and
+# picture of docs/ at reduced size, in runs/experiments-quick; make experiments: the full sizes, in docs/ (DATA=PATH: where MNIST is).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test mutants clean
+.PHONY: run test mutants experiments experiments-quick clean
 
 run: .venv/installed
 	$(BIN)/bilevel
@@ -18,6 +19,9 @@ test: .venv/tested
 
 mutants: .venv/tested
 	$(BIN)/python -m tests.mutants
+
+experiments experiments-quick: .venv/installed
+	$(BIN)/python -m benchmarks.experiments $(if $(findstring quick,$@),--quick) $(if $(DATA),--data "$(DATA)")
 
 # The stamps: an installation is repeated when pyproject.toml changes, and only then.
 .venv/installed: pyproject.toml

@@ -1,0 +1,1 @@
+"""Experiments of `docs/`: each module holds an `EXPERIMENT`, and a block of a page is what it made."""

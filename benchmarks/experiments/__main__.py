@@ -1,0 +1,70 @@
+"""Make the blocks of the pages in `docs/`, tables and pictures: `python -m benchmarks.experiments [NAME …] [--quick]`."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.experiments.harness import ROOT, Context, find
+from benchmarks.experiments.pages import Page
+from bilevel import BilevelError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if every experiment that could be made was made."""
+    options = _options(arguments)
+    runs = options.runs or ROOT / "runs" / ("experiments-quick" if options.quick else "experiments")
+    out = options.out or (ROOT / "runs" / "experiments-quick" / "docs" if options.quick else ROOT / "docs")
+    try:
+        experiments = find(*options.names)
+    except BilevelError as error:
+        return _refused(str(error))
+    if options.quick and out.resolve().is_relative_to(ROOT / "docs"):
+        return _refused(
+            "--quick makes no numbers of the protocol, so docs/ is not its place; leave --out away or name another folder"
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
+    failed = []
+    for name, experiment in experiments.items():
+        try:
+            page = Page(experiment.page, ROOT / "docs", out)
+            page.check(name)
+            settings = {"workers": options.workers, "quick": options.quick, "data": options.data}
+            with Context(name, experiment, figures=page.folder, runs=runs, **settings) as context:
+                if told := context.missing():
+                    print(f"{name}: skipped, {told}", flush=True)
+                    continue
+                context.run()
+                page.write(name, experiment.report(context) + "\n\n" + context.colophon())
+            print(f"{name}: made {page.path}", flush=True)
+        except BilevelError as error:
+            failed.append(name)
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+        except Exception:  # a mistake in one report leaves the others to be made
+            failed.append(name)
+            traceback.print_exc()
+    if failed:
+        print(f"not made: {', '.join(failed)}", file=sys.stderr)
+    return min(1, len(failed))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments to make; all without a name")
+    parser.add_argument("--quick", action="store_true", help="at reduced size, into a copy of the pages")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: 2); 0: this one alone")
+    parser.add_argument("--data", type=Path, help="a folder that holds MNIST/raw; without one, what needs MNIST is skipped")
+    parser.add_argument("--out", type=Path, help="the folder of the pages (default: docs)")
+    parser.add_argument("--runs", type=Path, help="the folder of the runs, which are kept (default: runs/experiments)")
+    return parser.parse_args(arguments)
+
+
+def _refused(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+"""Learned augmentation of MNIST with few training images; the protocol is in docs/problems/augmentation.md."""
+
+from benchmarks.experiments.augmentation import PAGE, comparison, sweeps
+from benchmarks.experiments.harness import Context, Experiment
+
+
+def report(context: Context) -> str:
+    """The tables of the five settings, and the picture of the strengths' paths."""
+    return comparison(context, "augmentation_mnist")
+
+
+EXPERIMENT = Experiment(page=PAGE, sweeps=sweeps("mnist_augmented", "runner.epochs=8", "runner.warmup_epochs=2"), report=report)

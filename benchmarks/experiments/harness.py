@@ -1,0 +1,190 @@
+"""What an experiment is made with: runs of `bilevel -m` that are kept, a pool of processes, and a page's block."""
+
+import importlib
+import multiprocessing
+import pkgutil
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilevel import BilevelError
+from bilevel.tables import duration
+
+if TYPE_CHECKING:
+    from benchmarks.experiments.jobs import Job, Outcome
+    from bilevel.comparison.runs import Run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A `bilevel -m` command line: its overrides, and those that replace the ones of equal key at reduced size."""
+
+    overrides: tuple[str, ...]
+    quick: tuple[str, ...] = ()
+
+    def jobs(self, quick: bool) -> list[tuple[str, ...]]:
+        """The overrides of each of its runs."""
+        from benchmarks.experiments.jobs import expand, replaced
+
+        return expand(replaced(self.overrides, self.quick) if quick else self.overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One block of a page.
+
+    Attributes:
+        page: the page below `docs/`, such as `experiments/ablation.md`.
+        sweeps: its command lines by name.
+        report: the Markdown of the block; saves pictures beside the page.
+    """
+
+    page: str
+    sweeps: Mapping[str, Sweep] = field(default_factory=dict)
+    report: Callable[["Context"], str]
+
+
+def find(*names: str) -> dict[str, Experiment]:
+    """Every `EXPERIMENT` of this package by the name of its module, or the named ones alone.
+
+    Raises:
+        BilevelError: there is none of that name.
+    """
+    package = importlib.import_module(__package__)
+    known = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "__main__")
+    if unknown := [name for name in names if name not in known]:
+        raise BilevelError(f"no experiment is called {', '.join(unknown)}; there are {', '.join(find())}")
+    modules = {name: importlib.import_module(f"{__package__}.{name}") for name in names or known}
+    found = {name: module.EXPERIMENT for name, module in modules.items() if hasattr(module, "EXPERIMENT")}
+    if helpers := [name for name in names if name not in found]:
+        raise BilevelError(f"{', '.join(helpers)} holds no experiment; there are {', '.join(find())}")
+    return found
+
+
+class Context:
+    """What a report is made from; a context manager that owns the processes.
+
+    Attributes:
+        quick: whether the size is the reduced one.
+        figures: the folder of the page, for its pictures.
+        workers: how many processes there are, of one thread each; 0: this one alone, to look into it.
+        data: the folder that holds MNIST/raw, where one was given.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        experiment: Experiment,
+        *,
+        figures: Path,
+        runs: Path,
+        workers: int = 1,
+        quick: bool = False,
+        data: Path | None = None,
+    ) -> None:
+        from benchmarks.experiments.jobs import job
+
+        self.name, self.figures, self.workers, self.quick, self.data = name, figures, workers, quick, data
+        self._jobs = {
+            sweep: [job(overrides, runs / name / sweep) for overrides in command.jobs(quick)]
+            for sweep, command in experiment.sweeps.items()
+        }
+        self._all = list(dict.fromkeys(job for sweep in self._jobs.values() for job in sweep))
+        self._outcomes: dict[Job, Outcome] = {}
+        self._mapped = 0
+
+    def __enter__(self) -> "Context":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "_pool" in self.__dict__:
+            self._pool.shutdown(cancel_futures=True)
+
+    @cached_property
+    def _pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+
+    def missing(self) -> str | None:
+        """The sentence of an experiment whose data are not here; None where all is there."""
+        if not any(job.mnist for job in self._all) or ((self.data or Path("data")) / "MNIST" / "raw").is_dir():
+            return None
+        return f"since MNIST is not in {self.data or 'data'}; give --data PATH of a folder that holds MNIST/raw"
+
+    def run(self) -> None:
+        """Run what has not ended yet."""
+        from benchmarks.experiments.jobs import outcome_of, run_job
+
+        self._outcomes = {job: outcome for job in self._all if (outcome := outcome_of(job))}
+        todo = [job for job in self._all if job not in self._outcomes]
+        place = () if self.data is None else (f"data.root='{self.data.resolve()}'", "data.download=false")
+        for number, (job, outcome) in enumerate(self._completed(partial(run_job, extra=place), todo), start=1):
+            self._outcomes[job] = outcome
+            print(
+                f"{self.name}: {number} of {len(todo)}, {duration(outcome.wall_seconds)}, {' '.join(job.overrides)}"
+                + (f": {outcome.failure}" if outcome.failure else ""),
+                flush=True,
+            )
+
+    def runs(self, sweep: str) -> "list[Run]":
+        """The runs that a sweep left, in its order, labelled; those that left none are told by `colophon`."""
+        from bilevel.comparison.runs import labelled, read_run
+
+        read = (read_run(job.directory) for job in self._jobs[sweep] if not self._outcomes[job].failure)
+        return labelled(run for run in read if run)
+
+    def _completed(self, function: "Callable[[Job], Outcome]", jobs: "list[Job]") -> "Iterator[tuple[Job, Outcome]]":
+        """Each job with its outcome, as they end."""
+        if not self.workers:
+            yield from ((job, function(job)) for job in jobs)
+            return
+        waiting = {self._pool.submit(function, job): job for job in jobs}
+        yield from ((waiting[future], future.result()) for future in as_completed(waiting))
+
+    def map(self, function: Callable[..., Any], jobs: Iterable[Any]) -> list[Any]:
+        """`[function(job) for job in jobs]`, spread over the processes."""
+        jobs = list(jobs)
+        self._mapped += len(jobs)
+        return list(self._pool.map(function, jobs) if self.workers else map(function, jobs))
+
+    def colophon(self) -> str:
+        """What the block was made from, what it cost and on what; and every run that went wrong."""
+        from bilevel.comparison.runs import read_run
+
+        lines = []
+        for job, outcome in self._outcomes.items():
+            if outcome.failure:
+                lines.append(f"- `{' '.join(job.overrides)}` left no run: {outcome.failure}")
+            elif (run := read_run(job.directory)) and run.status != "finished":
+                lines.append(f"- `{' '.join(job.overrides)}` {(run.summary or {}).get('message')}")
+        return "\n\n".join([f"*{self._made()}.*", *(["\n".join(lines)] if lines else [])])
+
+    def _made(self) -> str:
+        import torch
+
+        size = "Reduced size (`--quick`): these are not the numbers of the protocol. " if self.quick else ""
+        wall = sum(outcome.wall_seconds for outcome in self._outcomes.values())
+        parts = [f"{len(self._outcomes)} runs, {duration(wall)} of one core"] if self._outcomes else []
+        parts += [f"{self._mapped} computations"] if self._mapped else []
+        parts += [f"{_processor()}, one thread a process, {max(1, self.workers)} at once"]
+        return f"{size}{'; '.join([*parts, f'PyTorch {torch.__version__}'.partition('+')[0], date.today().isoformat()])}"
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,134 @@
+"""From a `bilevel -m` command line to runs on disk: expanded by Hydra's own rules, one run a job."""
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from bilevel.cli.app import main, prepared
+from bilevel.cli.bad_input import parse
+from bilevel.records import SUMMARY
+
+SETTINGS = (
+    *("runner.threads=1", "runner.device=cpu", "runner.checkpoint_every=1000000"),
+    *("runner.progress=none", "runner.picture=false", "wandb.mode=disabled"),
+)
+JOB = "job.json"
+
+
+class Job(NamedTuple):
+    """One run: its overrides, the directory that its configuration alone decides, and whether it needs MNIST."""
+
+    overrides: tuple[str, ...]
+    directory: Path
+    mnist: bool
+
+
+class Outcome(NamedTuple):
+    """What became of a job: how long it took, and the sentence of one that left no run."""
+
+    wall_seconds: float
+    failure: str | None
+
+
+def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """The overrides of each run of `bilevel -m OVERRIDES`, the sweeper's parameters of an experiment's YAML included.
+
+    Example:
+        >>> expand(["problem=ridge", "solver=stn,delta_stn", "seed=range(0,2)"])[1:3]
+        [('problem=ridge', 'solver=stn', 'seed=1'), ('problem=ridge', 'solver=delta_stn', 'seed=0')]
+    """
+    prepared(["-m", *overrides])
+    single = [text for text in overrides if not parse(text).is_sweep_override()]
+    params = _composed(single).hydra.sweeper.get("params") or {}
+    choices: dict[str, list[str]] = {}
+    for text in [*(f"{key}={value}" for key, value in params.items()), *overrides]:
+        override = parse(text)
+        key = override.get_key_element()
+        swept = override.is_sweep_override()
+        choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()] if swept else [text]
+    return list(itertools.product(*choices.values()))
+
+
+def replaced(overrides: Iterable[str], by: Iterable[str]) -> tuple[str, ...]:
+    """The overrides, with those of equal key replaced and the rest of `by` behind them.
+
+    Example:
+        >>> replaced(["solver=stn", "seed=0,1,2"], ["seed=100", "runner.epochs=2"])
+        ('solver=stn', 'seed=100', 'runner.epochs=2')
+    """
+    new = {parse(text).key_or_group: text for text in by}
+    kept = {parse(text).key_or_group: text for text in overrides}
+    return tuple((kept | new).values())
+
+
+def job(overrides: Sequence[str], folder: Path) -> Job:
+    """The job, whose directory changes when its configuration does: a kept run is one of today's protocol."""
+    config = _composed(overrides)
+    with open_dict(config):
+        choices = config.pop("hydra").runtime.choices
+        config.pop("data")  # where the data lie changes no run
+    digest = hashlib.sha256(f"{choices.problem} {choices.solver} {OmegaConf.to_yaml(config, sort_keys=True)}".encode())
+    shown = [text for text in overrides if parse(text).key_or_group not in ("experiment", "seed", "problem", "solver")]
+    readable = re.sub(r"[^\w.-]+", "-", "-".join(shown))[:60]
+    name = f"{choices.problem}-{choices.solver}-seed{config.seed}-{readable}".rstrip("-")
+    mnist = "mnist" in OmegaConf.to_yaml(config.problem).lower()
+    return Job(tuple(overrides), folder / f"{name}-{digest.hexdigest()[:8]}", mnist)
+
+
+def ended(directory: Path) -> bool:
+    """Whether the directory holds a run that came to its end, in order or by diverging."""
+    try:
+        return not json.loads((directory / SUMMARY).read_text(encoding="utf-8"))["interrupted"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def run_job(job: Job, extra: Sequence[str] = ()) -> Outcome:
+    """Run the job in this process, afresh; what it printed goes to `log.txt`, and what became of it to `job.json`."""
+    import torch
+
+    torch.set_num_threads(1)
+    shutil.rmtree(job.directory, ignore_errors=True)
+    job.directory.parent.mkdir(parents=True, exist_ok=True)
+    place = str(job.directory.resolve()).replace("'", r"\'")
+    start, errors, out = time.perf_counter(), StringIO(), StringIO()
+    with redirect_stderr(errors), redirect_stdout(out):
+        main([*job.overrides, *SETTINGS, *extra, f"hydra.run.dir='{place}'"])
+    sys.stdout.flush()
+    told = [line.removeprefix("bilevel: ") for line in errors.getvalue().splitlines() if line.startswith("bilevel: ")]
+    failure = None
+    if not ended(job.directory):
+        failure = next(
+            (line for line in reversed(told) if not line.startswith("warning: ")), "it left no summary, and said nothing"
+        )
+    outcome = Outcome(time.perf_counter() - start, failure)
+    job.directory.mkdir(parents=True, exist_ok=True)
+    (job.directory / "log.txt").write_text(errors.getvalue() + out.getvalue(), encoding="utf-8")
+    (job.directory / JOB).write_text(json.dumps({"overrides": job.overrides, **outcome._asdict()}, indent=1), encoding="utf-8")
+    return outcome
+
+
+def outcome_of(job: Job) -> Outcome | None:
+    """What became of a job that was run to its end; None where there is nothing to keep."""
+    path = job.directory / JOB
+    if not (ended(job.directory) and path.exists()):
+        return None
+    told = json.loads(path.read_text(encoding="utf-8"))
+    return Outcome(told["wall_seconds"], told["failure"])
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_module("bilevel.conf", version_base="1.3"):
+        return compose("config", prepared(overrides), return_hydra_config=True)

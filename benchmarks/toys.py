@@ -1,0 +1,154 @@
+"""Self-tuning solvers on the toy regressions, watched: ŵ and Θ against the best response and its Jacobian, along training."""
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.functional import jacobian
+
+import solvers
+from problems.generalized_ridge import GeneralizedRidge
+from problems.input_dropout import InputDropout
+from problems.linear_network import LinearNetwork
+from problems.regression import Ridge
+from solvers import SelfTuning
+
+KINDS: dict[str, tuple[type[GeneralizedRidge], dict[str, Any]]] = {
+    "ridge": (Ridge, {}),
+    "ridge per feature": (Ridge, {"per_feature": True}),
+    "linear network": (LinearNetwork, {}),
+    "input dropout": (InputDropout, {}),
+    "input dropout per feature": (InputDropout, {"per_feature": True}),
+}
+RECIPES = {"stn": solvers.stn, "centered_stn": solvers.centered_stn, "delta_stn": solvers.delta_stn}
+NAMES = {"stn": "STN", "centered_stn": "centered STN", "delta_stn": "Δ-STN"}
+RESPONSES = {"dense": solvers.Dense, "structured": solvers.Structured}
+
+CPU = torch.device("cpu")
+
+
+class Job(NamedTuple):
+    """A training run: which problem, on which data, under what, from where, for how long and at which rates.
+
+    Attributes:
+        data_seed: None for the set's own.
+        rounds: of five inner steps and an outer one, or, the first `warmup` of them, none.
+        init: λ at the start; None for the problem's own.
+    """
+
+    kind: str
+    data: str
+    data_seed: int | None
+    recipe: str
+    response: str
+    seed: int
+    rounds: int
+    warmup: int
+    inner: float
+    outer: float
+    features: int | None = None
+    init: float | None = None
+
+
+def make(job: Job) -> GeneralizedRidge:
+    """The problem, in float64, with σ = 0.5 at the start as in `conf/problem`."""
+    cls, options = KINDS[job.kind]
+    (name,) = cls.penalized
+    given = {"data_seed": job.data_seed, "features": job.features}
+    options = options | {key: value for key, value in given.items() if value is not None}
+    domain = {"scale": 0.5} if job.init is None else {"scale": 0.5, "init": job.init}
+    return getattr(cls, job.data)(dtype="float64", space={name: domain}, **options)
+
+
+def ready(job: Job, problem: GeneralizedRidge) -> SelfTuning:
+    """The solver with its default settings but for the rates, set up."""
+    outer = partial(torch.optim.RMSprop, lr=job.outer)
+    solver = RECIPES[job.recipe](
+        response=RESPONSES[job.response](),
+        inner_optimizer=partial(torch.optim.SGD, lr=job.inner, momentum=0.9),
+        outer_optimizer=outer,
+        scale_optimizer=outer,
+    )
+    data = problem.data(CPU, torch.Generator().manual_seed(job.seed))
+    solver.setup(problem, data, CPU, torch.Generator().manual_seed(job.seed))
+    return solver
+
+
+def train(solver: SelfTuning, rounds: Iterable[int], warmup: int) -> Iterator[int]:
+    """Yield when so many rounds, warm-up among them, are done."""
+    done = 0
+    for wanted in rounds:
+        while done < wanted:
+            solver.step(warmup=done < warmup)
+            done += 1
+        yield done
+
+
+def response_jacobian(problem: GeneralizedRidge, solver: SelfTuning) -> Tensor:
+    """∂ŵ/∂λ at λ₀, [d, h]: of the linear map, as an outer step sees it."""
+    return jacobian(lambda offset: problem.linear_map(solver.respond(offset)), torch.zeros_like(solver.belief.centre))
+
+
+def watch(job: Job) -> dict[str, Any]:
+    """Train, and compare at some 20 moments, dense in the beginning; a run that diverges has no points from there on."""
+    problem = make(job)
+    solver = ready(job, problem)
+    moments = sorted({round(job.rounds ** (k / 24)) for k in range(25)})
+    points = []
+    for rounds in train(solver, moments, job.warmup):
+        leaves = (solver.belief.centre, *solver.weights.leaves, *solver.theta.leaves)
+        if not all(bool(leaf.isfinite().all()) for leaf in leaves):
+            break
+        points.append(compare(problem, solver, rounds))
+    return {"job": job, "steps": [5 * rounds for rounds in moments], "points": points}
+
+
+def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[str, Any]:
+    """ŵ, Θ and λ against their closed forms at the λ₀ of the moment.
+
+    `response_cosine` and `response_error` are of Θ, against ∂w*/∂λ; `projected_error` against what a structured Θ would come
+    to, whose own error is `floor`; `weight_error` is ‖ŵ − w*‖/‖w*‖.
+    """
+    hypers = problem.space.constrain(solver.belief.centre)
+    exact, theta = problem.best_response_jacobian(hypers), response_jacobian(problem, solver)
+    w, best = problem.linear_map(solver.effective_weights()), problem.minimizer(hypers)
+    nearest = one_direction(exact, problem.hessian(hypers), solver.belief.sigma.detach())
+    size = theta.norm() * exact.norm()
+    values = {
+        "response_cosine": (theta * exact).sum() / size if bool(size > 0) else torch.zeros(()),  # Θ = 0 at first
+        "response_error": (theta - exact).norm() / exact.norm(),
+        "projected_error": (theta - nearest).norm() / nearest.norm(),
+        "floor": (nearest - exact).norm() / exact.norm(),
+        "weight_error": (w - best).norm() / best.norm(),
+    }
+    return {
+        "steps": 5 * rounds,
+        "hypers": solver.belief.centre.tolist(),
+        "sigma": solver.belief.sigma.tolist(),
+        **{name: float(value) for name, value in values.items()},
+    }
+
+
+def one_direction(exact: Tensor, curvature: Tensor, sigma: Tensor) -> Tensor:
+    """The Θ of rank one that the response objective of a linear map prefers: argmin ‖A^½ (Θ − J) diag σ‖_F.
+
+    One output of a structured response moves along one direction W₁, by (Uε): Θ = W₁ᵀU.
+    """
+    eigenvalues, basis = torch.linalg.eigh(curvature)
+    root = basis * eigenvalues.sqrt() @ basis.T
+    left, values, right = torch.linalg.svd(root @ exact * sigma, full_matrices=False)
+    return torch.linalg.solve(root, values[0] * torch.outer(left[:, 0], right[0])) / sigma
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    """Mean ± standard deviation of those that are finite, and how many are not."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return "diverged"
+    deviation = f" ± {statistics.stdev(known):{form}}" if len(known) > 1 else ""
+    lost = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
+    return f"{statistics.mean(known):{form}}{deviation}{lost}"
