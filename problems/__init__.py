@@ -2,6 +2,7 @@
 
 from problems.augmented import augmented_images
 from problems.classification import Classification, digits, mnist
+from problems.cleaning import HyperCleaning
 from problems.elastic import ElasticNet
 from problems.generalized_ridge import GeneralizedRidge
 from problems.input_dropout import InputDropout
@@ -10,15 +11,18 @@ from problems.linear_network import LinearNetwork
 from problems.networks import MLP, SimpleCNN
 from problems.quadratic import Quadratic
 from problems.regression import Ridge
+from problems.reweighting import LossWeights
 
 __all__ = [
     "MLP",
     "Classification",
     "ElasticNet",
     "GeneralizedRidge",
+    "HyperCleaning",
     "InputDropout",
     "Language",
     "LinearNetwork",
+    "LossWeights",
     "Quadratic",
     "Ridge",
     "SimpleCNN",

@@ -106,7 +106,8 @@ class Augmentation:
         self._affine, self._colour, self._cutout = (OPERATIONS[name][0] in space for name in OPERATIONS)
         self._mean, self._white = images.mean, float(images.train[0].max())
         most = {name: limit for name, (_, _, limit) in STRENGTHS.items()} | {"cutout_holes": MOST_HOLES}
-        most["cutout_length"] = min(images.train[0].shape[2:])
+        if self._cutout:
+            most["cutout_length"] = min(images.train[0].shape[2:])
         self._holes = 0
         for name in most.keys() & space.keys():
             domain = space[name]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel import Batch, Data, Problem, Refused, Stream
+from bilevel import Batch, Data, Problem, Refused, Space, Stream
 from bilevel.laws import recomputed
 from bilevel.params import count_examples
 from solvers.responding import MissingRule
@@ -22,7 +22,7 @@ LACKS_DERIVATIVE = ("forward AD", "is not implemented", "inplace operation", "on
 
 
 def check_response(problem: Problem, response: Response, device: torch.device) -> None:
-    """Refuse a space to which the response would not fit in memory.
+    """Refuse a space to which the response would not fit in memory beside its gradient.
 
     Raises:
         Refused: that, or weights of several types.
@@ -33,12 +33,30 @@ def check_response(problem: Problem, response: Response, device: torch.device) -
         raise Refused(f"the weights are of several types, {' and '.join(sorted(dtypes))}; give all of them one")
     most = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else MOST_RESPONSE_BYTES
     needed = response.size(params, space.numel) * next(iter(params.values())).element_size()
-    if needed > most:
-        largest = max(space.tuned, key=lambda name: space[name].numel)
+    if 2 * needed > most:
         raise Refused(
-            f"the response to {space.numel:,} hyperparameters (most of them `{largest}`) would need {needed / 2**30:,.1f} GiB; "
-            "share the hyperparameter between weights, or tune it with an implicit solver"
+            f"the response to {space.numel:,} hyperparameters (most of them `{largest(space)}`) would need {units(needed)} and "
+            f"as much again for its gradient, and the limit is {units(most)}; share the hyperparameter between weights, or "
+            "tune it with a solver whose memory does not grow with λ so fast (implicit, SAMA, unrolled)"
         )
+
+
+def largest(space: Space) -> str:
+    """The tuned hyperparameter of most coordinates."""
+    return max(space.tuned, key=lambda name: space[name].numel)
+
+
+def units(size: int) -> str:
+    """Bytes as a reader takes them in.
+
+    Example:
+        >>> units(12), units(3 * 2**20), units(5 * 2**30)
+        ('12 bytes', '3.0 MiB', '5.0 GiB')
+    """
+    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= least:
+            return f"{size / least:,.1f} {unit}"
+    return f"{size} bytes"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ docs/decisions.md.
 """
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,12 @@ from bilevel.params import count_examples, detached, to_device
 from bilevel.solver import on_cpu
 from solvers.descent import Descent
 from solvers.linearization import double_backward, forward_mode
-from solvers.rehearsal import check_response, without_last
+from solvers.rehearsal import check_response, largest, units, without_last
 from solvers.response import Response, Structured
 from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend
+
+MOST_DIRECTIONS = 500
+"""Coordinates of λ above which a response is doubted: each step shows it one of so many directions."""
 
 
 class SelfTuning(Descent):
@@ -160,6 +164,19 @@ class SelfTuning(Descent):
 
     def effective_weights(self) -> Params:
         return detached(self.unperturbed_weights())
+
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        h, weights = self.problem.space.numel, sum(leaf.numel() for leaf in self.weights.leaves)
+        if h <= MOST_DIRECTIONS:
+            return {}
+        numbers = sum(leaf.numel() for leaf in self.theta.leaves)
+        size = numbers * self.theta.leaves[0].element_size()
+        return {
+            "response": f"SelfTuning: λ has {h:,} coordinates (most of them `{largest(self.problem.space)}`), and the response "
+            f"holds {numbers:,} numbers ({units(size)}), {round(numbers / weights):,} for each weight, of which a "
+            "step learns what one random direction of λ shows; share the hyperparameter, or tune it with a solver whose memory "
+            "does not grow with λ so fast (implicit, SAMA, unrolled)"
+        }
 
     # --- set-up and state ---
 

@@ -11,10 +11,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bilevel import Integer, Interval, ModuleProblem, Positive, Problem, Real, Simplex, Space, squared_norm, streams
-from problems import MLP, Classification, Quadratic, Ridge, digits
+from problems import (
+    MLP,
+    Classification,
+    InputDropout,
+    LinearNetwork,
+    LossWeights,
+    Quadratic,
+    Ridge,
+    augmented_images,
+    datasets,
+    digits,
+)
 from problems.datasets import Images
-from problems.input_dropout import InputDropout
-from problems.linear_network import LinearNetwork
 from solvers import Dense, Fixed, SelfTuning
 
 CPU, B = torch.device("cpu"), 6
@@ -204,6 +213,8 @@ PROBLEMS = {
     "ridge per feature": partial(Ridge.synthetic, features=4, per_feature=True),
     "linear network": partial(LinearNetwork.synthetic, features=4, hidden=[3]),
     "input dropout": partial(InputDropout.synthetic, features=4, batch_size=8),
+    "loss weights": partial(LossWeights.digits, hidden=[8]),
+    "augmented images": partial(augmented_images, datasets.digits(), channels=[2, 3], hidden=5, train_size=24, batch_size=8),
     "dropout and batch norm": partial(normed, dropout=0.3),
     "convolutions with batch norm": convolutional,
     "lstm per example": lambda: Dropped(Last(), (24, 3, 4)),

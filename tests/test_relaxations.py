@@ -256,8 +256,20 @@ def test_self_tuning_solvers_say_what_memory_a_response_to_every_decay_would_nee
     problem = problems.digits(hidden=[1000, 1000], weight_decay="per_weight")
     rows, m = 2 * (1000 + 1000 + 10), problem.space.numel
     gibibytes = f"{(rows * m + m - 3) * 4 / 2**30:.1f}".replace(".", r"\.")
-    with pytest.raises(Refused, match=rf"1,076,013 hyperparameters \(most of them `weight_decay`\) would need {gibibytes} GiB"):
+    said = rf"1,076,013 hyperparameters \(most of them `weight_decay`\) would need {gibibytes} GiB and as much again for"
+    with pytest.raises(Refused, match=said):
         solvers.delta_stn().setup(problem, problem.data(CPU, generator()), CPU, generator())
+
+
+def test_a_response_must_fit_with_its_gradient(monkeypatch):
+    problem = small(weight_decay="per_weight", dropout="gaussian")
+    params, _ = problem.init(generator())
+    needed = solvers.Structured().size(params, problem.space.numel) * next(iter(params.values())).element_size()
+    monkeypatch.setattr("solvers.rehearsal.MOST_RESPONSE_BYTES", 2 * needed)
+    solvers.delta_stn().check(problem, problem.data(CPU, generator()), CPU)
+    monkeypatch.setattr("solvers.rehearsal.MOST_RESPONSE_BYTES", 2 * needed - 1)
+    with pytest.raises(Refused, match=rf"would need {needed / 2**10:.1f} KiB and as much again .*, and the limit is"):
+        solvers.delta_stn().check(problem, problem.data(CPU, generator()), CPU)
 
 
 @pytest.mark.parametrize("solver", [solvers.delta_stn, solvers.stn])
