@@ -3,7 +3,9 @@
 from problems.augmented import augmented_images
 from problems.classification import Classification, digits, mnist
 from problems.cleaning import HyperCleaning
+from problems.distillation import Distillation, distillation
 from problems.elastic import ElasticNet
+from problems.few_shot import FewShot
 from problems.generalized_ridge import GeneralizedRidge
 from problems.input_dropout import InputDropout
 from problems.language import Language, language
@@ -16,7 +18,9 @@ from problems.reweighting import LossWeights
 __all__ = [
     "MLP",
     "Classification",
+    "Distillation",
     "ElasticNet",
+    "FewShot",
     "GeneralizedRidge",
     "HyperCleaning",
     "InputDropout",
@@ -28,6 +32,7 @@ __all__ = [
     "SimpleCNN",
     "augmented_images",
     "digits",
+    "distillation",
     "language",
     "mnist",
 ]

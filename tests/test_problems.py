@@ -327,7 +327,9 @@ def test_mnist_is_the_papers(mnist_root):
 
 
 def test_a_part_of_mnist_is_its_first_images(mnist_root):
-    whole, part = (problems.mnist(mnist_root, download=False, **sizes) for sizes in ({}, {"train_size": 300, "valid_size": 200}))
+    whole, part = (
+        problems.mnist(mnist_root, download=False, **sizes) for sizes in ({}, {"train_size": 300, "valid_size": 200})
+    )
     few, all_ = part.data(CPU, generator()), whole.data(CPU, generator())
     assert (few.train.size, few.valid.size, few.test.size) == (300, 200, 10_000)
     assert torch.equal(few.train.tensors[0], all_.train.tensors[0][:300])
