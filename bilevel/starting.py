@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.checkpoint import best_solution
 from bilevel.data import Data
 from bilevel.errors import BilevelError, near
 from bilevel.module_problem import ModuleProblem
@@ -98,11 +99,14 @@ class StartingFrom(Problem):
 
 
 def read_params(path: str | Path) -> dict[str, Any]:
-    """The state dict in a file that `torch.save` wrote.
+    """The state dict in a file that `torch.save` wrote, or the weights and carry of the best evaluation of a run's directory.
 
     Raises:
-        BilevelError: there is no such file, or it holds no state dict.
+        BilevelError: there is no such file, it holds no state dict, or the directory no run with a checkpoint.
     """
+    if Path(path).is_dir():
+        _, weights, carry = best_solution(path)
+        return {**weights, **carry}
     try:
         params = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -339,6 +339,15 @@ def test_training_starts_from_given_weights(tmp_path):
     run(tmp_path / "b", initial_params=str(tmp_path / "w.pt"), resume=True)  # its weights are in the checkpoint
 
 
+def test_training_starts_from_the_best_weights_of_a_run(tmp_path):
+    run(tmp_path / "a")
+    before = read_metrics(tmp_path / "a" / "metrics.jsonl")
+    run(tmp_path / "b", initial_params=str(tmp_path / "a"))
+    assert read_metrics(tmp_path / "b" / "metrics.jsonl")[0]["valid_loss"] == min(r["valid_loss"] for r in before)
+    with pytest.raises(BilevelError, match="not a run"):
+        run(tmp_path / "c", initial_params=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [

@@ -1,0 +1,40 @@
+"""How much do the intervals matter: T_train training steps, then T_valid steps of λ?"""
+
+from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.reviewers import METHODS, PAGE, at_best, grouped, markdown, mean_loss, percent, told
+
+GRID = ("+experiment=questions", "solver.inner_steps=1,2,5,10", "solver.outer_steps=1,2,5", *METHODS["delta_stn"])
+QUICK = ("runner.epochs=10", "seed=100", "solver.inner_steps=2,5,10", "solver.outer_steps=1,2")
+
+
+def intervals(config: object) -> tuple[int, int]:
+    """T_train and T_valid of a run."""
+    assert isinstance(config, dict)
+    return config["solver"]["inner_steps"], config["solver"]["outer_steps"]
+
+
+def report(context: Context) -> str:
+    """One row for each pair."""
+    groups = grouped(context.runs("grid"), intervals)
+    rows = []
+    for (train, valid), runs in groups.items():
+        cells = [told(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent)]
+        cost = [told(runs, lambda run, name=name: run.total(name)) for name in ("outer_steps", "seconds")]
+        rows.append([str(train), str(valid), str(len(runs)), *cells, *cost])
+    titles = [
+        "T_train",
+        "T_valid",
+        "n",
+        "best validation loss",
+        "test loss there",
+        "test accuracy, %",
+        "outer steps",
+        "seconds",
+    ]
+    means = {pair: mean_loss(runs) for pair, runs in groups.items()}
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    ends = [f"{means[pair]:.4g} at T_train = {pair[0]}, T_valid = {pair[1]}" for pair in (low, high)]
+    return f"{markdown(titles, rows)}\n\nLowest and highest mean: {' and '.join(ends)}, {means[high] / means[low]:.2f} × it."
+
+
+EXPERIMENT = Experiment(page=PAGE, sweeps={"grid": Sweep(GRID, QUICK)}, report=report)

@@ -1,0 +1,100 @@
+"""What becomes of the comparison when all methods start from the same warmed-up weights?"""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import problems
+import solvers
+from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.reviewers import PAGE, TITLES, markdown
+from bilevel import Runner
+from bilevel.comparison.table import plus_minus
+from solvers import SelfTuning
+
+RECIPES: dict[str, Callable[..., SelfTuning]] = {
+    "stn": solvers.stn,
+    "centered_stn": solvers.centered_stn,
+    "delta_stn": solvers.delta_stn,
+}
+WARMUP = 5
+
+
+class Job(NamedTuple):
+    """One run; `warm` is the directory of the run whose weights it starts from, None for a warm-up of its own."""
+
+    method: str
+    seed: int
+    epochs: int
+    warm: Path | None
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The summary of a run of `epochs` epochs, warm-up included."""
+    solver = RECIPES[job.method](
+        inner_optimizer=lambda w: torch.optim.SGD(w, lr=0.03, momentum=0.9),
+        outer_optimizer=lambda u: torch.optim.RMSprop(u, lr=0.03),
+    )
+    runner = Runner(
+        epochs=job.epochs if job.warm is None else job.epochs - WARMUP,
+        warmup_epochs=WARMUP if job.warm is None else 0,
+        initial_params=None if job.warm is None else str(job.warm),
+        threads=1,
+        device="cpu",
+        progress="none",
+        picture=False,
+        checkpoint_every=10**6,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        return runner.run(problems.digits(), solver, directory=Path(directory) / "run", seed=job.seed)
+
+
+def report(context: Context) -> str:
+    """Each method with a warm-up of its own and from the shared weights."""
+    epochs = 15 if context.quick else 40
+    warm = {run.seed: run for run in context.runs("warmup")}
+    jobs = [
+        Job(method, seed, epochs, directory)
+        for directory_of in (lambda run: None, lambda run: run.directory)
+        for method in RECIPES
+        for seed, directory in ((seed, directory_of(run)) for seed, run in warm.items() if seed is not None)
+    ]
+    ended: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+    for job, summary in zip(jobs, context.map(run, jobs), strict=True):
+        ended.setdefault((job.warm is not None, job.method), []).append(summary)
+    rows = []
+    for (shared, method), summaries in ended.items():
+        cells = [_told(summaries, name, of) for name, of in (("valid_loss", 1), ("test_loss", 1), ("test_accuracy", 100))]
+        bad = sum(summary["diverged"] for summary in summaries)
+        n = f"{len(summaries)}" + (f", {bad} diverged" if bad else "")
+        rows.append(["shared" if shared else "its own", TITLES[method], n, *cells])
+    start = [loss for run in warm.values() if (loss := run.at_best("valid_loss")) is not None]
+    said = f"The shared weights have a validation loss of {_mean_std(start)} (n = {len(start)})."
+    titles = ["warm-up", "", "n", "best validation loss", "test loss there", "test accuracy, %"]
+    return f"{markdown(titles, rows)}\n\n{said}"
+
+
+def _told(summaries: list[dict[str, Any]], name: str, factor: float) -> str:
+    return _mean_std([factor * summary["best"][name] for summary in summaries if not summary["diverged"]])
+
+
+def _mean_std(values: list[float]) -> str:
+    if not values:
+        return ""
+    return plus_minus(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+EXPERIMENT = Experiment(
+    page=PAGE,
+    sweeps={
+        "warmup": Sweep(
+            ("+experiment=questions", "solver=fixed", f"runner.epochs={WARMUP}", "seed=0,1,2,3,4", "runner.warmup_epochs=0"),
+            ("seed=100",),
+        )
+    },
+    report=report,
+)

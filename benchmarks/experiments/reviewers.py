@@ -1,0 +1,114 @@
+"""What the reviewers' questions share: the page, the methods, and how far a path strays."""
+
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from benchmarks.experiments.harness import Sweep
+from bilevel.comparison.runs import Array, Run
+from bilevel.comparison.statistics import spread
+from bilevel.comparison.table import plus_minus, trouble
+from bilevel.description import described
+
+PAGE = "experiments/reviewers-questions.md"
+RATES = ("input_dropout", "dropout1", "dropout2")
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "fixed": ("solver=fixed",),
+    "stn": ("solver=stn",),
+    "centered_only": ("solver=delta_stn", "solver.regularized_w0=false", "solver.linearize=false"),
+    "centered_stn": ("solver=centered_stn",),
+    "delta_stn": ("solver=delta_stn",),
+}
+"""The overrides of each method; `centered_only` has the first of Δ-STN's three parts alone."""
+TITLES = {
+    "fixed": "fixed",
+    "stn": "STN",
+    "centered_only": "STN, centered only",
+    "centered_stn": "centered STN",
+    "delta_stn": "Δ-STN",
+}
+
+Key = TypeVar("Key", bound=Hashable)
+Of = Callable[[Run], float | None]
+
+
+def sweeps(methods: Iterable[str], *overrides: str, quick: tuple[str, ...], prefix: str = "") -> dict[str, Sweep]:
+    """The same command line for each method, by `prefix` and the method's name."""
+    return {prefix + method: Sweep((*overrides, *METHODS[method]), quick) for method in methods}
+
+
+def grouped(runs: Iterable[Run], key: Callable[[Mapping[str, Any]], Key]) -> dict[Key, list[Run]]:
+    """The runs by what `key` makes of their settings, in the order of the keys' first appearance."""
+    groups: dict[Key, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run.config), []).append(run)
+    return groups
+
+
+def path(run: Run, names: Sequence[str] | None = None) -> Array:
+    """The run's u, [evaluations, coordinates], as far as it is finite; of some hyperparameters alone where they are named."""
+    space = described(run.description["space"])
+    columns = [
+        space[name].unconstrain(torch.from_numpy(run.column(f"hypers.{name}"))).reshape(run.evaluations, -1).numpy()
+        for name in (names or space.tuned)
+    ]
+    u = np.concatenate(columns, axis=1)
+    return u[np.isfinite(u).all(axis=1)]
+
+
+def spike(u: Array) -> float:
+    """max_t |u_t − u_end|, the largest over coordinates.
+
+    Example:
+        >>> spike(np.array([[0.0], [3.0], [-0.5], [1.0]])), overshoot(np.array([[0.0], [3.0], [-0.5], [1.0]]))
+        (2.0, (0.5, 2.0))
+        >>> spike(np.array([[0.0], [1.0], [4.0]])), overshoot(np.array([[0.0], [1.0], [4.0]]))
+        (4.0, (0.0, 0.0))
+    """
+    return float(np.abs(u - u[-1]).max())
+
+
+def overshoot(u: Array) -> tuple[float, float]:
+    """How far u goes behind its start and beyond its end, the largest over coordinates.
+
+    A path that goes where it ends without a detour has a spike as long as its way, and no overshoot.
+    """
+    forward = np.where(u[-1] >= u[0], 1.0, -1.0)
+    return float((forward * (u[0] - u)).max()), float((forward * (u - u[-1])).max())
+
+
+def told(runs: Sequence[Run], of: Of) -> str:
+    """Mean ± standard deviation over runs that did not diverge, with how many those are and how many have no such number."""
+    found = spread(None if run.status == "diverged" else of(run) for run in runs)
+    if found is None:
+        return trouble(runs) or "never"
+    missing = f" ({found.n} of {found.of})" if found.n < found.of else ""
+    return plus_minus(found.mean, found.std if found.n > 1 else None) + missing + (f", {bad}" if (bad := trouble(runs)) else "")
+
+
+def at_best(name: str) -> Of:
+    """A number at the run's best evaluation."""
+    return lambda run: run.at_best(name)
+
+
+def percent(run: Run) -> float | None:
+    """Test accuracy at the best evaluation, in per cent."""
+    accuracy = run.at_best("test_accuracy")
+    return None if accuracy is None else 100 * accuracy
+
+
+def mean_loss(runs: Sequence[Run]) -> float:
+    """Mean best validation loss; infinite where a run diverged or has none, so that it is not chosen."""
+    losses = [run.at_best("valid_loss") for run in runs]
+    if any(loss is None for loss in losses) or trouble(runs):
+        return float("inf")
+    return statistics.fmean(loss for loss in losses if loss is not None)
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
