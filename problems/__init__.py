@@ -1,5 +1,6 @@
 """Problems to tune, and to learn from: closed forms first, then real data."""
 
+from problems.architecture import Architecture, architecture_images, architecture_tabular
 from problems.augmented import augmented_images
 from problems.classification import Classification, digits, mnist
 from problems.cleaning import HyperCleaning
@@ -17,6 +18,7 @@ from problems.reweighting import LossWeights
 
 __all__ = [
     "MLP",
+    "Architecture",
     "Classification",
     "Distillation",
     "ElasticNet",
@@ -30,6 +32,8 @@ __all__ = [
     "Quadratic",
     "Ridge",
     "SimpleCNN",
+    "architecture_images",
+    "architecture_tabular",
     "augmented_images",
     "digits",
     "distillation",

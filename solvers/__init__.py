@@ -5,6 +5,7 @@ from solvers.conjugate_gradients import CG
 from solvers.curvature import Curvature, GaussNewton, Hessian
 from solvers.differentiation import Reverse
 from solvers.evolution import EvolutionStrategies
+from solvers.first_order import FirstOrder
 from solvers.fixed import Fixed
 from solvers.given import Constant, Gaussian, Given, Replayed, Sinusoidal
 from solvers.implicit import Implicit
@@ -45,6 +46,7 @@ __all__ = [
     "Curvature",
     "Dense",
     "EvolutionStrategies",
+    "FirstOrder",
     "Fixed",
     "FixedPoint",
     "Forward",

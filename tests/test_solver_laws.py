@@ -22,6 +22,7 @@ from solvers import (
     SOBA,
     Dense,
     EvolutionStrategies,
+    FirstOrder,
     Fixed,
     PopulationBased,
     Reverse,
@@ -57,6 +58,7 @@ SOLVERS = {
     "soba": SOBA,
     "sama": SAMA,
     "penalty": Penalty,
+    "first_order": FirstOrder,
     "es": EvolutionStrategies,
     "es, truncated": partial(EvolutionStrategies, persistent=False),
     "random_search": partial(random_search, trial_epochs=2),
@@ -66,7 +68,9 @@ SOLVERS = {
 }
 BLACK_BOX = {"random_search", "tpe", "gp", "pbt"}
 SELF_TUNING = {"delta_stn", "centered_stn", "stn"}
-WITHOUT_DERIVATIVE = BLACK_BOX | SELF_TUNING | {"fixed", "es", "es, truncated"}
+DIRECT_ONLY = {"first_order"}
+"""Those that follow ∂L_V/∂λ with w held: they meet the laws on problems whose L_V holds λ itself, and refuse the others."""
+WITHOUT_DERIVATIVE = BLACK_BOX | SELF_TUNING | DIRECT_ONLY | {"fixed", "es", "es, truncated"}
 TUNE_OPTIMIZERS = BLACK_BOX | {name for name in SOLVERS if name.startswith(("unrolled", "es"))} | {"fixed"}
 
 all_solvers = pytest.mark.parametrize("name", SOLVERS)
@@ -82,6 +86,14 @@ def _doubts_are_meant():
         yield
 
 
+def suited(name, problem):
+    """The problem; for solvers of the direct term alone, with a price on λ in L_V, so that there is such a term."""
+    if name in DIRECT_ONLY:
+        plain = problem.outer_objective
+        problem.outer_objective = lambda hypers, *rest: plain(hypers, *rest) + sum(h.square().mean() for h in hypers.values())
+    return problem
+
+
 def leaves_equal(one, other):
     ours, theirs = tree_leaves(one), tree_leaves(other)
     assert len(ours) == len(theirs)
@@ -94,13 +106,23 @@ def leaves_equal(one, other):
 @all_solvers
 def test_what_is_sampled_is_tuned_or_refused_by_name(name):
     problem = digits(hidden=[8])
-    if name in WITHOUT_DERIVATIVE:
+    if name in WITHOUT_DERIVATIVE - DIRECT_ONLY:
         ready(problem, SOLVERS[name]())
         return
     with pytest.raises(Refused) as refused:
         ready(problem, SOLVERS[name]())
-    for part in ("needs ∂L_T/∂λ", "`input_dropout`", "self-tuning", "dropout=gaussian"):
+    ways = ["follows ∂L_V/∂λ alone", "freeze it"] if name in DIRECT_ONLY else ["needs ∂L_T/∂λ", "dropout=gaussian"]
+    for part in ("`input_dropout`", "self-tuning", *ways):
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize("name", sorted(DIRECT_ONLY))
+def test_without_a_direct_term_there_is_nothing_to_follow(name):
+    """What has a derivative in L_T alone is refused; the same problem with λ in L_V as well is not."""
+    for make in (SMALL, lambda: Decayed(nn.Linear(4, 3), decay=Positive(init=0.1))):
+        with pytest.raises(Refused, match=r"has none \(L_V does not depend on it directly\)"):
+            ready(make(), SOLVERS[name]())
+        ready(suited(name, make()), SOLVERS[name]()).step()
 
 
 @all_solvers
@@ -123,8 +145,9 @@ def test_declarations_are_what_the_refusals_follow(name):
 
 def test_check_problem_asks_every_solver():
     report = check_problem(digits(hidden=[8]), {name: make() for name, make in SOLVERS.items()})
-    assert set(report.tuned_by) == WITHOUT_DERIVATIVE
-    assert check_problem(SMALL(), {name: make() for name, make in SOLVERS.items()}).tuned_by == list(SOLVERS)
+    assert set(report.tuned_by) == WITHOUT_DERIVATIVE - DIRECT_ONLY
+    report = check_problem(SMALL(), {name: make() for name, make in SOLVERS.items()})
+    assert report.tuned_by == [name for name in SOLVERS if name not in DIRECT_ONLY]
 
 
 class Once(torch.autograd.Function):
@@ -152,7 +175,7 @@ class DifferentiableOnce(nn.Module):
 @gradient_based
 def test_a_network_that_can_be_differentiated_once_is_refused_where_twice_is_needed(name):
     """PyTorch would leave the second derivative out, in silence."""
-    problem = Decayed(DifferentiableOnce(), decay=Positive(init=0.1, per_example=False))
+    problem = suited(name, Decayed(DifferentiableOnce(), decay=Positive(init=0.1, per_example=False)))
     solver = SOLVERS[name]()
     if Need.SECOND_DERIVATIVES not in solver.needs:
         if name != "delta_stn":  # whose forward mode the function lacks
@@ -184,7 +207,7 @@ class Killed(Logger):
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(name, tmp_path):
     def run(directory, *loggers, resume=False):
         runner = Runner(epochs=5, warmup_epochs=0.5, evaluate_every=0.5, progress="none", picture=False)
-        problem = SMALL(batch_size=256)
+        problem = suited(name, SMALL(batch_size=256))
         runner.run(problem, SOLVERS[name](), directory=directory, seed=3, loggers=loggers, resume=resume)
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         state = torch.load(directory / "checkpoint.pt", weights_only=True)["state"]
@@ -199,12 +222,12 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(name, tmp_path):
 
 
 def drop_costs(record):
-    return {key: value for key, value in record.items() if key not in ("seconds", "peak_memory_bytes")}
+    return {key: value for key, value in record.items() if not key.startswith(("seconds", "peak_memory_bytes"))}
 
 
 @all_solvers
 def test_the_state_goes_from_one_solver_to_another(name):
-    problem = SMALL(batch_size=256)
+    problem = suited(name, SMALL(batch_size=256))
     first, second = (ready(problem, SOLVERS[name](), seed=seed) for seed in (1, 2))
     for _ in range(3):
         first.step()
@@ -237,7 +260,7 @@ def test_nothing_is_kept_from_round_to_round(name):
 def test_the_users_module_is_left_as_it_was(name):
     module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
     before, modes = copy.deepcopy(module.state_dict()), [m.training for m in module.modules()]
-    solver = ready(Decayed(module, decay=Positive(init=0.1, per_example=False)), SOLVERS[name]())
+    solver = ready(suited(name, Decayed(module, decay=Positive(init=0.1, per_example=False))), SOLVERS[name]())
     for _ in range(3):
         solver.step()
     assert leaves_equal(module.state_dict(), before)
@@ -250,7 +273,7 @@ def test_the_users_module_is_left_as_it_was(name):
 
 @all_solvers
 def test_a_round_respects_its_limit_and_warm_up_moves_no_lambda(name):
-    solver = ready(SMALL(batch_size=256), SOLVERS[name]())
+    solver = ready(suited(name, SMALL(batch_size=256)), SOLVERS[name]())
     before = {key: value.clone() for key, value in solver.solution().hypers.items()}
     for limit in (1, 2, None):
         taken = solver.inner_count
@@ -267,7 +290,7 @@ def test_a_round_respects_its_limit_and_warm_up_moves_no_lambda(name):
 
 @all_solvers
 def test_metrics_are_scalars_without_a_graph(name):
-    solver = ready(SMALL(batch_size=256), SOLVERS[name]())
+    solver = ready(suited(name, SMALL(batch_size=256)), SOLVERS[name]())
     for _ in range(4):
         for value in solver.step().values():
             assert value.ndim == 0
@@ -288,7 +311,7 @@ def test_every_solver_trains_on_the_same_batches_in_the_same_order(name):
 
         return drawn
 
-    solver = ready(SMALL(batch_size=64), SOLVERS[name]())
+    solver = ready(suited(name, SMALL(batch_size=64)), SOLVERS[name]())
     plain = ready(SMALL(batch_size=64), Fixed())
     own = [plain.data.train.next()[0].sum() for _ in range(12)]
     solver.data.train.next = recorded(solver)
@@ -314,7 +337,7 @@ def test_no_step_waits_for_the_device(name, make_problem):
         pytest.skip("forward mode is for few hyperparameters")
     options = {"response": Dense()} if name in SELF_TUNING and make_problem.func is Ridge.synthetic else {}
     try:
-        solver = ready(make_problem(), SOLVERS[name](clip_norm=1.0, **options))
+        solver = ready(suited(name, make_problem()), SOLVERS[name](clip_norm=1.0, **options))
     except Refused:
         pytest.skip("refused, which other laws look at")
     solver.step(limit=1)

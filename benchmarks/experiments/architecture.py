@@ -1,0 +1,182 @@
+"""Architecture search: what is found, its worth retrained, the collapse; protocol in docs/problems/architecture.md."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.report import spread, table
+from bilevel.comparison import drawing
+from bilevel.comparison.runs import Run
+from problems.architecture_cell import SKIP, pairs
+from problems.architecture_drawing import draw_search
+from problems.architecture_genotype import Edge, Genotype, derive, random_genotype
+
+RANDOM = 3
+"""Random cells for each seed of the searches."""
+LONGER = 3
+"""How many times as long as its search a cell is trained: one of convolutions is slower than one of pools, and ends better."""
+TABLE = ("problem=architecture_tabular", "solver.inner_steps=1", "seed=0,1,2", "runner.epochs=15")
+IMAGES = (
+    *("problem=architecture_images", "problem.nodes=2", "solver=first_order,delta_stn", "solver.inner_steps=1"),
+    *("seed=0,1,2", "runner.epochs=8", "lr.outer=0.03"),
+)
+QUICK = ("seed=100", "runner.epochs=2", "runner.warmup_epochs=1")
+REMEDIES = {"no remedy": (), "price 1": ("problem.free_price=1",), "warm-up 5 epochs": ("runner.warmup_epochs=5",)}
+"""What is done against the collapse, and the overrides that do it."""
+SWEEPS = {
+    "table": Sweep((*TABLE, "solver=first_order,unrolled,implicit_identity,delta_stn"), QUICK),
+    "table neumann": Sweep((*TABLE, "solver=implicit_neumann", "solver.linear_solve.terms=3"), QUICK),
+    **{
+        remedy: Sweep(
+            (*IMAGES, *overrides), (*QUICK[:1], "runner.epochs=3", "runner.warmup_epochs=2") if "warm" in remedy else QUICK
+        )
+        for remedy, overrides in REMEDIES.items()
+    },
+}
+NAMES = {
+    "first_order": "first order: the direct term alone",
+    "unrolled": "second order: one step unrolled",
+    "implicit_identity": "implicit, identity",
+    "implicit_neumann": "implicit, Neumann",
+    "delta_stn": "Δ-STN",
+}
+
+
+class Retraining(NamedTuple):
+    """A derived cell to be trained from scratch, as plain training does it."""
+
+    problem: dict[str, Any]
+    cell: str
+    seed: int
+    epochs: int
+    rate: float
+
+
+def retrained(job: Retraining) -> float | None:
+    """Test accuracy at the lowest validation loss."""
+    import torch
+    from hydra.utils import instantiate
+
+    from bilevel import Runner
+    from solvers import Fixed
+
+    def sgd(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=job.rate, momentum=0.9)
+
+    problem = instantiate({**job.problem, "genotype": job.cell})
+    runner = Runner(epochs=job.epochs, warmup_epochs=0, device="cpu", threads=1, progress="none", picture=False)
+    with tempfile.TemporaryDirectory() as place:
+        summary = runner.run(problem, Fixed(inner_steps=1, inner_optimizer=sgd), directory=Path(place) / "run", seed=job.seed)
+    return summary["best"].get("test_accuracy")
+
+
+def found(run: Run) -> Genotype:
+    """The cell that the last α of a run stand for."""
+    settings = run.config["problem"]
+    assert run.summary is not None
+    return derive(run.summary["hypers"], settings["operations"], settings["nodes"], settings["keep"])
+
+
+def retraining(run: Run, cell: Genotype, seed: int) -> Retraining:
+    """The cell in the place of the search network of `run`, trained for `LONGER` and at the same rate."""
+    return Retraining(
+        run.config["problem"], str(cell), seed, LONGER * run.config["runner"]["epochs"], run.config["lr"]["inner"]
+    )
+
+
+def all_skip(nodes: int, keep: int) -> Genotype:
+    """The cell that a collapsed search ends in: nothing but skip connections."""
+    return Genotype(Edge(source, node, SKIP) for source, node in pairs(nodes) if source < keep)
+
+
+def baselines(run: Run) -> Iterator[tuple[str, Genotype, int]]:
+    """Cells that nobody searched for, with the seed that each is trained from."""
+    settings = run.config["problem"]
+    form = settings["nodes"], settings["keep"]
+    seed = run.seed or 0
+    for number in range(RANDOM):
+        yield "random cells", random_genotype(RANDOM * seed + number, settings["operations"], *form), seed
+    yield "skip connections alone", all_skip(*form), seed
+
+
+def comparison(context: Context, groups: Mapping[str, Sequence[Run]]) -> str:
+    """A table: the network of each search, its derived cell retrained, the baselines, and how far the search collapsed."""
+    groups = {name: [run for run in runs if run.status == "finished"] for name, runs in groups.items()}
+    groups = {name: runs for name, runs in groups.items() if runs}
+    named = [(name, retraining(run, found(run), run.seed or 0)) for name, runs in groups.items() for run in runs]
+    for run in next(iter(groups.values())):
+        named += [(name, retraining(run, cell, seed)) for name, cell, seed in baselines(run)]
+    accuracies: dict[str, list[float | None]] = {}
+    for (name, _), accuracy in zip(named, context.map(retrained, [job for _, job in named]), strict=True):
+        accuracies.setdefault(name, []).append(accuracy)
+    rows = []
+    for name, values in accuracies.items():
+        runs = groups.get(name, [])
+        searched = spread([run.at_best("test_accuracy") for run in runs], "%") if runs else ""
+        free = [spread([run.at_end(f"exact.{part}") for run in runs], ".2f") if runs else "" for part in SHARES]
+        seconds = spread([run.total("seconds") for run in runs], ".3g") if runs else ""
+        rows.append([name, str(len(values)), searched, spread(values, "%"), *free, seconds])
+    head = [
+        "",
+        "n",
+        "search network",
+        "derived cell, retrained",
+        "weight of parameter-free",
+        "parameter-free edges",
+        "search, s",
+    ]
+    return table(head, rows, best={3: max})
+
+
+SHARES = ("parameter_free", "derived_parameter_free")
+
+
+def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """The weight of parameter-free operations along the searches, a panel for each solver and a line for each remedy."""
+    solvers = list(dict.fromkeys(run.solver for runs in arms.values() for run in runs))
+    with drawing.figure(path, 1, len(solvers), size=(3.6, 2.9)) as axes:
+        for ax, solver in zip(axes[0], solvers, strict=True):
+            shown = {remedy: [run for run in runs if run.solver == solver] for remedy, runs in arms.items()}
+            drawing.draw_bands(ax, shown, "exact.parameter_free")
+            ax.set_title(NAMES[solver].partition(":")[0])
+            ax.set_xlabel("epoch")
+            ax.set_ylabel("")
+        limits = [ax.get_ylim() for ax in axes[0]]
+        for ax in axes[0]:
+            ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        axes[0][0].set_ylabel("weight of parameter-free operations")
+        drawing.legend(axes[0][0].figure, axes[0][0])
+
+
+def by_solver(runs: Sequence[Run], suffix: str = "") -> dict[str, list[Run]]:
+    """The runs under the names of the tables."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        name = NAMES[run.solver]
+        groups.setdefault(f"{name.partition(':')[0]}, {suffix}" if suffix else name, []).append(run)
+    return groups
+
+
+def report(context: Context) -> str:
+    """Both tables and both pictures."""
+    rows = by_solver([*context.runs("table"), *context.runs("table neumann")])
+    arms = {remedy: context.runs(remedy) for remedy in REMEDIES}
+    images = {name: found for remedy, runs in arms.items() for name, found in by_solver(runs, remedy).items()}
+    shown = next(run for run in rows[NAMES["delta_stn"]])
+    draw_search(shown.directory, context.figures / "architecture.png")
+    collapse(arms, context.figures / "architecture_collapse.png")
+    parts = [
+        "**On the table**, test accuracies:",
+        comparison(context, rows),
+        f"The first Δ-STN search of the table (seed {shown.seed}) along its epochs, and the cell derived from its last α:",
+        "![α of every edge along a search, and its derived cell](architecture.png)",
+        "**On the images**, test accuracies:",
+        comparison(context, images),
+        "![The weight of parameter-free operations along the searches](architecture_collapse.png)",
+    ]
+    return "\n\n".join(parts)
+
+
+EXPERIMENT = Experiment(page="problems/architecture.md", sweeps=SWEEPS, report=report)
