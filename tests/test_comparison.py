@@ -13,7 +13,7 @@ from bilevel.comparison.drawing import perturbed
 from bilevel.comparison.labels import label
 from bilevel.comparison.runs import grouped, read_runs
 from bilevel.comparison.statistics import holm, paired
-from bilevel.comparison.table import milliseconds, plus_minus
+from bilevel.comparison.table import STEP, milliseconds, plus_minus, rows
 from bilevel.description import describe, described
 from bilevel.domains import Integer, Interval, Positive, Simplex
 from bilevel.space import Space
@@ -215,6 +215,22 @@ def test_a_step_costs_what_the_records_say_in_warm_up_and_after(tmp_path):
     assert milliseconds(run, warmup=True) == pytest.approx(100)
     assert milliseconds(run, warmup=False) == pytest.approx(250)
     assert milliseconds(run) == pytest.approx(200)
+
+
+def test_a_step_costs_what_its_phases_cost_where_records_tell_them(tmp_path):
+    told = records([5.0, 4.0, 3.0])  # two steps between evaluations
+    for number, record in enumerate(told):
+        record |= {"seconds.inner": 0.2 * number, "seconds.evaluation": 0.5 * (number + 1)}
+        if number:
+            record["seconds.outer"] = 0.1 * (number - 1)
+    runs = read_runs(write_run(tmp_path / "r", told))
+    titles, (cells,) = rows({"stn": runs}, STEP)
+    assert cells[titles.index("inner phase")] == "100"  # 0.4 s for 4 steps
+    assert cells[titles.index("outer phase")] == "25"
+    assert cells[titles.index("ms per evaluation")] == "500"
+    assert "response phase" not in titles
+    old = read_runs(write_run(tmp_path / "old", records([5.0, 4.0])))
+    assert not any("phase" in title or "evaluation" in title for title in rows({"stn": old}, STEP).titles)
 
 
 def test_the_range_of_a_perturbation_is_that_of_its_domain(tmp_path):

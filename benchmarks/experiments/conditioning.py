@@ -210,8 +210,8 @@ def ridge_table(ridges: list[dict[str, Any]]) -> str:
 def network_table(networks: list[dict[str, Any]]) -> str:
     """One row for each σ and moment."""
     lines = [
-        "| σ | inner steps | error of G | error of A ⊗ G_w | negative eigenvalues of H | cond G_w | cond A "
-        "| cond G, uncentered | cond G, centered |",
+        "| σ | inner steps | error of G | error of A ⊗ G_w | negative eigenvalues of H | cond G_w "
+        "| cond A, uncentered / centered | cond G, uncentered | cond G, centered |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for scale, steps in sorted({(told["scale"], told["steps"]) for told in networks}):
@@ -219,7 +219,7 @@ def network_table(networks: list[dict[str, Any]]) -> str:
         cells = [spread([s[True].errors[kind] for s in seeds]) for kind in (0, 1)]
         cells += [f"{statistics.mean(sum(x < 0 for x in s[True].true) for s in seeds):.1f} of {len(seeds[0][True].true)}"]
         cells += [spread([s[True].weights for s in seeds], ".0f")]
-        cells += [f"{seeds[0][False].moment:.1f}, {seeds[0][True].moment:.1f}"]
+        cells += [f"{seeds[0][False].moment:,.0f} / {seeds[0][True].moment:,.0f}"]
         cells += [spread([condition(s[centered].gauss_newton) for s in seeds], ".3g") for centered in (False, True)]
         lines.append(f"| {scale} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -319,7 +319,7 @@ def errors(ax: Any, networks: list[dict[str, Any]]) -> None:
     ax.set_xticks(at, [str(steps) for steps in MOMENTS])
     ax.minorticks_off()
     ax.set_xlabel("inner step")
-    ax.legend(ncols=2)
+    ax.legend(ncols=2, handlelength=3.2)  # long enough for dashes beside the mark
 
 
 EXPERIMENT = Experiment(page="experiments/conditioning.md", report=report)

@@ -123,7 +123,7 @@ def common_target(groups: Mapping[str, Sequence[Run]]) -> float | None:
     return max(means, default=None)
 
 
-def spans_decades(values: Iterable[Array], decades: float = 1.0) -> bool:
+def spans_decades(values: Iterable[Array], decades: float = 0.7) -> bool:
     """Whether a logarithmic axis suits the values: all positive, and of different orders of magnitude."""
     known = [array[np.isfinite(array)] for array in values]
     joined = np.concatenate([array for array in known if array.size] or [np.empty(0)])

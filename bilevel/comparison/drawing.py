@@ -84,8 +84,9 @@ def draw_bands(
 ) -> None:
     """Mean ± standard deviation over the seeds of each group, on one pair of axes.
 
-    Where not all runs of a group reach, the line is thin and pale, and has no band. A run that diverged ends in a cross. A band
-    that would go below zero, where no run is, ends at the lowest run. The axis is logarithmic where the means span a decade.
+    Beyond the end of a group's shortest run, the others go on each as a line of its own, thin and pale: a mean over fewer would
+    jump there. A run that diverged ends in a cross. A band that would go below zero, where no run is, ends at the lowest run.
+    The axis is logarithmic where the means are far apart.
 
     Args:
         ax: to draw on.
@@ -108,10 +109,9 @@ def draw_bands(
         look = {name: looks[label][name] for name in ("color", "linestyle", "linewidth")}
         _draw_band(ax, over, look, f"{label} (n = {len(groups[label])})" if n_in_label else label)
         for run in groups[label]:
-            if run.status == "diverged":
-                _draw_end(ax, run, y, x, look["color"], best_so_far, entry)
+            _draw_rest(ax, run, band([run], y, x, best_so_far=best_so_far, entry=entry), over.whole(), look)
     if log:
-        ax.set_yscale("log")
+        _logarithmic(ax)
     _horizontal(ax, x)
     ax.set_ylabel(f"best {spoken(y)} so far" if best_so_far else spoken(y))
 
@@ -153,7 +153,7 @@ def draw_paths(
             ax.plot(at, path, color=looks[label]["color"], linestyle=looks[label]["linestyle"], linewidth=0.9, label=text)
             shown.append(path)
     if spans_decades(shown):
-        ax.set_yscale("log")
+        _logarithmic(ax)
     _horizontal(ax, x)
     several = entry is None and any(run.column(f"hypers.{name}").ndim == 2 for runs in groups.values() for run in runs)
     ax.set_ylabel(f"mean of {spoken(name)}" if several else spoken(name) + ("" if entry is None else f"[{entry}]"))
@@ -244,15 +244,30 @@ def _draw_band(ax: "Axes", over: Band, look: Mapping[str, Any], text: str) -> No
         low = np.where((low <= 0) & (whole.low > 0), whole.low, low)
         ax.fill_between(whole.x, low, whole.mean + whole.std, color=look["color"], alpha=0.2, linewidth=0)
     ax.plot(whole.x, whole.mean, label=text, **look)
-    if whole.x.size < over.x.size:
-        kept = slice(max(0, whole.x.size - 1), None)  # n only falls: runs start together and end one by one
-        ax.plot(over.x[kept], over.mean[kept], **{**look, "linewidth": 0.8, "alpha": 0.6})
 
 
-def _draw_end(ax: "Axes", run: Run, y: str, x: str, color: str, best_so_far: bool, entry: int | None) -> None:
-    over = band([run], y, x, best_so_far=best_so_far, entry=entry)
-    if over.x.size:
-        ax.plot(over.x[-1], over.mean[-1], "x", color=color, markersize=6, markeredgewidth=1.5, clip_on=False, zorder=4)
+def _draw_rest(ax: "Axes", run: Run, own: Band, whole: Band, look: Mapping[str, Any]) -> None:
+    """What a run did after another of its group had ended, and the cross where it diverged."""
+    if not own.x.size:
+        return
+    rest = own.x >= (whole.x[-1] if whole.x.size else 0.0)
+    if rest.sum() > 1:
+        ax.plot(own.x[rest], own.mean[rest], **{**look, "linewidth": 0.8, "alpha": 0.5})
+    if run.status == "diverged":
+        ax.plot(own.x[-1], own.mean[-1], "x", color=look["color"], markersize=6, markeredgewidth=1.5, clip_on=False, zorder=4)
+
+
+def _logarithmic(ax: "Axes") -> None:
+    """A logarithmic vertical axis; over a decade or two with 0.2, 0.5 and the like for labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100 * low and 1e-4 < low < high < 1e5:
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high > 10 * low else (2, 3, 4, 6)))
+        ax.yaxis.set_minor_formatter(plain)
 
 
 def _horizontal(ax: "Axes", x: str) -> None:

@@ -132,7 +132,7 @@ def _curves(groups: Groups, x: str, looks: Looks, best_so_far: bool) -> Picture 
     caption = (
         f"{_list(spoken(name) for name in names)} against {_axis(x)}{', the best so far' if best_so_far else ''}. "
         "Lines are means over seeds, bands one standard deviation on either side, both where all runs of a group are still "
-        "going; beyond that a thin line is the mean of those that are. A cross ends a run that diverged."
+        "going; beyond that each of those that are is a thin line of its own. A cross ends a run that diverged."
     )
     return Picture("curves", png, caption[0].upper() + caption[1:])
 

@@ -4,7 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-IGNORED = ("seed", "resume", "data", "wandb", "names", "hydra", "runner.progress", "runner.picture", "runner.checkpoint_every")
+IGNORED = (
+    *("seed", "resume", "data", "loggers", "wandb", "tensorboard", "names", "hydra"),
+    *("runner.progress", "runner.picture", "runner.checkpoint_every"),
+)
 """Settings that change no number that is compared."""
 
 SHARED = ("lr.", "trial.", "response")
@@ -109,4 +112,4 @@ def _value(key: str, value: Any) -> str:
         return str(value).lower().replace("none", "null")
     if isinstance(value, float):
         return f"{value:g}"
-    return re.sub(r"\s+", "", str(value))
+    return re.sub(r"[\s']+", "", str(value))  # a list as it is written on the command line

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -132,6 +133,22 @@ def milliseconds(run: Run, *, warmup: bool | None = None) -> float | None:
     return 1e3 * float((seconds[-1] - seconds[0]) / (step[-1] - step[0]))
 
 
+def phase(name: str, run: Run) -> float | None:
+    """Training time per inner step that went into a phase (`inner`, `response`, `outer`), in ms, over the whole run."""
+    step, seconds = run.column("step"), run.column(f"seconds.{name}")
+    kept = np.isfinite(step) & np.isfinite(seconds)
+    if not kept.any() or (steps := step[kept][-1]) <= 0:
+        return None
+    return 1e3 * float(seconds[kept][-1] / steps)
+
+
+def evaluation(run: Run) -> float | None:
+    """Time per evaluation, in ms, which is no part of training time."""
+    seconds = run.column("seconds.evaluation")
+    seconds = seconds[np.isfinite(seconds)]
+    return 1e3 * float(seconds[-1] / len(seconds)) if len(seconds) else None
+
+
 def targeted(target: float | None) -> tuple[Column, ...]:
     """The columns that tell what a target took."""
     if target is None:
@@ -200,5 +217,7 @@ STEP = (
     Column("ms per inner step", milliseconds, plus_minus),
     Column("in warm-up", lambda run: milliseconds(run, warmup=True), plus_minus),
     Column("after it, outer steps included", lambda run: milliseconds(run, warmup=False), plus_minus),
+    *(Column(f"{name} phase", partial(phase, name), plus_minus) for name in ("inner", "response", "outer")),
+    Column("ms per evaluation", evaluation, plus_minus),
     Column("peak memory", lambda run: run.total("peak_memory_bytes"), _memory),
 )
