@@ -47,9 +47,10 @@ class _Display(Logger):
         self.show()
 
     def advance(self, progress: Progress) -> None:
-        self.progress = progress
-        if self._began is None:
+        warm = self.run.warmup_epochs
+        if self._began is None or self.progress.epoch < warm <= progress.epoch:  # rounds after warm-up take longer
             self._began = (time.monotonic(), progress.fraction)
+        self.progress = progress
         self.tick()
 
     @abstractmethod
@@ -60,18 +61,28 @@ class _Display(Logger):
         """A round is over."""
 
     def title(self) -> str:
-        resumed = f" {self.dot} resumed" if self.run.resumed else ""
-        return f"{self.run.problem} {self.dot} {self.run.solver} {self.dot} seed {self.run.seed}{resumed}"
+        parts = [self.run.problem, self.run.solver, f"seed {self.run.seed}", *(["resumed"] if self.run.resumed else [])]
+        if (place := self.run.place) is not None:
+            parts.insert(0, f"run {place.run}" + (f" of {place.runs}" if place.runs else ""))
+        return f" {self.dot} ".join(parts)
 
     def epoch(self) -> str:
         budget = "" if self.run.epochs is None else f"/{self.run.epochs:g}"
         return f"epoch {max(self.progress.epoch, self.record.get('epoch', 0.0)):.4g}{budget}"
 
     def time_left(self) -> str:
+        """Until the budget that is reached first; patience may end the run before."""
         if self._began is None or self.progress.fraction <= self._began[1]:
             return ""
         passed, done = time.monotonic() - self._began[0], self.progress.fraction - self._began[1]
-        return f"{duration(passed * (1 - self.progress.fraction) / done)} left"
+        most = "" if self.run.patience is None else "at most "
+        return f"{most}{duration(passed * (1 - self.progress.fraction) / done)} left"
+
+    def stalled(self) -> str:
+        """How far patience is used up; empty while it is not."""
+        if self.run.patience is None or not self.progress.stalled:
+            return ""
+        return f"no new best for {self.progress.stalled} of {self.run.patience}"
 
     def finish(self, summary: Record) -> None:
         self.close()
@@ -109,7 +120,7 @@ class PlainDisplay(_Display):
         self._shown = time.monotonic()
         losses = [f"{title(name)} {number(name, value)}" for name, value in scores(self.record).items()]
         hypers = [f"{name} {units(value)}" for name, value in part(self.record, "hypers.").items()]
-        self._print(" | ".join(filter(None, [self.epoch(), *losses, ", ".join(hypers), self.time_left()])))
+        self._print(" | ".join(filter(None, [self.epoch(), *losses, ", ".join(hypers), self.stalled(), self.time_left()])))
 
     def notice(self, text: str) -> None:
         self._print(text)
@@ -160,8 +171,9 @@ class LiveDisplay(_Display):
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
-        warm = "  warm-up" if 0 < self.progress.epoch < self.run.warmup_epochs else ""
-        bar.add_row(self.epoch() + warm, ProgressBar(total=1.0, completed=self.progress.fraction), self.time_left())
+        warm = "warm-up" if 0 < self.progress.epoch < self.run.warmup_epochs else ""
+        where = "  ".join(filter(None, [self.epoch(), warm, self.stalled()]))
+        bar.add_row(where, ProgressBar(total=1.0, completed=self.progress.fraction), self.time_left())
         rows: list[RenderableType] = [bar]
         if self.record:
             rows += [scores_table(now=self.record, best=self.best), self._hypers_table()]

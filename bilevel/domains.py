@@ -1,6 +1,7 @@
 """Where a hyperparameter lives, where it starts, and the map between its own units and unconstrained coordinates."""
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,15 +57,17 @@ class Domain(ABC):
             if not isinstance(getattr(self, name), bool):
                 raise BilevelError(f"{name}={getattr(self, name)!r} is neither true nor false; give one of the two")
         try:
+            if _holds_truth(self.init):
+                raise TypeError
             value = torch.as_tensor(self.init, dtype=torch.float64)
             value.expand(self.shape)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise BilevelError(
                 f"init={self.init!r} is not a number, or numbers of shape {self.shape}; give one value per entry"
             ) from None
         if not bool(torch.isfinite(value).all()):
             raise BilevelError(f"init={self.init!r} is not finite; give a finite initial value")
-        if not (isinstance(self.scale, (int, float)) and 0 < self.scale < math.inf):
+        if not (_is_finite(self.scale) and self.scale > 0):
             raise BilevelError(f"scale={self.scale!r} is no standard deviation; give a positive number (the paper uses 1)")
         self._check(value)
 
@@ -202,8 +205,22 @@ class Simplex(Domain):
 
 def _check_bounds(**bounds: Any) -> None:
     for name, bound in bounds.items():
-        if not isinstance(bound, (int, float)) or not math.isfinite(bound):
+        if not _is_finite(bound):
             raise BilevelError(f"{name}={bound!r} is no finite number; give one")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number, which true and false are not, that a float holds."""
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
+    )
+
+
+def _holds_truth(value: Any) -> bool:
+    """Whether true or false stands where a number should: PyTorch would take it for 1 or 0."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_truth, value))
+    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
 def softplus_inverse(y: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The loop, written once: rounds of a solver, evaluations between them, and the state to go on from."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,9 @@ from bilevel.data import Data
 from bilevel.device import Meter, rng_state, set_rng_state
 from bilevel.errors import BilevelError
 from bilevel.evaluation import evaluate, wide
-from bilevel.params import to_device
+from bilevel.params import Hypers, to_device
+from bilevel.phases import Phases
+from bilevel.probe import Probe
 from bilevel.problem import Problem
 from bilevel.records import Logger, Progress, Record, make_record
 from bilevel.schedule import Schedule
@@ -49,11 +52,14 @@ class Loop:
         save: Callable[[dict[str, Any]], None],
         patience: int | None = None,
         checkpoint_every: int = 1,
+        probe: Probe | None = None,
     ) -> None:
-        self.problem, self.solver, self.data, self.device = problem, solver, data, device
+        self.problem, self.solver, self.data, self.device, self.probe = problem, solver, data, device, probe
         self.schedule, self.loggers, self.save, self.patience = schedule, loggers, save, patience
         self.checkpoint_every = checkpoint_every
         self.meter = Meter(device)
+        self.phases = solver.phases = Phases(device)
+        self.evaluating = 0.0
         self.initial = _copied(solver.solution().hypers)
         self.best: dict[str, Any] | None = None
         self.good: Record | None = None
@@ -127,22 +133,29 @@ class Loop:
                 self._checkpoint()
             self.meter.start()
         spent = self.schedule.spent(self.step, self.meter.elapsed(), self.examples)
-        progress = Progress(self.step, self.step / self.schedule.steps_per_epoch, min(1.0, max(spent.values())))
+        epoch, fraction = self.step / self.schedule.steps_per_epoch, min(1.0, max(spent.values()))
+        progress = Progress(self.step, epoch, fraction, self.stalled)
         for logger in self.loggers:
             logger.advance(progress)
 
     def _evaluate(self) -> None:
+        began = time.perf_counter()
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):  # a DataLoader draws from the global state whenever it is iterated
             solution = self.solver.solution()
             valid = evaluate(self.problem, solution, self.data.valid)
             # what a solver minimizes while training is not comparable, so every solver is measured in this one way
             train = evaluate(self.problem, solution, self.data.train, limit=min(self.data.train.size, self.data.valid.size))
+            hypergradient = {}
+            if self.probe is not None and math.isfinite(valid["loss"]) and not _first_bad(solution):
+                hypergradient = self.probe.measure(self.solver, self.data, solution.hypers)
         metrics = self._step_metrics()
+        self.evaluating += time.perf_counter() - began
         self.last = make_record(
             step=self.step,
             epoch=self.step / self.schedule.steps_per_epoch,
             seconds=self.meter.seconds,
+            phases={**self.phases.read(), "evaluation": self.evaluating},
             examples=self.examples,
             train=train,
             valid=valid,
@@ -150,10 +163,12 @@ class Loop:
             scales=self.solver.scales(),
             metrics=metrics,
             exact={name: float(value) for name, value in self.problem.exact(solution.hypers).items()},
+            hypergradient=hypergradient,
             peak_memory_bytes=self.meter.peak_memory,
         )
         self.evaluations += 1
         self._judge(self.solver.bad_step(), {"the validation loss": valid["loss"], **_first_bad(solution)})
+        self._show(solution.hypers)
         for logger in self.loggers:
             logger.log(self.last)
         self._warn(self.solver.doubts(metrics))  # which may say why a run has diverged
@@ -164,6 +179,16 @@ class Loop:
             self.best, self.stalled = {"record": self.last, "solution": _on_cpu(solution)._asdict()}, 0
         elif self.step > self.schedule.warmup_steps:  # λ has had no chance to move before
             self.stalled += 1
+
+    def _show(self, hypers: Hypers) -> None:
+        """Pictures to the loggers that take them, at the first evaluation, the second, the fourth, the eighth and so on."""
+        takers = [logger for logger in self.loggers if logger.takes_pictures]
+        if takers and self.evaluations & (self.evaluations - 1) == 0:
+            with torch.no_grad():
+                drawn = self.problem.pictures(hypers, torch.Generator(self.device).manual_seed(0))
+            pictures = {name: picture.detach().clamp(0, 1).to("cpu", torch.float32) for name, picture in drawn.items()}
+            for logger in takers if pictures else ():
+                logger.show_pictures(pictures)
 
     def _judge(self, bad_step: int | None, values: dict[str, float]) -> None:
         """Declare the run diverged where a loss of training, or one of `values`, is not finite."""
@@ -210,6 +235,8 @@ class Loop:
             "rng": rng_state(self.device),
             "loggers": {type(logger).__name__: logger.state() for logger in self.loggers},
             "seconds": self.meter.seconds,
+            "phases": self.phases.read(),
+            "evaluating": self.evaluating,
             "peak_memory": self.meter.peak_memory,
             "sums": self._sums,
             "counts": self._counts,
@@ -238,6 +265,8 @@ class Loop:
             ) from error
         set_rng_state(state["rng"], self.device)
         self.meter.seconds, self.meter.peak_memory = state["seconds"], state["peak_memory"]
+        self.phases.restore(state.get("phases", {}))  # of a run from before phases were told
+        self.evaluating = state.get("evaluating", 0.0)
         self._sums, self._counts = to_device(state["sums"], self.device), state["counts"]
         for name in _PLAIN:
             setattr(self, name, state[name])

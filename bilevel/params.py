@@ -25,6 +25,7 @@ Prediction: TypeAlias = Any
 """A tensor or a pytree of tensors."""
 
 Metrics: TypeAlias = dict[str, Tensor]
+"""What a step or an evaluation tells, by name."""
 
 
 def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:

@@ -106,7 +106,7 @@ def _draw_score(ax: "Axes", records: Sequence[Record], score: str) -> None:
 def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | None) -> None:
     """The path in the hyperparameter's own units; of a large one its mean within its range."""
     points = [r for r in records if r.get(f"hypers.{name}") is not None]
-    values = [r[f"hypers.{name}"] for r in points]
+    values = [_with_nan(r[f"hypers.{name}"]) for r in points]
     epochs = [r["epoch"] for r in points]
     ax.set_title(name.replace("_", " "))
     if not values:
@@ -133,9 +133,18 @@ def sigma_band(space: Space | None, name: str, path: Tensor, scales: Sequence[An
     """λ(u − σ) and λ(u + σ) along the path."""
     if space is None or name not in space or any(scale is None for scale in scales):
         return None
-    u, sigma = space[name].unconstrain(path), torch.tensor(scales, dtype=torch.float64)
+    u, sigma = space[name].unconstrain(path), torch.tensor(_with_nan(scales), dtype=torch.float64)
     low, high = (space[name].constrain(edge, None) for edge in (u - sigma, u + sigma))
     return (low, high) if bool(torch.isfinite(low).all() and torch.isfinite(high).all()) else None
+
+
+def _with_nan(value: Any) -> Any:
+    """The same with NaN for null: of a hyperparameter that diverged, JSON holds nulls in lists and ranges."""
+    if isinstance(value, dict):
+        return {name: _with_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_nan(entry) for entry in value]
+    return math.nan if value is None else value
 
 
 def _mark(ax: "Axes", records: Sequence[Record], warmup_epochs: float, *, labelled: bool) -> None:

@@ -70,6 +70,20 @@ class Problem(ABC):
         """What a closed form knows of λ itself, [] each: `regret` = L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)), say; {} for most."""
         return {}
 
+    def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
+        """dL_V(λ, w*(λ))/dλ where a closed form knows it, [h], in λ's own units and the order of u; None for most.
+
+        Records then tell how near to it the solver's own is.
+        """
+        return None
+
+    def pictures(self, hypers: Hypers, generator: torch.Generator) -> dict[str, Tensor]:
+        """What λ does to the data, by name: [n, C, H, W] in [0, 1], of 1 or 3 channels, eight to a row; {} for most.
+
+        Dashboards show them now and then; `generator` is on the device of λ, and in the same state at every call.
+        """
+        return {}
+
     def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
         """The carry with which a pass over another split begins at `batch`: statistics kept, recurrent state anew."""
         return carry

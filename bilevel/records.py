@@ -25,6 +25,14 @@ SUMMARY = "summary.json"
 DESCRIPTION = "run.json"
 
 
+class Place(NamedTuple):
+    """A run's place in a sweep: the sweep's name, the run's number from 1, and how many there are, where that is known."""
+
+    sweep: str
+    run: int
+    runs: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
     """What loggers know of a run before it begins.
@@ -32,6 +40,8 @@ class RunInfo:
     Attributes:
         initial: every hyperparameter before training, by name.
         best: the best record so far of a run that is resumed; {} otherwise.
+        patience: as the runner's.
+        place: in the sweep that the run is part of, if it is.
     """
 
     directory: Path
@@ -45,14 +55,20 @@ class RunInfo:
     initial: Record = field(default_factory=dict)
     best: Record = field(default_factory=dict)
     resumed: bool = False
+    patience: int | None = None
+    place: Place | None = None
 
 
 class Progress(NamedTuple):
-    """Where a run is between two evaluations; `fraction` is the part of the budget that is spent."""
+    """Where a run is between two evaluations.
+
+    `fraction` is the part of the budget that is spent, `stalled` the evaluations since the best one that patience counts.
+    """
 
     step: int
     epoch: float
     fraction: float
+    stalled: int = 0
 
 
 class Logger(ABC):
@@ -60,6 +76,9 @@ class Logger(ABC):
 
     First comes `start`, then `log` and `advance`, then `finish` unless the run raised, and at last `close`.
     """
+
+    takes_pictures: bool = False
+    """Whether it wants `show_pictures` to be called."""
 
     @abstractmethod
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
@@ -71,6 +90,9 @@ class Logger(ABC):
 
     def advance(self, progress: Progress) -> None:  # optional, as the next two
         """A round is over; called often, so it must be quick."""
+
+    def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
+        """`Problem.pictures` on the CPU, at some evaluations, just before their `log`."""
 
     def finish(self, summary: Record) -> None:
         """The run ended in order, interrupted and diverged ones included."""
@@ -95,10 +117,15 @@ def make_record(
     scales: Hypers,
     metrics: Mapping[str, float],
     peak_memory_bytes: int | None,
+    phases: Mapping[str, float] | None = None,
     exact: Mapping[str, float] | None = None,
+    hypergradient: Mapping[str, float] | None = None,
 ) -> Record:
     """One flat line: `train_loss`, `valid_loss`, …, `hypers.<name>`, `scales.<name>`, the solver's own step metrics, and
     `exact.<name>` where the problem knows the truth.
+
+    `seconds` are those of training; `seconds.<phase>` their parts, as the solver tells them apart, and `seconds.evaluation`,
+    which is no part of them. `hypergradient.<name>` compares the solver's with the exact one, as `bilevel.probe` does.
 
     Example:
         >>> import torch
@@ -111,12 +138,14 @@ def make_record(
         "step": step,
         "epoch": epoch,
         "seconds": seconds,
+        **{f"seconds.{name}": value for name, value in (phases or {}).items()},
         "examples": examples,
         **{f"train_{name}": value for name, value in train.items()},
         **{f"valid_{name}": value for name, value in valid.items()},
         **{f"hypers.{name}": brief(leaf) for name, leaf in hypers.items()},
         **{f"scales.{name}": brief(leaf) for name, leaf in scales.items()},
         **{f"exact.{name}": value for name, value in (exact or {}).items()},
+        **{f"hypergradient.{name}": value for name, value in (hypergradient or {}).items()},
         **metrics,
         "peak_memory_bytes": peak_memory_bytes,
     }

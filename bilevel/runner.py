@@ -20,8 +20,9 @@ from bilevel.errors import BilevelError, near
 from bilevel.interrupts import Interrupts
 from bilevel.loop import Loop
 from bilevel.plot import Picture
+from bilevel.probe import Probe
 from bilevel.problem import Problem
-from bilevel.records import METRICS, JsonLines, Logger, Record, RunInfo, brief
+from bilevel.records import METRICS, JsonLines, Logger, Place, Record, RunInfo, brief
 from bilevel.schedule import Schedule
 from bilevel.solver import Solver
 from bilevel.starting import StartingFrom, read_params
@@ -93,6 +94,7 @@ class Runner:
         loggers: Sequence[Logger] = (),
         resume: bool = False,
         params: Mapping[str, Tensor] | None = None,
+        place: Place | None = None,
     ) -> Record:
         """Run `solver` on `problem` and leave records, `summary.json`, `checkpoint.pt` and `curves.png` in `directory`.
 
@@ -106,6 +108,7 @@ class Runner:
             loggers: told of everything beside the runner's own.
             resume: go on from the directory's checkpoint, as if the run had never stopped.
             params: weights to start from, in place of `initial_params`.
+            place: in the sweep that the run is part of, for displays and dashboards.
 
         Returns:
             The summary. `diverged` and `interrupted` tell an early end, `message` explains it.
@@ -134,6 +137,7 @@ class Runner:
         streams, draws = _generators(seed, device)
         data = problem.data(device, streams)
         check_setup(problem, data, device)
+        probe = Probe.of(problem, solver, device)
         solver.setup(problem, data, device, draws)
         picture = [Picture()] if self.picture else []
         loop = Loop(
@@ -146,6 +150,7 @@ class Runner:
             save=partial(checkpoint.save, directory, identity),
             patience=self.patience,
             checkpoint_every=self.checkpoint_every,
+            probe=probe,
         )
         if resume:
             loop.load_state_dict(state)
@@ -161,6 +166,8 @@ class Runner:
             initial={name: brief(leaf) for name, leaf in loop.initial.items()},
             best=loop.best["record"] if loop.best else {},
             resumed=resume,
+            patience=self.patience,
+            place=place,
         )
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())

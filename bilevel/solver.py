@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from bilevel.data import Data
 from bilevel.needs import Need, check_space
-from bilevel.params import Carry, Hypers, Metrics, Params, to_device
+from bilevel.params import Batch, Carry, Hypers, Metrics, Params, to_device
+from bilevel.phases import Phases
 from bilevel.problem import Problem
 
 
@@ -38,6 +40,8 @@ class Solver(ABC):
     """Outer steps taken so far."""
     tunes: bool = True
     """Whether it moves λ at all; a baseline does not."""
+    phases: Phases | None = None
+    """The clock of a run, which the runner sets; see `phase`."""
     first_bad_step: Tensor | None = None
     """[] on the device: the inner step of the first loss that was not finite; see `watch`."""
 
@@ -95,6 +99,21 @@ class Solver(ABC):
 
     def epoch_ended(self, valid_loss: float | None) -> None:
         """The train stream finished an epoch: step learning-rate schedules. `valid_loss` is the last measured, if any."""
+
+    def hypergradient(self, batch: Batch | None = None) -> Tensor | None:
+        """dL_V/du, [h], as the next outer step would follow it; None for a solver that follows none.
+
+        It is taken on `batch`, or else the next one of validation. It may draw, and take the inner steps of a round; u stays.
+        """
+        return None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Within it, time counts as that of a phase, and not of one that it lies in; the records tell the seconds of each.
+
+        `inner` is the training of w; `response` the work on ŵ beyond it (a response network, a linear solve, particles);
+        `outer` the steps of λ. No phase is asked for.
+        """
+        return nullcontext() if self.phases is None else self.phases(name)
 
     def watch(self, loss: Tensor) -> None:
         """Note on the device, without waiting for it, the first inner step at which `loss` was not finite."""

@@ -142,8 +142,12 @@ class Space(Mapping[str, Domain]):
                 raise BilevelError(f"there is no hyperparameter `{name}`{near(name, domains)}; there are {', '.join(domains)}")
             known = [field.name for field in fields(domains[name]) if field.name != "shape"]  # that is the problem's own
             if not isinstance(change, Mapping):
+                value = "…" if change is None else change
+                raise BilevelError(f"hyperparameter `{name}` has several fields; write {name}.init={value} for where it starts")
+            if change.get("optimizer", domains[name].optimizer) != domains[name].optimizer:
                 raise BilevelError(
-                    f"hyperparameter `{name}` has several fields; write {name}.init={change} for where it starts"
+                    f"hyperparameter `{name}` is there already, for something else; a setting of the inner optimizer takes a "
+                    f"new name: write rate.optimizer={change['optimizer']}, say"
                 )
             if "shape" in change:
                 raise BilevelError(

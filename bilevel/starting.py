@@ -94,6 +94,12 @@ class StartingFrom(Problem):
     def exact(self, hypers: Hypers) -> Metrics:
         return self.problem.exact(hypers)
 
+    def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
+        return self.problem.exact_hypergradient(hypers)
+
+    def pictures(self, hypers: Hypers, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.problem.pictures(hypers, generator)
+
     def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
         return self.problem.metrics(hypers, params, prediction, batch)
 

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from bilevel.dashboard import SECTIONS, compared, outcome, sections, sheet
 from bilevel.errors import BilevelError, near
 from bilevel.records import Logger, Record, RunInfo
 
 MODES = ("offline", "online", "disabled")
-AXES = {"": "epoch", "by_seconds/": "seconds", "by_examples/": "examples"}
-"""The x-axis of the metrics under each prefix; W&B gives a metric one axis, so that a second axis needs a second name."""
+AT_EQUAL_COST = {"by_seconds": "seconds", "by_examples": "examples"}
+"""Sections that show the validation split again, with their x-axis: W&B gives a metric one, a second needs a second name."""
 REACH_SECONDS = 5.0
+LONGEST_TAG = 64
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +27,20 @@ log = logging.getLogger(__name__)
 class WandB(Logger):
     """Logs a run to W&B; `offline` by default, which needs no account and no network.
 
-    Runs are grouped by problem and typed by solver, and both are tags. `train/…`, `valid/…`, `hypers/…`, `scales/…` and
-    `solver/…` are drawn against the epoch; what was measured on the validation split is there again as `by_seconds/…` and
-    `by_examples/…`, so that solvers which spend differently are compared at equal cost.
+    Runs are grouped by problem and typed by solver, and both are tags, as are the sweep that a run belongs to and `resumed`.
+    Sections are drawn against the epoch: `train/…`, `valid/…`, `hypers/…`, `scales/…`, `exact/…` and `hypergradient/…` where
+    the problem knows the truth, `seconds/…` by phase, `solver/…` and `pictures/…`. What was measured on the validation split is
+    there again as `by_seconds/…` and `by_examples/…`, so that solvers which spend differently are compared at equal cost. The
+    summary has what the run's own has: `best/valid_loss`, `best/test_loss`, `best/regret`, `examples` and so on.
+
+    A run that is resumed goes on under its id, and no step is logged twice.
 
     Attributes:
         mode: `offline` (upload it later with `wandb sync`), `online` (offline where that fails) or `disabled`.
         project: of W&B.
         entity: of W&B; None is the account's default.
         name: of the run; None is solver and seed.
-        tags: besides problem and solver.
+        tags: besides those above.
 
     Raises:
         BilevelError: an unknown mode.
@@ -47,26 +55,34 @@ class WandB(Logger):
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise BilevelError(f"wandb.mode={self.mode!r}{near(str(self.mode), MODES)} is none of {', '.join(MODES)}")
+        self.takes_pictures = self.mode != "disabled"
         self.run: Any = None
         self._exit_code = 1  # until the run ends in order
+        self._pictures: dict[str, Any] = {}
+        self._logged = -1  # the last step that W&B has
+        self._id: str | None = None
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        self._id = state.get("id")
         if self.mode == "disabled":
             return
         import wandb
 
         settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+        names = {"problem": run.problem, "solver": run.solver}
+        of_sweep = [] if run.place is None else [f"sweep-{run.place.sweep}"]
+        tags = [*names.values(), *of_sweep, *(["resumed"] if run.resumed else []), *self.tags]
         arguments: dict[str, Any] = {
             "project": self.project,
             "entity": self.entity,
             "name": self.name or f"{run.solver}-seed{run.seed}",
             "group": run.problem,
             "job_type": run.solver,
-            "tags": list(dict.fromkeys((run.problem, run.solver, *self.tags))),
-            "config": {"seed": run.seed, "names": {"problem": run.problem, "solver": run.solver}, **run.config},
+            "tags": list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags)),
+            "config": {"seed": run.seed, "names": names, **run.config, **({"sweep": of_sweep[0]} if of_sweep else {})},
             "dir": str(run.directory),
-            "id": state.get("id"),
-            "resume": "allow" if state else None,  # the same run goes on, under its id
+            "id": self._id,
+            "resume": "allow" if self._id else None,  # the same run goes on, under its id
             "settings": settings,
         }
         if self.mode == "online" and (problem := _unreachable(wandb, settings)) is None:
@@ -79,19 +95,38 @@ class WandB(Logger):
             if self.mode == "online":
                 later = f"wandb sync {Path(self.run.dir).parent}"
                 log.warning("W&B is offline (%s); the run goes on, and can be uploaded with: %s", problem, later)
-        for prefix, axis in AXES.items():
+        self._id = self.run.id
+        self._mark = run.directory / "wandb" / f"{self._id}.step"
+        self._logged = _step(self._mark)
+        for axis in ("epoch", *AT_EQUAL_COST.values()):
             self.run.define_metric(axis, hidden=True)
-            for section in (f"{prefix}*",) if prefix else ("train/*", "valid/*", "hypers/*", "scales/*", "exact/*", "solver/*"):
-                self.run.define_metric(section, step_metric=axis)
-        self.run.define_metric("valid/loss", step_metric="epoch", summary="min,last")
+        for section in (*SECTIONS, "pictures"):
+            self.run.define_metric(f"{section}/*", step_metric="epoch")
+        for section, axis in AT_EQUAL_COST.items():
+            self.run.define_metric(f"{section}/*", step_metric=axis)
+        for lowest in ("valid/loss", "exact/regret"):
+            self.run.define_metric(lowest, step_metric="epoch", summary="min,last")
+
+    def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
+        import wandb
+
+        if self.run is not None:
+            sheets = {name: sheet(shown).permute(1, 2, 0).numpy() for name, shown in pictures.items()}
+            self._pictures = {f"pictures/{name}": wandb.Image(pixels) for name, pixels in sheets.items()}
 
     def log(self, record: Record) -> None:
-        if self.run is not None:
-            self.run.log(_sections(record), step=record["step"])
+        pictures, self._pictures = self._pictures, {}
+        if self.run is None or record["step"] <= self._logged:  # logged by a run that was killed after its last checkpoint
+            return
+        measured = compared(record)
+        again = {f"{section}/{name}": value for section in AT_EQUAL_COST for name, value in measured.items()}
+        self.run.log({**sections(record), **again, **pictures}, step=record["step"], commit=True)
+        self._logged = record["step"]
+        self._mark.write_text(str(self._logged))
 
     def finish(self, summary: Record) -> None:
         if self.run is not None:
-            self.run.summary.update({name: value for name, value in summary.items() if value is not None})
+            self.run.summary.update(outcome(summary))
         self._exit_code = int(summary["diverged"])
 
     def close(self) -> None:
@@ -100,36 +135,15 @@ class WandB(Logger):
             self.run = None
 
     def state(self) -> dict[str, Any]:
-        return {} if self.run is None else {"id": self.run.id}
+        return {"id": self._id} if self._id else {}
 
 
-def _sections(record: Record) -> dict[str, float]:
-    """The names under which W&B shows a record: a section per kind, an entry per number."""
-    shown: dict[str, float] = {}
-    for name, value in record.items():
-        kind, _, rest = (
-            name.replace("_", "/", 1).partition("/") if name.startswith(("train_", "valid_")) else name.partition(".")
-        )
-        if kind in ("train", "valid", "hypers", "scales", "exact"):
-            shown |= _entries(f"{kind}/{rest}", value)
-        elif name in ("step", "epoch", "seconds", "examples", "peak_memory_bytes"):
-            shown |= _entries(name, value)
-        else:
-            shown |= _entries(f"solver/{name}", value)
-        if kind in ("valid", "exact"):
-            for prefix in ("by_seconds", "by_examples"):
-                shown |= _entries(f"{prefix}/{name}", value)
-    return shown
-
-
-def _entries(name: str, value: Any) -> dict[str, float]:
-    if value is None:
-        return {}
-    if isinstance(value, Mapping):
-        return {entry: v for key, part in value.items() for entry, v in _entries(f"{name}/{key}", part).items()}
-    if isinstance(value, list):
-        return _entries(name, dict(enumerate(value)))
-    return {name: value}
+def _step(mark: Path) -> int:
+    """The step that a mark on disk tells of, -1 where there is none."""
+    try:
+        return int(mark.read_text())
+    except (OSError, ValueError):
+        return -1
 
 
 def _unreachable(wandb: Any, settings: Any) -> str | None:

@@ -90,10 +90,12 @@ def draw_search(run: str | Path, picture: str | Path | None = None) -> Path:
         records = read_metrics(run / METRICS)
         summary = json.loads((run / SUMMARY).read_text())
         settings = OmegaConf.load(run / "config.yaml").problem
+        weights = {name: leaf for name, leaf in summary["hypers"].items() if name.startswith("edge_")}
     except OSError as error:
         raise BilevelError(f"cannot read the search in {run}: {error.strerror or error}; give the directory of a run") from None
-    weights = {name: leaf for name, leaf in summary["hypers"].items() if name.startswith("edge_")}
-    if not weights or "operations" not in settings:
+    except Exception:  # damaged files fail in many ways
+        raise BilevelError(f"the search in {run} is damaged or holds no such files as a run leaves; give another one") from None
+    if not (weights and records and OmegaConf.is_dict(settings) and settings.get("operations")):
         raise BilevelError(f"{run} holds no search among cells; give a run of problem=architecture_images or _tabular")
     operations = list(settings.operations)
     cell = derive(weights, operations, settings.nodes, settings.keep)
@@ -116,7 +118,12 @@ def draw_search(run: str | Path, picture: str | Path | None = None) -> Path:
     draw_cell(below.subplots(), cell, operations)
     below.suptitle(f"derived cell: {summary['problem']} · {summary['solver']} · seed {summary['seed']}", fontsize=9)
     picture = run / PICTURE if picture is None else Path(picture)
-    figure.savefig(picture)
+    try:
+        figure.savefig(picture)
+    except OSError as error:
+        raise BilevelError(f"cannot write {picture}: {error.strerror or error}; give --out another place") from None
+    except ValueError as error:  # an ending that matplotlib does not know
+        raise BilevelError(f"cannot write {picture}: {error}; give --out a name that ends in .png or .pdf") from None
     return picture
 
 

@@ -130,16 +130,32 @@ def _searched(run: Path, operations: Sequence[str], nodes: int) -> dict[str, lis
     """The last α of a run."""
     try:
         summary: dict[str, Any] = json.loads((run / SUMMARY).read_text())
-    except (OSError, ValueError):
+        ended, found = {key: summary[key] for key in ("diverged", "interrupted")}, dict(summary["hypers"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise BilevelError(f"genotype={str(run)!r} holds no {SUMMARY} of a run that ended; give the run of a search") from None
-    if summary["diverged"] or summary["interrupted"]:
-        how = "diverged" if summary["diverged"] else "was interrupted"
+    if any(ended.values()):
+        how = "diverged" if ended["diverged"] else "was interrupted"
         raise BilevelError(f"genotype={str(run)!r}: that search {how}; give one that ended")
-    wanted = {edge(*ends) for ends in pairs(nodes)}
-    found = {name: leaf for name, leaf in summary["hypers"].items() if name.startswith("edge_")}
-    if set(found) != wanted or any(len(leaf) != len(operations) for leaf in found.values()):
+    found = {name: leaf for name, leaf in found.items() if name.startswith("edge_")}
+    among = _operations(run)
+    if (
+        set(found) != {edge(*ends) for ends in pairs(nodes)}
+        or any(len(leaf) != len(operations) for leaf in found.values())
+        or (among is not None and among != list(operations))
+    ):
+        known = f" ({', '.join(among)})" if among else ""
         raise BilevelError(
-            f"genotype={str(run)!r} did not search cells of {nodes} nodes and {len(operations)} operations; give "
-            "problem.nodes and problem.operations as that run had them"
+            f"genotype={str(run)!r} did not search cells of {nodes} nodes and these {len(operations)} operations; give "
+            f"problem.nodes and problem.operations as that run had them{known}"
         )
     return found
+
+
+def _operations(run: Path) -> list[str] | None:
+    """Those that a run searched among, in the order of its α; None where its settings do not say."""
+    import yaml
+
+    try:
+        return list(map(str, yaml.safe_load((run / "config.yaml").read_text())["problem"]["operations"]))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # of a run from Python, say
+        return None

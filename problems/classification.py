@@ -91,6 +91,7 @@ class Classification(ModuleProblem):
             domains["weight_decay"] = Positive(init=1e-4)
         self.space = Space(**domains, **strengths(images, augment)).override(space or {})
         self._augment = Augmentation(self.space, images, flip=flip)
+        self._augments, self._white = bool(augment) or flip, float(images.train[0].max())
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
@@ -112,6 +113,15 @@ class Classification(ModuleProblem):
 
     def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         return F.cross_entropy(prediction, batch[1])
+
+    def pictures(self, hypers: Hypers, generator: torch.Generator) -> dict[str, Tensor]:
+        """`augmented`: a row of training images as they are, and three of the same augmented; nothing without augmentation."""
+        if not self._augments:
+            return {}
+        x = self._splits[0][0][:8].to(generator.device)
+        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        rows = torch.cat([x, *(self._augment(hypers, x, generator) for _ in range(3))])
+        return {"augmented": rows / self._white}
 
     def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
         """Cross-entropy `loss` [B] and `accuracy` [B]."""

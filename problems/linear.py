@@ -173,6 +173,15 @@ class Linear(Problem):
                 loss, norm = nan, nan
             return ({} if least is None else {"regret": loss - least}) | {"hypergradient_norm": norm}
 
+    def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
+        """`hypergradient` in float64 on the CPU; None where λ has run off so far that w*(λ) cannot be computed."""
+        own = {name: hypers[name].detach().to("cpu", torch.float64) for name in self.penalized}
+        try:
+            with torch.no_grad():
+                return self.hypergradient(own)
+        except (BilevelError, torch.linalg.LinAlgError):
+            return None
+
     @cached_property
     def _least(self) -> Tensor | None:
         """L_V(w*(λ*)), or None where there is no λ*."""

@@ -42,8 +42,15 @@ def synthetic(
         100.0
 
     Raises:
-        BilevelError: fewer examples than features, or more active features than there are.
+        BilevelError: no features, fewer examples than features, more active features than there are, a condition below 1, or
+            noise below 0.
     """
+    if features < 1:
+        raise BilevelError(f"features={features} leaves no w to train; give a whole number, 1 or more")
+    if not 1 <= condition < math.inf:
+        raise BilevelError(f"condition={condition} is no condition number; give a finite number, 1 or more")
+    if not 0 <= noise < math.inf:
+        raise BilevelError(f"noise={noise} is no standard deviation; give a finite number, 0 or more")
     if examples < features:
         raise BilevelError(f"{examples} examples span no {features} features; give at least {features} examples")
     if active is not None and not 0 <= active <= features:

@@ -14,6 +14,7 @@ from bilevel import Batch, Carry, Hypers, Params, Prediction, Real, Space
 from problems.generalized_ridge import GeneralizedRidge
 from problems.linear import squared_error
 from problems.linear_data import Split
+from problems.networks import check_widths
 
 
 @final
@@ -61,6 +62,7 @@ class LinearNetwork(GeneralizedRidge):
         space: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(train, valid, test, batch_size=batch_size)
+        check_widths(hidden=hidden)
         self.sizes, self.weighting = (len(self.moment), *hidden, 1), torch.ones_like(self.moment)
         self.space = Space(log_penalty=Real(init=0.0)).override(space or {})
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from bilevel import BilevelError
 
 Drop: TypeAlias = Callable[[int, Tensor], Tensor]
 """What happens to the activations x [B, …] at dropout site i: drop(i, x)."""
@@ -16,6 +18,17 @@ Drop: TypeAlias = Callable[[int, Tensor], Tensor]
 def keep(site: int, x: Tensor) -> Tensor:
     """No dropout at any site."""
     return x
+
+
+def check_widths(**widths: Sequence[Any]) -> None:
+    """Raise where a layer would have no unit: PyTorch makes such layers, and nothing comes through.
+
+    Raises:
+        BilevelError: a width that is no whole number, or below 1.
+    """
+    for name, given in widths.items():
+        if not all(type(width) is int and width >= 1 for width in given):
+            raise BilevelError(f"{name}={list(given)} makes no network; give whole numbers, 1 or more")
 
 
 class MLP(nn.Module):
@@ -31,6 +44,7 @@ class MLP(nn.Module):
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
+        check_widths(hidden=sizes[1:-1])
         self.layers = nn.ModuleList(nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes))
 
     def forward(self, x: Float[Tensor, "batch *shape"], drop: Drop = keep) -> Float[Tensor, "batch classes"]:
@@ -71,11 +85,12 @@ class SimpleCNN(nn.Module):
         classes: int = 10,
     ) -> None:
         super().__init__()
+        check_widths(channels=[first, second], hidden=[] if hidden is None else [hidden])
         channels, height, width = shape
         inputs = second * (height // 4) * (width // 4)
         self.convolutions = nn.ModuleList([nn.Conv2d(channels, first, 5, padding=2), nn.Conv2d(first, second, 5, padding=2)])
-        self.hidden = nn.Linear(inputs, hidden or inputs)
-        self.out = nn.Linear(hidden or inputs, classes)
+        units = inputs if hidden is None else hidden
+        self.hidden, self.out = nn.Linear(inputs, units), nn.Linear(units, classes)
 
     def forward(self, x: Float[Tensor, "batch channels height width"], drop: Drop = keep) -> Float[Tensor, "batch classes"]:
         x = drop(0, x)

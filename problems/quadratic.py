@@ -154,6 +154,13 @@ class Quadratic(Problem):
                 "hypergradient_norm": self._twin.hypergradient(own).norm(),
             }
 
+    def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
+        """`hypergradient` in float64 on the CPU; None of a frozen λ."""
+        if self.space["hyper"].frozen:
+            return None
+        with torch.no_grad():
+            return self._twin.hypergradient({"hyper": hypers["hyper"].to("cpu", torch.float64)})
+
     def best_loss(self, hypers: Hypers) -> Float[Tensor, ""]:
         """L_V(λ, w*(λ))."""
         w, λ = self.best_response(hypers)["w"] - self.w_bar, hypers["hyper"].to(self.A) - self.lambda_bar

@@ -108,7 +108,8 @@ class EvolutionStrategies(Descent):
     def inner_phase(self, steps: int, *, warmup: bool) -> Metrics:
         batches = [self.data.train.next() for _ in range(steps)]
         if not warmup:
-            self.explore(batches)
+            with self.phase("response"):
+                self.explore(batches)
         if self.twin.tuned:
             return self.train_by_twin(batches)
         totals = [self.descend_counted(batch)["inner_loss"] for batch in batches]

@@ -97,6 +97,10 @@ class Implicit(Descent):
 
     def adjoint(self, u: Float[Tensor, " h"], v: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
         """(∂²L_T/∂u∂w)ᵀ H⁻¹ v, by one solve, which is noted."""
+        with self.phase("response"):
+            return self._adjoint(u, v)
+
+    def _adjoint(self, u: Tensor, v: Tensor) -> Tensor:
         batches, carry = self._recent()
         pullback = Pullback(self.problem, u, self.weights.detached(), carry, batches, self.generator, self.functions)
         norm = pullback.gradient_norm

@@ -99,6 +99,11 @@ class Penalty(Explicit):
         masks = self.generator.get_state()  # lies on the host, whatever the device
         metrics = self.descend_inner(self.belief.centre, batch)
         self.generator.set_state(masks)
+        with self.phase("response"):
+            return metrics | {"penalized_loss": self.descend_penalized(batch)}
+
+    def descend_penalized(self, batch: Batch) -> Tensor:
+        """y takes one step on L_T + L_V/σ; that loss, []."""
         y = self.penalized.tensors
         hypers = self.problem.space.constrain(self.belief.centre, self.generator)
         inner, carry = self.problem.inner_loss(hypers, y, self.penalized_carry, batch, self.generator)
@@ -110,7 +115,7 @@ class Penalty(Explicit):
         self.watch(loss)
         descend(loss, self.penalized)
         self.penalized_carry = detached(carry)
-        return metrics | {"penalized_loss": loss.detach()}
+        return loss.detach()
 
     def outer_phase(self) -> Metrics:
         metrics = super().outer_phase() | {"penalty_weight": torch.full((), self.sigma, device=self.device)}

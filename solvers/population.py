@@ -140,14 +140,16 @@ class PopulationBased(Solver):
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
         member = min(self.members, key=lambda m: m.steps)  # the first of those that are behind
         left = (self.generations + 1) * self.generation_steps - member.steps
-        losses = [self.descend(member) for _ in range(min(left, self.inner_steps, left if limit is None else limit))]
-        metrics = {"inner_loss": torch.stack(losses).mean()}
+        with self.phase("inner"):
+            losses = [self.descend(member) for _ in range(min(left, self.inner_steps, left if limit is None else limit))]
+            metrics = {"inner_loss": torch.stack(losses).mean()}
         if all(m.steps == (self.generations + 1) * self.generation_steps for m in self.members):
             self.generations += 1
-            metrics |= self.score()
-            if not warmup:
-                self.outer_count += 1
-                self.decide()
+            with self.phase("outer"):
+                metrics |= self.score()
+                if not warmup:
+                    self.outer_count += 1
+                    self.decide()
         return metrics
 
     def descend(self, member: Member) -> Tensor:

@@ -102,7 +102,8 @@ class SAMA(Explicit):
         training, carry = self.recent or (self.data.train.peek(), self.carry)
         self.data.train.count(count_examples(training))
         product = self.difference if self.finite_difference else self.exact
-        indirect, metrics = product(vector, training, carry)
+        with self.phase("response"):
+            indirect, metrics = product(vector, training, carry)
         return loss, direct - indirect, metrics
 
     def exact(self, vector: Tensor, batch: Batch, carry: Carry) -> tuple[Tensor, Metrics]:

@@ -127,9 +127,11 @@ class Search(Training):
         """
         left = self.data.train.steps_per_epoch - self.epoch_steps
         steps = min(self.inner_steps, left, left if limit is None else limit)
-        metrics = self.inner_phase(steps, warmup=warmup)
+        with self.phase("inner"):
+            metrics = self.inner_phase(steps, warmup=warmup)
         self.epoch_steps += steps
-        return metrics if steps < left else metrics | self._end_epoch()
+        with self.phase("outer"):
+            return metrics if steps < left else metrics | self._end_epoch()
 
     def solution(self) -> Solution:
         space = self.problem.space

@@ -110,8 +110,9 @@ class SelfTuning(Descent):
         hypers = self.problem.space.constrain(self.belief.centre, self.generator)
         loss, carry = self.problem.inner_loss(hypers, self.unperturbed_weights(), self.carry, batch, self.generator)
         descend(loss, self.weights)
-        response_loss, response_carry = self.perturbed_loss(self.weights.detached(), self.response_carry, batch)
-        descend(response_loss, self.theta)
+        with self.phase("response"):
+            response_loss, response_carry = self.perturbed_loss(self.weights.detached(), self.response_carry, batch)
+            descend(response_loss, self.theta)
         self.watch(loss + response_loss.detach())
         # Statistics are those of the pass that trains w₀; recurrent state is kept apart for the two passes.
         self.carry, self.response_carry = detached(carry), response_carry

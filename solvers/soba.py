@@ -105,26 +105,31 @@ class SOBA(Descent):
 
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
         self.inner_count += 1
-        at = self.directions(self.data.train.next(), self.data.valid.next())
-        self.watch(at.pull.loss + at.outer_loss)
-        rate, largest = self.adjoint_rate(at)
-        follow(unflat(at.w, self.weights.leaves), self.weights)
-        self.adjoint = self.adjoint - rate * at.q
-        self.carry = at.pull.carried
+        with self.phase("inner"):
+            at = self.directions(self.data.train.next(), self.data.valid.next())
+            self.watch(at.pull.loss + at.outer_loss)
+            with self.phase("response"):
+                rate, largest = self.adjoint_rate(at)
+                self.adjoint = self.adjoint - rate * at.q
+            follow(unflat(at.w, self.weights.leaves), self.weights)
+            self.carry = at.pull.carried
         metrics = at.metrics | {"largest_eigenvalue": largest}
         if warmup:
             return metrics
         self.outer_count += 1
-        follow([at.u], self.belief.mean)
-        self.belief.recentre()
+        with self.phase("outer"):
+            follow([at.u], self.belief.mean)
+            self.belief.recentre()
         return metrics | {"hypergradient_norm": at.u.norm()}
 
     def directions(self, batch: Batch, valid: Batch) -> Directions:
         """D_w, D_q and D_λ on a training and a validation batch; nothing moves."""
         params, q = self.weights.detached(), self.adjoint
-        outer_loss, outer_gradient, direct = self.outer_gradients(valid, params, self.carry)
+        with self.phase("outer"):
+            outer_loss, outer_gradient, direct = self.outer_gradients(valid, params, self.carry)
         pull = Pullback(self.problem, self.belief.u, params, self.carry, [batch], self.generator, self.functions)
-        Hq, cross = pull.both(q)
+        with self.phase("response"):
+            Hq, cross = pull.both(q)
         curvature = over(q @ Hq, q @ q)
         metrics = {
             "inner_loss": pull.loss,

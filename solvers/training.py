@@ -92,8 +92,10 @@ class Training(Solver):
 
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
         steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
-        metrics = self.inner_phase(steps, warmup=warmup)
-        return metrics if warmup else metrics | self.outer_phase()
+        with self.phase("inner"):
+            metrics = self.inner_phase(steps, warmup=warmup)
+        with self.phase("outer"):
+            return metrics if warmup else metrics | self.outer_phase()
 
     def epoch_ended(self, valid_loss: float | None) -> None:
         for group in self.trained().values():

@@ -130,18 +130,20 @@ MUTANTS = [
     Mutant(
         "w₀ moves with the perturbed loss, though regularized",
         "solvers/self_tuning.py",
-        "self.perturbed_loss(self.weights.detached(), self.response_carry, batch)\n        descend(response_loss, self.theta)",
+        "self.perturbed_loss(self.weights.detached(), self.response_carry, batch)\n"
+        "            descend(response_loss, self.theta)",
         "self.perturbed_loss(self.weights.tensors, self.response_carry, batch)\n"
-        "        descend(response_loss, self.theta, self.weights)",
+        "            descend(response_loss, self.theta, self.weights)",
         "test_self_tuning.py",
     ),
     Mutant(
         "Θ's step sees w₀ as it was before its own step",
         "solvers/self_tuning.py",
-        "        descend(loss, self.weights)\n        response_loss, response_carry = self.perturbed_loss("
+        '        descend(loss, self.weights)\n        with self.phase("response"):\n'
+        "            response_loss, response_carry = self.perturbed_loss("
         "self.weights.detached(), self.response_carry, batch)\n",
-        "        response_loss, response_carry = self.perturbed_loss("
-        "self.weights.detached(), self.response_carry, batch)\n        descend(loss, self.weights)\n",
+        '        with self.phase("response"):\n            response_loss, response_carry = self.perturbed_loss('
+        "self.weights.detached(), self.response_carry, batch)\n            descend(loss, self.weights)\n",
         "test_self_tuning.py",
     ),
     Mutant(

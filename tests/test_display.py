@@ -1,6 +1,7 @@
 """Displays show every number that the issue lists, in any terminal, and change none."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from bilevel import Runner, Space
 from bilevel.display import LiveDisplay, PlainDisplay, display
-from bilevel.records import Progress, RunInfo, read_metrics
+from bilevel.records import Place, Progress, RunInfo, read_metrics
 
 INFO = {"problem": "digits", "solver": "delta_stn", "seed": 3, "epochs": 20, "warmup_epochs": 5}
 SUMMARY_WORDS = [
@@ -117,7 +118,7 @@ def test_displays_change_no_number(tmp_path):
         runner = Runner(epochs=3, warmup_epochs=1, progress=kind, picture=False, device="cpu")
         runner.run(FakeProblem(), FakeSolver(), directory=tmp_path / kind)
         records = read_metrics(tmp_path / kind / "metrics.jsonl")
-        lines.append([{k: v for k, v in r.items() if k not in ("seconds", "peak_memory_bytes")} for r in records])
+        lines.append([{k: v for k, v in r.items() if not k.startswith(("seconds", "peak_memory_bytes"))} for r in records])
     assert lines[0] == lines[1] == lines[2]
 
 
@@ -149,3 +150,91 @@ def test_a_record_that_is_not_finite_is_shown(info):
     plain.start(info, {})
     plain.log({**RECORD, "valid_loss": float("nan")})
     assert "valid loss nan" in written(c)
+
+
+@pytest.mark.parametrize("make", [LiveDisplay, PlainDisplay])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (Place("today", 3, 12), "run 3 of 12 · digits · delta_stn · seed 3"),
+        (Place("today", 3), "run 3 · digits · delta_stn · seed 3"),
+    ],
+)
+def test_a_sweep_shows_which_run_of_how_many(info, make, place, words):
+    c = console(force_terminal=make is LiveDisplay)
+    shown = make(c)
+    shown.start(replace(info, place=place), {})
+    shown.close()
+    assert words in written(c)
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr("bilevel.display.time.monotonic", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_time_left_follows_the_budget_of_this_process(info, clock):
+    shown = PlainDisplay(console())
+    shown.start(replace(info, warmup_epochs=0), {})
+    shown.advance(Progress(8, 4.0, 0.4))  # resumed: two fifths were not this process's
+    assert shown.time_left() == ""
+    clock.now += 30
+    shown.advance(Progress(14, 7.0, 0.7))
+    assert shown.time_left() == "30.0 s left"  # 0.3 took 30 s, and 0.3 are left
+    clock.now += 30
+    shown.advance(Progress(20, 10.0, 1.0))
+    assert shown.time_left() == "0.0 s left"
+
+
+def test_time_left_is_estimated_anew_when_rounds_begin_to_take_longer(info, clock):
+    shown = PlainDisplay(console())
+    shown.start(info, {})  # five epochs of warm-up, of twenty
+    shown.advance(Progress(0, 0.0, 0.0))
+    clock.now += 5
+    shown.advance(Progress(5, 5.0, 0.25))
+    assert shown.time_left() == ""  # nothing is known yet of rounds with outer steps
+    clock.now += 10
+    shown.advance(Progress(10, 10.0, 0.5))
+    assert shown.time_left() == "20.0 s left"
+
+
+def test_patience_makes_the_time_left_a_bound_and_shows_how_far_it_is_used(info, clock):
+    c = console()
+    shown = PlainDisplay(c, interval=0)
+    shown.start(replace(info, warmup_epochs=0, patience=10), {})
+    shown.advance(Progress(0, 0.0, 0.0))
+    clock.now += 10
+    shown.advance(Progress(10, 10.0, 0.5, stalled=3))
+    shown.log(RECORD)
+    assert "no new best for 3 of 10 | at most 10.0 s left" in written(c)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"epochs": 4}, {"seconds": 0.3}, {"examples": 90}, {"epochs": 4, "seconds": 60.0}, {"epochs": 200, "patience": 3}],
+)
+def test_under_every_budget_the_fraction_grows_to_the_end(tmp_path, monkeypatch, budget):
+    seen = []
+    monkeypatch.setattr(PlainDisplay, "tick", lambda self: seen.append((self.progress, self.time_left())))
+    solver = FakeSolver(rate=0.0) if "patience" in budget else FakeSolver()
+    runner = Runner(warmup_epochs=0, progress="plain", picture=False, device="cpu", **budget)
+    summary = runner.run(FakeProblem(), solver, directory=tmp_path)
+    fractions = [progress.fraction for progress, _ in seen]
+    assert fractions == sorted(fractions)
+    assert 0 < fractions[0] < 1
+    left = [text for _, text in seen[1:]]
+    assert all(text.endswith(" left") for text in left)
+    if "patience" in budget:
+        assert summary["stopped"] == "patience"
+        assert all(text.startswith("at most ") for text in left)
+        assert seen[-1][0].stalled == 3
+        assert fractions[-1] < 1
+    else:
+        assert fractions[-1] == 1
+        assert left[-1] == "0.0 s left"

@@ -24,9 +24,8 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def lines(directory: str) -> list[dict]:
-    return [
-        {name: value for name, value in r.items() if name not in SPENT} for r in read_metrics(Path(directory) / "metrics.jsonl")
-    ]
+    records = read_metrics(Path(directory) / "metrics.jsonl")
+    return [{name: value for name, value in r.items() if not name.startswith(SPENT)} for r in records]
 
 
 def state(directory: str) -> dict:

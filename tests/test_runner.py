@@ -25,7 +25,7 @@ def run(directory, solver=None, problem=None, *, resume=False, seed=0, params=No
 def comparable(directory):
     """Records without what differs from run to run by nature."""
     return [
-        {k: v for k, v in r.items() if k not in ("seconds", "peak_memory_bytes")}
+        {k: v for k, v in r.items() if not k.startswith(("seconds", "peak_memory_bytes"))}
         for r in read_metrics(directory / "metrics.jsonl")
     ]
 

@@ -96,6 +96,14 @@ def test_paper_values_of_dropout_at_its_initial_value():
         (lambda: Interval(low="a", high=1, init=0.5), "low='a' is no finite number"),
         (lambda: Real(init=0.0, shape=3), "shape=3 is no shape"),
         (lambda: Real(init=0.0, frozen="maybe"), "neither true nor false"),
+        (lambda: Real(init=True), "init=True is not a number"),
+        (lambda: Real(init=[1.0, True], shape=(2,)), "is not a number"),
+        (lambda: Real(init=10**400), "is not a number"),
+        (lambda: Real(init=0.0, scale=True), "scale=True is no standard deviation"),
+        (lambda: Real(init=0.0, scale=10**400), "standard deviation"),
+        (lambda: Interval(low=False, high=True, init=0.5), "low=False is no finite number"),
+        (lambda: Interval(low=0, high=10**400, init=0.5), "is no finite number"),
+        (lambda: Positive(init=1.0, low=math.nan), "low=nan is no finite number"),
     ],
 )
 def test_refused(make, words):
@@ -242,8 +250,65 @@ def test_override(space):
         ({"rate": 0.5}, r"write rate\.init=0\.5"),
         ({"gates": {"shape": [3]}}, r"its shape \[2\] comes from the problem"),
         (3, "space=3 changes no hyperparameter by its name"),
+        ({"rate": None}, r"write rate\.init=… for where it starts"),
+        ({"rate": {"low": 0.5}}, "`rate`.*on the edge of"),  # re-ranged away from where it starts
+        ({"rate": {"high": 0.4}}, "`rate`.*outside"),
+        ({"rate": {"low": 2.0}}, "`rate`.*no interval"),
+        ({"mix": {"init": [0.5, 0.5, 0.5]}}, "`mix`.*sum to one"),
+        ({"mix": {"init": [0.5, 0.5]}}, r"`mix`.*numbers of shape \(3,\)"),
+        ({"mix": {"low": 0.1}}, "`mix` has no field `low`"),
+        ({"gates": {"init": "0.3"}}, "`gates`: init='0.3' is not a number"),
+        ({"rate": {"optimizer": "lr"}}, r"write rate\.optimizer=lr, say"),
     ],
 )
 def test_override_near_misses(space, changes, words):
     with pytest.raises(BilevelError, match=words):
         space.override(changes)
+
+
+junk = st.one_of(
+    st.floats(),
+    st.integers(),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=4),
+    st.lists(st.one_of(st.floats(), st.booleans(), st.text(max_size=2)), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=1),
+    st.sampled_from([10**400, -math.inf, "nan", "0.3", "true", [[0.2, 0.3, 0.5]], "lr"]),
+)
+field_names = ("init", "scale", "shape", "differentiable", "per_example", "frozen", "optimizer", "low", "high", "inti")
+
+
+@settings(deadline=None, derandomize=True, max_examples=400)
+@given(
+    st.sampled_from(("rate", "gates", "fixed", "mix", "holes")), st.dictionaries(st.sampled_from(field_names), junk, max_size=2)
+)
+def test_whatever_an_override_says_the_space_is_sound_or_a_sentence_says_why_not(name, change):
+    space = Space(
+        rate=Interval(low=0, high=1, init=0.5),
+        gates=Real(init=[1.0, 2.0], shape=(2,), per_example=False),
+        fixed=Positive(init=3.0, frozen=True),
+        mix=Simplex(init=1 / 3, shape=(3,), scale=0.5),
+        holes=Integer(low=0, high=5, init=1.0),
+    )
+    refusal = ""
+    try:
+        changed = space.override({name: change})
+    except BilevelError as error:
+        refusal = str(error)
+    if refusal:
+        assert f"`{name}`" in refusal
+        assert "\n" not in refusal
+        return
+    domain, u = changed[name], changed.init(torch.float64)
+    for field in ("differentiable", "per_example", "frozen"):
+        assert getattr(domain, field) in (True, False)
+    for field in ("scale", *(f for f in ("low", "high") if hasattr(domain, f))):
+        assert type(getattr(domain, field)) in (int, float)
+    assert torch.isfinite(u).all()
+    assert (changed.initial_scales() > 0).all()
+    values = changed.constrain(u)
+    if isinstance(domain, Interval):
+        assert domain.low <= values[name] <= domain.high
+    if not isinstance(domain, Integer):  # which constrain rounds
+        torch.testing.assert_close(values[name].double(), domain.initial(), rtol=1e-6, atol=1e-9)

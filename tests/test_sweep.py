@@ -78,3 +78,37 @@ def test_a_column_that_nobody_fills_is_left_out(tmp_path):
     titles, cells = rows({"stn": runs}, SWEEP)
     assert titles == ["solver", "n", "best valid loss", "time", "examples", ""]
     assert cells == [["stn", "1", "1", "0.00 s", "0", "1 not ended"]]
+
+
+def places(capfd, *arguments):
+    quick = [setting for setting in QUICK if not setting.startswith("runner.progress")]
+    main(["-m", *quick, "runner.progress=plain", "problem=quadratic", *arguments])
+    return [line.split(" · ")[0] for line in capfd.readouterr().out.splitlines() if line.startswith("run ")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs"),
+    [
+        (["solver=fixed", "seed=0,1"], 2),
+        (["solver=fixed,random_search", "seed=range(0,2)"], 4),
+        (["solver=fixed", "+experiment=swept", "seed=0,1"], 6),
+        (["solver=fixed", "seed=1"], 1),
+    ],
+)
+def test_every_run_tells_its_place(capfd, arguments, runs):
+    extra = []
+    if "+experiment=swept" in arguments:
+        Path("mine/experiment").mkdir(parents=True)
+        swept = "# @package _global_\nhydra: {sweeper: {params: {seed: '5,6,7,8', solver.inner_steps: '1,2,3'}}}\n"
+        Path("mine/experiment/swept.yaml").write_text(swept)  # the command line's seeds replace the file's
+        extra = ["--config-dir", "mine"]
+    assert places(capfd, *arguments, *extra) == [f"run {number} of {runs}" for number in range(1, runs + 1)]
+
+
+def test_a_run_by_itself_has_no_place(capfd):
+    assert main([*QUICK[:1], *QUICK[2:], "runner.progress=plain", "problem=quadratic", "solver=fixed"]) == 0
+    assert capfd.readouterr().out.startswith("quadratic · fixed · seed 0")
+
+
+def test_of_a_sweep_whose_size_is_not_known_the_number_alone_is_told(capfd):
+    assert places(capfd, "solver=glob(fix*)", "seed=0") == ["run 1"]

@@ -17,13 +17,14 @@ from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from bilevel.check import ProblemWarning
-from bilevel.cli import bad_input, own_code, targets
+from bilevel.cli import bad_input, own_code, sweep, targets
 from bilevel.cli.resume import CONFIG, continued, stored_config
 from bilevel.errors import BilevelError
 from bilevel.loop import SolverWarning
-from bilevel.records import Logger, Record, RunInfo, write_atomically
+from bilevel.records import Logger, Place, Record, RunInfo, write_atomically
 
-OPEN_GROUPS = ("problem", "solver", "runner", "wandb")
+BUILT = ("problem", "solver", "runner")
+OPEN_GROUPS = (*BUILT, "wandb", "tensorboard")
 """Nodes whose keys are arguments of a constructor: those that the YAML leaves at their default can be set too."""
 
 
@@ -114,12 +115,13 @@ class ConfigFile(Logger):
         """Nothing: the configuration stays as it is."""
 
 
-def run(config: dict[str, Any], directory: Path, *, resumed: bool) -> Record:
+def run(config: dict[str, Any], directory: Path, *, resumed: bool, place: Place | None = None) -> Record:
     """One run from a resolved configuration, in its directory; its summary."""
     targets.check_type(config.get("seed"), int, "seed")
     # We own the process, so torch's own generator is ours to seed: modules and loaders of a user's own may draw from it.
     torch.manual_seed(config["seed"])
-    problem, solver, runner, wandb = (targets.build(config.get(node), node) for node in OPEN_GROUPS)
+    loggers = _loggers(config)  # the first to be built: they are quick, and what they lack is told before data are read
+    problem, solver, runner = (targets.build(config.get(node), node) for node in BUILT)
     return runner.run(
         problem,
         solver,
@@ -127,9 +129,35 @@ def run(config: dict[str, Any], directory: Path, *, resumed: bool) -> Record:
         seed=config["seed"],
         names=(str(config["names"]["problem"]), str(config["names"]["solver"])),
         config=config,
-        loggers=[ConfigFile(), wandb],
+        loggers=[ConfigFile(), *loggers],
         resume=resumed,
+        place=place,
     )
+
+
+def _loggers(config: dict[str, Any]) -> list[Logger]:
+    """Those that are on, each from the node of its name.
+
+    Raises:
+        BilevelError: a logger has settings and is not on, or is on and has none.
+    """
+    wanted = config.get("loggers", {"wandb": True})  # of runs from before there was a choice
+    if not isinstance(wanted, dict):
+        raise BilevelError(f"`loggers` = {wanted!r} says of no logger whether it is on; write loggers.NAME=true or false")
+    for name, chosen in wanted.items():
+        targets.check_type(chosen, bool, f"loggers.{name}")
+    on = [name for name, chosen in wanted.items() if chosen]
+    for name in OPEN_GROUPS:
+        if name not in (*BUILT, *wanted) and config.get(name):
+            raise BilevelError(
+                f"`{name}` is set, and the loggers are {', '.join(on) or 'none'}; add it, logger=[{','.join([*on, name])}], or "
+                f"leave {name}.… out"
+            )
+    loggers = [targets.build(config.get(name), name) for name in on]
+    for name, logger in zip(on, loggers, strict=True):
+        if not isinstance(logger, Logger):
+            raise BilevelError(f"`{name}` is a {type(logger).__name__}; a logger is a subclass of bilevel.records.Logger")
+    return loggers
 
 
 def _job(composed: DictConfig) -> float:
@@ -146,8 +174,8 @@ def _job(composed: DictConfig) -> float:
         if resumed:
             overridden = [bad_input.parse(text).key_or_group for text in HydraConfig.get().overrides.task]
             config = continued(stored_config(directory), config, overridden, directory)
-        summary = run(config, directory, resumed=resumed)
-    except BilevelError:
+        summary = run(config, directory, resumed=resumed, place=sweep.place())
+    except Exception:
         with suppress(OSError):
             directory.rmdir()  # Hydra made it; a run that did not begin leaves nothing
         raise
@@ -158,10 +186,15 @@ def _job(composed: DictConfig) -> float:
     return float(summary["best"]["valid_loss"])
 
 
-def _run_hydra(job: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
+def add_resolvers() -> None:
+    """Teach OmegaConf what `${bilevel.…}` means in the configuration."""
     OmegaConf.register_new_resolver("bilevel.resumed", lambda resumed, fresh: resumed or fresh, replace=True)
     OmegaConf.register_new_resolver("bilevel.ablation", _ablation, replace=True)
     OmegaConf.register_new_resolver("bilevel.times", lambda factor, value: factor * value, replace=True)
+
+
+def _run_hydra(job: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
+    add_resolvers()
     with _process(["bilevel", *arguments], HYDRA_FULL_ERROR="1"):  # errors reach us instead of being printed in Hydra's way
         hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")(job)()
 

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "runner.progress",
     "runner.picture",
     "wandb.mode",
+    "tensorboard.flush_seconds",
 )
 """What a resumed run may do otherwise: none of it enters the steps that are already taken."""
 
@@ -65,6 +66,12 @@ def continued(stored: DictConfig, composed: Mapping[str, Any], overridden: Seque
     config = stored.copy()
     for key in overridden:
         if key == "resume":
+            continue
+        if key == "logger":  # a choice too, of which the nodes alone are stored
+            for name in stored.get("loggers", ("wandb",)):
+                config.pop(name, None)
+            for name in ("loggers", *now.loggers):
+                config[name] = now[name]
             continue
         if key in ("problem", "solver"):  # a choice from a group: its name stands for it, its settings may have been overridden
             key = f"names.{key}"

@@ -1,25 +1,43 @@
-"""The table at the end of a sweep: what each solver reached, and what it cost."""
+"""A sweep: which run of how many this is, and the table at its end, of what each solver reached and what it cost."""
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from bilevel.comparison.runs import Run, grouped, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
+from bilevel.records import Place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 TABLE = "table.txt"
+RUNS = "BILEVEL_SWEEP_RUNS"
+"""The environment variable in which the processes of a sweep's launcher inherit how many runs there are."""
 WIDE = 400
 """Columns where nobody looks on: no cell is broken, and no line is longer than its table."""
 
 
 class SweepTable(Callback):
-    """Reads the runs of a sweep when all have ended, whichever launcher ran them, and prints a table of each problem's."""
+    """Counts the runs of a sweep before it begins, reads them when all have ended, and prints a table of each problem's.
+
+    Whichever launcher runs them.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Count the runs, so that each can tell its place."""
+        os.environ.pop(RUNS, None)
+        if (runs := count(config)) is not None:
+            os.environ[RUNS] = str(runs)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the tables, and write them to `table.txt`."""
@@ -47,3 +65,28 @@ class SweepTable(Callback):
 def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:
     """A table for each problem, with a row for each solver (and ablation): mean ± standard deviation over its runs."""
     return [rich_table(rows(groups, SWEEP), title=problem) for problem, groups in grouped(runs).items()]
+
+
+def place() -> Place | None:
+    """The place of this run in its sweep; None of a run by itself."""
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN or OmegaConf.is_missing(hydra.job, "num"):
+        return None
+    runs = os.environ.get(RUNS)
+    return Place(Path(hydra.sweep.dir).name, hydra.job.num + 1, int(runs) if runs else None)
+
+
+def count(config: DictConfig) -> int | None:
+    """How many runs Hydra's own sweeper will make; None where that is not known beforehand, as of other sweepers."""
+    if not str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
+        return None
+    texts = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    try:
+        overrides = OverridesParser.create().parse_overrides([*texts, *config.hydra.overrides.task])
+        values = {
+            override.get_key_element(): len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
+            for override in overrides
+        }
+    except (HydraException, AssertionError):  # a range without an end, a glob: the sweeper's own to resolve
+        return None
+    return math.prod(values.values())
