@@ -1,9 +1,10 @@
 # make run: the main job in an environment of its own; make test: everything that CI asks for; make experiments-quick: every table and
-# picture of docs/ at reduced size, in runs/experiments-quick; make experiments: the full sizes, in docs/ (DATA=PATH: where MNIST is).
+# picture of docs/ at reduced size, in runs/experiments-quick; make experiments: the full sizes, in docs/ (DATA=PATH: where MNIST is);
+# make docs: the documentation as a site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test mutants experiments experiments-quick clean
+.PHONY: run test mutants docs experiments experiments-quick clean
 
 run: .venv/installed
 	$(BIN)/bilevel
@@ -20,6 +21,10 @@ test: .venv/tested
 mutants: .venv/tested
 	$(BIN)/python -m tests.mutants
 
+# Not --quiet: warnings that are not shown are not counted.
+docs: .venv/tested
+	$(BIN)/mkdocs build --strict
+
 experiments experiments-quick: .venv/installed
 	$(BIN)/python -m benchmarks.experiments $(if $(findstring quick,$@),--quick) $(if $(DATA),--data "$(DATA)")
 
@@ -34,5 +39,5 @@ experiments experiments-quick: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,19 +1,40 @@
-"""The code of the README and of the documentation runs, and the links lead somewhere."""
+"""The code and the commands of the README and of the documentation work, links lead somewhere, and the site is complete."""
 
+import importlib.util
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hydra import compose, initialize_config_module
 from mutants import MUTANTS
+from omegaconf import OmegaConf
+
+import bilevel
+import problems
+import solvers
+from bilevel.cli import bad_input, targets
+from bilevel.cli.app import OPEN_GROUPS, add_resolvers, prepared
+from bilevel.cli.compare import parser
+from solvers import responding
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "benchmarks" / "README.md"]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md")), ROOT / "benchmarks" / "README.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(
+        responding, "RULES", dict(responding.RULES)
+    )  # a page may teach a rule, which other tests know to be missing
     shared = {"__name__": page.stem}
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), start=1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), shared)
@@ -25,11 +46,101 @@ def test_links_lead_somewhere(page):
         assert link.startswith("http") or (page.parent / link).exists(), link
 
 
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every command line in an indented block, but for those with a place that the reader fills in."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).replace("\\\n", " ")
+    for line in re.findall(r"^    ((?:bilevel|bilevel-compare|make|python -m)(?: .*)?)$", text, re.MULTILINE):
+        line = re.sub(r"\s+#.*$", "", line)
+        if not any(place in line for place in ("…", "DIR")):
+            yield shlex.split(re.sub(r"\[-.*?\]", "", line))
+
+
+def composed(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """The configurations of a command line: every value of a sweep once, the other sweeps at their first."""
+    add_resolvers()
+    given = [bad_input.parse(argument) for argument in prepared(arguments) if not argument.startswith("-")]
+    values = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [one.input_line]
+        for one in given
+    ]
+    first = [each[0] for each in values]
+    for overrides in {tuple(first), *((*first[:i], v, *first[i + 1 :]) for i, each in enumerate(values) for v in each[1:])}:
+        config = compose("config", overrides=list(overrides))
+        yield {node: OmegaConf.to_container(config[node], resolve=True) for node in OPEN_GROUPS if node in config}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_ones_that_there_are(page):
+    """What each names exists, and a `bilevel` line sets nothing that the constructors would not take."""
+    targets_of_make = re.findall(r"^([a-z][\w -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    with initialize_config_module("bilevel.conf", version_base="1.3"):
+        for program, *words in commands(page):
+            if program == "make":
+                assert words[0] in " ".join(targets_of_make).split(), words
+            elif program == "python":
+                assert importlib.util.find_spec(words[1]), words
+            elif program == "bilevel-compare":
+                parser().parse_args(words)
+            elif "--help" not in words:
+                for config in composed(words):
+                    for node, value in config.items():
+                        targets.check(value, node)
+
+
+def test_a_wrong_command_is_seen():
+    with initialize_config_module("bilevel.conf", version_base="1.3"):
+        assert len(list(composed(["-m", "solver=fixed,stn,delta_stn", "seed=0,1"]))) == 4
+        (config,) = composed(["solver=stn", "solver.speed=3"])
+        with pytest.raises(bilevel.BilevelError, match="speed"):
+            targets.check(config["solver"], "solver")
+
+
 def test_the_list_of_mutants_is_complete():
-    page = (ROOT / "docs" / "mutants.md").read_text()
+    page = (DOCS / "mutants.md").read_text()
     listed = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| ")]
     assert [["| " + mutant.name, f"`{mutant.file}`"] for mutant in MUTANTS] == listed[1:]
 
 
 def test_no_mutant_is_out_of_date():
     assert [mutant.name for mutant in MUTANTS if (ROOT / mutant.file).read_text().count(mutant.old) != 1] == []
+
+
+def leaves(nav: Any) -> Iterator[str]:
+    """The pages of a navigation: lists of pages, and of titles with a page or a list."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for part in nav.values() if isinstance(nav, dict) else nav:
+            yield from leaves(part)
+
+
+def test_every_page_is_in_the_navigation_once():
+    listed = list(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.glob("**/*.md"))
+
+
+@pytest.mark.parametrize("package", [bilevel, problems, solvers], ids=lambda package: package.__name__)
+def test_every_public_name_is_in_the_reference(package):
+    page = (DOCS / "api" / f"{package.__name__}.md").read_text()
+    listed = re.findall(rf"^::: ({package.__name__}\.[\w.]+)$", page, re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert set(package.__all__) - {path.rpartition(".")[2] for path in listed} == set()
+
+
+def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
+    """Every link, anchor and picture, every page in the navigation, every `Args:` against its signature; no other host."""
+    pytest.importorskip("material", reason="needs the `docs` extra")
+    pytest.importorskip("mkdocstrings", reason="needs the `docs` extra")
+    # not --quiet: warnings that are not shown are not counted, and strict mode would let them pass
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    for page in tmp_path.glob("**/*.html"):
+        text = page.read_text()
+        assert re.findall(r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"?((?:https?:)?//[^\" ]+)", text) == [], page
+        assert not re.search(r"<p>(?:::: |&gt;&gt;&gt; |--8&lt;--)|<blockquote>\s*<blockquote>", text), page
+    reference = (tmp_path / "api" / "solvers.html").read_text()
+    assert 'id="solvers.delta_stn"' in reference
+    assert "centered response, regularized training" in reference

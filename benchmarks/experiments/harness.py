@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bilevel.comparison.runs import Run
 
 ROOT = Path(__file__).parent.parent.parent
+FEW = 3
+"""Runs that went wrong; more of them are folded away below a block."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,11 @@ class Context:
             if outcome.failure:
                 lines.append(f"- `{' '.join(job.overrides)}` left no run: {outcome.failure}")
             elif (run := read_run(job.directory)) and run.status != "finished":
-                lines.append(f"- `{' '.join(job.overrides)}` {(run.summary or {}).get('message')}")
-        return "\n\n".join([f"*{self._made()}.*", *(["\n".join(lines)] if lines else [])])
+                lines.append(f"- `{' '.join(job.overrides)}` {str((run.summary or {}).get('message')).partition(';')[0]}")
+        told = "\n".join(lines)
+        if len(lines) > FEW:
+            told = f"<details><summary>{len(lines)} runs did not end in order</summary>\n\n{told}\n\n</details>"
+        return "\n\n".join([f"*{self._made()}.*", *([told] if told else [])])
 
     def _made(self) -> str:
         import torch

@@ -89,6 +89,7 @@ def draw(runs: Mapping[Group, list[Run]], context: Context) -> None:
                 look = {"color": "0.2", "linestyle": ":", "label": "best structured Θ"}
                 band(axes[1, column], runs[kind, "structured", "delta_stn"], "floor", **look)
             axes[1, column].set_yscale("log")
+            axes[1, column].set_ylim(top=min(20, axes[1, column].get_ylim()[1]))  # whatever a run that diverges reaches
             axes[1, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes[1, column].yaxis.set_major_formatter("{x:g}")
             axes[1, column].yaxis.set_minor_formatter(NullFormatter())

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bilevel.cli.app import main, prepared
 from bilevel.cli.bad_input import parse
+from bilevel.comparison.labels import flattened
 from bilevel.records import SUMMARY
 
 SETTINGS = (
@@ -78,8 +79,9 @@ def job(overrides: Sequence[str], folder: Path) -> Job:
     config = _composed(overrides)
     with open_dict(config):
         choices = config.pop("hydra").runtime.choices
-        config.pop("data")  # where the data lie changes no run
-    digest = hashlib.sha256(f"{choices.problem} {choices.solver} {OmegaConf.to_yaml(config, sort_keys=True)}".encode())
+    # what changes no number (where the data lie, who logs, …) may change without the runs being repeated
+    settings = {"seed": config.seed, **flattened(OmegaConf.to_container(config))}
+    digest = hashlib.sha256(f"{choices.problem} {choices.solver} {json.dumps(settings, sort_keys=True)}".encode())
     shown = [text for text in overrides if parse(text).key_or_group not in ("experiment", "seed", "problem", "solver")]
     readable = re.sub(r"[^\w.-]+", "-", "-".join(shown))[:60]
     name = f"{choices.problem}-{choices.solver}-seed{config.seed}-{readable}".rstrip("-")
