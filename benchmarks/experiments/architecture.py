@@ -141,11 +141,9 @@ def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
             shown = {remedy: [run for run in runs if run.solver == solver] for remedy, runs in arms.items()}
             drawing.draw_bands(ax, shown, "exact.parameter_free")
             ax.set_title(NAMES[solver].partition(":")[0])
-            ax.set_xlabel("epoch")
+            ax.set_yscale("linear")  # a share, whatever orders of magnitude it spans
+            ax.set_ylim(0, 1)
             ax.set_ylabel("")
-        limits = [ax.get_ylim() for ax in axes[0]]
-        for ax in axes[0]:
-            ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         axes[0][0].set_ylabel("weight of parameter-free operations")
         drawing.legend(axes[0][0].figure, axes[0][0])
 

@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import pkgutil
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class Context:
         }
         self._all = list(dict.fromkeys(job for sweep in self._jobs.values() for job in sweep))
         self._outcomes: dict[Job, Outcome] = {}
-        self._mapped = 0
+        self._mapped, self._mapped_seconds = 0, 0.0
 
     def __enter__(self) -> "Context":
         return self
@@ -152,8 +153,10 @@ class Context:
     def map(self, function: Callable[..., Any], jobs: Iterable[Any]) -> list[Any]:
         """`[function(job) for job in jobs]`, spread over the processes."""
         jobs = list(jobs)
-        self._mapped += len(jobs)
-        return list(self._pool.map(function, jobs) if self.workers else map(function, jobs))
+        start = time.perf_counter()
+        made = list(self._pool.map(function, jobs) if self.workers else map(function, jobs))
+        self._mapped, self._mapped_seconds = self._mapped + len(jobs), self._mapped_seconds + time.perf_counter() - start
+        return made
 
     def colophon(self) -> str:
         """What the block was made from, what it cost and on what; and every run that went wrong."""
@@ -176,7 +179,7 @@ class Context:
         size = "Reduced size (`--quick`): these are not the numbers of the protocol. " if self.quick else ""
         wall = sum(outcome.wall_seconds for outcome in self._outcomes.values())
         parts = [f"{len(self._outcomes)} runs, {duration(wall)} of one core"] if self._outcomes else []
-        parts += [f"{self._mapped} computations"] if self._mapped else []
+        parts += [f"{self._mapped} computations in {duration(self._mapped_seconds)}"] if self._mapped else []
         parts += [f"{_processor()}, one thread a process, {max(1, self.workers)} at once"]
         return f"{size}{'; '.join([*parts, f'PyTorch {torch.__version__}'.partition('+')[0], date.today().isoformat()])}"
 
