@@ -63,10 +63,10 @@ class Domain(ABC):
             value.expand(self.shape)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise BilevelError(
-                f"init={self.init!r} is not a number, or numbers of shape {self.shape}; give one value per entry"
+                f"init={_brief(self.init)} is not a number, or numbers of shape {self.shape}; give one value per entry"
             ) from None
         if not bool(torch.isfinite(value).all()):
-            raise BilevelError(f"init={self.init!r} is not finite; give a finite initial value")
+            raise BilevelError(f"init={_brief(self.init)} is not finite; give a finite initial value")
         if not (_is_finite(self.scale) and self.scale > 0):
             raise BilevelError(f"scale={self.scale!r} is no standard deviation; give a positive number (the paper uses 1)")
         self._check(value)
@@ -118,9 +118,11 @@ class Positive(Domain):
     def _check(self, value: Tensor) -> None:
         _check_bounds(low=self.low)
         if self.frozen and bool((value < self.low).any()):
-            raise BilevelError(f"init={self.init!r} is below {self.low:g}; choose one that is not")
+            raise BilevelError(f"init={_brief(self.init)} is below {self.low:g}; choose one that is not")
         if not self.frozen and bool((value <= self.low).any()):
-            raise BilevelError(f"init={self.init!r} is not above {self.low:g}, where u = -∞; choose one a little above it")
+            raise BilevelError(
+                f"init={_brief(self.init)} is not above {self.low:g}, where u = -∞; choose one a little above it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +143,10 @@ class Interval(Domain):
         if not self.low < self.high:
             raise BilevelError(f"({self.low:g}, {self.high:g}) is no interval; low must be below high")
         if bool(((value < self.low) | (value > self.high)).any()):
-            raise BilevelError(f"init={self.init!r} is outside ({self.low:g}, {self.high:g}); choose one inside")
+            raise BilevelError(f"init={_brief(self.init)} is outside ({self.low:g}, {self.high:g}); choose one inside")
         if not self.frozen and bool(((value == self.low) | (value == self.high)).any()):
             raise BilevelError(
-                f"init={self.init!r} lies on the edge of ({self.low:g}, {self.high:g}), where u is infinite; "
+                f"init={_brief(self.init)} lies on the edge of ({self.low:g}, {self.high:g}), where u is infinite; "
                 f"choose one strictly inside, {self.low + 0.05 * (self.high - self.low):g} say"
             )
 
@@ -164,7 +166,7 @@ class Integer(Interval):
         if self.low != int(self.low) or self.high != int(self.high):
             raise BilevelError(f"[{self.low:g}, {self.high:g}] does not begin and end at whole numbers; an Integer needs them")
         if self.frozen and bool((self.initial() != self.initial().round()).any()):
-            raise BilevelError(f"init={self.init!r} is no whole number, and a frozen Integer is not rounded; give one")
+            raise BilevelError(f"init={_brief(self.init)} is no whole number, and a frozen Integer is not rounded; give one")
         if self.differentiable:
             raise BilevelError("an Integer is rounded and has no derivative; leave differentiable=False, or use an Interval")
 
@@ -196,7 +198,7 @@ class Simplex(Domain):
         outside = value < 0 if self.frozen else value <= 0
         if bool(outside.any()) or not torch.allclose(value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-6):
             raise BilevelError(
-                f"init={self.init!r} is not inside the simplex; "
+                f"init={_brief(self.init)} is not inside the simplex; "
                 f"give positive weights that sum to one (1/{self.shape[-1]} each, say)"
             )
         if self.per_example:
@@ -214,6 +216,12 @@ def _is_finite(value: Any) -> bool:
     return (
         isinstance(value, (int, float)) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
     )
+
+
+def _brief(value: Any) -> str:
+    """What an error says of it: of a large one, its beginning."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} …"
 
 
 def _holds_truth(value: Any) -> bool:

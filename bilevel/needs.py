@@ -45,6 +45,6 @@ def check_space(solver: str, space: Space, needs: Collection[Need], *, tunes_opt
         if Need.INNER_DERIVATIVE in needs and not domain.differentiable:
             raise Refused(
                 f"{solver} needs {Need.INNER_DERIVATIVE.value}, but `{name}` is sampled or rounded and has none; tune it with "
-                "a self-tuning, evolution-strategy or black-box solver, relax it (problem.dropout=gaussian or concrete, say), "
-                f"or freeze it (problem.space.{name}.frozen=true)"
+                "a self-tuning, evolution-strategy or black-box solver, relax it where the problem can "
+                f"(problem.dropout=gaussian, say), or freeze it (problem.space.{name}.frozen=true)"
             )

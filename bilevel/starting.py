@@ -111,7 +111,10 @@ def read_params(path: str | Path) -> dict[str, Any]:
         BilevelError: there is no such file, it holds no state dict, or the directory no run with a checkpoint.
     """
     if Path(path).is_dir():
-        _, weights, carry = best_solution(path)
+        try:
+            _, weights, carry = best_solution(path)
+        except BilevelError as error:
+            raise BilevelError(f"initial_params={str(path)!r} gives no weights: {error}") from None
         return {**weights, **carry}
     try:
         params = torch.load(path, map_location="cpu", weights_only=True)

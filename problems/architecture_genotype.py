@@ -137,6 +137,8 @@ def _searched(run: Path, operations: Sequence[str], nodes: int) -> dict[str, lis
         how = "diverged" if ended["diverged"] else "was interrupted"
         raise BilevelError(f"genotype={str(run)!r}: that search {how}; give one that ended")
     found = {name: leaf for name, leaf in found.items() if name.startswith("edge_")}
+    if not found:
+        raise BilevelError(f"genotype={str(run)!r} is a run that searched no cells; give the run of a search")
     among = _operations(run)
     if (
         set(found) != {edge(*ends) for ends in pairs(nodes)}

@@ -1,6 +1,6 @@
 """Augmentations of a batch of images, every image at parameters of its own, on the device where the images are.
 
-Pure functions: whoever calls them draws the parameters (`problems.augmented` does). Images are [B, C, H, W], a parameter is
+Pure functions: whoever calls them draws the parameters (`problems.augmentation` does). Images are [B, C, H, W], a parameter is
 [B], or [] for all of them. Conventions are those of `torchvision.transforms.functional`, which takes one number for all images,
 and the functions agree with it image by image. All but `cutout` and `flip` have a derivative in their parameters, almost
 everywhere.

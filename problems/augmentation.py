@@ -10,6 +10,7 @@ from bilevel import BilevelError, Domain, Hypers, Integer, Interval, Space
 from bilevel.errors import near
 from problems import augment
 from problems.datasets import Images
+from problems.ranges import within
 
 Operation: TypeAlias = Literal["affine", "colour", "cutout"]
 
@@ -108,18 +109,12 @@ class Augmentation:
         most = {name: limit for name, (_, _, limit) in STRENGTHS.items()} | {"cutout_holes": MOST_HOLES}
         if self._cutout:
             most["cutout_length"] = min(images.train[0].shape[2:])
-        self._holes = 0
-        for name in most.keys() & space.keys():
-            domain = space[name]
-            assert isinstance(domain, Interval)  # `strengths` made it, and no change of a field makes another
-            if domain.low < 0 or domain.high > most[name]:
-                size = " × ".join(map(str, images.train[0].shape[2:]))
-                raise BilevelError(
-                    f"hyperparameter `{name}` goes from {domain.low:g} to {domain.high:g}, and with {size} pixels it may go "
-                    f"from 0 to {most[name]:g}; give space.{name}.low and space.{name}.high within that"
-                )
-            if name == "cutout_holes":
-                self._holes = int(domain.high)
+        size = " × ".join(map(str, images.train[0].shape[2:]))
+        within(space, {name: (0.0, high) for name, high in most.items()}, f"with {size} pixels")
+        if self._cutout:
+            holes = space["cutout_holes"]
+            assert isinstance(holes, Interval)  # `strengths` made it, and no change of a field makes another
+            self._holes = int(holes.high)
 
     def __call__(self, hypers: Hypers, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """X [B, C, H, W], pixels as they are stored, after all of it; strengths are [] or [B].

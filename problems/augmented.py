@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from bilevel import BilevelError
 from problems import datasets
 from problems.augmentation import Operation
 from problems.classification import Changes, Classification, WeightDecay
@@ -49,8 +50,14 @@ def augmented_images(
         ['dropout3', 'degrees', 'translate', 'scale', 'shear']
 
     Raises:
-        BilevelError: as `Classification`, and for more images than there are.
+        BilevelError: as `Classification`, and for more images than there are, or other than two convolutions.
     """
+    if not isinstance(images, Images):
+        raise BilevelError(
+            f"images={images!r} are none; give problems.datasets.Images, as images._target_=problems.datasets.digits"
+        )
+    if len(channels) != 2:
+        raise BilevelError(f"channels={list(channels)}: there are two convolutions; give two numbers, [8,16] say")
     images = datasets.few(images, train_size, valid_size)
     depth, height, width = images.train[0].shape[1:]
     first, second = channels

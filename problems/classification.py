@@ -27,6 +27,7 @@ from problems.augmentation import Augmentation, Operation, strengths
 from problems.datasets import Images
 from problems.dropout import Kind, named
 from problems.networks import MLP
+from problems.ranges import within
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
 
@@ -89,7 +90,8 @@ class Classification(ModuleProblem):
             domains["weight_decay"] = Positive(init=1e-4, shape=(size,), per_example=False)
         elif weight_decay:
             domains["weight_decay"] = Positive(init=1e-4)
-        self.space = Space(**domains, **strengths(images, augment)).override(space or {})
+        tuned = Space(**domains, **strengths(images, augment)).override(space or {})
+        self.space = within(tuned, dict.fromkeys(self._rates, (0.0, 1.0)))
         self._augment = Augmentation(self.space, images, flip=flip)
         self._augments, self._white = bool(augment) or flip, float(images.train[0].max())
 

@@ -26,6 +26,7 @@ from bilevel.errors import near
 from problems import datasets
 from problems.datasets import Images
 from problems.networks import MLP
+from problems.ranges import shared, within
 
 Noise: TypeAlias = Literal["uniform", "pairwise"]
 
@@ -90,7 +91,8 @@ class HyperCleaning(ModuleProblem):
         super().__init__(network, Space(), train, valid, images.test, batch_size=batch_size)
         truth = (~self.corrupted).double().tolist() if oracle else 0.5
         weight = Interval(low=0.0, high=1.0, init=truth, shape=(len(labels),), per_example=False, frozen=oracle)
-        self.space = Space(example_weight=weight, weight_decay=Positive(init=1e-3, frozen=True)).override(space or {})
+        tuned = Space(example_weight=weight, weight_decay=Positive(init=1e-3, frozen=True)).override(space or {})
+        self.space = shared(within(tuned, {"example_weight": (0.0, 1.0)}), {"example_weight": "is a weight for each example"})
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
@@ -111,9 +113,9 @@ class HyperCleaning(ModuleProblem):
         return {"loss": F.cross_entropy(prediction, batch[1], reduction="none"), "accuracy": correct.to(prediction.dtype)}
 
     def exact(self, hypers: Hypers) -> Metrics:
-        """How well the weights tell wrong labels from right ones, `detection`; {} where no label is wrong."""
+        """How well the weights tell wrong labels from right ones, `detection`; {} where none is wrong, or all are."""
         weight, corrupted = hypers["example_weight"].detach(), self.corrupted.to(hypers["example_weight"].device)
-        return detection(-weight, corrupted, weight < 0.5) if bool(self.corrupted.any()) else {}
+        return detection(-weight, corrupted, weight < 0.5) if 0 < int(self.corrupted.sum()) < len(weight) else {}
 
     @classmethod
     def digits(

@@ -64,6 +64,10 @@ def mnist(root: str = "data", download: bool = True, valid_fraction: float = 0.1
         ) from error
     (images, labels), test = ((s.data[:, None], s.targets) for s in sets)
     cut = len(labels) - round(valid_fraction * len(labels))
+    if cut in (0, len(labels)):
+        raise BilevelError(
+            f"valid_fraction={valid_fraction} of {len(labels)} images leaves a split empty; give one further inside"
+        )
     return Images((images[:cut], labels[:cut]), (images[cut:], labels[cut:]), test, mean=0.1307 * 255, std=0.3081 * 255)
 
 

@@ -32,6 +32,7 @@ from bilevel.params import to_device
 from problems import datasets
 from problems.datasets import Images
 from problems.networks import MLP
+from problems.ranges import shared
 
 Start: TypeAlias = Literal["real", "mean", "noise"]
 Loss: TypeAlias = Literal["cross_entropy", "squared"]
@@ -101,7 +102,7 @@ class Distillation(ModuleProblem):
             labels = rest + (CONFIDENCE - rest) * F.one_hot(self.labels, self.classes).double()
             domains["labels"] = Simplex(init=labels.tolist(), shape=tuple(labels.shape))
         domains["weight_decay"] = Positive(init=weight_decay, per_example=False, frozen=True)
-        self.space = Space(**domains).override(space or {})
+        self.space = shared(Space(**domains).override(space or {}), {"images": "are the training data"})
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         train, valid, test = (None if s is None else {"image": s[0], "label": s[1]} for s in self._splits)

@@ -26,6 +26,7 @@ from bilevel import (
     Space,
 )
 from problems.dropout import Kind, named
+from problems.ranges import shared, within
 from problems.recurrent import RecurrentNetwork, Site
 from problems.text import Corpus, corpus
 from problems.windows import Windows
@@ -109,10 +110,8 @@ class Language(Problem):
             if name != "hidden_dropout" or layers > 1
         }
         domains |= {"ar": Positive(init=0.05), "tar": Positive(init=0.05)}
-        self.space = Space(**domains).override(space or {})
-        for name in PER_BATCH:
-            if self.space[name].per_example:
-                raise BilevelError(f"`{name}` masks weights, which all examples share; leave {name}.per_example=false")
+        tuned = Space(**domains).override(space or {})
+        self.space = shared(within(tuned, dict.fromkeys(names, (0.0, 1.0))), dict.fromkeys(PER_BATCH, "masks weights"))
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         params = self.network.initial(generator, self.dtype)

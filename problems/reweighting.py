@@ -28,6 +28,7 @@ from bilevel import (
 from problems import datasets
 from problems.datasets import Images
 from problems.networks import MLP
+from problems.ranges import within
 
 ClassWeights: TypeAlias = Literal["positive", "simplex", False]
 Smoothing: TypeAlias = bool | Literal["per_class"]
@@ -68,7 +69,7 @@ class LossWeights(ModuleProblem):
         (['class_weight', 'smoothing', 'weight_decay'], [100, 72, 51, 37, 26, 19, 14, 10, 7, 5])
 
     Raises:
-        BilevelError: an unknown kind of weights or of smoothing, nothing to tune, or a ratio below 1.
+        BilevelError: an unknown kind of weights or of smoothing, or a ratio below 1 or that leaves a class without images.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class LossWeights(ModuleProblem):
         if logit_offset:
             domains["logit_offset"] = Real(init=0.0, shape=each)
         domains["weight_decay"] = Positive(init=1e-3, frozen=True)
-        self.space = Space(**domains).override(space or {})
+        self.space = within(Space(**domains).override(space or {}), {"smoothing": (0.0, 1.0)})
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None

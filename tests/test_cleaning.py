@@ -156,6 +156,7 @@ def test_a_low_weight_means_wrong():
     assert all(float(value) == 1 for value in problem.exact({"example_weight": weight}).values())
     assert float(problem.exact({"example_weight": 1 - weight})["roc_auc"]) == 0
     assert blobs(rate=0.0).exact({"example_weight": weight}) == {}
+    assert blobs(rate=0.999).exact({"example_weight": weight}) == {}  # rounded to all: no right label to be told from
 
 
 # --- solvers ---

@@ -362,3 +362,18 @@ def test_problems_are_imported_without_heavy_libraries():
 def test_a_split_without_images_is_one_sentence(tmp_path, fraction):
     with pytest.raises(BilevelError, match=f"valid_fraction={fraction} leaves a split without images"):
         datasets.mnist(str(tmp_path), download=False, valid_fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("make", "space", "sentence"),
+    [
+        (problems.digits, {"dropout1": {"high": 2.0}}, "`dropout1` goes from 0 to 2, and here it may go from 0 to 1; give"),
+        (problems.LossWeights.digits, {"smoothing": {"low": -1.0}}, "`smoothing` goes from -1 to 0.9, and here it may go"),
+        (problems.HyperCleaning.digits, {"example_weight": {"high": 2.0}}, "`example_weight` goes from 0 to 2, and here"),
+        (problems.HyperCleaning.digits, {"example_weight": {"per_example": True}}, "is a weight for each example, which all"),
+        (problems.distillation, {"images": {"per_example": True}}, "`images` are the training data, which all examples share"),
+    ],
+)
+def test_a_change_of_the_space_that_means_nothing_is_refused(make, space, sentence):
+    with pytest.raises(BilevelError, match=sentence):
+        make(space=space)

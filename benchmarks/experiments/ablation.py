@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.report import never, spread, table
+from benchmarks.experiments.report import counted, never, spread, table
 from bilevel.comparison import drawing
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.runs import Run
+from bilevel.comparison.statistics import paired
 from bilevel.description import described
 
 NAMES = {  # centered, regularized_w0, linearize
@@ -75,17 +76,32 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
         rows.append(
             [
                 name,
-                str(len(runs)),
+                counted(runs),
                 spread([run.at_best(LOSS) for run in runs], ".4f"),
-                *(spread([run.at_best(score) for run in runs], "%" if "accuracy" in score else ".4f") for score in scores),
+                _against(groups, name),
+                *(spread([run.at_best(score) for run in runs], _form(score)) for score in scores),
                 never([time and time.epochs for time in times], ".3g"),
                 never([time and time.seconds for time in times], ".2g"),
                 f"{1e3 * cost:.2f}" + (f" ({cost / plain:.2f} ×)" if plain else ""),
             ]
         )
-    titles = ["", "n", "valid loss", *(drawing.spoken(score).replace("validation", "valid") for score in scores)]
+    titles = [
+        "",
+        "n",
+        "valid loss",
+        "less STN's, paired",
+        *(drawing.spoken(score).replace("validation", "valid") for score in scores),
+    ]
     head = [*titles, f"epochs to {target:.4g}", f"seconds to {target:.4g}", "ms a training step"]
-    return table(head, rows, best={2: min})
+    return table(head, rows)
+
+
+def _against(groups: Mapping[str, Sequence[Run]], name: str) -> str:
+    """The difference of the lowest validation loss to STN's over the seeds, mean ± standard deviation, and Student's p."""
+    if name == "STN" or "STN" not in groups:
+        return ""
+    (pair,), _ = paired({name: groups[name], "STN": groups["STN"]}, lambda run: run.at_best(LOSS))
+    return f"{pair.difference:+.4f} ± {pair.std:.4f}" + (f" (p = {pair.p:.2g})" if pair.p is not None else "")
 
 
 def _paths(groups: Mapping[str, Sequence[Run]]) -> str:
@@ -132,6 +148,10 @@ def _step(runs: Sequence[Run]) -> float:
     totals = [(run.total("seconds"), run.total("steps")) for run in runs]
     costs = [seconds / steps for seconds, steps in totals if seconds and steps]
     return float(np.median(costs)) if costs else 0.0
+
+
+def _form(score: str) -> str:
+    return "%" if "accuracy" in score else ".2g" if "regret" in score else ".4f"
 
 
 def _known(groups: Mapping[str, Sequence[Run]], score: str) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.report import never, spread, table
+from benchmarks.experiments.report import counted, never, spread, table
 from bilevel.comparison import drawing
 from bilevel.comparison.curves import LOSS, reached
 from bilevel.comparison.runs import Run
@@ -48,7 +48,7 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
         rows.append(
             [
                 f"`{solver}`",
-                str(len(runs)),
+                counted(runs),
                 *(spread([run.at_best(name) for run in runs], form) for name, form in SCORES.items()),
                 never([time and time.seconds for time in times], ".2g"),
                 never([time and time.examples / 1000 for time in times], ".3g"),
@@ -57,7 +57,7 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
             ]
         )
     head = ["", "n", *(drawing.spoken(name) for name in SCORES), "seconds to random search's", "thousand examples to it"]
-    return table([*head, "inner steps", "λ steps or trials"], rows, best={2: min})
+    return table([*head, "inner steps", "λ steps or trials"], rows)
 
 
 SCORES = {LOSS: ".4f", "valid_accuracy": "%", "test_loss": ".4f", "test_accuracy": "%"}

@@ -52,7 +52,9 @@ def report(context: Context) -> str:
             cells = [told(runs, at_best("valid_loss")), told(runs, percent), *(ends or [""] * len(RATES)), pace]
             rows.append([TITLES[method], f"{init:g}", str(len(runs)), *cells])
         means = [statistics.fmean(losses) for runs in groups.values() if (losses := _losses(runs))]
-        spreads.append(f"{TITLES[method]} {min(means):.3g} to {max(means):.3g}")
+        gone = sum(any(run.status == "diverged" for run in runs) for runs in groups.values())
+        lost = f" (diverged from {gone} of {len(groups)} starts)" if gone else ""
+        spreads.append(f"{TITLES[method]} {min(means):.3g} to {max(means):.3g}{lost}")
     titles = ["", "initial dropout", "n", "best validation loss", "test accuracy there, %", *(f"last {name}" for name in RATES)]
     titles.append(f"\\|Δu\\| per epoch, {EARLY} epochs after warm-up")
     draw(found, context)

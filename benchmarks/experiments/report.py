@@ -3,6 +3,10 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bilevel.comparison.runs import Run
 
 
 def spread(values: Iterable[float | None], form: str) -> str:
@@ -21,6 +25,17 @@ def spread(values: Iterable[float | None], form: str) -> str:
     if len(known) > 1:
         text += f" ± {scale * statistics.stdev(known):{form}}"
     return text + end + (f" ({len(known)} of {len(given)})" if len(known) < len(given) else "")
+
+
+def counted(runs: "Sequence[Run]") -> str:
+    """How many runs there are, and how many of them diverged: those count with what they had reached.
+
+    Example:
+        >>> counted([])
+        '0'
+    """
+    gone = sum(run.status == "diverged" for run in runs)
+    return f"{len(runs)}, {gone} diverged" if gone else str(len(runs))
 
 
 def never(times: Iterable[float | None], form: str) -> str:

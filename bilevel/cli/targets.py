@@ -3,8 +3,9 @@
 import importlib
 import inspect
 import os
+import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -34,6 +35,11 @@ def build(node: Any, role: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, BilevelError):
             raise BilevelError(f"`{role}`: {cause}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause)) if isinstance(cause, TypeError) else None
+        if unknown and (name := unknown[1]) in node:  # handed on by a target that takes any name
+            known = _settings(locate(node["_target_"], role))[0]
+            said = f"{near(name, known)}; there are {', '.join(known) or 'none'}"
+            raise BilevelError(f"`{role}` has no setting `{name}`{said}") from error
         reason = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
         raise BilevelError(f"`{role}` cannot be built from {node['_target_']}: {_first_line(reason)}") from error
 
@@ -140,6 +146,11 @@ def _admits(member: Any, value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if member is str:
         return isinstance(value, str)
+    if get_origin(member) in (list, Sequence) and isinstance(value, PLAIN):
+        entries = get_args(member)[0]
+        return isinstance(value, (list, tuple)) and all(
+            entries not in (bool, int, float, str) if isinstance(item, Mapping) else _admits(entries, item) for item in value
+        )
     if inspect.isabstract(member):
         return isinstance(value, member)
     return member is not Tensor  # configuration holds no tensors
@@ -148,6 +159,8 @@ def _admits(member: Any, value: Any) -> bool:
 def _name(member: Any) -> str:
     if get_origin(member) is Literal:
         return " or ".join(repr(choice) for choice in get_args(member))
+    if get_origin(member) in (list, Sequence):
+        return f"a list of {_name(get_args(member)[0])}"
     return "None" if member is type(None) else getattr(member, "__name__", str(member))
 
 
@@ -169,11 +182,7 @@ def _resolved(path: str) -> Any:
 
 
 def _check_arguments(node: Mapping[str, Any], role: str, target: Callable[..., Any]) -> None:
-    hints = _hints(target)
-    known, open_ended = _parameters(target)
-    if open_ended and not known and inspect.isclass(made := hints.get("return")):
-        hints = _hints(made)  # a recipe, `def delta_stn(**options) -> SelfTuning`: the settings are the class's
-        known, open_ended = _parameters(made)
+    known, hints, open_ended = _settings(target)
     for key, value in node.items():
         if key in SPECIAL:
             continue
@@ -185,6 +194,21 @@ def _check_arguments(node: Mapping[str, Any], role: str, target: Callable[..., A
             meant = near(key, known)  # or else it is left of another class, into which this one has been merged
             out = "" if meant else f"; '~{role}.{key}' takes it out"
             raise BilevelError(f"`{role}` has no setting `{key}`{meant}; there are {', '.join(known) or 'none'}{out}")
+
+
+def _settings(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+    """The settings of a target, their types, and whether any other name is taken too.
+
+    A recipe, `def delta_stn(**options) -> SelfTuning`, has those of the class that it makes; one with settings of its own (it
+    may be a classmethod) has them beside these.
+    """
+    known, open_ended = _parameters(target)
+    hints = _hints(target)
+    made = getattr(target, "__self__", None) or hints.get("return")
+    if not (open_ended and inspect.isclass(made)):
+        return known, hints, open_ended
+    more, others = _parameters(made)
+    return {**known, **{k: p for k, p in more.items() if k not in known}}, {**_hints(made), **hints}, bool(known) or others
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:

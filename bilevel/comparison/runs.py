@@ -70,13 +70,13 @@ class Run:
         """A number at the best evaluation, from the records, or from the summary (which alone knows the test split)."""
         if self.best is not None and name in self.columns and self.columns[name].ndim == 1:
             return finite(self.columns[name][self.best])
-        return finite(((self.summary or {}).get("best") or {}).get(name))
+        return self._told("best", name)
 
     def at_end(self, name: str) -> float | None:
         """A number at the last evaluation, from the records, or from the summary."""
         if self.evaluations and name in self.columns and self.columns[name].ndim == 1:
             return finite(self.columns[name][-1])
-        return finite(((self.summary or {}).get("last") or {}).get(name))
+        return self._told("last", name)
 
     def total(self, name: str) -> float | None:
         """A total (`seconds`, `examples`, `outer_steps`, `peak_memory_bytes`) as the summary has it, else the highest yet."""
@@ -85,6 +85,11 @@ class Run:
             return told
         column = self.columns.get("step" if name == "steps" else name)
         return finite(np.nanmax(column)) if column is not None and np.isfinite(column).any() else None
+
+    def _told(self, record: str, name: str) -> float | None:
+        """A number in a record of the summary."""
+        found = (self.summary or {}).get(record)
+        return finite(found.get(name)) if isinstance(found, dict) else None
 
     def part(self, prefix: str) -> list[str]:
         """The names under `prefix` (`hypers.`, `scales.`, …), without it, in the order of the records."""
@@ -169,8 +174,12 @@ def grouped(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
 
 def finite(value: Any) -> float | None:
     """The number, or None for whatever is none, NaN and infinity included."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value):
-        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # JSON has integers of any size
+            return None
+        return number if abs(number) < HUGE else None
     return None
 
 
@@ -200,13 +209,13 @@ def _parsed(path: Path) -> tuple[list[Record], int]:
         records = json.loads(b"[" + b",".join(lines) + b"]")  # all at once: twice as quick as line by line
         if len(records) == len(lines) and all(type(record) is dict for record in records):
             return records, 0
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     records = []
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -229,12 +238,16 @@ def _columns(records: Sequence[Record]) -> dict[str, Array]:
     return columns
 
 
+HUGE = 1e100
+"""Beyond it a number is as good as infinite: no axis can show it beside others."""
+
+
 def _numbers(values: Sequence[Any]) -> Array:
     try:
         numbers = np.array(values, dtype=np.float64)  # None becomes NaN
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.array([np.nan if (number := finite(value)) is None else number for value in values])
-    numbers[np.isinf(numbers)] = np.nan
+    numbers[~(np.abs(numbers) < HUGE)] = np.nan
     return numbers
 
 
@@ -244,7 +257,7 @@ def _table(values: Sequence[Any], width: int) -> Array:
     for row, value in enumerate(values):
         try:
             flat = np.array(value, dtype=np.float64).reshape(-1)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
         if flat.size == width:
             table[row] = flat
@@ -257,7 +270,7 @@ def _object(path: Path, tell: Tell) -> Record:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no JSON"
         tell(f"cannot use {path}: {reason}; the run is read without it")
         return {}
@@ -274,7 +287,7 @@ def _config(path: Path, tell: Tell) -> dict[str, Any]:
         found = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError:
         return {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no YAML"
         tell(f"cannot use {path}: {reason}; the run is read without it")
         return {}
