@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(
             "--quick makes no numbers of the protocol, so docs/ is not its place; leave --out away or name another folder"
         )
+    if options.workers < 0:
+        return _refused(f"--workers {options.workers} is no number of processes; give 0 or more")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
     failed = []
     for name, experiment in experiments.items():
@@ -37,11 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{name}: skipped, {told}", flush=True)
                     continue
                 context.run()
+                context.check()
                 page.write(name, experiment.report(context) + "\n\n" + context.colophon())
             print(f"{name}: made {page.path}", flush=True)
         except BilevelError as error:
             failed.append(name)
             print(f"{name}: {error}", file=sys.stderr, flush=True)
+        except OSError as error:
+            failed.append(name)
+            place = error.filename or out
+            print(f"{name}: cannot use {place}: {error.strerror or error}; give --out or --runs another place", file=sys.stderr)
         except Exception:  # a mistake in one report leaves the others to be made
             failed.append(name)
             traceback.print_exc()

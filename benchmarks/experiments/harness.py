@@ -116,7 +116,8 @@ class Context:
 
     def missing(self) -> str | None:
         """The sentence of an experiment whose data are not here; None where all is there."""
-        if not any(job.mnist for job in self._all) or ((self.data or Path("data")) / "MNIST" / "raw").is_dir():
+        raw = (self.data or Path("data")) / "MNIST" / "raw"
+        if not any(job.mnist for job in self._all) or any(raw.glob("*")):  # a download that failed leaves an empty folder
             return None
         return f"since MNIST is not in {self.data or 'data'}; give --data PATH of a folder that holds MNIST/raw"
 
@@ -134,6 +135,16 @@ class Context:
                 + (f": {outcome.failure}" if outcome.failure else ""),
                 flush=True,
             )
+
+    def check(self) -> None:
+        """Raise where nothing was left to report, so that the page keeps what it has.
+
+        Raises:
+            BilevelError: there are runs, and all of them failed.
+        """
+        failures = [outcome.failure for outcome in self._outcomes.values()]
+        if failures and all(failures):
+            raise BilevelError(f"none of its {len(failures)} runs left anything; the first: {failures[0]}")
 
     def runs(self, sweep: str) -> "list[Run]":
         """The runs that a sweep left, in its order, labelled; those that left none are told by `colophon`."""

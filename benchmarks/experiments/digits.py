@@ -1,0 +1,42 @@
+"""What both comparisons on the digits problem train, their protocol fixed in docs/experiments/digits.md."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import problems
+import solvers
+from bilevel import Runner
+
+EPOCHS, WARMUP = 100, 5
+REDUCED = 15
+"""Epochs of the reduced size."""
+DROPOUTS = ("input_dropout", "dropout1", "dropout2")
+BAD_START = dict.fromkeys(DROPOUTS, 0.5) | {"weight_decay": 0.1}
+SGD = partial(torch.optim.SGD, lr=0.03, momentum=0.9)
+SOLVERS = {
+    "fixed": partial(solvers.Fixed, inner_optimizer=SGD),
+    "delta_stn": partial(solvers.delta_stn, inner_optimizer=SGD, entropy_weight=0.03),
+}
+
+
+class Job(NamedTuple):
+    """One run: of which solver, from which hyperparameters."""
+
+    solver: str
+    seed: int
+    start: dict[str, float]
+    epochs: int = EPOCHS
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Its summary."""
+    problem = problems.digits(space={hyper: {"init": value} for hyper, value in job.start.items()})
+    settings = {"progress": "none", "picture": False, "checkpoint_every": 10**6, "threads": 1}
+    with tempfile.TemporaryDirectory() as directory:
+        runner = Runner(epochs=job.epochs, warmup_epochs=WARMUP, **settings)
+        place = {"directory": Path(directory) / "run", "names": ("digits", job.solver)}
+        return runner.run(problem, SOLVERS[job.solver](), seed=job.seed, **place)
