@@ -172,9 +172,7 @@ def test_a_relaxed_rate_is_declared_differentiable_and_the_problem_is_clean(kind
     check_space("Implicit", problem.space, {Need.INNER_DERIVATIVE}, tunes_optimizer=False)
     report = bilevel.check_problem(problem, solvers={"delta_stn": solvers.delta_stn(), "stn": solvers.stn()})
     assert (report.findings, report.refused_by) == ([], {})
-    with pytest.raises(
-        Refused, match=r"`input_dropout` is sampled .* relax it where .* \(problem.dropout=gaussian"
-    ):
+    with pytest.raises(Refused, match=r"`input_dropout` is sampled .* relax it where .* \(problem.dropout=gaussian"):
         check_space("Implicit", small().space, {Need.INNER_DERIVATIVE}, tunes_optimizer=False)
 
 
