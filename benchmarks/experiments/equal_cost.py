@@ -74,8 +74,8 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
             shown = {solver: groups[solver] for solver in solvers if solver in groups}
             for ax, x in zip(line, ("seconds", "examples"), strict=True):
                 drawing.draw_bands(ax, shown, LOSS, x, best_so_far=True, looks=looks, n_in_label=False)
-                ax.set_yscale("log")
                 ax.set_ylim(*_limits(groups))
+                drawing.logarithmic(ax)
             line[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))  # one for each row: colours come again
     n = min(len(runs) for runs in groups.values())
     told = f"{problem}: best validation loss so far, mean ± standard deviation over n = {n} seeds"

@@ -111,7 +111,7 @@ def draw_bands(
         for run in groups[label]:
             _draw_rest(ax, run, band([run], y, x, best_so_far=best_so_far, entry=entry), over.whole(), look)
     if log:
-        _logarithmic(ax)
+        logarithmic(ax)
     _horizontal(ax, x)
     ax.set_ylabel(f"best {spoken(y)} so far" if best_so_far else spoken(y))
 
@@ -153,7 +153,7 @@ def draw_paths(
             ax.plot(at, path, color=looks[label]["color"], linestyle=looks[label]["linestyle"], linewidth=0.9, label=text)
             shown.append(path)
     if spans_decades(shown):
-        _logarithmic(ax)
+        logarithmic(ax)
     _horizontal(ax, x)
     several = entry is None and any(run.column(f"hypers.{name}").ndim == 2 for runs in groups.values() for run in runs)
     ax.set_ylabel(f"mean of {spoken(name)}" if several else spoken(name) + ("" if entry is None else f"[{entry}]"))
@@ -257,8 +257,8 @@ def _draw_rest(ax: "Axes", run: Run, own: Band, whole: Band, look: Mapping[str, 
         ax.plot(own.x[-1], own.mean[-1], "x", color=look["color"], markersize=6, markeredgewidth=1.5, clip_on=False, zorder=4)
 
 
-def _logarithmic(ax: "Axes") -> None:
-    """A logarithmic vertical axis; over a decade or two with 0.2, 0.5 and the like for labels."""
+def logarithmic(ax: "Axes") -> None:
+    """Make the vertical axis logarithmic; one of a decade or two has 0.2, 0.5 and the like for labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     ax.set_yscale("log")
