@@ -109,7 +109,7 @@ def test_unrolling_misses_what_the_steps_have_not_contracted(images, K):
     assert error < 5 * (1 - η * eigenvalues.min().item()) ** K
 
 
-@pytest.mark.parametrize("make", [solvers.SAMA, solvers.SOBA, solvers.Penalty, solvers.implicit_identity], ids=str)
+@pytest.mark.parametrize("make", [solvers.SAMA, solvers.SOBA, solvers.Penalty, solvers.implicit_identity], ids=lambda make: make.__name__)
 def test_cheaper_directions_descend(images, make):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SolverWarning)

@@ -146,7 +146,7 @@ def test_maml_is_unrolling_from_the_offset_zero(K, rho):
     assert (first_order - expected).norm() > 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("make", [solvers.SAMA, solvers.SOBA, solvers.Penalty, solvers.implicit_identity], ids=str)
+@pytest.mark.parametrize("make", [solvers.SAMA, solvers.SOBA, solvers.Penalty, solvers.implicit_identity], ids=lambda make: make.__name__)
 def test_cheaper_directions_descend(make):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SolverWarning)
