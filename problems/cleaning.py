@@ -50,8 +50,8 @@ class HyperCleaning(ModuleProblem):
         rate: the part of the training labels that is made wrong, exactly round(rate · n) of them.
         noise: `uniform` puts any other class, `pairwise` the next one (c + 1, after the last the first).
         noise_seed: which examples, and which classes.
-        train_examples: how many training examples to keep, the first ones; None for all.
-        valid_examples: the same of validation.
+        train_size: how many training examples to keep, the first ones; None for all.
+        valid_size: the same of validation.
         oracle: fix the weights at the truth, 1 for right labels and 0 for wrong ones: training on the right ones alone.
         batch_size: of training and of validation; None takes a whole split.
         space: changes to the space, as in `Space.override`.
@@ -78,17 +78,17 @@ class HyperCleaning(ModuleProblem):
         rate: float = 0.5,
         noise: Noise = "uniform",
         noise_seed: int = 0,
-        train_examples: int | None = None,
-        valid_examples: int | None = None,
+        train_size: int | None = None,
+        valid_size: int | None = None,
         oracle: bool = False,
         batch_size: int | None = None,
         space: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        (x, labels), valid = first(images.train, train_examples, "train"), first(images.valid, valid_examples, "valid")
+        (x, labels), valid, test, *_ = datasets.few(images, train_size, valid_size)
         given, self.corrupted = corrupt(labels, rate, noise, torch.Generator().manual_seed(noise_seed))
         self._mean, self._std = images.mean, images.std
         train = (x, given, torch.arange(len(labels)))
-        super().__init__(network, Space(), train, valid, images.test, batch_size=batch_size)
+        super().__init__(network, Space(), train, valid, test, batch_size=batch_size)
         truth = (~self.corrupted).double().tolist() if oracle else 0.5
         weight = Interval(low=0.0, high=1.0, init=truth, shape=(len(labels),), per_example=False, frozen=oracle)
         tuned = Space(example_weight=weight, weight_decay=Positive(init=1e-3, frozen=True)).override(space or {})
@@ -138,8 +138,8 @@ class HyperCleaning(ModuleProblem):
         download: bool = True,
         hidden: Sequence[int] = (),
         *,
-        train_examples: int | None = 5000,
-        valid_examples: int | None = 5000,
+        train_size: int | None = 5000,
+        valid_size: int | None = 5000,
         batch_size: int | None = None,
         **options: Any,
     ) -> "HyperCleaning":
@@ -147,19 +147,11 @@ class HyperCleaning(ModuleProblem):
         return cls(
             partial(MLP, [784, *hidden, 10]),
             datasets.mnist(root, download),
-            train_examples=train_examples,
-            valid_examples=valid_examples,
+            train_size=train_size,
+            valid_size=valid_size,
             batch_size=batch_size,
             **options,
         )
-
-
-def first(split: tuple[Tensor, Tensor], examples: int | None, name: str) -> tuple[Tensor, Tensor]:
-    """The first examples of a split, or all."""
-    x, labels = split
-    if examples is not None and not 1 <= examples <= len(labels):
-        raise BilevelError(f"{name}_examples={examples} are not among {len(labels)}; choose a number from 1 to {len(labels)}")
-    return x[:examples], labels[:examples]
 
 
 def corrupt(

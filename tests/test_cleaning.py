@@ -73,8 +73,8 @@ def test_noise_follows_from_its_seed_alone():
         ({"rate": 1.0}, r"rate=1\.0 is no part of the labels"),
         ({"rate": -0.1}, r"rate=-0\.1 is no part"),
         ({"noise": "uniforn"}, r"noise='uniforn' \(did you mean `uniform`\?\) is neither"),
-        ({"train_examples": 0}, "train_examples=0 are not among 60"),
-        ({"valid_examples": 61}, "valid_examples=61 are not among 60; choose a number from 1 to 60"),
+        ({"train_size": 0}, "train_size=0 of 60 images cannot be taken"),
+        ({"valid_size": 61}, "valid_size=61 of 60 images cannot be taken; give 1 to 60"),
     ],
 )
 def test_nonsense_is_told(options, said):

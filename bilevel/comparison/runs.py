@@ -2,21 +2,20 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from bilevel.comparison.columns import Array, columns_of, finite
 from bilevel.comparison.labels import label
 from bilevel.records import DESCRIPTION, METRICS, SUMMARY, Record
 
 CONFIG = "config.yaml"
 
-Array = NDArray[np.float64]
 Tell = Callable[[str], None]
 
 
@@ -134,7 +133,7 @@ def read_run(directory: Path, *, tell: Tell = lambda sentence: None) -> Run | No
         tell(f"cannot read {directory / METRICS}: {error.strerror or error}; what its summary says is used")
     summary, description = (_object(directory / name, tell) for name in (SUMMARY, DESCRIPTION))
     config = _config(directory / CONFIG, tell)
-    columns = _columns(records)
+    columns = columns_of(records)
     usable = np.isfinite(columns["valid_loss"]).any() if "valid_loss" in columns else False
     if not records and not summary:
         tell(f"{directory}: {METRICS} has no evaluation yet; this run is left out")
@@ -170,17 +169,6 @@ def grouped(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
     for run in runs:
         groups.setdefault(run.problem, {}).setdefault(run.label, []).append(run)
     return groups
-
-
-def finite(value: Any) -> float | None:
-    """The number, or None for whatever is none, NaN and infinity included."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:  # JSON has integers of any size
-            return None
-        return number if abs(number) < HUGE else None
-    return None
 
 
 def _find(place: Path, tell: Tell) -> Iterator[Path]:
@@ -220,48 +208,6 @@ def _parsed(path: Path) -> tuple[list[Record], int]:
         if isinstance(record, dict):
             records.append(record)
     return records, len(lines) - len(records)
-
-
-def _columns(records: Sequence[Record]) -> dict[str, Array]:
-    columns: dict[str, Array] = {}
-    for name in dict.fromkeys(name for record in records for name in record):
-        values = [record.get(name) for record in records]
-        example = next((value for value in values if value is not None), None)
-        if isinstance(example, dict):
-            for key in ("mean", "min", "max"):
-                parts = [value.get(key) if isinstance(value, dict) else None for value in values]
-                columns[name if key == "mean" else f"{name}.{key}"] = _numbers(parts)
-        elif isinstance(example, list):
-            columns[name] = _table(values, np.size(np.asarray(example, dtype=object)))
-        else:
-            columns[name] = _numbers(values)
-    return columns
-
-
-HUGE = 1e100
-"""Beyond it a number is as good as infinite: no axis can show it beside others."""
-
-
-def _numbers(values: Sequence[Any]) -> Array:
-    try:
-        numbers = np.array(values, dtype=np.float64)  # None becomes NaN
-    except (TypeError, ValueError, OverflowError):
-        return np.array([np.nan if (number := finite(value)) is None else number for value in values])
-    numbers[~(np.abs(numbers) < HUGE)] = np.nan
-    return numbers
-
-
-def _table(values: Sequence[Any], width: int) -> Array:
-    """[evaluations, entries], a row of NaN where a record has something else."""
-    table = np.full((len(values), width), np.nan)
-    for row, value in enumerate(values):
-        try:
-            flat = np.array(value, dtype=np.float64).reshape(-1)
-        except (TypeError, ValueError, OverflowError):
-            continue
-        if flat.size == width:
-            table[row] = flat
-    return table
 
 
 def _object(path: Path, tell: Tell) -> Record:
