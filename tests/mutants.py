@@ -293,6 +293,41 @@ MUTANTS = [
         "if False and not domain.differentiable:",
         "test_needs.py",
     ),
+    Mutant(
+        "an image moved to the other side",
+        "problems/augment.py",
+        "c, d, -(c * dx + d * dy)",
+        "c, d, c * dx + d * dy",
+        "test_augment.py",
+    ),
+    Mutant(
+        "proximity without its half",
+        "problems/few_shot.py",
+        '.sum() + 0.5 * hypers["proximity"] * own',
+        '.sum() + hypers["proximity"] * own',
+        "test_few_shot.py",
+    ),
+    Mutant(
+        "weights of examples by their place in the batch",
+        "problems/cleaning.py",
+        'hypers["example_weight"][index]',
+        'hypers["example_weight"][: len(index)]',
+        "test_cleaning.py",
+    ),
+    Mutant(
+        "t of a paired test without √n",
+        "bilevel/comparison/statistics.py",
+        "told.mean / (told.std / math.sqrt(told.n))",
+        "told.mean / told.std",
+        "test_comparison.py",
+    ),
+    Mutant(
+        "first order follows the response of w",
+        "solvers/first_order.py",
+        "        return self.weights.detached()",
+        "        return {name: w * (1 + offset.sum()) for name, w in self.weights.detached().items()}",
+        "test_architecture.py",
+    ),
 ]
 
 
