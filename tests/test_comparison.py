@@ -88,6 +88,12 @@ def test_losses_that_are_not_numbers_are_no_losses(tmp_path):
     assert np.isnan(run.column("valid_loss")).tolist() == [False, True, True, False, True]
 
 
+def test_a_loss_that_no_axis_can_show_is_no_loss(tmp_path):
+    (run,) = read_runs(write_run(tmp_path / "run", records([1e308, 2.0]), ended=None))
+    assert np.isnan(run.column("valid_loss")[0])
+    assert run.at_best("valid_loss") == 2.0
+
+
 def test_labels_tell_what_differs_and_nothing_else():
     def run(solver, seed, rate, steps=5, **more):
         shared = {"seed": seed, "lr": {"inner": rate}, "wandb": {"mode": str(seed)}, "runner": {"progress": str(seed)}}
