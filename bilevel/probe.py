@@ -18,8 +18,8 @@ from bilevel.space import Space
 class Probe:
     """Asks a twin of the solver, on streams of its own, so that the run itself goes on as if nothing had been asked.
 
-    The twin takes the solver's state and that of its streams over at every question: its answer is what the next outer step
-    would follow, with the same draws and on the same validation batch.
+    The twin takes the solver's state and that of its streams over at every question: its answer is the hypergradient at w as it
+    is, on the next validation batch and with the next draws; a solve that looks at training batches takes the next one.
     """
 
     def __init__(self, problem: Problem, twin: Solver, data: Data) -> None:

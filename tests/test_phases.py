@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from fakes import FakeProblem, FakeSolver
+from self_tuning_cases import ready
 
 import solvers
 from bilevel import Runner, Space
@@ -12,7 +13,7 @@ from bilevel.domains import Interval, Positive, Real, Simplex
 from bilevel.phases import Phases
 from bilevel.probe import Probe, in_coordinates
 from bilevel.records import read_metrics
-from problems import Quadratic
+from problems import Quadratic, Ridge
 
 CPU = torch.device("cpu")
 
@@ -178,6 +179,20 @@ def test_the_measures_are_those_of_the_closed_form(shift, damping):
     assert told["error"] == pytest.approx(float((expected - exact).norm() / exact.norm()), rel=1e-6, abs=1e-9)
     assert told["cosine"] == pytest.approx(float(expected @ exact / (expected.norm() * exact.norm())), abs=1e-9)
     assert (told["error"] > 0.001) == bool(shift or damping)
+
+
+@doubting
+@pytest.mark.parametrize("name", ["delta_stn", "unrolled", "implicit", "sama"])
+def test_what_is_told_is_the_solvers_own_on_its_next_validation_batch(name):
+    problem = Ridge.synthetic(features=4, batch_size=8, dtype="float64")
+    solver = SOLVERS[name]()
+    probe = Probe.of(problem, solver, CPU)
+    ready(problem, solver)
+    for _ in range(3):  # away from the first batch, with a response that is no zero
+        solver.step()
+    told = probe.measure(solver, solver.data, solver.solution().hypers)
+    solver.load_state_dict(solver.state_dict())  # as a resumed one: an implicit solve looks at the next training batch
+    assert told["norm"] == pytest.approx(float(solver.hypergradient().norm()), rel=1e-12)  # the solver's own batch and draws
 
 
 def test_a_biased_solver_is_told_from_an_unbiased_one(tmp_path):

@@ -175,7 +175,7 @@ def _job(composed: DictConfig) -> float:
             overridden = [bad_input.parse(text).key_or_group for text in HydraConfig.get().overrides.task]
             config = continued(stored_config(directory), config, overridden, directory)
         summary = run(config, directory, resumed=resumed, place=sweep.place())
-    except Exception:
+    except Exception:  # whatever it was is raised again
         with suppress(OSError):
             directory.rmdir()  # Hydra made it; a run that did not begin leaves nothing
         raise
