@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from bilevel.checkpoint import best_solution
-from bilevel.data import Data
 from bilevel.errors import BilevelError, near
 from bilevel.module_problem import ModuleProblem
-from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
+from bilevel.params import Carry, Params
 from bilevel.problem import Problem
+from bilevel.wrapped import Wrapped
 
 
-class StartingFrom(Problem):
+class StartingFrom(Wrapped):
     """`problem`, with `init` answering `params` in place of random weights.
 
     Args:
@@ -27,8 +27,8 @@ class StartingFrom(Problem):
     """
 
     def __init__(self, problem: Problem, params: Mapping[str, Tensor]) -> None:
-        self.problem, self.params = problem, dict(params)
-        self.space = problem.space
+        super().__init__(problem)
+        self.params = dict(params)
         for alias, name in (problem.aliases if isinstance(problem, ModuleProblem) else {}).items():
             if alias not in self.params:
                 continue
@@ -60,48 +60,6 @@ class StartingFrom(Problem):
                 raise BilevelError(f"the initial weight `{name}` is {found}; the problem's is {list(known[name].shape)}")
         start = {name: value.detach().to(known[name], copy=True) for name, value in self.params.items()}
         return {name: start[name] for name in params}, {name: start.get(name, value) for name, value in carry.items()}
-
-    def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
-        return self.problem.fresh_carry(carry, batch)
-
-    def outer_carry(self, carry: Carry, last: Carry | None, batch: Batch) -> Carry:
-        return self.problem.outer_carry(carry, last, batch)
-
-    def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        return self.problem.data(device, generator)
-
-    def predict(
-        self,
-        hypers: Hypers,
-        params: Params,
-        carry: Carry,
-        batch: Batch,
-        *,
-        train: bool,
-        generator: torch.Generator | None,
-    ) -> tuple[Prediction, Carry]:
-        return self.problem.predict(hypers, params, carry, batch, train=train, generator=generator)
-
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
-        return self.problem.inner_objective(hypers, params, prediction, batch)
-
-    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
-        return self.problem.outer_objective(hypers, params, prediction, batch)
-
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        return self.problem.derived(means)
-
-    def exact(self, hypers: Hypers) -> Metrics:
-        return self.problem.exact(hypers)
-
-    def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
-        return self.problem.exact_hypergradient(hypers)
-
-    def pictures(self, hypers: Hypers, generator: torch.Generator) -> dict[str, Tensor]:
-        return self.problem.pictures(hypers, generator)
-
-    def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
-        return self.problem.metrics(hypers, params, prediction, batch)
 
 
 def read_params(path: str | Path) -> dict[str, Any]:
