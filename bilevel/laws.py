@@ -102,6 +102,43 @@ def finite_objectives(trial: Trial) -> Iterator[Finding]:
             )
 
 
+def averages(trial: Trial) -> Iterator[Finding]:
+    """Both objectives of a batch are the averages of those of its parts, weighted by their examples, in evaluation mode.
+
+    A sum grows with the batch, and learning rates with it; what is added besides (a penalty) is the same for all parts.
+    """
+    examples = count_examples(trial.batch)
+    if examples < 5:
+        return
+    cut = examples // 2 + 1  # parts of unequal size: the average of equal ones needs no weights
+
+    def of(name: str, start: int, stop: int) -> Tensor:
+        part = pytree.tree_map(lambda x: x[start:stop] if _has_examples(x, examples) else x, trial.batch)
+        carry = trial.problem.fresh_carry(trial.start[1], part)
+        prediction, _ = trial.problem.predict(trial.hypers, trial.params, carry, part, train=False, generator=None)
+        return getattr(trial.problem, name)(trial.hypers, trial.params, prediction, part)
+
+    for name in ("inner_objective", "outer_objective"):
+        try:
+            with torch.no_grad():
+                whole, first, rest = of(name, 0, examples), of(name, 0, cut), of(name, cut, examples)
+                again = of(name, 0, 2) + of(name, 2, cut)
+        except Exception:  # a problem that takes no smaller batch says nothing of averages
+            return
+        if whole.ndim or close(whole, (cut * first + (examples - cut) * rest) / examples):
+            continue
+        if close(first + rest - whole, again - first):  # what a sum adds besides comes once too often, whatever the parts
+            yield Finding(
+                "error", f"`{name}` adds up over examples, so that it grows with the batch; average it (reduction='mean')"
+            )
+        else:
+            yield Finding(
+                "note",
+                f"`{name}` of a batch is not the average of its parts: where examples are not meant to act on each other, "
+                "average over them",
+            )
+
+
 def gradients_of_weights(trial: Trial) -> Iterator[Finding]:
     """Every weight receives a gradient from L_T."""
     loss = trial.inner_loss()
@@ -179,7 +216,7 @@ def example_axis(trial: Trial) -> Iterator[Finding]:
         return
 
     def reversed_examples(x: Any) -> Any:
-        return x.flip(0) if isinstance(x, Tensor) and x.ndim and len(x) == examples else x
+        return x.flip(0) if _has_examples(x, examples) else x
 
     with torch.no_grad():
         straight, _ = trial.predict(train=False)
@@ -213,6 +250,7 @@ ALL: tuple[Law, ...] = (
     prediction_of_weights,
     objectives,
     finite_objectives,
+    averages,
     gradients_of_weights,
     hyperparameters,
     per_example_leaves,
@@ -243,6 +281,10 @@ def recomputed(error: RuntimeError) -> str:
 def _losses(trial: Trial) -> Iterator[tuple[str, Tensor]]:
     yield "inner_objective", trial.inner_loss(params=trial.start[0])
     yield "outer_objective", trial.outer_loss(params=trial.start[0])
+
+
+def _has_examples(x: Any, examples: int) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == examples
 
 
 def _alike(one: Carry, other: Carry) -> bool:

@@ -82,6 +82,11 @@ class PerExampleLoss(Sound):
         return super().inner_objective(hypers, params, prediction, batch).mean()
 
 
+class Sums(Sound):
+    def outer_objective(self, hypers, params, prediction, batch):
+        return F.cross_entropy(prediction, batch[1], reduction="sum")
+
+
 class Infinite(Sound):
     def outer_objective(self, hypers, params, prediction, batch):
         return super().outer_objective(hypers, params, prediction, batch) / 0
@@ -153,6 +158,7 @@ def test_sound_problems_pass_and_every_installed_solver_tunes_them(problem):
         (DropsCarry, "a carry of other names or shapes"),
         (IgnoresWeights, "the prediction does not depend on w"),
         (PerExampleLoss, r"`outer_objective` is of shape \[8\]"),
+        (Sums, "`inner_objective` adds up over examples(.|\n)*`outer_objective` adds up over examples"),
         (Infinite, "`outer_objective` is not finite .* decay=0.1"),
         (LeavesAWeight, "the weight `2.bias` receives no gradient"),
         (ForgetsDecay, "`decay` changes neither objective"),
@@ -168,6 +174,19 @@ def test_each_law_can_fail(kind, words):
     report = check_problem(make(kind), solvers={})
     assert not report.ok
     assert re.search(words, str(report))
+
+
+class Contrasts(Sound):
+    """Every example against all others of its batch."""
+
+    def outer_objective(self, hypers, params, prediction, batch):
+        return F.cross_entropy(prediction @ prediction.T, torch.arange(len(prediction)))
+
+
+def test_an_objective_in_which_examples_act_on_each_other_is_noted():
+    report = check_problem(make(Contrasts), solvers={})
+    assert report.ok
+    assert "note: `outer_objective` of a batch is not the average of its parts" in str(report)
 
 
 def test_check_leaves_the_problem_and_the_random_state_as_they_were():
