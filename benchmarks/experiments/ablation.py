@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import counted, never, spread, table
+from benchmarks.experiments.reviewers import spike
 from bilevel.comparison import drawing
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.runs import Run
@@ -52,16 +53,6 @@ def unconstrained(run: Run, name: str) -> np.ndarray:
     domain = described(run.description["space"])[name]
     path = torch.from_numpy(run.column(f"hypers.{name}").reshape(run.evaluations, -1))
     return domain.unconstrain(path).numpy()
-
-
-def spike(path: np.ndarray) -> float:
-    """max_t |x_t − x_end| over the evaluations t, and over the entries of x.
-
-    Example:
-        >>> spike(np.array([[0.0], [3.0], [1.0]]))
-        2.0
-    """
-    return float(np.abs(path - path[-1]).max())
 
 
 def _table(groups: Mapping[str, Sequence[Run]]) -> str:

@@ -1,6 +1,6 @@
 """Which wrong labels a weight per example finds, and what that is worth; the protocol is in docs/problems/cleaning.md."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.report import spread, table
+from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Runner
 from bilevel.checkpoint import best_solution
 from bilevel.cli.targets import build
@@ -75,14 +75,6 @@ def gain(runs: Sequence[Run], over: Sequence[Run], name: str, form: str) -> str:
     before = {run.seed: run.at_best(name) for run in over}
     pairs = [(run.at_best(name), before.get(run.seed)) for run in runs]
     return spread((None if now is None or then is None else now - then for now, then in pairs), form)
-
-
-def by_solver(runs: Sequence[Run]) -> Mapping[str, list[Run]]:
-    """The runs of each solver, in the order of the command line."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.solver, []).append(run)
-    return groups
 
 
 def loss_ranking(directory: Path) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.report import spread, table
+from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Hypers, evaluate
 from bilevel.checkpoint import best_solution
 from bilevel.cli.targets import build
@@ -85,14 +85,6 @@ def report(context: Context) -> str:
     head = ["ten training images", "network of the run", "fresh logistic regression", "fresh MLP", "seconds"]
     text = f"Test accuracy, n = {len(seeds)} each."
     return "\n\n".join([text, table(head, rows), "![where the learned images began and what they became](distillation.png)"])
-
-
-def by_solver(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each solver, in the order of the command line."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.solver, []).append(run)
-    return groups
 
 
 def _picture(context: Context, runs: Sequence[Run]) -> None:

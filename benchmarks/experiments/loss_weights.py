@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.experiments.cleaning import by_solver, gain, seconds
+from benchmarks.experiments.cleaning import gain, seconds
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.report import spread, table
+from benchmarks.experiments.report import by_solver, spread, table
 from bilevel.cli.targets import build
 from bilevel.comparison import drawing
 from bilevel.comparison.runs import Run

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.report import counted, spread, table
+from benchmarks.experiments.report import by_solver, counted, spread, table
 from bilevel.comparison import drawing
 from bilevel.comparison.curves import LOSS
 from bilevel.comparison.runs import Run
 from bilevel.comparison.statistics import paired
 
-SOLVERS = ("fixed", "stn", "delta_stn")
 SCORES = {LOSS: ".4f", "valid_accuracy": "%", "test_loss": ".4f", "test_accuracy": "%"}
 RATES = ("input_dropout", "dropout1", "dropout2")
 QUICK = ("seed=100,101", "problem.hidden=[64,64]", "problem.train_size=2000", "problem.valid_size=1000")
@@ -17,8 +16,7 @@ QUICK = ("seed=100,101", "problem.hidden=[64,64]", "problem.train_size=2000", "p
 
 def report(context: Context) -> str:
     """The table, what the pairs of runs of one seed say, and the picture."""
-    runs = context.runs("runs")
-    groups = {solver: [run for run in runs if run.solver == solver] for solver in SOLVERS}
+    groups = by_solver(context.runs("runs"))
     return f"{_table(groups)}\n\n{_paired(groups)}\n\n{_picture(context, groups)}"
 
 

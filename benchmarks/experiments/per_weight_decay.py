@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import problems
-from benchmarks.experiments.cleaning import by_solver, gain, seconds
+from benchmarks.experiments.cleaning import gain, seconds
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.report import spread, table
+from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Refused
 from bilevel.checkpoint import best_solution
 from bilevel.cli.targets import build

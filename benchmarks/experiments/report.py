@@ -27,6 +27,14 @@ def spread(values: Iterable[float | None], form: str) -> str:
     return text + end + (f" ({len(known)} of {len(given)})" if len(known) < len(given) else "")
 
 
+def by_solver(runs: "Sequence[Run]") -> "dict[str, list[Run]]":
+    """The runs of each solver, in the order of the command line."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.solver, []).append(run)
+    return groups
+
+
 def counted(runs: "Sequence[Run]") -> str:
     """How many runs there are, and how many of them diverged: those count with what they had reached.
 
