@@ -62,7 +62,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments to make; all without a name")
     parser.add_argument("--quick", action="store_true", help="at reduced size, into a copy of the pages")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: 2); 0: this one alone")
-    parser.add_argument("--data", type=Path, help="a folder that holds MNIST/raw; without one, what needs MNIST is skipped")
+    parser.add_argument("--data", type=Path, help="a folder with MNIST/raw and CIFAR-10; what needs more is skipped")
     parser.add_argument("--out", type=Path, help="the folder of the pages (default: docs)")
     parser.add_argument("--runs", type=Path, help="the folder of the runs, which are kept (default: runs/experiments)")
     return parser.parse_args(arguments)

@@ -78,7 +78,7 @@ class Context:
         quick: whether the size is the reduced one.
         figures: the folder of the page, for its pictures.
         workers: how many processes there are, of one thread each; 0: this one alone, to look into it.
-        data: the folder that holds MNIST/raw, where one was given.
+        data: the folder that holds MNIST/raw and the like, where one was given.
     """
 
     def __init__(
@@ -116,10 +116,12 @@ class Context:
 
     def missing(self) -> str | None:
         """The sentence of an experiment whose data are not here; None where all is there."""
-        raw = (self.data or Path("data")) / "MNIST" / "raw"
-        if not any(job.mnist for job in self._all) or any(raw.glob("*")):  # a download that failed leaves an empty folder
+        from benchmarks.experiments.jobs import where
+
+        lacking = [job.data for job in self._all if where(self.data, job.data) is None]
+        if not lacking:
             return None
-        return f"since MNIST is not in {self.data or 'data'}; give --data PATH of a folder that holds MNIST/raw"
+        return f"since {lacking[0]} is not in {self.data or 'data'}; give --data PATH of a folder that holds it"
 
     def run(self) -> None:
         """Run what has not ended yet."""
@@ -127,8 +129,7 @@ class Context:
 
         self._outcomes = {job: outcome for job in self._all if (outcome := outcome_of(job))}
         todo = [job for job in self._all if job not in self._outcomes]
-        place = () if self.data is None else (f"data.root='{self.data.resolve()}'", "data.download=false")
-        for number, (job, outcome) in enumerate(self._completed(partial(run_job, extra=place), todo), start=1):
+        for number, (job, outcome) in enumerate(self._completed(partial(run_job, data=self.data), todo), start=1):
             self._outcomes[job] = outcome
             print(
                 f"{self.name}: {number} of {len(todo)}, {duration(outcome.wall_seconds)}, {' '.join(job.overrides)}"

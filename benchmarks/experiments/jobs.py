@@ -28,12 +28,18 @@ SETTINGS = (
 JOB = "job.json"
 
 
+DATA_SETS = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+"""Those that are not embedded, by the names of the functions that read them."""
+ARCHIVE = "cifar10_jpeg.npz"
+"""An archive of JPEG files that may stand for torchvision's CIFAR-10."""
+
+
 class Job(NamedTuple):
-    """One run: its overrides, the directory that its configuration alone decides, and whether it needs MNIST."""
+    """One run: its overrides, the directory that its configuration alone decides, and which of `DATA_SETS` it needs."""
 
     overrides: tuple[str, ...]
     directory: Path
-    mnist: bool
+    data: str | None
 
 
 class Outcome(NamedTuple):
@@ -85,8 +91,20 @@ def job(overrides: Sequence[str], folder: Path) -> Job:
     shown = [text for text in overrides if parse(text).key_or_group not in ("experiment", "seed", "problem", "solver")]
     readable = re.sub(r"[^\w.-]+", "-", "-".join(shown))[:60]
     name = f"{choices.problem}-{choices.solver}-seed{config.seed}-{readable}".rstrip("-")
-    mnist = "mnist" in OmegaConf.to_yaml(config.problem).lower()
-    return Job(tuple(overrides), folder / f"{name}-{digest.hexdigest()[:8]}", mnist)
+    told = OmegaConf.to_yaml(config.problem).lower()
+    data = next((needed for function, needed in DATA_SETS.items() if function in told), None)
+    return Job(tuple(overrides), folder / f"{name}-{digest.hexdigest()[:8]}", data)
+
+
+def where(data: Path | None, needed: str | None) -> tuple[str, ...] | None:
+    """The overrides that tell a job where its data lie; None where they are not there."""
+    folder = (data or Path("data")).resolve()
+    if needed == "CIFAR-10" and (folder / ARCHIVE).is_file():
+        return (f"problem.data.archive='{folder / ARCHIVE}'",)
+    files = {"MNIST": "MNIST/raw/*", "CIFAR-10": "cifar-10-batches-py/*"}.get(needed or "")
+    if files and not any(folder.glob(files)):  # a download that failed leaves an empty folder
+        return None
+    return () if data is None else (f"data.root='{folder}'", "data.download=false")
 
 
 def ended(directory: Path) -> bool:
@@ -97,7 +115,7 @@ def ended(directory: Path) -> bool:
         return False
 
 
-def run_job(job: Job, extra: Sequence[str] = ()) -> Outcome:
+def run_job(job: Job, data: Path | None = None) -> Outcome:
     """Run the job in this process, afresh; what it printed goes to `log.txt`, and what became of it to `job.json`."""
     import torch
 
@@ -107,7 +125,7 @@ def run_job(job: Job, extra: Sequence[str] = ()) -> Outcome:
     place = str(job.directory.resolve()).replace("'", r"\'")
     start, errors, out = time.perf_counter(), StringIO(), StringIO()
     with redirect_stderr(errors), redirect_stdout(out):
-        main([*job.overrides, *SETTINGS, *extra, f"hydra.run.dir='{place}'"])
+        main([*job.overrides, *SETTINGS, *(where(data, job.data) or ()), f"hydra.run.dir='{place}'"])
     sys.stdout.flush()
     told = [line.removeprefix("bilevel: ") for line in errors.getvalue().splitlines() if line.startswith("bilevel: ")]
     failure = None

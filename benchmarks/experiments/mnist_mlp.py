@@ -1,6 +1,7 @@
 """MNIST with the paper's MLP, five epochs of warm-up and five of tuning; the protocol is in docs/experiments/mnist.md."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import by_solver, counted, spread, table
@@ -17,24 +18,28 @@ QUICK = ("seed=100,101", "problem.hidden=[64,64]", "problem.train_size=2000", "p
 def report(context: Context) -> str:
     """The table, what the pairs of runs of one seed say, and the picture."""
     groups = by_solver(context.runs("runs"))
-    return f"{_table(groups)}\n\n{_paired(groups)}\n\n{_picture(context, groups)}"
+    shown = ((LOSS, "epochs"), *((f"hypers.{name}", "epochs") for name in RATES))
+    drawn = picture(groups, context.figures / "mnist-mlp.png", "MNIST, the line is the end of warm-up", shown, warmup=5)
+    return f"{scores(groups, RATES)}\n\n{pairs(groups)}\n\n{drawn}"
 
 
-def _table(groups: Mapping[str, Sequence[Run]]) -> str:
+def scores(groups: Mapping[str, Sequence[Run]], rates: Sequence[str] = ()) -> str:
+    """A row for each solver: the validation loss at the end, all scores where it is lowest, and some λ at the end."""
     rows = []
     for solver, runs in groups.items():
         cells = [spread([run.column(LOSS)[-1] for run in runs], ".4f")]
         cells += [spread([run.at_best(name) for run in runs], form) for name, form in SCORES.items()]
-        cells += [spread([run.column(f"hypers.{name}")[-1] for run in runs], ".3f") for name in RATES]
+        cells += [spread([run.column(f"hypers.{name}")[-1] for run in runs], ".3f") for name in rates]
         steps = [1e3 * run.column("seconds")[-1] / run.column("step")[-1] for run in runs]
         rows.append([f"`{solver}`", counted(runs), *cells, spread(steps, ".3g")])
-    scores = [f"{drawing.spoken(name)} at its lowest" for name in SCORES]
+    lowest = [f"{drawing.spoken(name)} at its lowest" for name in SCORES]
+    lowest[1:] = [f"{drawing.spoken(name)} there" for name in list(SCORES)[1:]]
     return table(
-        ["", "n", "validation loss at the end", *scores, *(f"`{name}` at the end" for name in RATES), "ms a step"], rows
+        ["", "n", "validation loss at the end", *lowest, *(f"`{name}` at the end" for name in rates), "ms a step"], rows
     )
 
 
-def _paired(groups: Mapping[str, Sequence[Run]]) -> str:
+def pairs(groups: Mapping[str, Sequence[Run]]) -> str:
     """How the lowest validation losses of Δ-STN differ from those of the others, seed by seed."""
     lines = []
     for pair in paired(groups, lambda run: run.at_best(LOSS))[0]:
@@ -44,21 +49,22 @@ def _paired(groups: Mapping[str, Sequence[Run]]) -> str:
     return "\n".join(lines)
 
 
-def _picture(context: Context, groups: Mapping[str, Sequence[Run]]) -> str:
-    """Validation loss and the three rates against epochs."""
-    path = context.figures / "mnist-mlp.png"
-    shown = {solver: runs for solver, runs in groups.items() if runs}
-    looks = drawing.styles(list(shown))
-    with drawing.figure(path, rows=1, columns=1 + len(RATES), size=(3.0, 2.7)) as axes:
-        for ax, y in zip(axes[0], (LOSS, *(f"hypers.{name}" for name in RATES)), strict=True):
-            drawing.draw_bands(ax, shown, y, "epochs", looks=looks, n_in_label=False)
-            ax.axvline(5, color="0.8", linewidth=0.8, zorder=0)
-            ax.set_title(drawing.spoken(y))
-        axes[0][0].set_ylim(0.05, 0.2)
+def picture(
+    groups: Mapping[str, Sequence[Run]], path: Path, told: str, shown: Sequence[tuple[str, str]], warmup: float | None = None
+) -> str:
+    """A panel for each of `shown`, a column against epochs or seconds."""
+    looks = drawing.styles(list(groups))
+    with drawing.figure(path, rows=1, columns=len(shown), size=(3.0, 2.7)) as axes:
+        for ax, (y, x) in zip(axes[0], shown, strict=True):
+            drawing.draw_bands(ax, groups, y, x, looks=looks, n_in_label=False)
+            if warmup is not None:
+                ax.axvline(warmup, color="0.8", linewidth=0.8, zorder=0)
+        losses = [loss for runs in groups.values() for run in runs if (loss := run.at_best(LOSS)) is not None]
+        if losses:
+            axes[0][0].set_ylim(0.9 * min(losses), 2.2 * max(losses))
         axes[0][-1].legend()
-    n = min((len(runs) for runs in shown.values()), default=0)
-    told = f"MNIST: validation loss and dropout rates, mean ± standard deviation over n = {n} seeds"
-    return f"![{told}; warm-up ends at the line]({path.name})"
+    n = min((len(runs) for runs in groups.values()), default=0)
+    return f"![{told}: mean ± standard deviation over n = {n} seeds]({path.name})"
 
 
 EXPERIMENT = Experiment(
