@@ -11,6 +11,7 @@ from bilevel import laws
 from bilevel.data import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.laws import Finding, told
+from bilevel.norms import norm_settings
 from bilevel.problem import Problem
 from bilevel.solver import Solver
 from bilevel.trial import Trial
@@ -80,7 +81,7 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         report.findings.append(Finding("error", f"`data` raises {told(error)}"))
         return report
     trial = Trial(problem, data, device)
-    for law in laws.ALL:
+    for law in (*laws.ALL, norm_settings):
         try:
             report.findings.extend(law(trial))
         except Exception as error:

@@ -41,10 +41,15 @@ def _glu(x: Tensor, dim: int = -1) -> Tensor:
     return value * torch.sigmoid(gate)
 
 
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(x + 3) / 6
+
+
 def _standardized(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = x.mean(axes, keepdim=True)
-    variance = (x - mean).square().mean(axes, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + eps), mean, variance
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as the fused kernels do
+    mean = wide.mean(axes, keepdim=True)
+    variance = (wide - mean).square().mean(axes, keepdim=True)
+    return ((wide - mean) * torch.rsqrt(variance + eps)).to(x.dtype), mean, variance
 
 
 def _batch_norm(
@@ -106,7 +111,7 @@ def _instance_norm(
     return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
 
 
-FORWARD: Table = {torch._VF.lstm: lstm, torch._VF.gru: gru, F.glu: _glu}
+FORWARD: Table = {torch._VF.lstm: lstm, torch._VF.gru: gru, F.glu: _glu, F.hardsigmoid: _hardsigmoid}
 """What has no forward-mode derivative, or one without a backward pass of its own."""
 
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
