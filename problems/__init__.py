@@ -8,6 +8,7 @@ from problems.distillation import Distillation, distillation
 from problems.elastic import ElasticNet
 from problems.few_shot import FewShot
 from problems.generalized_ridge import GeneralizedRidge
+from problems.images import images
 from problems.input_dropout import InputDropout
 from problems.language import Language, language
 from problems.linear_network import LinearNetwork
@@ -37,6 +38,7 @@ __all__ = [
     "augmented_images",
     "digits",
     "distillation",
+    "images",
     "language",
     "mnist",
 ]

@@ -26,6 +26,7 @@ from problems import datasets
 from problems.architecture_cell import IMAGE, NONE, TABLE, CellNetwork, Form, edge, pairs
 from problems.architecture_data import table
 from problems.architecture_genotype import Genotype, derive, genotype
+from problems.channels import Level, Standardize
 from problems.dtypes import DType, floating
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -83,8 +84,8 @@ class Architecture(ModuleProblem):
         keep: int = 2,
         free_price: float = 0.0,
         genotype: str | None = None,
-        mean: float = 0.0,
-        std: float = 1.0,
+        mean: Level = 0.0,
+        std: Level = 1.0,
         batch_size: int | None = 64,
         dtype: DType = None,
         space: Changes | None = None,
@@ -99,7 +100,7 @@ class Architecture(ModuleProblem):
         if self.cell is not None:
             edges = {edge(e.source, e.node): [e.operation] for e in self.cell}
         self._alphas = [] if self.cell is not None else list(edges)
-        self._mean, self._std, self._dtype = mean, std, floating(dtype)
+        self._seen, self._dtype = Standardize(mean, std), floating(dtype)
         network = partial(
             CellNetwork,
             form,
@@ -118,7 +119,7 @@ class Architecture(ModuleProblem):
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return ((batch[0].to(self._dtype) - self._mean) / self._std, {name: hypers[name] for name in self._alphas}), {}
+        return (self._seen(batch[0].to(self._dtype)), {name: hypers[name] for name in self._alphas}), {}
 
     def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         penalty = hypers["weight_decay"] * squared_norm(params)

@@ -9,7 +9,9 @@ from torch import Tensor
 from bilevel import BilevelError, Domain, Hypers, Integer, Interval, Space
 from bilevel.errors import near
 from problems import augment
+from problems.channels import PerChannel
 from problems.datasets import Images
+from problems.image_files import ImageFiles
 from problems.ranges import within
 
 Operation: TypeAlias = Literal["affine", "colour", "cutout"]
@@ -36,7 +38,7 @@ STRENGTHS = {
 MOST_HOLES = 100
 
 
-def strengths(images: Images, operations: Sequence[Operation]) -> dict[str, Domain]:
+def strengths(images: Images | ImageFiles, operations: Sequence[Operation]) -> dict[str, Domain]:
     """The strengths of the operations by name, with the ranges and initial values of the paper's experiments.
 
     Images of one channel have no saturation and no hue. The side of a cutout is 2 to 24, from 4, for images of 28 to 32 pixels,
@@ -66,7 +68,7 @@ def strengths(images: Images, operations: Sequence[Operation]) -> dict[str, Doma
             raise BilevelError(
                 f"augment={operation!r}{near(str(operation), OPERATIONS)} is none of {', '.join(OPERATIONS)}; choose of these"
             )
-    channels, *size = images.train[0].shape[1:]
+    channels, *size = images.shape
     if "colour" in operations and channels not in (1, 3):
         raise BilevelError(f"images of {channels} channels have no known colours; leave colour out of augment")
     if "cutout" in operations and min(size) < 4:
@@ -102,14 +104,14 @@ class Augmentation:
         BilevelError: strengths that mean nothing, or a hole longer than the images.
     """
 
-    def __init__(self, space: Space, images: Images, *, flip: bool = False) -> None:
+    def __init__(self, space: Space, images: Images | ImageFiles, *, flip: bool = False) -> None:
         self.flip = flip
         self._affine, self._colour, self._cutout = (OPERATIONS[name][0] in space for name in OPERATIONS)
-        self._mean, self._white = images.mean, float(images.train[0].max())
+        self._mean, self._white = PerChannel(images.mean), images.brightest
         most = {name: limit for name, (_, _, limit) in STRENGTHS.items()} | {"cutout_holes": MOST_HOLES}
         if self._cutout:
-            most["cutout_length"] = min(images.train[0].shape[2:])
-        size = " × ".join(map(str, images.train[0].shape[2:]))
+            most["cutout_length"] = min(images.shape[1:])
+        size = " × ".join(map(str, images.shape[1:]))
         within(space, {name: (0.0, high) for name, high in most.items()}, f"with {size} pixels")
         if self._cutout:
             holes = space["cutout_holes"]
@@ -145,5 +147,5 @@ class Augmentation:
                 x = augment.hue(x, drawn("hue"))
         if self._cutout:
             centres = uniform(self._holes, 2)
-            x = augment.cutout(x, hypers["cutout_holes"], hypers["cutout_length"], centres, self._mean)
+            x = augment.cutout(x, hypers["cutout_holes"], hypers["cutout_length"], centres, self._mean.like(x))
         return x

@@ -59,11 +59,9 @@ def augmented_images(
     if len(channels) != 2:
         raise BilevelError(f"channels={list(channels)}: there are two convolutions; give two numbers, [8,16] say")
     images = datasets.few(images, train_size, valid_size)
-    depth, height, width = images.train[0].shape[1:]
     first, second = channels
-    classes = int(max(labels.max() for _, labels in (images.train, images.valid, images.test))) + 1
     return Classification(
-        partial(SimpleCNN, first, second, hidden, (depth, height, width), classes),
+        partial(SimpleCNN, first, second, hidden, images.shape, images.class_count),
         images,
         sites=SimpleCNN.SITES,
         weight_decay=weight_decay,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bilevel import (
     Batch,
     BilevelError,
+    Data,
     Domain,
     Hypers,
     Interval,
@@ -22,10 +23,13 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from problems import datasets
+from bilevel.data import streams
+from problems import datasets, loading
 from problems.augmentation import Augmentation, Operation, strengths
+from problems.channels import Standardize
 from problems.datasets import Images
 from problems.dropout import Kind, named
+from problems.image_files import ImageFiles
 from problems.networks import MLP
 from problems.ranges import within
 
@@ -47,7 +51,7 @@ class Classification(ModuleProblem):
 
     Args:
         network: makes a module with `forward(x, drop)`, as in `problems.networks`.
-        images: the data.
+        images: the data, in memory or in files.
         sites: how many dropout sites the network has.
         weight_decay: whether there is one; or `per_weight`, ½ Σ_i weight_decay_i w_i² with the hyperparameter [m], flat in the
             order of the parameters.
@@ -55,6 +59,8 @@ class Classification(ModuleProblem):
         temperature: of concrete dropout, 0.1 by default.
         augment: operations of which the strengths are tuned, as in `problems.augmentation`.
         flip: whether half of the training images are mirrored left to right.
+        channels_last: whether images go to the network with the channels of a pixel side by side in memory, which convolutions
+            on recent GPUs are quicker on.
         batch_size: of training and of validation.
         space: changes to the space, as in `Space.override`.
 
@@ -66,7 +72,7 @@ class Classification(ModuleProblem):
     def __init__(
         self,
         network: Callable[[], nn.Module],
-        images: Images,
+        images: Images | ImageFiles,
         *,
         sites: int,
         weight_decay: WeightDecay = True,
@@ -74,6 +80,7 @@ class Classification(ModuleProblem):
         temperature: float | None = None,
         augment: Sequence[Operation] = (),
         flip: bool = False,
+        channels_last: bool = False,
         batch_size: int | None = 128,
         space: Changes | None = None,
     ) -> None:
@@ -81,7 +88,8 @@ class Classification(ModuleProblem):
             raise BilevelError(f"weight_decay={weight_decay!r} is none of true, false and per_weight; choose one of these")
         self._drop, self._per_weight = named(dropout, temperature), weight_decay == "per_weight"
         self._rates = ["input_dropout", *(f"dropout{site}" for site in range(1, sites))][:sites]
-        self._mean, self._std = images.mean, images.std
+        self._seen = Standardize(images.mean, images.std)
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         super().__init__(network, Space(), images.train, images.valid, images.test, batch_size=batch_size)
         rate = Interval(low=0.0, high=0.95, init=0.05, differentiable=dropout != "bernoulli")
         domains: dict[str, Domain] = dict.fromkeys(self._rates, rate)
@@ -93,13 +101,17 @@ class Classification(ModuleProblem):
         tuned = Space(**domains, **strengths(images, augment)).override(space or {})
         self.space = within(tuned, dict.fromkeys(self._rates, (0.0, 1.0)))
         self._augment = Augmentation(self.space, images, flip=flip)
-        self._augments, self._white = bool(augment) or flip, float(images.train[0].max())
+        self._augments, self._white = bool(augment) or flip, images.brightest
+
+    def data(self, device: torch.device, generator: torch.Generator) -> Data:
+        splits = loading.placed(self._splits, self.batch_size, device)
+        return streams(*splits, batch_size=self.batch_size, device=device, generator=generator)
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = self._augment(hypers, batch[0], generator) if train else batch[0]
-        x = (x - self._mean) / self._std
+        x = self._seen(x).contiguous(memory_format=self._layout)
 
         def drop(site: int, x: Tensor) -> Tensor:
             return self._drop(x, hypers[self._rates[site]], generator)
@@ -120,7 +132,7 @@ class Classification(ModuleProblem):
         """`augmented`: a row of training images as they are, and three of the same augmented; nothing without augmentation."""
         if not self._augments:
             return {}
-        x = self._splits[0][0][:8].to(generator.device)
+        x = loading.first(self._splits[0], 8).to(generator.device)
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         rows = torch.cat([x, *(self._augment(hypers, x, generator) for _ in range(3))])
         return {"augmented": rows / self._white}

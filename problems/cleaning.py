@@ -24,6 +24,7 @@ from bilevel import (
 )
 from bilevel.errors import near
 from problems import datasets
+from problems.channels import Standardize
 from problems.datasets import Images
 from problems.networks import MLP
 from problems.ranges import shared, within
@@ -86,7 +87,7 @@ class HyperCleaning(ModuleProblem):
     ) -> None:
         (x, labels), valid, test, *_ = datasets.few(images, train_size, valid_size)
         given, self.corrupted = corrupt(labels, rate, noise, torch.Generator().manual_seed(noise_seed))
-        self._mean, self._std = images.mean, images.std
+        self._seen = Standardize(images.mean, images.std)
         train = (x, given, torch.arange(len(labels)))
         super().__init__(network, Space(), train, valid, test, batch_size=batch_size)
         truth = (~self.corrupted).double().tolist() if oracle else 0.5
@@ -97,7 +98,7 @@ class HyperCleaning(ModuleProblem):
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return ((batch[0] - self._mean) / self._std,), {}
+        return (self._seen(batch[0]),), {}
 
     def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         _, given, index = batch

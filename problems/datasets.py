@@ -1,25 +1,53 @@
 """Labelled images, split into train, valid and test."""
 
-import os
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from bilevel import BilevelError
+from bilevel.errors import near
+from problems import jpeg_archive
+from problems.channels import Level
+from problems.image_files import Files, ImageFiles, Labelled
+from problems.published import published
+from problems.splitting import Split, split
 
-Labelled = tuple[UInt8[Tensor, "n channels height width"], Int[Tensor, " n"]]
+Normalization = Literal["paper", "own"]
 
 
 class Images(NamedTuple):
-    """Images as stored, one byte a pixel, with their labels; a network sees (image − mean) / std."""
+    """Images as stored, one byte a pixel, with their labels; a network sees (image − mean) / std.
+
+    `mean` and `std` are one number, or one for each channel. `white` is the brightest pixel that there can be, by default the
+    brightest that there is; `classes` how many there are, by default as many as the labels name.
+    """
 
     train: Labelled
     valid: Labelled
-    test: Labelled
-    mean: float
-    std: float
+    test: Labelled | None
+    mean: Level
+    std: Level
+    white: float | None = None
+    classes: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.train[0].shape[1:]
+        return channels, height, width
+
+    @property
+    def brightest(self) -> float:
+        """`white`, or what stands in for it."""
+        return float(self.train[0].max()) if self.white is None else self.white
+
+    @property
+    def class_count(self) -> int:
+        """`classes`, or what stands in for it."""
+        splits = [split for split in (self.train, self.valid, self.test) if split is not None]
+        return self.classes or 1 + max(int(labels.max()) for _, labels in splits)
 
 
 def digits(split_seed: int = 0) -> Images:
@@ -39,39 +67,139 @@ def digits(split_seed: int = 0) -> Images:
     return Images(train, valid, test, mean=pixels.mean().item(), std=pixels.std().item())
 
 
-def mnist(root: str = "data", download: bool = True, valid_fraction: float = 0.15) -> Images:
-    """MNIST, [n, 1, 28, 28] with values 0…255, normalized by the usual (0.1307, 0.3081); valid is the tail of the training set.
+def mnist(
+    root: str = "data", download: bool = True, valid_fraction: float = 0.15, split: Split = "tail", split_seed: int = 0
+) -> Images:
+    """MNIST, [n, 1, 28, 28] with values 0…255, normalized by the usual (0.1307, 0.3081).
 
     Args:
         root: the folder that holds, or shall hold, `MNIST/raw`.
         download: fetch what is missing.
         valid_fraction: of the 60,000 training images (the paper: 0.15).
+        split: which of them, as `problems.splitting.split` says; the paper: the last ones.
+        split_seed: of the others.
 
     Raises:
-        BilevelError: the files are missing and cannot be fetched, or a split would be empty.
+        BilevelError: the files are missing and cannot be fetched, one is damaged, or a split would be empty.
     """
-    if not 0 < valid_fraction < 1:
-        raise BilevelError(f"valid_fraction={valid_fraction} leaves a split without images; give one between 0 and 1")
-    from torchvision.datasets import MNIST
+    _check_fraction(valid_fraction)
+    parts = divided(*published("MNIST", root, download), valid_fraction, split, split_seed)
+    return Images(*parts, mean=0.1307 * 255, std=0.3081 * 255, white=255.0, classes=10)
 
-    try:
-        sets = [MNIST(root, train=train, download=download) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        reason = f"could not be downloaded ({error})" if download else "download is off"
+
+def fashion_mnist(
+    root: str = "data", download: bool = True, valid_fraction: float = 0.15, split: Split = "tail", split_seed: int = 0
+) -> Images:
+    """FashionMNIST, [n, 1, 28, 28]; a network sees pixel / 255, as in the paper's code. Arguments as of `mnist`.
+
+    Raises:
+        BilevelError: as `mnist`.
+    """
+    _check_fraction(valid_fraction)
+    parts = divided(*published("FashionMNIST", root, download), valid_fraction, split, split_seed)
+    return Images(*parts, mean=0.0, std=255.0, white=255.0, classes=10)
+
+
+def cifar10(
+    root: str = "data",
+    download: bool = True,
+    archive: str | None = None,
+    valid_fraction: float = 0.2,
+    split: Split = "tail",
+    split_seed: int = 0,
+    normalization: Normalization = "paper",
+) -> Images:
+    """CIFAR-10, [n, 3, 32, 32].
+
+    Args:
+        root: the folder that holds, or shall hold, `cifar-10-batches-py`.
+        download: fetch what is missing.
+        archive: an .npz file that holds the images as JPEG, to be read in place of these (`problems.jpeg_archive.read` says
+            which arrays).
+        valid_fraction: of the 50,000 training images (the paper: 0.2).
+        split: which of them, as `problems.splitting.split` says; the paper: the last ones.
+        split_seed: of the others.
+        normalization: `paper`: mean (125.3, 123, 113.9) and standard deviation (63, 62.1, 66.7); `own`: the training images'.
+
+    Raises:
+        BilevelError: the files are missing and cannot be fetched, one is damaged, a split would be empty, or an unknown
+            normalization.
+    """
+    return _cifar("CIFAR10", root, download, archive, valid_fraction, split, split_seed, normalization)
+
+
+def cifar100(
+    root: str = "data",
+    download: bool = True,
+    archive: str | None = None,
+    valid_fraction: float = 0.2,
+    split: Split = "tail",
+    split_seed: int = 0,
+    normalization: Normalization = "own",
+) -> Images:
+    """CIFAR-100, [n, 3, 32, 32]. Arguments as of `cifar10`, with `cifar-100-python` for the folder.
+
+    Raises:
+        BilevelError: as `cifar10`.
+    """
+    return _cifar("CIFAR100", root, download, archive, valid_fraction, split, split_seed, normalization)
+
+
+def _cifar(
+    name: Literal["CIFAR10", "CIFAR100"],
+    root: str,
+    download: bool,
+    archive: str | None,
+    valid_fraction: float,
+    how: Split,
+    split_seed: int,
+    normalization: Normalization,
+) -> Images:
+    _check_fraction(valid_fraction)
+    if normalization not in (known := ("paper", "own")):
+        raise BilevelError(f"normalization={normalization!r}{near(str(normalization), known)} is neither paper nor own")
+    whole = published(name, root, download) if archive is None else jpeg_archive.read(archive)
+    parts = divided(*whole, valid_fraction, how, split_seed)
+    mean, std = moments(parts[0][0]) if normalization == "own" else ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
+    return Images(*parts, mean=mean, std=std, white=255.0, classes=10 if name == "CIFAR10" else 100)
+
+
+def divided(whole: Labelled, test: Labelled, fraction: float, how: Split, seed: int) -> tuple[Labelled, Labelled, Labelled]:
+    """Train, valid and test, with validation images set aside from `whole`.
+
+    Raises:
+        BilevelError: as `split`, or the test images are of another shape or have a class that training has not.
+    """
+    (images, labels), (others, classes) = whole, test
+    if images.shape[1:] != others.shape[1:]:
         raise BilevelError(
-            f"MNIST is not in {os.path.join(root, 'MNIST', 'raw')} and {' '.join(reason.split())}; "
-            "give data.root=PATH of a folder that holds MNIST/raw, or run once with data.download=true where there is a network"
-        ) from error
-    (images, labels), test = ((s.data[:, None], s.targets) for s in sets)
-    cut = len(labels) - round(valid_fraction * len(labels))
-    if cut in (0, len(labels)):
-        raise BilevelError(
-            f"valid_fraction={valid_fraction} of {len(labels)} images leaves a split empty; give one further inside"
+            f"training images are {list(images.shape[1:])} and test images {list(others.shape[1:])}; bring all to one shape"
         )
-    return Images((images[:cut], labels[:cut]), (images[cut:], labels[cut:]), test, mean=0.1307 * 255, std=0.3081 * 255)
+    if unknown := sorted(set(classes.unique().tolist()) - set(labels.unique().tolist())):
+        raise BilevelError(f"the test images have class {unknown[0]}, of which there is no training image; give both the same")
+    kept, aside = split(labels, fraction, how, seed)
+    return (images[kept], labels[kept]), (images[aside], labels[aside]), test
 
 
-def few(images: Images, train_size: int | None = None, valid_size: int | None = None) -> Images:
+def moments(pixels: UInt8[Tensor, "n channels height width"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, exactly.
+
+    Example:
+        >>> moments(torch.tensor([0, 2], dtype=torch.uint8).view(2, 1, 1, 1))
+        ((1.0,), (1.0,))
+    """
+    values = torch.arange(256, dtype=torch.float64)
+    shares = torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)]).double()
+    shares /= shares.sum(1, keepdim=True)
+    mean = shares @ values
+    std = (shares @ values.square() - mean.square()).clamp_min(0).sqrt()
+    return tuple(mean.tolist()), tuple(std.clamp_min(1e-6).tolist())
+
+
+AnyImages = TypeVar("AnyImages", bound=Images | ImageFiles)
+
+
+def few(images: AnyImages, train_size: int | None = None, valid_size: int | None = None) -> AnyImages:
     """The same images with the first `train_size` of train and the first `valid_size` of valid alone; None keeps all.
 
     Example:
@@ -81,9 +209,20 @@ def few(images: Images, train_size: int | None = None, valid_size: int | None = 
     Raises:
         BilevelError: a size beyond what there is.
     """
-    parts = {"train": (images.train, train_size), "valid": (images.valid, valid_size)}
-    for name, ((_, labels), size) in parts.items():
-        if size is not None and not 1 <= size <= len(labels):
-            raise BilevelError(f"{name}_size={size} of {len(labels)} images cannot be taken; give 1 to {len(labels)}")
-    train, valid = ((x[:size], labels[:size]) for (x, labels), size in parts.values())
-    return images._replace(train=train, valid=valid)
+
+    def first(name: str, part: Any, size: int | None) -> Any:
+        there = len(part if isinstance(part, Files) else part[1])
+        if size is None:
+            return part
+        if not 1 <= size <= there:
+            raise BilevelError(f"{name}_size={size} of {there} images cannot be taken; give 1 to {there}")
+        return part.taken(range(size)) if isinstance(part, Files) else (part[0][:size], part[1][:size])
+
+    train, valid = first("train", images.train, train_size), first("valid", images.valid, valid_size)
+    return images._replace(train=train, valid=valid)  # type: ignore[return-value]  # of the same class
+
+
+def _check_fraction(valid_fraction: float) -> None:
+    """Before anything is read or fetched."""
+    if not 0 < valid_fraction < 1:
+        raise BilevelError(f"valid_fraction={valid_fraction} leaves a split without images; give one between 0 and 1")

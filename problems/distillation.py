@@ -30,6 +30,7 @@ from bilevel import (
 from bilevel.errors import near
 from bilevel.params import to_device
 from problems import datasets
+from problems.channels import Standardize
 from problems.datasets import Images
 from problems.networks import MLP
 from problems.ranges import shared
@@ -91,7 +92,7 @@ class Distillation(ModuleProblem):
     ) -> None:
         _check("start", start, ("real", "mean", "noise"))
         _check("loss", loss, ("cross_entropy", "squared"))
-        self._mean, self._std, self._loss, self.soft_labels = images.mean, images.std, loss, soft_labels
+        self.seen, self._loss, self.soft_labels = Standardize(images.mean, images.std), loss, soft_labels
         self.classes = int(images.train[1].max()) + 1
         self.labels = torch.arange(self.classes).repeat_interleave(_at_least_one(per_class))
         super().__init__(network, Space(), *images[:3], batch_size=batch_size)
@@ -120,13 +121,9 @@ class Distillation(ModuleProblem):
         images = hypers["images"]
         return (images[batch["index"]] if "index" in batch else self.seen(batch["image"]).to(images.dtype),), {}
 
-    def seen(self, pixels: Tensor) -> Tensor:
-        """Images as the network sees them."""
-        return (pixels - self._mean) / self._std
-
     def pixels(self, hypers: Hypers) -> Float[Tensor, "n channels height width"]:
         """The learned images, in the units of the stored ones."""
-        return hypers["images"] * self._std + self._mean
+        return self.seen.inverse(hypers["images"])
 
     def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         penalty = 0.5 * hypers["weight_decay"] * squared_norm(params)
@@ -224,7 +221,7 @@ def starting_images(
         own = own[torch.randperm(len(own), generator=generator)]
         parts = own[:per_class].split(1) if start == "real" else own.tensor_split(per_class)
         chosen += [part.mean(0) for part in parts]
-    return (torch.stack(chosen) - images.mean) / images.std
+    return Standardize(images.mean, images.std)(torch.stack(chosen))
 
 
 def distillation(

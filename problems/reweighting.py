@@ -26,6 +26,7 @@ from bilevel import (
     squared_norm,
 )
 from problems import datasets
+from problems.channels import Standardize
 from problems.datasets import Images
 from problems.networks import MLP
 from problems.ranges import within
@@ -92,7 +93,7 @@ class LossWeights(ModuleProblem):
         generator = torch.Generator().manual_seed(tail_seed)
         train, valid = long_tailed(images.train, ratio, generator), balanced(images.valid, generator)
         self.counts = train[1].bincount()
-        self._classes, self._mean, self._std = len(self.counts), images.mean, images.std
+        self._classes, self._seen = len(self.counts), Standardize(images.mean, images.std)
         self._simplex, self._per_class = class_weight == "simplex", smoothing == "per_class"
         super().__init__(network, Space(), train, valid, images.test, batch_size=batch_size)
         each = (self._classes,)
@@ -110,7 +111,7 @@ class LossWeights(ModuleProblem):
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return ((batch[0] - self._mean) / self._std,), {}
+        return (self._seen(batch[0]),), {}
 
     def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
         y = batch[1]
