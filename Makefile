@@ -4,13 +4,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test mutants docs experiments experiments-quick clean
+.PHONY: run test mutants soak docs experiments experiments-quick clean
 
 run: .venv/installed
 	$(BIN)/bilevel
 
 # xdist's workers share the cores among them
-test mutants: export OMP_NUM_THREADS = 1
+test mutants soak: export OMP_NUM_THREADS = 1
 
 test: .venv/tested
 	$(BIN)/ruff check .
@@ -20,6 +20,11 @@ test: .venv/tested
 
 mutants: .venv/tested
 	$(BIN)/python -m tests.mutants
+
+# Every solver killed, stopped, crashed and starved of disk, and resumed; then thousands of fuzzed configurations and checkpoints.
+soak: .venv/tested
+	$(BIN)/python -m tests.soak kills
+	$(BIN)/python -m tests.soak fuzz
 
 # Not --quiet: warnings that are not shown are not counted.
 docs: .venv/tested

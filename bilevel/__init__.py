@@ -1,9 +1,10 @@
 """Bilevel optimization in PyTorch: the core that problems and solvers meet in."""
 
 from bilevel.check import Report, check_problem
+from bilevel.checkpoint import CheckpointWarning
 from bilevel.data import Data, FullBatch, TensorStream, stream, streams
 from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
-from bilevel.errors import BilevelError, Refused
+from bilevel.errors import BilevelError, Refused, SpeedWarning
 from bilevel.evaluation import evaluate
 from bilevel.loader_stream import LoaderStream
 from bilevel.loop import SolverWarning
@@ -20,6 +21,7 @@ __all__ = [
     "Batch",
     "BilevelError",
     "Carry",
+    "CheckpointWarning",
     "Data",
     "Domain",
     "FullBatch",
@@ -43,6 +45,7 @@ __all__ = [
     "Solver",
     "SolverWarning",
     "Space",
+    "SpeedWarning",
     "Stream",
     "TensorStream",
     "along_examples",

@@ -1,18 +1,29 @@
-"""The file that a run resumes from: written atomically, read with suspicion."""
+"""The files that a run resumes from: written atomically, several kept, checksummed, read with suspicion."""
 
-import zipfile
+import errno
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bilevel.errors import BilevelError
-from bilevel.records import write_atomically
+from bilevel import sealed
+from bilevel.errors import BilevelError, Unwritable
+from bilevel.records import METRICS, read_metrics, write_atomically
 from bilevel.solver import Solution
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = "bilevel-checkpoint"
-VERSION = 1
+
+_OLDER = re.compile(r"checkpoint-step(\d+)\.pt")
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint cannot be read, and an older one stands in for it."""
 
 
 class Identity(NamedTuple):
@@ -23,65 +34,101 @@ class Identity(NamedTuple):
     seed: int
 
 
-def save(directory: Path, identity: Identity, state: dict[str, Any]) -> None:
-    """Replace the directory's checkpoint: a process killed at any moment leaves the old one or the new one, whole.
+class Checkpoints:
+    """The checkpoints of a run: `checkpoint.pt`, and up to `keep` − 1 older ones beside it as `checkpoint-step<step>.pt`.
 
-    Raises:
-        BilevelError: the file cannot be written, or the first one could not be read again: a `state_dict` holds an object
-            that is no tensor, number, string or container of them.
+    Args:
+        directory: of the run.
+        identity: whose checkpoints they are.
+        keep: how many, the newest included.
     """
-    path = directory / CHECKPOINT
-    first = not path.exists()
-    content = {"format": FORMAT, "version": VERSION, **identity._asdict(), "state": state}
-    write_atomically(path, lambda file: torch.save(content, file), mode="wb")
-    if first and (strange := torch.serialization.get_unsafe_globals_in_checkpoint(str(path))):
-        raise BilevelError(
-            f"the run could not be resumed: a state_dict of the problem's data or of the solver holds {strange[0]}; "
-            "keep tensors, numbers, strings and containers of them there"
-        )
+
+    def __init__(self, directory: Path, identity: Identity, keep: int = 3) -> None:
+        self.directory, self.identity, self.keep = directory, identity, keep
+        self._newest: int | None = None  # the step of `checkpoint.pt`, once that is known to be whole
+        self._readable = False
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the newest, which stays as an older one; a process killed at any moment leaves a whole one.
+
+        Args:
+            state: with `step`, the inner steps behind it.
+
+        Raises:
+            Unwritable: the file cannot be written; those before it stay.
+            BilevelError: the first one could not be read again: a `state_dict` holds an object that is no tensor, number,
+                string or container of them.
+        """
+        path, step = self.directory / CHECKPOINT, int(state["step"])
+        content = {**self.identity._asdict(), "state": dict(state)}
+        if self._newest is not None and self._newest < step:
+            self._set_aside(path, self.directory / f"checkpoint-step{self._newest}.pt")
+        try:
+            write_atomically(path, lambda file: sealed.write(content, file), mode="wb")
+        except Unwritable as error:
+            if not (_is_full(error) and self._give_way()):
+                raise
+            write_atomically(path, lambda file: sealed.write(content, file), mode="wb")
+        self._newest = step
+        if not self._readable and (strange := torch.serialization.get_unsafe_globals_in_checkpoint(str(path))):
+            raise BilevelError(
+                f"the run could not be resumed: a state_dict of the problem's data or of the solver holds {strange[0]}; "
+                "keep tensors, numbers, strings and containers of them there"
+            )
+        self._readable = True
+        self._forget()
+
+    def load(self) -> dict[str, Any]:
+        """As the function `load`; what is saved from now on follows it."""
+        path, state = _newest_whole(self.directory, self.identity)
+        self._newest = int(state["step"]) if path.name == CHECKPOINT else None  # what is damaged is not set aside
+        return state
+
+    def _set_aside(self, newest: Path, older: Path) -> None:
+        """A second name, so that there is never a moment without the first."""
+        try:
+            older.unlink(missing_ok=True)  # of a run that was killed just after this, or of a future that it has left
+            try:
+                os.link(newest, older)
+            except OSError:  # a file system without hard links
+                temporary = older.with_name(f".{older.name}.tmp")
+                shutil.copyfile(newest, temporary)
+                os.replace(temporary, older)
+        except OSError as error:
+            raise Unwritable(f"cannot write {older}: {error.strerror or error}; free some space or move the run") from None
+
+    def _give_way(self) -> bool:
+        """Remove the older ones: the newest is whole, and a newer one is worth more than they are. Whether there were any."""
+        older = _older(self.directory) if self._newest is not None else []
+        for path, _ in older:
+            with suppress(OSError):
+                path.unlink()
+        return bool(older)
+
+    def _forget(self) -> None:
+        """Remove what is beyond `keep`, and what is of steps that the run has yet to take (again)."""
+        older = _older(self.directory)
+        past = [path for path, step in older if self._newest is not None and step < self._newest]
+        for path, _ in older:
+            if path not in past[: self.keep - 1]:
+                with suppress(OSError):  # one too many does no harm
+                    path.unlink()
+
+
+def kept(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, the newest first."""
+    newest = directory / CHECKPOINT
+    return [path for path in (newest, *(path for path, _ in _older(directory))) if path.is_file()]
 
 
 def load(directory: Path, identity: Identity | None = None) -> dict[str, Any]:
-    """The state that `save` was given, on the CPU.
+    """The state of the newest checkpoint that is whole, on the CPU; one that is not is passed over with a `CheckpointWarning`.
 
     Raises:
-        BilevelError: no run is there, or the file is truncated, foreign, of another version, or not of the run `identity`.
+        BilevelError: no run is there, or every file is truncated, damaged or foreign, or one is of another version, or not of
+            the run `identity`.
     """
-    path = directory / CHECKPOINT
-    if not path.is_file():
-        reason = f"{path} is missing" if directory.is_dir() else "there is no such directory"
-        raise BilevelError(
-            f"{directory} is not a run that can be resumed: {reason}; give the directory of a run, or start a new one"
-        )
-    if not zipfile.is_zipfile(path):  # torch.save writes a zip, whose end marks it as whole
-        with open(path, "rb") as file:
-            truncated = file.read(2) in (b"PK", b"P", b"")
-        what = "is truncated" if truncated else "is no checkpoint of bilevel"
-        raise BilevelError(f"{path} {what}; restore it from a copy, or start a new run")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load does not look at the checksums
-                raise BilevelError(f"{damaged} in it does not match its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling what is damaged or foreign raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BilevelError(
-            f"{path} is damaged, or no checkpoint of bilevel ({reason}); restore it from a copy, or start a new run"
-        ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise BilevelError(f"{path} is no checkpoint of bilevel; give the directory of a run")
-    if content["version"] != VERSION:
-        raise BilevelError(
-            f"{path} has version {content['version']} and this bilevel reads version {VERSION}; "
-            "resume it with the bilevel that wrote it, or start a new run"
-        )
-    if identity is not None:
-        for name, ours in identity._asdict().items():
-            if content[name] != ours:
-                raise BilevelError(
-                    f"{path} is of a run with {name}={content[name]}, not {name}={ours}; resume it as it was, or start anew"
-                )
-    return content["state"]
+    return _newest_whole(directory, identity)[1]
 
 
 def best_solution(directory: str | Path) -> Solution:
@@ -92,5 +139,63 @@ def best_solution(directory: str | Path) -> Solution:
     """
     best = load(Path(directory))["best"]
     if best is None:
-        raise BilevelError(f"the run in {directory} never had a finite validation loss; look at its metrics.jsonl")
+        raise BilevelError(f"the run in {directory} never had a finite validation loss; look at its {METRICS}")
     return Solution(**best["solution"])
+
+
+def _newest_whole(directory: Path, identity: Identity | None) -> tuple[Path, dict[str, Any]]:
+    files = kept(directory)
+    if not files:
+        reason = f"{directory / CHECKPOINT} is missing" if directory.is_dir() else "there is no such directory"
+        raise BilevelError(
+            f"{directory} is not a run that can be resumed: {reason}; give the directory of a run, or start a new one"
+        )
+    wrong = [] if files[0].name == CHECKPOINT else [f"{directory / CHECKPOINT} is missing"]
+    for path in files:
+        try:
+            content = _read(path)
+        except sealed.Unreadable as error:
+            wrong.append(f"{path} {error}")
+            continue
+        _check_identity(path, content, identity)
+        if wrong:
+            warnings.warn(_stands_in(wrong, path, content["state"]["step"]), CheckpointWarning, stacklevel=2)
+        return path, content["state"]
+    raise BilevelError(f"{', and '.join(wrong)}; restore {'it' if len(wrong) == 1 else 'one'} from a copy, or start a new run")
+
+
+def _stands_in(wrong: list[str], path: Path, step: int) -> str:
+    said = f"{', and '.join(wrong)}; {path.name}, of step {step}, stands in"
+    try:
+        lost = read_metrics(path.with_name(METRICS))[-1]["step"] - step
+    except (OSError, ValueError, LookupError, TypeError):  # this is about another file
+        lost = 0
+    return f"{said}, and {lost} steps or more are lost: they are taken again where the run goes on" if lost > 0 else said
+
+
+def _check_identity(path: Path, content: dict[str, Any], identity: Identity | None) -> None:
+    for name, ours in ({} if identity is None else identity._asdict()).items():
+        if content[name] != ours:
+            raise BilevelError(
+                f"{path} is of a run with {name}={content[name]}, not {name}={ours}; resume it as it was, or start anew"
+            )
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _older(directory: Path) -> list[tuple[Path, int]]:
+    """The older checkpoints and their steps, the youngest first."""
+    names = sorted(os.listdir(directory)) if directory.is_dir() else []
+    found = [(directory / name, int(match[1])) for name in names if (match := _OLDER.fullmatch(name))]
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = sealed.read(path)
+    if not (content.keys() >= {"state", *Identity._fields} and "step" in content["state"]):
+        raise sealed.Unreadable(sealed.FOREIGN)
+    return content

@@ -1,5 +1,6 @@
 """The device a run computes on: choosing it, what a run costs on it, and its global random state."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ from bilevel.params import Params
 
 MANY_WEIGHTS = 1_000_000
 """From here on several threads of the CPU help more than they hinder."""
+
+
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""Settings of CUBLAS_WORKSPACE_CONFIG under which cuBLAS is deterministic, in the words of its manual."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -89,6 +94,33 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within it, where that is wanted, PyTorch refuses operations whose bits may differ from one run to the next.
+
+    cuBLAS reads its environment variable when it is first used in a process: a run in one that used it before may be refused.
+    """
+    if not wanted:
+        yield
+        return
+    cudnn, workspace = torch.backends.cudnn, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if workspace not in DETERMINISTIC_WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = DETERMINISTIC_WORKSPACES[0]
+    cudnn.deterministic, cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        else:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
 @contextmanager

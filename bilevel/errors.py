@@ -16,6 +16,18 @@ class Refused(BilevelError):
     """A solver cannot tune this problem: raised at set-up, before any work is lost."""
 
 
+class SpeedWarning(UserWarning):
+    """An option that would make a run quicker has no effect here; the run goes on without it."""
+
+
+class Unwritable(BilevelError):
+    """A file cannot be written now: the disk is full, say. It may be possible later, and the runner tries again."""
+
+
+class FaultWarning(UserWarning):
+    """Something around a run failed, and the run goes on without it."""
+
+
 def near(word: str, known: Iterable[Any]) -> str:
     """', did you mean …' for the words of `known` that are close to `word`, or nothing."""
     close = get_close_matches(word, [str(k) for k in known], n=3)

@@ -1,5 +1,6 @@
 """Batches from a DataLoader or another iterable: reproducible, resumable, and not disturbed by evaluation."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -20,6 +21,11 @@ from torch.utils.data import (
 from bilevel.errors import BilevelError
 from bilevel.params import Batch, count_examples
 from bilevel.split import Stream
+
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)")
+"""What PyTorch says of a worker that is gone."""
+DEATHS = (RuntimeError, ConnectionError, EOFError)
+"""What it raises then: the latter two where the worker was to hand a batch over."""
 
 
 class LoaderStream(Stream):
@@ -95,7 +101,15 @@ class LoaderStream(Stream):
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         seen = 0
-        for batch in _apart(self.loader if self._ordered is None else self._ordered.loader(limit), self._own, 0):
+        batches = _apart(self.loader if self._ordered is None else self._ordered.loader(limit), self._own, 0)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except DEATHS as error:
+                self._blame(error)
+                raise
             yield self._moved(batch)
             seen += count_examples(batch)
             if limit is not None and seen >= limit:
@@ -135,8 +149,21 @@ class LoaderStream(Stream):
             batch = next(self._batches)
         except StopIteration:
             raise self._ended(self._position) from None
+        except DEATHS as error:
+            self._blame(error)
+            raise
         self._position += 1
         return batch
+
+    def _blame(self, error: Exception) -> None:
+        """Raise, of a worker that died, what it was and what to do."""
+        gone = not isinstance(error, RuntimeError) and getattr(self.loader, "num_workers", False) and "Caught" not in str(error)
+        if gone or DEAD_WORKER.search(str(error)):
+            said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
+            raise BilevelError(
+                f"a worker of the {self.name} loader died ({said}); most often the machine's memory ran out: lower the "
+                "loader's num_workers, prefetch_factor or batch_size; resume=… goes on from the last checkpoint"
+            ) from error
 
     def _ended(self, position: int) -> BilevelError:
         return BilevelError(

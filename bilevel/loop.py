@@ -13,6 +13,8 @@ from bilevel.data import Data
 from bilevel.device import Meter, rng_state, set_rng_state
 from bilevel.errors import BilevelError
 from bilevel.evaluation import evaluate, wide
+from bilevel.faults import Loggers, Saving
+from bilevel.parallel.ranks import ALONE, Ranks
 from bilevel.params import Hypers, to_device
 from bilevel.phases import Phases
 from bilevel.probe import Probe
@@ -49,14 +51,15 @@ class Loop:
         device: torch.device,
         schedule: Schedule,
         loggers: Sequence[Logger],
-        save: Callable[[dict[str, Any]], None],
+        save: Saving,
         patience: int | None = None,
         checkpoint_every: int = 1,
         probe: Probe | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.problem, self.solver, self.data, self.device, self.probe = problem, solver, data, device, probe
-        self.schedule, self.loggers, self.save, self.patience = schedule, loggers, save, patience
-        self.checkpoint_every = checkpoint_every
+        self.schedule, self.loggers, self.save, self.patience = schedule, Loggers(loggers), save, patience
+        self.checkpoint_every, self.ranks = checkpoint_every, ranks
         self.meter = Meter(device)
         self.phases = solver.phases = Phases(device)
         self.evaluating = 0.0
@@ -99,18 +102,19 @@ class Loop:
             self._judge(self.solver.bad_step(), {})
         elif reason != "diverged" and self.last is not None and self.last["step"] < self.step:
             self._evaluate()
-        self._checkpoint()
+        self._checkpoint(last=True)
         return "diverged" if self.diverged else reason
 
     def _ended(self, interrupted: Callable[[], bool]) -> str | None:
         if self.diverged:
             return "diverged"
-        spent = self.schedule.spent(self.step, self.meter.elapsed(), self.examples)
+        seconds, stop = self.ranks.largest(self.meter.elapsed(), interrupted())  # which differ between processes
+        spent = self.schedule.spent(self.step, seconds, self.examples)
         if over := [name for name, part in spent.items() if part >= 1]:
             return over[0]
         if self.patience is not None and self.stalled >= self.patience:
             return "patience"
-        return "interrupted" if interrupted() else None
+        return "interrupted" if stop else None
 
     def _round(self) -> None:
         start = self.step
@@ -129,20 +133,20 @@ class Loop:
             self.epochs_ended += 1
             self.solver.epoch_ended(self.good["valid_loss"] if self.good else None)
         if due:
-            if (self.evaluations - 1) % self.checkpoint_every == 0:
+            if self.save.owed or (self.evaluations - 1) % self.checkpoint_every == 0:
                 self._checkpoint()
             self.meter.start()
         spent = self.schedule.spent(self.step, self.meter.elapsed(), self.examples)
         epoch, fraction = self.step / self.schedule.steps_per_epoch, min(1.0, max(spent.values()))
         progress = Progress(self.step, epoch, fraction, self.stalled)
-        for logger in self.loggers:
-            logger.advance(progress)
+        self.loggers.tell("advance", progress)
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):  # a DataLoader draws from the global state whenever it is iterated
             solution = self.solver.solution()
+            self.ranks.check(solution._asdict(), self.step)
             valid = evaluate(self.problem, solution, self.data.valid)
             # what a solver minimizes while training is not comparable, so every solver is measured in this one way
             train = evaluate(self.problem, solution, self.data.train, limit=min(self.data.train.size, self.data.valid.size))
@@ -167,10 +171,10 @@ class Loop:
             peak_memory_bytes=self.meter.peak_memory,
         )
         self.evaluations += 1
-        self._judge(self.solver.bad_step(), {"the validation loss": valid["loss"], **_first_bad(solution)})
+        rest = _not_finite("the scale of", self.solver.scales()) | _not_finite("the response", self.solver.beside())
+        self._judge(self.solver.bad_step(), {"the validation loss": valid["loss"], **_first_bad(solution), **rest})
         self._show(solution.hypers)
-        for logger in self.loggers:
-            logger.log(self.last)
+        self.loggers.tell("log", self.last)
         self._warn(self.solver.doubts(metrics))  # which may say why a run has diverged
         if self.diverged:
             return
@@ -188,7 +192,7 @@ class Loop:
                 drawn = self.problem.pictures(hypers, torch.Generator(self.device).manual_seed(0))
             pictures = {name: picture.detach().clamp(0, 1).to("cpu", torch.float32) for name, picture in drawn.items()}
             for logger in takers if pictures else ():
-                logger.show_pictures(pictures)
+                self.loggers.tell_one(logger, "show_pictures", pictures)
 
     def _judge(self, bad_step: int | None, values: dict[str, float]) -> None:
         """Declare the run diverged where a loss of training, or one of `values`, is not finite."""
@@ -221,19 +225,20 @@ class Loop:
         self._sums, self._counts = {}, {}
         return means
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, last: bool = False) -> None:
         if not self.diverged:  # the last good one is kept
-            self.save(self.state_dict())
+            self.save(self.state_dict(), last=last)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next round, and the records after it, depend on."""
         return {
+            "step": self.step,
             "solver": self.solver.state_dict(),
             "train": self.data.train.state_dict(),
             "valid": self.data.valid.state_dict(),
             "device": self.device.type,
             "rng": rng_state(self.device),
-            "loggers": {type(logger).__name__: logger.state() for logger in self.loggers},
+            "loggers": self.loggers.state(),
             "seconds": self.meter.seconds,
             "phases": self.phases.read(),
             "evaluating": self.evaluating,
@@ -270,6 +275,7 @@ class Loop:
         self._sums, self._counts = to_device(state["sums"], self.device), state["counts"]
         for name in _PLAIN:
             setattr(self, name, state[name])
+        self.save.resumed(state["step"])
 
 
 _PLAIN = ("initial", "best", "good", "last", "evaluations", "stalled", "epochs_ended", "doubted")
@@ -285,8 +291,13 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _first_bad(solution: Solution) -> dict[str, float]:
-    bad = [name for name, leaf in solution.hypers.items() if not bool(torch.isfinite(leaf).all())]
-    return {f"hyperparameter `{name}`": math.nan for name in bad}
+    return _not_finite("hyperparameter", solution.hypers)
+
+
+def _not_finite(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Those that are not, said to be NaN."""
+    bad = [name for name, leaf in tensors.items() if not bool(torch.isfinite(leaf).all())]
+    return {f"{kind} `{name}`": math.nan for name in bad}
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,7 @@
 """The usual problem: an `nn.Module`, two objectives on its output, and data."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from bilevel.data import Data, streams
 from bilevel.errors import BilevelError
+from bilevel.global_draws import GlobalDraws, seeded
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.space import Space
@@ -71,13 +71,14 @@ class ModuleProblem(Problem):
         self._splits = (train, valid, test)
         own = copy.deepcopy(module) if isinstance(module, nn.Module) else None
         self._make = module if own is None else lambda: own
-        with _seeded(torch.Generator()):
+        with seeded(torch.Generator()):
             made = self._make() if callable(self._make) else module
         if not isinstance(made, nn.Module):
             raise BilevelError(f"{made!r} is no module; give an nn.Module or a function that makes one")
         self._module = _without_weights(made)
         self._resting = [m for m in self._module.modules() if not m.training] if made.training else []
         self._switch(train=True)
+        self._draws = GlobalDraws()
         self.aliases = _aliases(made)
         self._trained = frozenset(name for name, p in made.named_parameters() if p.requires_grad)
         self._buffers = frozenset(name for name, _ in made.named_buffers())
@@ -85,7 +86,7 @@ class ModuleProblem(Problem):
             raise BilevelError(f"{type(made).__name__} has no trainable parameter, so there is no w; set requires_grad on some")
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
-        with _seeded(generator):
+        with seeded(generator):
             module = self._make()
         state = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
         params = {name: t for name, t in state.items() if name in self._trained}
@@ -119,12 +120,15 @@ class ModuleProblem(Problem):
         args, kwargs = self.inputs(hypers, batch, train=train, generator=generator)
         if not train:
             return torch.func.functional_call(self._module, {**params, **carry}, args, kwargs), carry
-        # batch norm writes its statistics in place, a module's own code may assign new ones: the first hits a clone, and
-        # functional_call leaves the second in `tensors`
-        tensors = {**params, **{name: t.clone() if name in self._buffers else t for name, t in carry.items()}}
-        with _seeded(generator):
+
+        def run() -> tuple[Prediction, Carry]:
+            # batch norm writes its statistics in place, a module's own code may assign new ones: the first hits a clone, and
+            # functional_call leaves the second in `tensors`
+            tensors = {**params, **{name: t.clone() if name in self._buffers else t for name, t in carry.items()}}
             prediction = torch.func.functional_call(self._module, tensors, args, kwargs)
-        return prediction, {name: tensors[name] for name in carry}
+            return prediction, {name: tensors[name] for name in carry}
+
+        return self._draws(run, generator)
 
     def _switch(self, *, train: bool) -> None:
         self._module.train(train)
@@ -149,30 +153,3 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return {name: kept for name, tensor in named if (kept := first.setdefault(id(tensor), name)) != name}
-
-
-@contextmanager
-def _seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """Draws from the global generators follow from `generator` inside; afterwards those are as they were before."""
-    if generator is None:
-        yield
-        return
-    device = generator.device
-    on_host = device.type == "cpu"
-    with torch.random.fork_rng([] if on_host else [device.index or 0], device_type="cuda" if on_host else device.type):
-        if on_host:
-            seed = int(torch.randint(2**62, (), generator=generator))
-        else:  # reading a number drawn on the device would wait for it; the generator's own state lies on the host
-            seed = hash(tuple(generator.get_state().view(torch.int64).tolist())) % 2**62
-            torch.rand((), generator=generator, device=device)
-            _seed_global(device, seed)
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def _seed_global(device: torch.device, seed: int) -> None:
-    """Seed the global generator of `device`, which need not be the current one."""
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    else:
-        torch.get_device_module(device).manual_seed(seed)

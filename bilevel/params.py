@@ -28,6 +28,18 @@ Metrics: TypeAlias = dict[str, Tensor]
 """What a step or an evaluation tells, by name."""
 
 
+class PerExampleWeight:
+    """A weight that a solver lets vary from example to example without forming it: a mixin of a subclass of Tensor."""
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it is made of; the last has the example axis, first."""
+        raise NotImplementedError
+
+    def with_parts(self, *parts: Tensor) -> Tensor:
+        """The same weight of other `parts`, of some of the examples for instance."""
+        raise NotImplementedError
+
+
 def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
     """‖w‖² summed over `params`, or Σ_i c_i w_i²: [] for plain weights, [B] for weights that vary from example to example.
 

@@ -4,22 +4,26 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import checkpoint
+from bilevel.capture import Capture
 from bilevel.check import check_setup
-from bilevel.checkpoint import CHECKPOINT, Identity
-from bilevel.device import choose_device, cpu_threads
+from bilevel.checkpoint import Checkpoints, Identity, kept
+from bilevel.device import choose_device, cpu_threads, deterministic
 from bilevel.display import DISPLAYS, display
 from bilevel.errors import BilevelError, near
-from bilevel.interrupts import Interrupts
+from bilevel.interrupts import Interrupts, requeue
 from bilevel.loop import Loop
+from bilevel.memory import Explained
+from bilevel.parallel.ranks import Ranks, own_device, ranks_of
+from bilevel.parallel.run import SavingTogether, spread
 from bilevel.plot import Picture
+from bilevel.precision import at_precision, check_precision, products
 from bilevel.probe import Probe
 from bilevel.problem import Problem
 from bilevel.records import METRICS, JsonLines, Logger, Place, Record, RunInfo, brief
@@ -44,9 +48,16 @@ class Runner:
         evaluate_every: epochs between evaluations; at most 1 where a `ReduceLROnPlateau` is to read one every epoch.
         patience: evaluations after warm-up without a new lowest validation loss that end the run; None never ends it so.
         checkpoint_every: evaluations between checkpoints; the end of a run, Ctrl-C included, always leaves one.
-        device: `auto` (CUDA, else CPU) or a name of PyTorch's.
+        keep_checkpoints: how many of them stay, the newest included; an older one stands in for one that is damaged.
+        device: `auto` (CUDA, else CPU) or a name of PyTorch's; of several processes on a machine each takes a GPU of its own.
         threads: of the CPU; by default one for fewer than a million weights, where threads wait for each other longer than they
             work, and PyTorch's own number otherwise.
+        precision: of the products on CUDA, `fp32` or `tf32`; or `bf16` anywhere: `predict` under autocast, all else in float32.
+        capture: record a training step once as a CUDA graph and replay it, which spares its launches; where that cannot be
+            done, a sentence says why, and the run goes on step by step. Schedules of the learning rate are followed.
+        deterministic: refuse operations whose bits may differ from one run to the next; they do so on CUDA alone, where this
+            costs time. An operation without a deterministic form ends the run, and is named.
+        requeue: where a signal announces a time limit (SLURM's USR1), ask SLURM to run the job again when all is saved.
         progress: `live` display, `plain` lines, `none`, or `auto`: live in a terminal.
         initial_params: weights to start from, names and shapes as the problem has them: a file of
             `torch.save(model.state_dict(), …)`, or the directory of a run, for its weights at its lowest validation loss.
@@ -63,8 +74,13 @@ class Runner:
     evaluate_every: float = 1
     patience: int | None = None
     checkpoint_every: int = 1
+    keep_checkpoints: int = 3
     device: str = "auto"
     threads: int | None = None
+    precision: str = "fp32"
+    capture: bool = False
+    deterministic: bool = False
+    requeue: bool = False
     progress: str = "auto"
     initial_params: str | None = None
     picture: bool = True
@@ -72,12 +88,16 @@ class Runner:
     def __post_init__(self) -> None:
         if self.epochs is None and self.seconds is None and self.examples is None:
             raise BilevelError("the runner has no budget; give epochs, seconds or examples")
-        for name in ("epochs", "seconds", "examples", "evaluate_every", "patience", "checkpoint_every", "threads"):
+        whole = ("checkpoint_every", "keep_checkpoints")
+        for name in ("epochs", "seconds", "examples", "evaluate_every", "patience", "threads", *whole):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > 0):
                 raise BilevelError(f"runner.{name}={value!r} must be above zero")
+            if name in whole and not isinstance(value, int):
+                raise BilevelError(f"runner.{name}={value!r} is no count; give 1, 2, …")
         if not (_is_number(self.warmup_epochs) and self.warmup_epochs >= 0):
             raise BilevelError(f"runner.warmup_epochs={self.warmup_epochs!r} must be zero or above")
+        check_precision(self.precision)
         if self.progress not in DISPLAYS:
             known = ", ".join(DISPLAYS)
             raise BilevelError(f"runner.progress={self.progress!r}{near(str(self.progress), DISPLAYS)} is none of {known}")
@@ -121,14 +141,53 @@ class Runner:
         if solver.inner_count:
             taken = f"this {type(solver).__name__} has {solver.inner_count} steps behind it"
             raise BilevelError(f"{taken}; give every run a solver of its own")
-        device = choose_device(self.device)
-        directory = Path(directory)
+        device, directory = choose_device(own_device(self.device)), Path(directory)
+        explaining = Explained(problem, solver, device, self.precision)
+        with deterministic(self.deterministic), ranks_of(device) as ranks, explaining as explained:
+            summary, out_of_time = self._run(
+                problem,
+                solver,
+                device,
+                explained,
+                ranks,
+                directory=ranks.on_first(lambda: directory),
+                seed=seed,
+                names=names,
+                config=config or {},
+                loggers=loggers,
+                resume=resume,
+                params=params,
+                place=place,
+            )
+        if out_of_time and self.requeue:  # when all is saved and closed: SLURM may end this process at once
+            requeue()
+        return summary
+
+    def _run(
+        self,
+        problem: Problem,
+        solver: Solver,
+        device: torch.device,
+        explained: Explained,
+        ranks: Ranks,
+        *,
+        directory: Path,
+        seed: int,
+        names: tuple[str, str] | None,
+        config: Mapping[str, Any],
+        loggers: Sequence[Logger],
+        resume: bool,
+        params: Mapping[str, Tensor] | None,
+        place: Place | None,
+    ) -> tuple[Record, bool]:
+        """The summary, and whether the run has ended for a time limit ahead."""
         identity = Identity(*(names or (type(problem).__name__, type(solver).__name__)), seed)
+        checkpoints = Checkpoints(directory, identity, self.keep_checkpoints)
         state: dict[str, Any] = {}
         if resume:
-            state = checkpoint.load(directory, identity)
+            state = ranks.on_first(checkpoints.load)
         else:
-            _claim(directory)
+            ranks.on_first(lambda: _claim(directory))
             if params is None and self.initial_params is not None:
                 params = read_params(self.initial_params)
             if params is not None:
@@ -136,31 +195,35 @@ class Runner:
 
         streams, draws = _generators(seed, device)
         data = problem.data(device, streams)
+        problem = at_precision(spread(problem, data, device, ranks), solver, self.precision, device)
         check_setup(problem, data, device)
         probe = Probe.of(problem, solver, device)
         solver.setup(problem, data, device, draws)
-        picture = [Picture()] if self.picture else []
+        explained.data = data
+        told = [JsonLines(), *([Picture()] if self.picture else []), *loggers, *display(self.progress)] if ranks.first else []
         loop = Loop(
             problem=problem,
             solver=solver,
             data=data,
             device=device,
             schedule=self.schedule(data.train.steps_per_epoch),
-            loggers=[JsonLines(), *picture, *loggers, *display(self.progress)],  # the table comes when all is saved
-            save=partial(checkpoint.save, directory, identity),
+            loggers=told,  # the table comes when all is saved
+            save=SavingTogether(checkpoints.save, directory, ranks),
             patience=self.patience,
             checkpoint_every=self.checkpoint_every,
             probe=probe,
+            ranks=ranks,
         )
         if resume:
             loop.load_state_dict(state)
+        solver.capture = Capture.of(solver, device, draws, ranks.world) if self.capture else None
         info = RunInfo(
             directory=directory,
             problem=identity.problem,
             solver=identity.solver,
             seed=seed,
             space=problem.space,
-            config=config or {},
+            config=config,
             epochs=self.epochs,
             warmup_epochs=self.warmup_epochs,
             initial={name: brief(leaf) for name, leaf in loop.initial.items()},
@@ -171,14 +234,17 @@ class Runner:
         )
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
+            stack.enter_context(products(self.precision))
             stack.enter_context(cpu_threads(self.threads, solver.solution().params))
             for logger in loop.loggers:
                 logger.start(info, state.get("loggers", {}).get(type(logger).__name__, {}))
-                stack.callback(logger.close)
-            summary = summarize(loop, info, loop.run(lambda: interrupts.received))
-            for logger in loop.loggers:
-                logger.finish(summary)
-        return summary
+                stack.callback(loop.loggers.tell_one, logger, "close")
+            reason = loop.run(lambda: interrupts.received)
+            [number] = ranks.largest(interrupts.number or 0)  # whichever process was told
+            interrupts.number = Signals(int(number)) if number else None
+            summary = summarize(loop, info, reason, signal=interrupts.number)
+            loop.loggers.tell("finish", summary)
+        return summary, bool(summary["interrupted"] and interrupts.of_time and ranks.first)
 
     def schedule(self, steps_per_epoch: int) -> Schedule:
         """The plan of a run in inner steps."""
@@ -194,7 +260,9 @@ class Runner:
 
 def _claim(directory: Path) -> None:
     """Make the directory of a new run and see that it can be written, before any work is lost."""
-    if any((directory / name).exists() for name in (CHECKPOINT, METRICS)):
+    begun = directory / METRICS
+    # one line is the evaluation before the first step: a run that was killed before its first checkpoint begins anew
+    if kept(directory) or (begun.exists() and begun.read_bytes().count(b"\n") > 1):
         raise BilevelError(f"{directory} holds a run already; continue it with resume, or choose another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)

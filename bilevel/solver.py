@@ -1,7 +1,7 @@
 """What a solver is: set up on a problem, advanced round by round, asked for its solution."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,6 +13,8 @@ from bilevel.needs import Need, check_space
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, to_device
 from bilevel.phases import Phases
 from bilevel.problem import Problem
+from bilevel.space import Space
+from bilevel.split import Stream
 
 
 class Solution(NamedTuple):
@@ -34,6 +36,8 @@ class Solver(ABC):
     """What it relies on in a problem; see `check`."""
     tunes_optimizer: ClassVar[bool] = False
     """Whether it can tune settings of the inner optimizer (`Domain.optimizer`)."""
+    subtracts: bool = False
+    """Whether its hypergradient is a difference of nearly equal numbers, which needs all the digits there are."""
     inner_count: int = 0
     """Inner steps taken so far."""
     outer_count: int = 0
@@ -42,6 +46,10 @@ class Solver(ABC):
     """Whether it moves λ at all; a baseline does not."""
     phases: Phases | None = None
     """The clock of a run, which the runner sets; see `phase`."""
+    capture: Callable[[Callable[[Batch], Metrics], Batch], Metrics] | None = None
+    """Takes steps for it, as graphs of the device; the runner sets it; see `take`."""
+    device_count: Tensor | None = None
+    """[] on the device: `inner_count`, where steps are captured."""
     first_bad_step: Tensor | None = None
     """[] on the device: the inner step of the first loss that was not finite; see `watch`."""
 
@@ -107,20 +115,46 @@ class Solver(ABC):
         """
         return None
 
+    def beside(self) -> Params:
+        """What it trains beside w and λ, by name (Θ of a response): a run in which that is not finite has diverged."""
+        return {}
+
+    def memory_settings(self, space: Space) -> list[str]:
+        """What lowers the memory that it holds beside w and a batch, with present values; told where a run is out of it."""
+        return []
+
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Within it, time counts as that of a phase, and not of one that it lies in; the records tell the seconds of each.
 
-        `inner` is the training of w; `response` the work on ŵ beyond it (a response network, a linear solve, particles);
-        `outer` the steps of λ. No phase is asked for.
+        `data` is what `next_batch` takes; `inner` the training of w; `response` the work on ŵ beyond it (a response network, a
+        linear solve, particles); `outer` the steps of λ. No phase is asked for.
         """
         return nullcontext() if self.phases is None else self.phases(name)
+
+    def next_batch(self, stream: Stream) -> Batch:
+        """`stream.next()`, in a phase of its own."""
+        with self.phase("data"):
+            return stream.next()
+
+    def take(self, step: Callable[[Batch], Metrics], batch: Batch) -> Metrics:
+        """`step(batch)`, as a replayed graph where the run captures; for steps that change nothing on the host."""
+        return step(batch) if self.capture is None else self.capture(step, batch)
+
+    def uncapturable(self) -> str | None:
+        """Why what it gives to `take` cannot be replayed as a graph, to follow 'since'; None where it can."""
+        return f"the steps of {type(self).__name__} change what lies on the host"
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those that its steps follow, for a capture, which holds their settings."""
+        return []
 
     def watch(self, loss: Tensor) -> None:
         """Note on the device, without waiting for it, the first inner step at which `loss` was not finite."""
         never = torch.iinfo(torch.int64).max
         if self.first_bad_step is None:
             self.first_bad_step = torch.full((), never, device=loss.device)
-        now = torch.where(torch.isfinite(loss.detach()).all(), never, self.inner_count)
+        count = self.inner_count if self.device_count is None else self.device_count
+        now = torch.where(torch.isfinite(loss.detach()).all(), never, count)
         self.first_bad_step = torch.minimum(self.first_bad_step, now)
 
     def bad_step(self) -> int | None:

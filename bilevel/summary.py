@@ -1,5 +1,6 @@
 """How a run ended: the content of `summary.json`."""
 
+from signal import Signals
 from typing import Any
 
 from bilevel.evaluation import evaluate
@@ -9,10 +10,11 @@ from bilevel.records import Record, RunInfo
 from bilevel.solver import Solution
 
 
-def summarize(loop: Loop, run: RunInfo, reason: str) -> Record:
+def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = None) -> Record:
     """The summary of a run that ended for `reason`; looks at the test split unless the run was interrupted.
 
-    `hypers` and `scales` are those of the last step, `initial` those before the first; `best.hypers` go with the best step.
+    `signal` is the one that interrupted it. `hypers` and `scales` are those of the last step, `initial` those before the first;
+    `best.hypers` go with the best step.
     """
     solution, scales = loop.solver.solution(), loop.solver.scales()
     finished = reason not in ("interrupted", "diverged")
@@ -21,9 +23,10 @@ def summarize(loop: Loop, run: RunInfo, reason: str) -> Record:
         test = {} if reason == "interrupted" else _test(loop, Solution(**to_device(loop.best["solution"], loop.device)))
         best = {**loop.best["record"], **test, "hypers": _lists(loop.best["solution"]["hypers"])}
     last = {**(loop.last or {}), **(_test(loop, solution) if finished else {})}
+    told = "" if signal in (None, Signals.SIGINT) else f" by {signal.name}"
     message = {
         "diverged": loop.diverged,
-        "interrupted": f"interrupted at step {loop.step}; continue with: bilevel resume={run.directory}",
+        "interrupted": f"interrupted{told} at step {loop.step}; continue with: bilevel resume={run.directory}",
     }.get(reason)
     if message is None and loop.solver.tunes and loop.solver.outer_count == 0:
         message = (
@@ -48,6 +51,7 @@ def summarize(loop: Loop, run: RunInfo, reason: str) -> Record:
         "stopped": reason,
         "diverged": reason == "diverged",
         "interrupted": reason == "interrupted",
+        "signal": signal.name if reason == "interrupted" and signal is not None else None,
         "message": message,
     }
 

@@ -1,6 +1,7 @@
 """Weights & Biases: a dashboard that groups runs by problem and compares solvers."""
 
 import logging
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from bilevel.dashboard import SECTIONS, compared, outcome, sections, sheet
 from bilevel.errors import BilevelError, near
-from bilevel.records import Logger, Record, RunInfo
+from bilevel.records import METRICS, Logger, Record, RunInfo, read_metrics
+from bilevel.wandb_offline import last_step
 
 MODES = ("offline", "online", "disabled")
 AT_EQUAL_COST = {"by_seconds": "seconds", "by_examples": "examples"}
 """Sections that show the validation split again, with their x-axis: W&B gives a metric one, a second needs a second name."""
 REACH_SECONDS = 5.0
+FINISH_SECONDS = 60.0
+"""For which the end of an online run is waited for: W&B itself would wait for as long as it is not reached."""
 LONGEST_TAG = 64
 
 log = logging.getLogger(__name__)
@@ -33,7 +37,8 @@ class WandB(Logger):
     there again as `by_seconds/…` and `by_examples/…`, so that solvers which spend differently are compared at equal cost. The
     summary has what the run's own has: `best/valid_loss`, `best/test_loss`, `best/regret`, `examples` and so on.
 
-    A run that is resumed goes on under its id, and no step is logged twice.
+    A run that is resumed goes on under its id, and no step is logged twice. Offline it begins with what W&B's own process had
+    not yet written when the run was killed.
 
     Attributes:
         mode: `offline` (upload it later with `wandb sync`), `online` (offline where that fails) or `disabled`.
@@ -61,6 +66,7 @@ class WandB(Logger):
         self._pictures: dict[str, Any] = {}
         self._logged = -1  # the last step that W&B has
         self._id: str | None = None
+        self._online = False
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         self._id = state.get("id")
@@ -88,6 +94,7 @@ class WandB(Logger):
         if self.mode == "online" and (problem := _unreachable(wandb, settings)) is None:
             try:
                 self.run = wandb.init(mode="online", **arguments)
+                self._online = True
             except wandb.errors.Error as error:
                 problem = str(error).splitlines()[0]
         if self.run is None:
@@ -97,7 +104,7 @@ class WandB(Logger):
                 log.warning("W&B is offline (%s); the run goes on, and can be uploaded with: %s", problem, later)
         self._id = self.run.id
         self._mark = run.directory / "wandb" / f"{self._id}.step"
-        self._logged = _step(self._mark)
+        self._logged = max(_step(self._mark), last_step(run.directory, self._id))
         for axis in ("epoch", *AT_EQUAL_COST.values()):
             self.run.define_metric(axis, hidden=True)
         for section in (*SECTIONS, "pictures"):
@@ -106,6 +113,8 @@ class WandB(Logger):
             self.run.define_metric(f"{section}/*", step_metric=axis)
         for lowest in ("valid/loss", "exact/regret"):
             self.run.define_metric(lowest, step_metric="epoch", summary="min,last")
+        for record in read_metrics(run.directory / METRICS) if run.resumed else ():
+            self.log(record)
 
     def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
         import wandb
@@ -122,7 +131,8 @@ class WandB(Logger):
         again = {f"{section}/{name}": value for section in AT_EQUAL_COST for name, value in measured.items()}
         self.run.log({**sections(record), **again, **pictures}, step=record["step"], commit=True)
         self._logged = record["step"]
-        self._mark.write_text(str(self._logged))
+        if self._online:  # what is there cannot be read back
+            self._mark.write_text(str(self._logged))
 
     def finish(self, summary: Record) -> None:
         if self.run is not None:
@@ -130,9 +140,28 @@ class WandB(Logger):
         self._exit_code = int(summary["diverged"])
 
     def close(self) -> None:
-        if self.run is not None:
-            self.run.finish(exit_code=self._exit_code)
-            self.run = None
+        if self.run is None:
+            return
+        run, self.run = self.run, None
+        if not self._online:
+            run.finish(exit_code=self._exit_code)
+            return
+        raised: list[Exception] = []
+
+        def leave() -> None:
+            try:
+                run.finish(exit_code=self._exit_code)
+            except Exception as error:
+                raised.append(error)
+
+        leaving = threading.Thread(target=leave, daemon=True)  # it waits for the network as long as that takes
+        leaving.start()
+        leaving.join(FINISH_SECONDS)
+        if raised:
+            raise raised[0]
+        if leaving.is_alive():
+            said = "W&B has not taken the run in within %g s; it is complete on disk, and can be uploaded with: wandb sync %s"
+            log.warning(said, FINISH_SECONDS, Path(run.dir).parent)
 
     def state(self) -> dict[str, Any]:
         return {"id": self._id} if self._id else {}

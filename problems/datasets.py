@@ -35,8 +35,7 @@ class Images(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        channels, height, width = self.train[0].shape[1:]
-        return channels, height, width
+        return tuple(self.train[0].shape[1:])  # type: ignore[return-value]  # rows of numbers, which an MLP takes, have one
 
     @property
     def brightest(self) -> float:

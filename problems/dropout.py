@@ -90,9 +90,10 @@ def concrete_dropout(
     """
     # Where the rate is below eps², z underflows anyway, and 1/rate² would overflow in a second derivative.
     rate = along_examples(rate, x).clamp_min(torch.finfo(rate.dtype).eps ** 2)
-    half = torch.finfo(x.dtype).eps / 2
-    v = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype).clamp(half, 1 - half)
-    z = torch.sigmoid(((rate.log() - (-rate).log1p()).to(x.dtype) + v.log() - (-v).log1p()) / temperature)
+    wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has 256 numbers between 0 and 1
+    half = torch.finfo(wide).eps / 2
+    v = torch.rand(x.shape, generator=generator, device=x.device, dtype=wide).clamp(half, 1 - half)
+    z = torch.sigmoid(((rate.log() - (-rate).log1p()).to(wide) + v.log() - (-v).log1p()) / temperature)
     return x * ((1 - z) / (1 - rate)).to(x.dtype)
 
 

@@ -75,7 +75,7 @@ class Descent(Training):
         metrics: Metrics = {}
         for _ in range(self.outer_steps):
             self.outer_count += 1
-            metrics = self.outer_step(self.data.valid.next())
+            metrics = self.take(self.outer_step, self.next_batch(self.data.valid))
         self.belief.recentre()
         return metrics
 
@@ -179,6 +179,9 @@ class Descent(Training):
     def effective_weights(self) -> Params:
         """The weights that go with λ₀."""
         return self.weights.detached()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return super().optimizers() + [group.optimizer for group in self.belief.trained()]
 
     def scales(self) -> Hypers:
         return self.belief.scales() if self.perturbs else {}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Data, Hypers, Metrics, Params, Problem
+from bilevel import Batch, Data, Hypers, Metrics, Params, Problem, Space
 from bilevel.params import count_examples, to_device
 from solvers.descent import Descent
 from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, descend
@@ -72,6 +72,7 @@ class EvolutionStrategies(Descent):
 
     tunes_optimizer = True
     perturbs = True
+    subtracts = True
     twin: Twin
     trajectory: Trajectory
     particles: list[Point]
@@ -103,10 +104,13 @@ class EvolutionStrategies(Descent):
         above_zero(spread=spread)
         self.pairs, self.persistent, self.horizon, self.spread = pairs, persistent, horizon, spread
 
+    def memory_settings(self, space: Space) -> list[str]:
+        return [f"fewer solver.pairs (now {self.pairs}, each of two copies of w)"]
+
     # --- a round: the particles and the centre on the same batches ---
 
     def inner_phase(self, steps: int, *, warmup: bool) -> Metrics:
-        batches = [self.data.train.next() for _ in range(steps)]
+        batches = [self.next_batch(self.data.train) for _ in range(steps)]
         if not warmup:
             with self.phase("response"):
                 self.explore(batches)
@@ -176,7 +180,7 @@ class EvolutionStrategies(Descent):
         Between rounds no particle has a loss to be judged by: they train on the next batches first.
         """
         if not self.places:
-            self.explore([self.data.train.next() for _ in range(self.inner_steps)])
+            self.explore([self.next_batch(self.data.train) for _ in range(self.inner_steps)])
         with torch.no_grad():
             losses = torch.stack([self.judge(u, point, batch) for u, point in zip(self.places, self.particles, strict=True)])
             centre = self.judge(self.belief.centre, Point(*self.twin.read(), self.carry), batch)

@@ -6,7 +6,7 @@ import torch
 
 from bilevel import Batch, Data, Metrics, Problem, Solution
 from bilevel.params import count_examples
-from solvers.given import Constant, Given
+from solvers.given import Constant, Gaussian, Given
 from solvers.trained import SGD, MakeOptimizer, MakeScheduler
 from solvers.training import Training
 
@@ -45,6 +45,11 @@ class Fixed(Training):
     def inner_step(self, batch: Batch) -> Metrics:
         before = self.inner_count - 1  # this step is counted already
         return self.descend_at(self.hypers.drawn(before, count_examples(batch), self.generator), batch)
+
+    def uncapturable(self) -> str | None:
+        if isinstance(self.hypers, (Constant, Gaussian)):
+            return None
+        return f"{type(self.hypers).__name__} hyperparameters depend on the number of the step, which lies on the host"
 
     def solution(self) -> Solution:
         return Solution(self.hypers.at(self.inner_count), self.weights.detached(), self.carry)

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Params, Problem
+from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Params, Problem, Space
 from bilevel.params import to_device
 from solvers.conjugate_gradients import CG
 from solvers.curvature import Curvature, GaussNewton, Hessian
 from solvers.descent import Descent
 from solvers.linear_solve import Guess, LinearSolve
+from solvers.nystrom import Nystrom
 from solvers.pullback import Pullback, flat, unflat
 from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 from solvers.training import at_least
@@ -90,6 +91,12 @@ class Implicit(Descent):
             )
         self.linear_solve, self.curvature, self.warm_start = linear_solve, curvature, warm_start
         self.batches, self.stationarity = batches, stationarity
+
+    def memory_settings(self, space: Space) -> list[str]:
+        kept = [f"fewer solver.batches (now {self.batches} in one graph)"] if self.batches > 1 else []
+        sketch = self.linear_solve
+        ranks = [f"a smaller solver.linear_solve.rank (now {sketch.rank})"] if isinstance(sketch, Nystrom) else []
+        return kept + ranks
 
     def respond(self, offset: Tensor) -> Params:
         response = unflat(_BestResponse.apply(self.belief.centre + offset, self), self.weights.leaves)

@@ -107,7 +107,7 @@ class Penalty(Explicit):
         y = self.penalized.tensors
         hypers = self.problem.space.constrain(self.belief.centre, self.generator)
         inner, carry = self.problem.inner_loss(hypers, y, self.penalized_carry, batch, self.generator)
-        valid = self.data.valid.next()
+        valid = self.next_batch(self.data.valid)
         held = self.problem.space.constrain(self.belief.centre)
         with self._without_cudnn():
             outer, _ = self.problem.outer_loss(held, y, self.problem.fresh_carry(self.penalized_carry, valid), valid)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, BilevelError, Carry, Data, Metrics, Params, Problem, Solution, Solver
+from bilevel import Batch, BilevelError, Carry, Data, Metrics, Params, Problem, Solution, Solver, Space
 from bilevel.evaluation import evaluate
 from bilevel.params import detached, to_device
 from bilevel.solver import on_cpu
@@ -135,6 +135,9 @@ class PopulationBased(Solver):
         optimizer = configured(self.inner_optimizer, optimizer_settings(space, space.constrain(u)))
         return Member(Trained(params, optimizer, self.inner_scheduler, self.clip_norm), carry, u)
 
+    def memory_settings(self, space: Space) -> list[str]:
+        return [f"a smaller solver.population (now {self.population}, each with a copy of w)"]
+
     # --- training ---
 
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
@@ -154,7 +157,7 @@ class PopulationBased(Solver):
 
     def descend(self, member: Member) -> Tensor:
         """One step of a member; returns L_T, [], which is not watched: the member will be replaced."""
-        batch: Batch = self.data.train.next()
+        batch: Batch = self.next_batch(self.data.train)
         self.inner_count += 1
         member.steps += 1
         hypers = self.problem.space.constrain(member.u, self.generator)

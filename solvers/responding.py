@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from bilevel import BilevelError
+from bilevel.params import PerExampleWeight
 
 with (
     warnings.catch_warnings()
@@ -69,7 +70,7 @@ _METADATA = getters(
 }
 
 
-class Responding(Tensor):
+class Responding(PerExampleWeight, Tensor):
     """W₀ + diag(s_b) W₁ for every example b, along `axis` of the weight.
 
     Its shape is the weight's own, so that a module takes it for its parameter. Functions act on it by the rules of `RULES`;
@@ -122,6 +123,8 @@ class Responding(Tensor):
 
         The primal of a linearization carries no graph of the response: its scale is zero there.
         """
+        units = units.to(out.dtype)  # under autocast, products are narrower than what is added to them
+        scale = None if scale is None else scale.to(out.dtype)
         if not self.tangent:
             return out + units if scale is None else torch.addcmul(out, scale, units)
         value, dot = forward_ad.unpack_dual(out)
@@ -145,6 +148,13 @@ class Responding(Tensor):
         if not self.tangent:
             return base + change
         return forward_ad.make_dual(base.contiguous(), change)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.base, self.response, self.scale
+
+    def with_parts(self, *parts: Tensor) -> "Responding":
+        base, response, scale = parts
+        return Responding.of(base, response, scale, self.axis, tangent=self.tangent, label=self.label)
 
     def transposed(self) -> "Responding":
         """The transpose of a matrix: the scale moves to the other axis."""

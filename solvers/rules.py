@@ -113,7 +113,7 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, view: Callable
         if p is not None:
             if isinstance(p, Responding):
                 p.check_examples(x)
-            x = combine(x, view(p.per_example() if isinstance(p, Responding) else p[None]))
+            x = combine(x, view(p.per_example() if isinstance(p, Responding) else p[None]).to(x.dtype))
     return x
 
 

@@ -88,7 +88,7 @@ class SAMA(Explicit):
             clip_norm=clip_norm,
             outer_optimizer=outer_optimizer,
         )
-        self.alpha, self.finite_difference = alpha, finite_difference
+        self.alpha, self.finite_difference, self.subtracts = alpha, finite_difference, finite_difference
         if not finite_difference:
             self.needs = self.needs | {Need.SECOND_DERIVATIVES}  # type: ignore[misc]  # of this one
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Prediction, Problem
+from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Prediction, Problem, Space
 from bilevel.needs import check_space
 from bilevel.params import count_examples, detached, to_device
 from bilevel.solver import on_cpu
 from solvers.descent import Descent
 from solvers.linearization import double_backward, forward_mode
 from solvers.rehearsal import check_response, largest, units, without_last
-from solvers.response import Response, Structured
+from solvers.response import Dense, Response, Structured
 from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend
 
 MOST_DIRECTIONS = 500
@@ -99,6 +99,13 @@ class SelfTuning(Descent):
         self.response = copy.copy(response) if response is not None else Structured()
         self.per_example = self.response.per_example
         self.response_optimizer = response_optimizer or inner_optimizer
+
+    def beside(self) -> Params:
+        return {f"Θ of {name}": tensor for name, tensor in self.theta.detached().items()}
+
+    def memory_settings(self, space: Space) -> list[str]:
+        dense = ["response=null (Dense holds Θ as h copies of w)"] if isinstance(self.response, Dense) else []
+        return [*dense, f"fewer hyperparameters (now h = {space.numel}, and Θ grows with it)"]
 
     # --- one training batch ---
 
@@ -217,6 +224,9 @@ class SelfTuning(Descent):
         trained = self.theta.leaves if self.regularized_w0 else self.theta.leaves + self.weights.leaves
         torch.autograd.grad(loss, trained, allow_unused=True)
         torch.autograd.grad(self.outer_loss(valid), [self.belief.u], allow_unused=True)
+
+    def uncapturable(self) -> str | None:
+        return None
 
     def trained(self) -> dict[str, Trained]:
         return super().trained() | {"theta": self.theta}

@@ -106,7 +106,7 @@ class SOBA(Descent):
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
         self.inner_count += 1
         with self.phase("inner"):
-            at = self.directions(self.data.train.next(), self.data.valid.next())
+            at = self.directions(self.next_batch(self.data.train), self.next_batch(self.data.valid))
             self.watch(at.pull.loss + at.outer_loss)
             with self.phase("response"):
                 rate, largest = self.adjoint_rate(at)

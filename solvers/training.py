@@ -67,7 +67,7 @@ class Training(Solver):
         totals: Metrics = {}
         for _ in range(steps):
             self.inner_count += 1
-            for name, value in self.inner_step(self.data.train.next()).items():
+            for name, value in self.take(self.inner_step, self.next_batch(self.data.train)).items():
                 totals[name] = totals[name] + value if name in totals else value
         return {name: total / steps for name, total in totals.items()}
 
@@ -96,6 +96,9 @@ class Training(Solver):
             metrics = self.inner_phase(steps, warmup=warmup)
         with self.phase("outer"):
             return metrics if warmup else metrics | self.outer_phase()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [group.optimizer for group in self.trained().values()]
 
     def epoch_ended(self, valid_loss: float | None) -> None:
         for group in self.trained().values():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Data, Metrics, Need, Params, Problem, Refused, SolverWarning
+from bilevel import Batch, Data, Metrics, Need, Params, Problem, Refused, SolverWarning, Space
 from bilevel.needs import check_space
 from bilevel.params import to_device
 from solvers.descent import Descent
@@ -78,6 +78,13 @@ class Unrolled(Descent):
             outer_optimizer=outer_optimizer,
         )
         self.mode, self.restart = mode, restart
+
+    def memory_settings(self, space: Space) -> list[str]:
+        if not isinstance(self.mode, Reverse):
+            return [f"solver.mode._target_=solvers.Reverse (now h = {space.numel} directions are carried along)"]
+        kept = self.inner_steps if self.mode.truncate is None else min(self.mode.truncate, self.inner_steps)
+        steps = f"fewer solver.inner_steps, or solver.mode.truncate (now {kept} steps in one graph)"
+        return [steps] if self.mode.checkpoint else [steps, "solver.mode.checkpoint=true"]
 
     # --- a round ---
 

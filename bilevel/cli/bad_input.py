@@ -25,6 +25,9 @@ UNUSABLE = (
 )
 """Errors of the file system that say something about a place rather than about the program."""
 
+LOST_WORKERS = ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError")
+"""What joblib and submitit raise of a process that was killed; by name, since neither need be installed."""
+
 
 def sentence(error: BaseException) -> str | None:
     """What is wrong and what to do; None for an error that is no user's input but somebody's bug, whose traceback is wanted."""
@@ -32,6 +35,11 @@ def sentence(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
         return _missing(error)
+    if type(error).__name__ in LOST_WORKERS:
+        return (
+            f"a process of the launcher has ended without a result ({_first_line(error).rstrip('.')}), most often since the "
+            "machine's memory ran out; the same command with the same hydra.sweep.dir runs what is missing"
+        )
     if isinstance(error, OSError):
         return _unusable(error) if error.errno in UNUSABLE else None
     if isinstance(error, ConfigCompositionException) and isinstance(error.__cause__, (ConfigKeyError, ConfigAttributeError)):
@@ -40,6 +48,8 @@ def sentence(error: BaseException) -> str | None:
         return _malformed(error)
     if isinstance(error, SearchPathException):
         return f"{error}; give --config-dir a directory that exists"
+    if isinstance(error, OmegaConfBaseException) and (ours := _ours(error)) is not None:
+        return sentence(ours)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         cause = error.__cause__
         lines = [_first_line(e) for e in (error, cause) if isinstance(e, (HydraException, OmegaConfBaseException))]
@@ -86,6 +96,13 @@ def _malformed(error: OverrideParseException) -> str:
     return (
         f"`{error.override}` is no override; write key=value, and quote what has spaces, commas or equals signs: 'key=\"a, b\"'"
     )
+
+
+def _ours(error: BaseException | None) -> BilevelError | None:
+    """The error of ours that OmegaConf has wrapped."""
+    while error is not None and not isinstance(error, BilevelError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _unusable(error: OSError) -> str:

@@ -1,6 +1,7 @@
 """Continuing a run: its stored configuration, and which overrides may differ from it."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bilevel.checkpoint import CHECKPOINT
+from bilevel.checkpoint import CHECKPOINT, kept
 from bilevel.errors import BilevelError
+from bilevel.records import SUMMARY, Record
 
 CONFIG = "config.yaml"
 
@@ -19,13 +21,21 @@ MAY_CHANGE = (
     "runner.examples",
     "runner.patience",
     "runner.checkpoint_every",
+    "runner.keep_checkpoints",
     "runner.device",
+    "runner.requeue",
     "runner.progress",
     "runner.picture",
     "wandb.mode",
     "tensorboard.flush_seconds",
 )
 """What a resumed run may do otherwise: none of it enters the steps that are already taken."""
+
+BUDGETS = ("runner.epochs", "runner.seconds", "runner.examples", "runner.patience")
+"""What ends a run: one that has ended goes on where they differ."""
+
+AUTO = "auto"
+"""`resume=auto`: start, go on or leave alone, as the directory of the run has it."""
 
 ABSENT = object()
 
@@ -39,7 +49,7 @@ def stored_config(directory: Path) -> DictConfig:
     file = directory / CONFIG
     if not directory.is_dir():
         raise BilevelError(f"resume={directory} is not a directory; give the directory of an earlier run")
-    if missing := [name for name in (CONFIG, CHECKPOINT) if not (directory / name).is_file()]:
+    if missing := [name for name, there in ((CONFIG, file.is_file()), (CHECKPOINT, kept(directory))) if not there]:
         raise BilevelError(f"resume={directory} is not a run: it has no {missing[0]}; give the directory of an earlier run")
     try:
         config = OmegaConf.load(file)
@@ -87,6 +97,45 @@ def continued(stored: DictConfig, composed: Mapping[str, Any], overridden: Seque
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def repeated(composed: Mapping[str, Any], directory: Path) -> tuple[bool, Record | None]:
+    """What a command that may have run before finds in the directory of its run.
+
+    Returns:
+        Whether there is a run to go on with, and the summary of one that has ended with the same budgets.
+
+    Raises:
+        BilevelError: a run with other settings is there, or one that cannot be read.
+    """
+    if not kept(directory):
+        return False, None
+    stored, now = stored_config(directory), OmegaConf.create(dict(composed))
+    before = OmegaConf.to_container(stored, resolve=True)
+    assert isinstance(before, dict)
+    apart = dict(_differences({**before, "resume": None}, {**composed, "resume": None}))
+    free = {*MAY_CHANGE, "loggers", *stored.get("loggers", {}), *now.get("loggers", {})}
+    for key, (then, this) in apart.items():
+        if key not in free and key.split(".")[0] not in free:
+            raise BilevelError(
+                f"{directory} holds a run with `{key}` {_said(then)}, and it is {_said(this)} now; choose another directory, "
+                "or remove that run"
+            )
+    try:
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        ended = not summary["interrupted"] and {"best", "diverged", "message"} <= summary.keys()
+    except (OSError, ValueError, LookupError, TypeError):  # killed, or not a summary: the checkpoint knows how far it came
+        return True, None
+    return True, summary if ended and not any(budget in apart for budget in BUDGETS) else None
+
+
+def _differences(then: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """The keys by which two configurations differ, with both values."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in {**then, **now}:
+            yield from _differences(then.get(key, ABSENT), now.get(key, ABSENT), f"{prefix}.{key}" if prefix else str(key))
+    elif then != now:
+        yield prefix, (then, now)
 
 
 def _said(value: Any) -> str:

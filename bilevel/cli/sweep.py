@@ -2,7 +2,10 @@
 
 import math
 import os
-from collections.abc import Sequence
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bilevel.comparison.runs import Run, grouped, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
+from bilevel.interrupts import Interrupts, OutOfTime, of_time_limit
 from bilevel.records import Place
 
 if TYPE_CHECKING:
@@ -23,14 +27,17 @@ if TYPE_CHECKING:
 TABLE = "table.txt"
 RUNS = "BILEVEL_SWEEP_RUNS"
 """The environment variable in which the processes of a sweep's launcher inherit how many runs there are."""
+FAILED = "failed"
+"""The folder of a sweep that says why runs of it failed."""
 WIDE = 400
 """Columns where nobody looks on: no cell is broken, and no line is longer than its table."""
 
 
 class SweepTable(Callback):
-    """Counts the runs of a sweep before it begins, reads them when all have ended, and prints a table of each problem's.
+    """Counts the runs of a sweep before it begins, reads them when all have ended, and prints a table of each problem's, and
+    which runs failed.
 
-    Whichever launcher runs them.
+    Whichever launcher runs them: what it reads are files.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -38,6 +45,8 @@ class SweepTable(Callback):
         os.environ.pop(RUNS, None)
         if (runs := count(config)) is not None:
             os.environ[RUNS] = str(runs)
+        if str(config.hydra.launcher.get("_target_", "")).endswith("JoblibLauncher"):
+            _patience.enter_context(Patience())
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the tables, and write them to `table.txt`."""
@@ -46,20 +55,81 @@ class SweepTable(Callback):
         directory = Path(config.hydra.sweep.dir)
         if not directory.is_dir():
             return  # not one of them began
-        runs = read_runs(directory)
-        if len(runs) < 2:
+        runs, failed = read_runs(directory), failures(directory)
+        _failed.update(failed)
+        if len(runs) + len(failed) < 2:
             return
-        tables = sweep_tables(runs)
+        told = sweep_tables(runs) + [f"failed: {name}: {sentence}" for name, sentence in failed.items()]
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = WIDE
-        console.print(*tables, sep="\n")
+        console.print(*told, sep="\n", markup=False)
         try:
             with open(directory / TABLE, "w", encoding="utf-8") as file:
-                Console(file=file, width=WIDE).print(*tables, sep="\n")
+                Console(file=file, width=WIDE).print(*told, sep="\n", markup=False)
         except OSError as error:
             print(f"bilevel: cannot write {directory / TABLE}: {error.strerror or error}")
         print(f"the runs, and this table: {directory}; more of them: bilevel-compare {directory}")
+
+
+_failed: dict[str, str] = {}
+_patience = ExitStack()
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, str]]:
+    """Within it, a sweep gathers its failures, by the name of the run; other processes may have had them."""
+    _failed.clear()
+    with _patience:
+        yield _failed
+
+
+class Patience:
+    """While entered, the first Ctrl-C (or signal of a time limit) lets the workers end their rounds, which have it too.
+
+    The launcher would kill them at once.
+    """
+
+    def __enter__(self) -> "Patience":
+        self._interrupts = Interrupts(signals=[signal.SIGINT, *of_time_limit()])
+        self._interrupts.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._interrupts.__exit__()
+        if self._interrupts.of_time:
+            raise OutOfTime
+        if self._interrupts.received:
+            raise KeyboardInterrupt
+
+
+def note_failure(sentence: str) -> None:
+    """Leave the reason beside the runs of a sweep, for the process that makes the table, and for who looks later."""
+    if (file := _failure()) is not None:
+        with suppress(OSError):  # it was printed
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(sentence + "\n", encoding="utf-8")
+
+
+def forget_failure() -> None:
+    """This run has ended well."""
+    if (file := _failure()) is not None:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def failures(directory: Path) -> dict[str, str]:
+    """Why runs of a sweep failed, by their names."""
+    found = sorted((directory / FAILED).glob("*.txt"), key=lambda file: [int(n) for n in re.findall(r"^\d+", file.name)])
+    return {file.stem: file.read_text(encoding="utf-8").strip() for file in found}
+
+
+def _failure() -> Path | None:
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN:
+        return None
+    run = Path(hydra.runtime.output_dir)
+    return Path(hydra.sweep.dir).absolute() / FAILED / f"{run.name}.txt"
 
 
 def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:

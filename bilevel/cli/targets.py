@@ -6,6 +6,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -57,6 +58,9 @@ def check(node: Any, role: str) -> None:
         return
     for key, value in node.items():
         check(value, f"{role}.{key}")
+    for flag in ("_partial_", "_recursive_"):
+        if flag in node:
+            check_type(node[flag], bool, f"{role}.{flag}")
     if "_target_" in node:
         _check_arguments(node, role, locate(node["_target_"], role))
 
@@ -120,7 +124,7 @@ def _made(node: Mapping[str, Any], role: str) -> type | None:
     if "_target_" not in node:
         return dict
     if node.get("_partial_"):
-        return None
+        return partial
     target = locate(node["_target_"], role)
     return target if inspect.isclass(target) else None
 

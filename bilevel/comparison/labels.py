@@ -6,7 +6,7 @@ from typing import Any
 
 IGNORED = (
     *("seed", "resume", "data", "loggers", "wandb", "tensorboard", "names", "hydra"),
-    *("runner.progress", "runner.picture", "runner.checkpoint_every"),
+    *("runner.progress", "runner.picture", "runner.checkpoint_every", "runner.keep_checkpoints"),
 )
 """Settings that change no number that is compared."""
 
