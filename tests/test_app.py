@@ -30,6 +30,7 @@ def test_a_run_leaves_everything_in_a_directory_that_says_what_it_is():
     directory = only_run()
     assert re.fullmatch(r"quadratic-stn-seed3-\d{8}-\d{6}-\d{6}", directory.name)
     left = {"config.yaml", "run.json", "metrics.jsonl", "summary.json", "checkpoint.pt"}
+    left |= {"checkpoint-step0.pt", "checkpoint-step1.pt"}
     assert {path.name for path in directory.iterdir()} == left
     config = OmegaConf.load(directory / "config.yaml")
     assert (config.seed, config.solver.centered, config.names.solver, config.runner.epochs) == (3, False, "stn", 4)

@@ -35,6 +35,12 @@ def refused(capfd, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["problem=null"], "`problem=null` chooses no problem by its name; write problem=NAME"),
+        (["logger=1"], "`logger=1` chooses no logger by its name"),
+        (["+experiment=null"], "`+experiment=null` chooses no experiment by its name"),
+        (["solver.inner_optimizer._partial_=maybe"], "`solver.inner_optimizer._partial_` = 'maybe' is a str"),
+        (["solver._target_=builtins.dict"], "`solver` is a dict; give solver._target_=the path of a Solver"),
+        (["solver=unrolled", "solver.mode={_target_: solvers.Reverse, _partial_: true}"], "would be a partial; give Mode"),
         (["problem=digit"], "there is no problem `digit` (did you mean `digits`"),
         (["solver=delta-stn"], "there is no solver `delta-stn` (did you mean `delta_stn`"),
         (["sed=3"], "there is no key `sed` (did you mean `seed`"),
@@ -187,16 +193,18 @@ def not_a_run(run: Path) -> None:
 
 
 def no_checkpoint(run: Path) -> None:
-    (run / "checkpoint.pt").unlink()
+    for file in run.glob("checkpoint*.pt"):
+        file.unlink()
 
 
 def truncated(run: Path) -> None:
-    file = run / "checkpoint.pt"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in run.glob("checkpoint*.pt"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def foreign(run: Path) -> None:
-    torch.save({"w": torch.zeros(3)}, run / "checkpoint.pt")
+    for file in run.glob("checkpoint*.pt"):
+        torch.save({"w": torch.zeros(3)}, file)
 
 
 def broken_config(run: Path) -> None:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
-from bilevel import BilevelError, ModuleProblem, Positive, Space, module_problem, squared_norm
+from bilevel import BilevelError, ModuleProblem, Positive, Space, global_draws, squared_norm
 from bilevel.starting import StartingFrom
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -261,6 +261,6 @@ def test_a_module_that_keeps_its_norm_frozen_itself_does_so_from_the_first_batch
 def test_the_generator_of_the_device_in_use_is_seeded_and_no_other(monkeypatch):
     first, second = torch.Generator(), torch.Generator()
     monkeypatch.setattr(torch.cuda, "default_generators", (first, second))
-    module_problem._seed_global(torch.device("cuda", 1), 5)
+    global_draws._seed_global(torch.device("cuda", 1), 5)
     assert second.initial_seed() == 5
     assert first.initial_seed() != 5

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import solvers.descent
-from bilevel import module_problem
+from bilevel import global_draws
 from bilevel.problem import Problem
 from problems import digits
 from solvers import SelfTuning
@@ -34,7 +34,7 @@ WAITS = {
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu}
 """What on the CPU is no operation at all."""
 
-SEEDED = inspect.unwrap(module_problem._seeded).__code__
+SEEDED = inspect.unwrap(global_draws.seeded).__code__
 """May read one number: on the host, a global generator is seeded with a number drawn there; on CUDA it reads the generator's
 state instead, which lies on the host."""
 

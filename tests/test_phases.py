@@ -113,13 +113,30 @@ def test_phases_make_up_the_time_of_training(tmp_path, name):
     evaluation = phases.pop("evaluation")
     assert 0.7 * last["seconds"] < sum(phases.values()) <= last["seconds"]
     assert evaluation > 0
-    assert set(phases) <= {"inner", "response", "outer"}
+    assert set(phases) <= {"data", "inner", "response", "outer"}
+    assert "data" in phases
     assert phases["inner"] > 0
     has_response = name in ("delta_stn", "implicit", "soba", "sama", "penalty", "es")
     assert ("response" in phases) == has_response
     for key in ("seconds.inner", "seconds.evaluation"):
         values = [line.get(key, 0.0) for line in lines]
         assert values == sorted(values)
+
+
+@pytest.mark.parametrize("name", ["delta_stn", "implicit", "es", "penalty", "soba", "pbt"])
+def test_waiting_for_batches_is_told_apart_from_training(clock, name):
+    solver = ready(Quadratic.random(seed=1), SOLVERS[name]())
+    solver.phases = Phases(CPU)
+    for stream in (solver.data.train, solver.data.valid):
+        stream.next = lambda draw=stream.next: (clock(3), draw())[1]
+    drawn = solver.data.train.examples + solver.data.valid.examples
+    solver.step()
+    told = solver.phases.read()
+    drawn = solver.data.train.examples + solver.data.valid.examples - drawn
+    assert told["data"] >= 3
+    assert told["data"] == pytest.approx(sum(told.values()))  # nothing else has moved the clock
+    if name == "delta_stn":
+        assert told["data"] == 3 * drawn  # of one example each
 
 
 def test_phases_go_on_where_a_resumed_run_left_them(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from fakes import BATCH, STEPS_PER_EPOCH, FakeProblem, FakeSolver
 
-from bilevel import BilevelError, Runner, evaluate
+from bilevel import BilevelError, Runner, evaluate, sealed
 from bilevel.checkpoint import best_solution, load
-from bilevel.records import read_metrics
+from bilevel.records import read_metrics, write_atomically
 
 
 def run(directory, solver=None, problem=None, *, resume=False, seed=0, params=None, loggers=(), **settings):
@@ -375,7 +375,7 @@ def test_a_run_goes_on_on_the_kind_of_device_that_it_began_on(tmp_path):
     content = torch.load(tmp_path / "checkpoint.pt")
     assert content["state"]["device"] == "cpu"
     content["state"]["device"] = "cuda"
-    torch.save(content, tmp_path / "checkpoint.pt")
+    write_atomically(tmp_path / "checkpoint.pt", lambda file: sealed.write(content, file), mode="wb")
     with pytest.raises(BilevelError, match=r"began on cuda .* on cpu; resume it with runner\.device=cuda"):
         run(tmp_path, resume=True)
 

@@ -47,13 +47,14 @@ def test_the_numbers_are_those_of_the_runs(capfd):
     assert plus_minus(mean, std) in (sweep() / "table.txt").read_text()
 
 
-def test_a_run_that_went_wrong_is_marked_and_one_that_left_nothing_is_not_there(capfd):
+def test_a_run_that_went_wrong_is_marked_and_one_that_left_nothing_is_told(capfd):
     rates = "solver.inner_optimizer.lr=0.01,1000"
     assert main(["-m", *QUICK, "problem=quadratic", "solver=fixed", rates, "runner.epochs=200"]) == 1
     assert main(["-m", *QUICK, "problem=quadratic", "solver=fixed", "solver.inner_steps=0,1"]) == 1
     marked, alone = sorted(Path("sweeps").iterdir())
     assert (marked / "table.txt").read_text().splitlines()[3].rstrip().endswith("1 diverged")
-    assert not (alone / "table.txt").exists()
+    *_, failed = (alone / "table.txt").read_text().splitlines()
+    assert failed.startswith("failed: 0-quadratic-fixed-seed0-inner_steps-0: `solver`: inner_steps=0 is below 1")
 
 
 def test_a_folder_that_is_no_run_is_passed_over(tmp_path):

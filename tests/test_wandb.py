@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -385,3 +386,30 @@ def test_online_without_a_network_or_an_account_goes_on_and_says_so_once(
     assert reason in warning
     assert "wandb sync" in warning
     assert len(of_kind(read_back(tmp_path / "run"), "history")) == 4
+
+
+def test_what_wandb_had_not_yet_written_is_logged_when_the_run_goes_on(tmp_path):
+    """Its process holds lines back for seconds, and ends with ours: of a run that is killed, the end is not in its files."""
+    run(tmp_path, WandB(), epochs=4)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    whole = [items(h.item)["step"] for h in of_kind(read_back(tmp_path), "history")]
+    content = file.read_bytes()
+    file.write_bytes(content[: int(0.6 * len(content))])  # in the middle of a record
+    left = [items(h.item)["step"] for h in of_kind(read_file(file), "history")]
+    assert 0 < len(left) < len(whole) - 1
+    shutil.move(file.parent, tmp_path / "aside")
+    run(tmp_path, WandB(), epochs=5, resume=True)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    history = [items(h.item) for h in of_kind(read_back(tmp_path), "history")]
+    assert [row["step"] for row in history] == [line["step"] for line in lines]  # all, where nothing is left
+
+    (again,) = tmp_path.glob("wandb/offline-run-*")
+    shutil.move(tmp_path / "aside", again.with_name("offline-run-0-" + again.name.rpartition("-")[2]))
+    shutil.rmtree(again)
+    run(tmp_path, WandB(), epochs=6, resume=True)
+    shutil.rmtree(next(tmp_path.glob("wandb/offline-run-0-*")))
+    history = [items(h.item) for h in of_kind(read_back(tmp_path), "history")]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert left + [row["step"] for row in history] == [line["step"] for line in lines]
+    assert [row["valid/loss"] for row in history] == [line["valid_loss"] for line in lines[len(left) :]]
+    assert [row["hypers/decay"] for row in history] == [line["hypers.decay"] for line in lines[len(left) :]]

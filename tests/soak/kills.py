@@ -1,0 +1,275 @@
+"""Runs that are killed, stopped, starved of disk or crashed at seeded moments, resumed, and held against one left alone."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bilevel.records import read_metrics
+
+QUIET = ("runner.progress=none", "runner.picture=false", "runner.device=cpu", "seed=1")
+DIGITS = ("problem=digits", "problem.hidden=[8]", "problem.dropout=gaussian", "problem.batch_size=256")
+LENGTH = (
+    *("runner.epochs=6", "runner.warmup_epochs=0.5", "runner.evaluate_every=0.5"),
+    "runner.checkpoint_every=2",  # so that there are lines that are younger than a checkpoint
+)
+STEPS = "solver.inner_steps=3"
+TRIALS = "trial.epochs=2"
+
+SOLVERS = {
+    "fixed": ("solver=fixed",),
+    "delta_stn": ("solver=delta_stn",),
+    "centered_stn": ("solver=centered_stn",),
+    "stn": ("solver=stn",),
+    "unrolled": ("solver=unrolled", STEPS),
+    "unrolled, checkpointed": ("solver=unrolled", STEPS, "solver.mode.checkpoint=true"),
+    "unrolled, restarted": ("solver=unrolled", STEPS, "solver.restart=true"),
+    "unrolled_forward": ("solver=unrolled_forward", STEPS),
+    "implicit_cg": ("solver=implicit_cg",),
+    "implicit_neumann": ("solver=implicit_neumann",),
+    "implicit_nystrom": ("solver=implicit_nystrom",),
+    "implicit_identity": ("solver=implicit_identity",),
+    "soba": ("solver=soba",),
+    "sama": ("solver=sama",),
+    "penalty": ("solver=penalty",),
+    "first_order": ("solver=first_order", "problem=architecture_tabular", "problem.width=4", "problem.batch_size=256"),
+    "es": ("solver=es", "solver.horizon=6"),
+    "es, truncated": ("solver=es", "solver.horizon=6", "solver.persistent=false"),
+    "random_search": ("solver=random_search", TRIALS),
+    "tpe": ("solver=tpe", TRIALS),
+    "gp": ("solver=gp", TRIALS),
+    "pbt": ("solver=pbt", "solver.population=4", "solver.interval=0.5"),
+}
+"""Those of tests/test_solver_laws.py, from the command line."""
+
+FAULTS = ("kill", "term", "interrupt", "full", "crash")
+ATTEMPTS = 8
+
+
+class Ended(NamedTuple):
+    """How a process ended: its status, and what it said on its standard error."""
+
+    rc: int
+    said: str
+
+
+class Server:
+    """Runs command lines in processes of their own; see `server.py`."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("server.py"))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+        )
+        assert self._answer()["ready"]
+
+    def run(self, cwd: Path, *arguments: str, fault: dict[str, Any] | None = None, after: float | None = None) -> Ended:
+        """One command line, with a fault in it, or killed from outside so many seconds after its beginning."""
+        request = {"cwd": str(cwd), "arguments": arguments, "fault": fault}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        pid = self._answer()["pid"]
+        if after is not None:
+            time.sleep(after)
+            os.kill(pid, signal.SIGKILL)  # a zombie at worst: the server waits for it
+        return Ended(**self._answer())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the server has ended"
+        return json.loads(line)
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    server = Server()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+class Case(NamedTuple):
+    """A solver, a fault, the seed of its moments, and how often it strikes before the run is left to end."""
+
+    solver: str
+    fault: str
+    seed: int
+    strikes: int = 1
+    loggers: tuple[str, ...] = ("wandb.mode=disabled",)
+
+
+class Matrix:
+    """Runs cases, against one run of each solver that is left alone."""
+
+    def __init__(self, server: Server, place: Path) -> None:
+        self.server, self.place = server, place
+        self._references: dict[str, dict[str, int]] = {}
+
+    def reference(self, solver: str) -> tuple[Path, dict[str, int]]:
+        """The directory of the run that is left alone, and how many events of each kind there were in it."""
+        directory = self.place / f"{_folder(solver)}-undisturbed"
+        if solver not in self._references:
+            count = self.place / "count"
+            fault = {"act": "none", "at": 0, "count": str(count)}
+            ended = self.server.run(self.place, *self._settings(solver, directory), "wandb.mode=disabled", fault=fault)
+            assert ended.rc == 0, ended.said
+            self._references[solver] = json.loads(count.read_text())
+        return directory, self._references[solver]
+
+    def run(self, case: Case) -> tuple[list[str], list[str]]:
+        """Where the fault struck, and what was lost: nothing, it is to be hoped."""
+        whole, events = self.reference(case.solver)
+        directory = self.place / f"{_folder(case.solver)}-{case.fault}-{case.seed}"
+        draw, struck, resumed = random.Random(f"{case.solver} {case.fault} {case.seed}"), [], False
+        for attempt in range(ATTEMPTS):
+            arguments = [f"resume={directory}"] if resumed else self._settings(case.solver, directory)
+            fault = None
+            if attempt < case.strikes:
+                # by kind, since most events are writes of a checkpoint; later strikes meet a run that has less before it
+                only = draw.choice(list(events)) if case.fault != "crash" else "evaluate"
+                at = draw.randint(1, max(1, events[only] // (attempt + 1)))
+                fault = {"act": case.fault, "at": at, "only": only, "count": str(self.place / "count")}
+                if case.fault == "full":
+                    fault["limit"] = draw.randint(0, (whole / "checkpoint.pt").stat().st_size)
+            ended = self.server.run(self.place, *arguments, *case.loggers, fault=fault)
+            if fault is not None:
+                struck.append(f"{only} {at}/{events[only]}: {ended.rc}")
+            if (wrong := _unexpected(ended, case.fault if fault else None)) is not None:
+                return struck, [wrong]
+            if ended.rc == 0 and fault is None:
+                break
+            resumed = any(directory.glob("checkpoint*.pt")) and (directory / "config.yaml").exists()
+            if ended.rc == 0 and (directory / "summary.json").exists():  # it ended before the fault came
+                break
+        else:
+            return struck, [f"not ended after {ATTEMPTS} attempts: {ended.said}"]
+        lost = differences(whole, directory)
+        if "wandb.mode=offline" in case.loggers:
+            lost += wandb_differences(directory)
+        if not lost:
+            shutil.rmtree(directory)
+        return struck, lost
+
+    def _settings(self, solver: str, directory: Path) -> list[str]:
+        return [*QUIET, *DIGITS[: 4 if solver != "first_order" else 0], *SOLVERS[solver], *LENGTH, f"hydra.run.dir={directory}"]
+
+
+def _unexpected(ended: Ended, fault: str | None) -> str | None:
+    """What is wrong with how a process ended; None where that is what its fault should lead to."""
+    expected = {None: (0,), "kill": (-9, 0), "term": (130, 143, 0), "interrupt": (130, 0), "full": (1, 0), "crash": (1, 0)}[
+        fault
+    ]
+    if ended.rc not in expected:
+        return f"status {ended.rc} after {fault}: {ended.said}"
+    if "Traceback" in ended.said:
+        return f"a traceback after {fault}: {ended.said}"
+    return None
+
+
+def differences(whole: Path, other: Path) -> list[str]:
+    """What two directories of runs differ in, costs apart: records, the final state, the summary."""
+    found = []
+    ours, theirs = (read_metrics(directory / "metrics.jsonl") for directory in (other, whole))
+    if without_costs(ours) != without_costs(theirs):
+        found.append(f"metrics.jsonl: steps {[r['step'] for r in ours]} and not {[r['step'] for r in theirs]}, or other values")
+    ours, theirs = (torch.load(directory / "checkpoint.pt", weights_only=True)["state"] for directory in (other, whole))
+    found += [f"checkpoint: {path}" for path in unequal(without_costs(ours), without_costs(theirs))]
+    ours, theirs = (json.loads((directory / "summary.json").read_text()) for directory in (other, whole))
+    found += [f"summary: {path}" for path in unequal(without_costs(ours), without_costs(theirs))]
+    if left := [path.name for path in other.iterdir() if path.name.endswith(".tmp")]:
+        found.append(f"left behind: {left}")
+    return found
+
+
+COSTS = ("seconds", "peak_memory", "phases", "evaluating", "loggers")
+
+
+def without_costs(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_costs(entry) for name, entry in value.items() if not str(name).startswith(COSTS)}
+    return [without_costs(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def unequal(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nested states differ, bit by bit."""
+    if type(one) is not type(other):
+        return [f"{path}: {type(one).__name__} and {type(other).__name__}"]
+    if isinstance(one, torch.Tensor):
+        same = (one.shape, one.dtype) == (other.shape, other.dtype)
+        same = same and one.numpy().tobytes() == other.numpy().tobytes()
+        return [] if same else [f"{path}: other values"]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [f"{path}: {sorted(map(str, one.keys() ^ other.keys()))} in one alone"]
+        return [found for name in one for found in unequal(one[name], other[name], f"{path}.{name}")]
+    if isinstance(one, list):
+        if len(one) != len(other):
+            return [f"{path}: {len(one)} and {len(other)} entries"]
+        return [found for i, pair in enumerate(zip(one, other, strict=True)) for found in unequal(*pair, f"{path}.{i}")]
+    return [] if one == other or (one != one and other != other) else [f"{path}: {one!r} and {other!r}"]
+
+
+def wandb_differences(directory: Path) -> list[str]:
+    """Steps that W&B's offline segments lack or have twice, and ids that are not one."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from bilevel.wandb_offline import _records
+
+    steps, ids = [], set()
+    for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        ids.add(file.stem)
+        for piece in _records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(piece)
+            if record.WhichOneof("record_type") == "history":
+                steps.append(record.history.step.num)
+    wanted = [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
+    found = [] if steps == wanted else [f"W&B has steps {steps} and not {wanted}"]
+    return found if len(ids) == 1 else [*found, f"W&B has runs {sorted(ids)}"]
+
+
+def _folder(solver: str) -> str:
+    return solver.replace(", ", "-")
+
+
+def cases(seed: int) -> Iterator[Case]:
+    """The matrix: every solver and every fault; kills strike up to three times, and every seventh case has W&B."""
+    for i, solver in enumerate(SOLVERS):
+        for j, fault in enumerate(FAULTS):
+            number = i * len(FAULTS) + j
+            loggers = ("wandb.mode=offline",) if number % 7 == 0 else ("wandb.mode=disabled",)
+            yield Case(solver, fault, seed, 1 + number % 3 if fault in ("kill", "full") else 1, loggers)
+
+
+def main(seed: int, place: Path) -> int:
+    """The whole matrix, as a table; 1 where anything was lost."""
+    began, strikes, failed = time.monotonic(), 0, 0
+    print("| solver | fault | struck at (event, number of all: exit status) | lost |\n|---|---|---|---|", flush=True)
+    with serving() as server:
+        matrix = Matrix(server, place)
+        for case in cases(seed):
+            struck, lost = matrix.run(case)
+            strikes, failed = strikes + len(struck), failed + bool(lost)
+            print(f"| {case.solver} | {case.fault} | {'; '.join(struck)} | {'; '.join(lost) or 'nothing'} |", flush=True)
+    print(f"\n{strikes} faults, {failed} runs that lost something; {time.monotonic() - began:.0f} s, seed {seed}")
+    return min(failed, 1)

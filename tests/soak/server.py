@@ -1,0 +1,131 @@
+"""A process that has imported everything, and forks one that runs the command line for each request; the faults of such a run.
+
+Requests and answers are lines of JSON on the standard input and output. Run as a file, beside no other code: what runs is the
+command line as it is installed, and the faults are put into it from outside.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
+
+
+class Fault:
+    """What happens at the `at`-th event: a round or an evaluation begins, a file is written, synced, linked, renamed, removed.
+
+    Args:
+        act: a signal of `SIGNALS`; `full`: from then on no file can grow beyond `limit` bytes; `crash`: an evaluation raises.
+        only: the kind of events that are counted; by default all.
+        count: where the process leaves, event by event, how many of each kind there were, the last one last.
+    """
+
+    def __init__(self, act: str, at: int, count: str, limit: int = 0, only: str = "") -> None:
+        self.act, self.at, self.limit, self.only, self.events = act, at, limit, only, 0
+        self.counts: dict[str, int] = {}
+        self.count = os.open(count, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+
+    def tick(self, event: str) -> None:
+        self.counts[event] = self.counts.pop(event, 0) + 1
+        if self.act != "full" or self.events < self.at:  # a full disk would take this too
+            os.pwrite(self.count, json.dumps(self.counts).ljust(200).encode(), 0)
+        if self.only not in ("", event):
+            return
+        self.events += 1
+        if self.act == "crash":
+            if self.events >= self.at and event == "evaluate":
+                raise RuntimeError("a crash in evaluation")
+        elif self.events == self.at:
+            if self.act == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+            elif self.act in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[self.act])
+
+    def watch(self, owner: object, name: str, event: str) -> None:
+        call = getattr(owner, name)
+
+        def watched(*arguments, **named):
+            self.tick(event)
+            return call(*arguments, **named)
+
+        setattr(owner, name, watched)
+
+    def install(self) -> None:
+        import bilevel.faults
+        import bilevel.loop
+        import bilevel.records
+        import bilevel.sealed
+
+        bilevel.faults.AT_THE_END = bilevel.faults.PAUSE = 0.01  # nobody makes room here
+        self.watch(bilevel.loop.Loop, "_round", "round")
+        self.watch(bilevel.loop, "evaluate", "evaluate")
+        self.watch(bilevel.sealed._Sealing, "_write", "checkpoint")
+        self.watch(bilevel.records.JsonLines, "log", "line")
+        for name in ("fsync", "replace", "link", "unlink"):
+            self.watch(os, name, name)
+
+
+def run(request: dict) -> int:
+    from bilevel.cli.app import main
+
+    os.chdir(request["cwd"])
+    if request.get("fault"):
+        Fault(**request["fault"]).install()
+    return main(request["arguments"])
+
+
+def preload() -> None:
+    """All that a run imports, by running one; what it changes in the process is what any run would."""
+    import tempfile
+
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        quiet = ["wandb.mode=disabled", "runner.progress=none", "runner.picture=false", "runner.device=cpu"]
+        here = os.getcwd()
+        request = {"cwd": directory, "arguments": [*quiet, "problem=digits", "solver=gp", "runner.epochs=1", "trial.epochs=1"]}
+        assert run(request) == 0
+        os.chdir(here)
+
+
+def serve() -> None:
+    out = os.dup(1)
+    os.dup2(2, 1)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    preload()
+    os.write(out, b'{"ready": true}\n')
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, writing = os.pipe()  # not a file: a full disk would take it too
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = 70
+            try:
+                code = run(request)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            except BaseException as error:  # told to the test, whatever it is
+                os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            finally:
+                os._exit(code)
+        os.close(writing)
+        os.write(out, json.dumps({"pid": pid}).encode() + b"\n")
+        _, status = os.waitpid(pid, 0)
+        os.set_blocking(reading, False)
+        try:
+            said = os.read(reading, 1 << 16).decode(errors="replace")
+        except BlockingIOError:
+            said = ""
+        os.close(reading)
+        os.write(out, json.dumps({"rc": os.waitstatus_to_exitcode(status), "said": said}).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    serve()
