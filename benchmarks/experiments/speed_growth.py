@@ -1,0 +1,35 @@
+"""How a Δ-STN step grows with h and with the width: `benchmarks.growth` for the page on speed."""
+
+import torch
+
+from benchmarks import growth
+from benchmarks.experiments.harness import Context, Experiment
+
+
+def both(seconds: float) -> growth.Report:
+    """Both sweeps, on one thread."""
+    torch.set_num_threads(1)
+    return growth.both(seconds, torch.device("cpu"))
+
+
+def report(context: Context) -> str:
+    """Two tables, a picture, and the slopes."""
+    (told,) = context.map(both, [2.0 if context.quick else 15.0])
+    growth.draw(told, context.figures / "growth.png")
+    slopes = told["slopes"]
+    return "\n\n".join(
+        [
+            growth.table(told["hypers"]),
+            growth.table(told["width"]),
+            "![Time, multiplications and the size of the response of a step over h and over the width](growth.png)",
+            f"- **h**: least squares give {slopes['gigaflops_slope'] * 1e3:.3f} MFLOP for a hyperparameter, where 6 B · 2 · "
+            f"(all units) = {slopes['counted_per_hyper'] * 1e3:.3f}: that is {slopes['gigaflops_per_hyper']:.3%} of "
+            f"the step's own multiplications, and {slopes['milliseconds_per_hyper']:.3%} of the time.\n"
+            f"- **Width**: exponents over ×1–×8 are {slopes['milliseconds_by_width']:.2f} of time, "
+            f"{slopes['gigaflops_by_width']:.2f} of multiplications, {slopes['weights_by_width']:.2f} of the number of weights "
+            f"and {slopes['response_by_width']:.2f} of the numbers in Θ.",
+        ]
+    )
+
+
+EXPERIMENT = Experiment(page="speed.md", report=report)

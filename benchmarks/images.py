@@ -1,0 +1,258 @@
+"""What a training step on images costs, network by network: `python -m benchmarks.images [--json] [--device auto] …`.
+
+Plain training, STN, centered STN and Δ-STN on random images, everything tuned: the dropout rates of the network and the
+strengths of affine, colour and cutout, per example. On a CPU the networks are a quarter as wide and the batches small.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import solvers
+from benchmarks.measure import Step, alternating, median_ratio, multiplications, peak_growth
+from benchmarks.step import forward, training_step
+from benchmarks.workloads import Timed
+from bilevel.capture import Capture
+from bilevel.device import choose_device
+from bilevel.phases import Phases
+from bilevel.precision import PRECISIONS, at_precision, products
+from problems import Classification, images
+from problems.datasets import Images
+
+VARIANTS: dict[str, Callable[[], Timed]] = {
+    "plain": solvers.Fixed,
+    "stn": solvers.stn,
+    "centered_stn": solvers.centered_stn,
+    "delta_stn": solvers.delta_stn,
+}
+SHAPES = {
+    "mlp": (1, 28, 28),
+    "simple_cnn": (1, 28, 28),
+    "alexnet": (3, 32, 32),
+    "vgg16": (3, 32, 32),
+    "resnet18": (3, 32, 32),
+}
+MOST = {"stn": (2.5, 2.0), "delta_stn": (3.5, 2.67)}
+"""Time and multiplications over those of plain training, as the project wants them on a GPU."""
+PHASES = ("data", "inner", "response", "outer")
+PHASE_ROUNDS = 2
+
+
+class Setting(NamedTuple):
+    """Under which everything is measured."""
+
+    batch: int
+    width: float
+    norm: str | None
+    precision: str
+    channels_last: bool
+    capture: bool
+
+
+def main() -> None:
+    """Measure the networks and print a table each, or JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
+    parser.add_argument("--networks", default=",".join(SHAPES), help="some of them")
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long each network's rounds go on")
+    parser.add_argument("--batch", type=int, help="128 on a GPU, 32 on a CPU")
+    parser.add_argument("--width", type=float, help="a factor on channels and units: 1 on a GPU, 0.25 on a CPU")
+    parser.add_argument("--norm", choices=["none", "batch", "group"], help="by default each network's usual one")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--capture", action="store_true", help="steps as CUDA graphs")
+    parser.add_argument("--threads", type=int, help="of the CPU; by default what PyTorch takes")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = choose_device(options.device)
+    gpu = device.type == "cuda"
+    batch, width = options.batch or (128 if gpu else 32), options.width or (1.0 if gpu else 0.25)
+    setting = Setting(batch, width, options.norm, options.precision, options.channels_last, options.capture)
+    names = options.networks.split(",")
+    if unknown := [name for name in names if name not in SHAPES]:
+        parser.error(f"there is no network {unknown[0]!r}; there are {', '.join(SHAPES)}")
+    memory = {name: memories(name, setting, device) for name in names}
+    report = {"machine": machine(device), "torch": torch.__version__, **setting._asdict(), "networks": {}}
+    if not options.json:
+        print(f"{report['machine']}, torch {torch.__version__}, {setting}", flush=True)
+    for name in names:
+        report["networks"][name] = result = measured(name, setting, options.seconds, device, memory[name])
+        if not options.json:
+            print(
+                f"\n{name}: {result['hyperparameters']} hyperparameters, {result['rounds']} rounds\n{table(result)}", flush=True
+            )
+    if options.json:
+        print(json.dumps(report, indent=2))
+
+
+def machine(device: torch.device) -> str:
+    """What it was measured on."""
+    from benchmarks.experiments.harness import _processor
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def problem_of(network: str, setting: Setting) -> Classification:
+    """`network` on random images, all of it tuned."""
+    generator, shape = torch.Generator().manual_seed(0), SHAPES[network]
+
+    def split() -> tuple[Tensor, Tensor]:
+        pixels = torch.randint(256, (4 * setting.batch, *shape), generator=generator, dtype=torch.uint8)
+        return pixels, torch.randint(10, (4 * setting.batch,), generator=generator)
+
+    data = Images(split(), split(), split(), mean=127.5, std=73.9, white=255.0, classes=10)
+    norm = None if network == "mlp" else setting.norm
+    operations = ["affine", "colour", "cutout"]
+    return images(
+        data,
+        network,
+        norm,  # type: ignore[arg-type]  # argparse holds it to its choices
+        setting.width,
+        augment=operations,  # type: ignore[arg-type]
+        flip=True,
+        channels_last=setting.channels_last,
+        batch_size=setting.batch,
+    )
+
+
+def prepared(network: str, variant: str, setting: Setting, device: torch.device) -> Timed:
+    """The solver `variant`, set up to tune `network`."""
+    solver = VARIANTS[variant]()
+    problem = at_precision(problem_of(network, setting), solver, setting.precision, device)
+    data = problem.data(device, torch.Generator().manual_seed(1))
+    generator = torch.Generator(device).manual_seed(2)
+    solver.setup(problem, data, device, generator)
+    if setting.capture:
+        solver.capture = Capture.of(solver, device, generator)
+    return solver
+
+
+def memories(network: str, setting: Setting, device: torch.device) -> dict[str, int]:
+    """Bytes by which each variant raises the peak; before anything is timed, since a process inherits its parent's peak."""
+    return {
+        variant: peak_growth(partial(_train, network, variant, setting), partial(_warm, setting), device)
+        for variant in VARIANTS
+    }
+
+
+def measured(
+    network: str, setting: Setting, seconds: float, device: torch.device, memory: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Every variant's time (by phase) and multiplications, with its `memory`, and the augmentation's part."""
+    with products(setting.precision):
+        ready = {variant: prepared(network, variant, setting, device) for variant in VARIANTS}
+        steps = {variant: training_step(solver) for variant, solver in ready.items()}
+        steps["augmentation"] = augmentation(ready["delta_stn"])
+        for solver in ready.values():
+            for _ in range(5):  # what a capture records, it does not time
+                solver.step()
+        taken = alternating(steps, seconds, device)
+        by_phase = {variant: phases(solver, device) for variant, solver in ready.items()}
+        eager = {variant: prepared(network, variant, setting._replace(capture=False), device) for variant in VARIANTS}
+        unit = multiplications(forward(eager["plain"]))
+        units = {variant: multiplications(training_step(solver)) / unit for variant, solver in eager.items()}
+    rows = {
+        variant: {
+            "milliseconds": 1e3 * statistics.median(taken[variant]),
+            "of_plain": median_ratio(taken[variant], taken["plain"]),
+            "images_per_second": setting.batch / statistics.median(taken[variant]),
+            "units": units[variant],
+            "units_of_plain": units[variant] / units["plain"],
+            "peak_bytes": None if memory is None else memory[variant],
+            "phases": by_phase[variant],
+        }
+        for variant in VARIANTS
+    }
+    passes = {"plain": 1, "stn": 1, "centered_stn": 2, "delta_stn": 2}  # over augmented images in a step
+    part = {variant: passes[variant] * median_ratio(taken["augmentation"], taken[variant]) for variant in VARIANTS}
+    return {
+        "hyperparameters": ready["plain"].problem.space.numel,
+        "rounds": len(taken["plain"]),
+        "steps": rows,
+        "augmentation": {"milliseconds": 1e3 * statistics.median(taken["augmentation"]), "part_of_step": part},
+    }
+
+
+def augmentation(solver: Timed) -> Step:
+    """One batch augmented at strengths of its own for every image."""
+    problem = problem_in(solver)
+    (x, *_), generator = solver.data.train.peek(), torch.Generator(solver.device).manual_seed(3)
+    u = problem.space.init().to(solver.device)
+    hypers = problem.space.constrain(u + torch.zeros(len(x), 1, device=solver.device), generator)
+
+    def step() -> None:
+        with torch.no_grad():
+            problem._augment(hypers, x, generator)
+
+    return step
+
+
+def problem_in(solver: Timed) -> Classification:
+    """The classification that is tuned, without what it is wrapped in."""
+    problem = solver.problem
+    while not isinstance(problem, Classification):
+        problem = problem.problem  # type: ignore[attr-defined]  # a `Wrapped` one
+    return problem
+
+
+def phases(solver: Timed, device: torch.device) -> dict[str, float]:
+    """Milliseconds by phase: of a training step, `outer` of an outer step."""
+    clock = solver.phases = Phases(device)
+    before = solver.inner_count, solver.outer_count
+    for _ in range(PHASE_ROUNDS):
+        solver.step()
+    solver.phases = None
+    inner, outer = solver.inner_count - before[0], max(1, solver.outer_count - before[1])
+    return {name: 1e3 * value / (outer if name == "outer" else inner) for name, value in clock.read().items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of one network as text."""
+    lines = [
+        f"{'':13} {'units':>6} {'× plain':>7} {'ms':>8} {'× plain':>7} {'images/s':>9} "
+        + " ".join(f"{name:>8}" for name in ("data", "w₀", "response", "outer"))
+        + f" {'peak MiB':>9}"
+    ]
+    for name, row in result["steps"].items():
+        line = f"{name:13} {row['units']:6.2f} {row['units_of_plain']:7.2f} {row['milliseconds']:8.2f} {row['of_plain']:7.2f}"
+        line += f" {row['images_per_second']:9,.0f} "
+        line += " ".join(f"{row['phases'][phase]:8.2f}" if phase in row["phases"] else f"{'':8}" for phase in PHASES)
+        lines.append(line + f" {row['peak_bytes'] / 2**20:9.1f}")
+    shown = result["augmentation"]
+    lines.append(
+        f"augmentation  {shown['milliseconds']:.2f} ms a batch: {shown['part_of_step']['plain']:.0%} of a plain step, "
+        f"{shown['part_of_step']['delta_stn']:.0%} of one of Δ-STN"
+    )
+    for variant, (time, units) in MOST.items():
+        row = result["steps"][variant]
+        lines.append(
+            f"{variant} / plain: time {row['of_plain']:.2f} (wanted on a GPU ≤ {time}), multiplications "
+            f"{row['units_of_plain']:.2f} (wanted ≤ {units})"
+        )
+    return "\n".join(lines)
+
+
+def _train(network: str, variant: str, setting: Setting, device: torch.device) -> None:
+    with products(setting.precision):
+        solver = prepared(network, variant, setting._replace(capture=False), device)
+        for _ in range(3):
+            solver.step(warmup=True, limit=1)
+
+
+def _warm(setting: Setting, device: torch.device) -> None:
+    _train("simple_cnn", "delta_stn", setting._replace(batch=4, width=0.05, norm="batch"), device)
+
+
+if __name__ == "__main__":
+    main()
