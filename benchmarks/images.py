@@ -95,12 +95,12 @@ def main() -> None:
 
 def machine(device: torch.device) -> str:
     """What it was measured on."""
-    from benchmarks.experiments.harness import _processor
+    from benchmarks.experiments.harness import processor
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def problem_of(network: str, setting: Setting) -> Classification:

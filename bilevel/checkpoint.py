@@ -61,9 +61,9 @@ class Checkpoints:
         """
         path, step = self.directory / CHECKPOINT, int(state["step"])
         content = {**self.identity._asdict(), "state": dict(state)}
-        if self._newest is not None and self._newest < step:
-            self._set_aside(path, self.directory / f"checkpoint-step{self._newest}.pt")
         try:
+            if self._newest is not None and self._newest < step:
+                self._set_aside(path, self.directory / f"checkpoint-step{self._newest}.pt")
             write_atomically(path, lambda file: sealed.write(content, file), mode="wb")
         except Unwritable as error:
             if not (_is_full(error) and self._give_way()):
@@ -86,22 +86,24 @@ class Checkpoints:
 
     def _set_aside(self, newest: Path, older: Path) -> None:
         """A second name, so that there is never a moment without the first."""
+        temporary = older.with_name(f".{older.name}.tmp")
         try:
             older.unlink(missing_ok=True)  # of a run that was killed just after this, or of a future that it has left
             try:
                 os.link(newest, older)
             except OSError:  # a file system without hard links
-                temporary = older.with_name(f".{older.name}.tmp")
                 shutil.copyfile(newest, temporary)
                 os.replace(temporary, older)
         except OSError as error:
+            with suppress(OSError):  # half of a copy would fill the disk further
+                temporary.unlink(missing_ok=True)
             raise Unwritable(f"cannot write {older}: {error.strerror or error}; free some space or move the run") from None
 
     def _give_way(self) -> bool:
         """Remove the older ones: the newest is whole, and a newer one is worth more than they are. Whether there were any."""
         older = _older(self.directory) if self._newest is not None else []
         for path, _ in older:
-            with suppress(OSError):
+            with suppress(OSError):  # the write that follows tells
                 path.unlink()
         return bool(older)
 

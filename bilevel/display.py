@@ -3,6 +3,7 @@
 import math
 import time
 from abc import abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from bilevel.records import Logger, Progress, Record, RunInfo
@@ -20,7 +21,15 @@ def display(kind: str, console: "Console | None" = None) -> list[Logger]:
         return []
     from rich.console import Console
 
-    console = console or Console(highlight=False)
+    class Unread(Console):
+        """Rich would end the process where nobody reads any more, and the run would be lost with it."""
+
+        def on_broken_pipe(self) -> None:
+            with suppress(SystemExit):
+                super().on_broken_pipe()
+            raise BrokenPipeError("nobody reads the output any more")
+
+    console = console or Unread(highlight=False)
     live = kind == "live" or (kind == "auto" and console.is_terminal and not console.is_dumb_terminal)
     return [LiveDisplay(console) if live else PlainDisplay(console)]
 
@@ -112,7 +121,8 @@ class PlainDisplay(_Display):
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         super().start(run, state)
-        self._print(self.title())
+        with suppress(OSError):  # no reason to end the run: of a full disk the first evaluation says it
+            self._print(self.title())
 
     def show(self) -> None:
         if time.monotonic() - self._shown < self.interval:
@@ -141,7 +151,8 @@ class LiveDisplay(_Display):
         self._drawn = -math.inf
         # no thread that draws on its own: it would compete with training
         self.live: Live | None = Live(self.panel(), console=self.console, auto_refresh=False, transient=True)
-        self.live.start()
+        with suppress(OSError):
+            self.live.start()
 
     def show(self) -> None:
         if self.live is not None:

@@ -16,6 +16,10 @@ class Refused(BilevelError):
     """A solver cannot tune this problem: raised at set-up, before any work is lost."""
 
 
+class Taken(BilevelError):
+    """Another process is running where this one was to run."""
+
+
 class SpeedWarning(UserWarning):
     """An option that would make a run quicker has no effect here; the run goes on without it."""
 

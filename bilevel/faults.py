@@ -119,7 +119,7 @@ class Saving:
     def _look_for_room(self) -> None:
         if self._warned:
             return
-        with suppress(OSError):
+        with suppress(OSError):  # it warns ahead of a failure, and is none
             size, free = (self.directory / CHECKPOINT).stat().st_size, shutil.disk_usage(self.directory).free
             if free < ROOM * size:
                 self._warned = True

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel.data import Data
 from bilevel.device import Meter, rng_state, set_rng_state
+from bilevel.divergence import diverged, not_finite
 from bilevel.errors import BilevelError
 from bilevel.evaluation import evaluate, wide
 from bilevel.faults import Loggers, Saving
@@ -99,7 +100,7 @@ class Loop:
             self._round()
         self.meter.stop()
         if reason == "interrupted":
-            self._judge(self.solver.bad_step(), {})
+            self._judge({})
         elif reason != "diverged" and self.last is not None and self.last["step"] < self.step:
             self._evaluate()
         self._checkpoint(last=True)
@@ -150,8 +151,8 @@ class Loop:
             valid = evaluate(self.problem, solution, self.data.valid)
             # what a solver minimizes while training is not comparable, so every solver is measured in this one way
             train = evaluate(self.problem, solution, self.data.train, limit=min(self.data.train.size, self.data.valid.size))
-            hypergradient = {}
-            if self.probe is not None and math.isfinite(valid["loss"]) and not _first_bad(solution):
+            bad, hypergradient = not_finite("hyperparameter", solution.hypers), {}
+            if self.probe is not None and math.isfinite(valid["loss"]) and not bad:
                 hypergradient = self.probe.measure(self.solver, self.data, solution.hypers)
         metrics = self._step_metrics()
         self.evaluating += time.perf_counter() - began
@@ -171,8 +172,8 @@ class Loop:
             peak_memory_bytes=self.meter.peak_memory,
         )
         self.evaluations += 1
-        rest = _not_finite("the scale of", self.solver.scales()) | _not_finite("the response", self.solver.beside())
-        self._judge(self.solver.bad_step(), {"the validation loss": valid["loss"], **_first_bad(solution), **rest})
+        bad |= not_finite("the scale of", self.solver.scales()) | not_finite("the response", self.solver.beside())
+        self._judge({"the validation loss": valid["loss"], **bad})
         self._show(solution.hypers)
         self.loggers.tell("log", self.last)
         self._warn(self.solver.doubts(metrics))  # which may say why a run has diverged
@@ -194,21 +195,9 @@ class Loop:
             for logger in takers if pictures else ():
                 self.loggers.tell_one(logger, "show_pictures", pictures)
 
-    def _judge(self, bad_step: int | None, values: dict[str, float]) -> None:
+    def _judge(self, values: dict[str, float]) -> None:
         """Declare the run diverged where a loss of training, or one of `values`, is not finite."""
-        bad = [f"{name} is {value} at step {self.step}" for name, value in values.items() if not math.isfinite(value)]
-        if bad_step is not None:
-            bad = [f"a loss became NaN or infinite at step {bad_step}"]
-        if not bad:
-            return
-        hypers = {name: value for name, value in (self.good or {}).items() if name.startswith("hypers.")}
-        listed = ", ".join(f"{name.removeprefix('hypers.')}={_short(value)}" for name, value in hypers.items())
-        before = "no evaluation was finite"
-        if self.good is not None:
-            before = f"at step {self.good['step']}, the last good evaluation, {listed}; the last good checkpoint is kept"
-        self.diverged = (
-            f"diverged: {bad[0]}; {before}; lower a learning rate, clip gradients, or start from other hyperparameters"
-        )
+        self.diverged = diverged(self.solver.bad_step(), values, self.step, self.good)
 
     def _warn(self, doubts: Mapping[str, str]) -> None:
         for kind, sentence in doubts.items():
@@ -288,21 +277,3 @@ def _on_cpu(solution: Solution) -> Solution:
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-
-
-def _first_bad(solution: Solution) -> dict[str, float]:
-    return _not_finite("hyperparameter", solution.hypers)
-
-
-def _not_finite(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Those that are not, said to be NaN."""
-    bad = [name for name, leaf in tensors.items() if not bool(torch.isfinite(leaf).all())]
-    return {f"{kind} `{name}`": math.nan for name in bad}
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_short(entry) for entry in value) + "]"
-    if isinstance(value, dict):  # of a large array
-        return f"{_short(value['min'])}…{_short(value['max'])}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

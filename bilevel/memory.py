@@ -97,7 +97,7 @@ def in_use(device: torch.device) -> str:
         }
         held = ", ".join(f"{_gib(size)} {what}" for what, size in parts.items())
         return f"{held}, {_gib(free_bytes)} free of {_gib(total)} on {torch.cuda.get_device_name(device)}"
-    with suppress(ImportError, OSError, StopIteration):  # Windows has none of this, macOS no /proc
+    with suppress(ImportError, OSError, LookupError):  # Windows has none of this, macOS no /proc
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,8 +60,7 @@ class Autocast(Wrapped):
         generator: torch.Generator | None,
     ) -> tuple[Prediction, Carry]:
         device = next(iter(params.values())).device.type
-        # without the cache: it would keep a narrowed weight for a second use within the pass, and with it the tangent or the
-        # graph of its first
+        # without the cache, so that a cast is made, and differentiated, where it is used: passes differ in what they follow
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             prediction, after = self.problem.predict(hypers, params, carry, batch, train=train, generator=generator)
         return pytree.tree_map(_widened, prediction), {name: t.to(carry[name].dtype) for name, t in after.items()}
@@ -104,13 +104,23 @@ def products(precision: str) -> Iterator[None]:
 
     PyTorch's own default is neither: matrix products are exact there and convolutions are not.
     """
-    matrices, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matrices.allow_tf32, convolutions.allow_tf32
-    matrices.allow_tf32 = convolutions.allow_tf32 = precision == "tf32"
+    switches: list[tuple[Any, str, Any]]
+    matrices, cudnn, narrow = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "tf32"
+    switches = [(place, "allow_tf32", narrow) for place in (matrices, cudnn)]
+    try:
+        before = [getattr(place, name) for place, name, _ in switches]
+    except RuntimeError:  # someone has set the newer switches (PyTorch 2.9), and these cannot be read any more
+        newer: Any = cudnn
+        wanted = "tf32" if narrow else "ieee"
+        switches = [(place, "fp32_precision", wanted) for place in (matrices, newer.conv, newer.rnn)]
+        before = [getattr(place, name) for place, name, _ in switches]
+    for place, name, value in switches:
+        setattr(place, name, value)
     try:
         yield
     finally:
-        matrices.allow_tf32, convolutions.allow_tf32 = before
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
 
 
 def _widened(x: object) -> object:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.alone import Alone
 from bilevel.capture import Capture
 from bilevel.check import check_setup
 from bilevel.checkpoint import Checkpoints, Identity, kept
@@ -18,6 +19,7 @@ from bilevel.device import choose_device, cpu_threads, deterministic
 from bilevel.display import DISPLAYS, display
 from bilevel.errors import BilevelError, near
 from bilevel.interrupts import Interrupts, requeue
+from bilevel.json_lines import JsonLines
 from bilevel.loop import Loop
 from bilevel.memory import Explained
 from bilevel.parallel.ranks import Ranks, own_device, ranks_of
@@ -26,7 +28,7 @@ from bilevel.plot import Picture
 from bilevel.precision import at_precision, check_precision, products
 from bilevel.probe import Probe
 from bilevel.problem import Problem
-from bilevel.records import METRICS, JsonLines, Logger, Place, Record, RunInfo, brief
+from bilevel.records import METRICS, Logger, Place, Record, RunInfo, brief
 from bilevel.schedule import Schedule
 from bilevel.solver import Solver
 from bilevel.starting import StartingFrom, read_params
@@ -143,13 +145,14 @@ class Runner:
             raise BilevelError(f"{taken}; give every run a solver of its own")
         device, directory = choose_device(own_device(self.device)), Path(directory)
         explaining = Explained(problem, solver, device, self.precision)
-        with deterministic(self.deterministic), ranks_of(device) as ranks, explaining as explained:
+        with deterministic(self.deterministic), ranks_of(device) as ranks, Alone() as alone, explaining as explained:
             summary, out_of_time = self._run(
                 problem,
                 solver,
                 device,
                 explained,
                 ranks,
+                alone,
                 directory=ranks.on_first(lambda: directory),
                 seed=seed,
                 names=names,
@@ -170,6 +173,7 @@ class Runner:
         device: torch.device,
         explained: Explained,
         ranks: Ranks,
+        alone: Alone,
         *,
         directory: Path,
         seed: int,
@@ -184,10 +188,12 @@ class Runner:
         identity = Identity(*(names or (type(problem).__name__, type(solver).__name__)), seed)
         checkpoints = Checkpoints(directory, identity, self.keep_checkpoints)
         state: dict[str, Any] = {}
+        if not resume:
+            ranks.on_first(lambda: _claim(directory))
+        ranks.on_first(lambda: alone.take(directory))
         if resume:
             state = ranks.on_first(checkpoints.load)
         else:
-            ranks.on_first(lambda: _claim(directory))
             if params is None and self.initial_params is not None:
                 params = read_params(self.initial_params)
             if params is not None:

@@ -1,15 +1,13 @@
 """Learned augmentation: a small convolutional network on images, few if wanted, with strengths and dropout rates tuned."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from bilevel import BilevelError
-from problems import datasets
 from problems.augmentation import Operation
 from problems.classification import Changes, Classification, WeightDecay
 from problems.datasets import Images
 from problems.dropout import Kind
-from problems.networks import SimpleCNN
+from problems.images import images as of_network
 
 ALL: tuple[Operation, ...] = ("affine", "colour", "cutout")
 
@@ -58,17 +56,17 @@ def augmented_images(
         )
     if len(channels) != 2:
         raise BilevelError(f"channels={list(channels)}: there are two convolutions; give two numbers, [8,16] say")
-    images = datasets.few(images, train_size, valid_size)
-    first, second = channels
-    return Classification(
-        partial(SimpleCNN, first, second, hidden, images.shape, images.class_count),
+    return of_network(
         images,
-        sites=SimpleCNN.SITES,
+        "simple_cnn",
+        network_options={"first": channels[0], "second": channels[1], "hidden": hidden},
+        augment=augment,
+        flip=flip,
+        train_size=train_size,
+        valid_size=valid_size,
+        batch_size=batch_size,
         weight_decay=weight_decay,
         dropout=dropout,
         temperature=temperature,
-        augment=augment,
-        flip=flip,
-        batch_size=batch_size,
         space=space,
     )

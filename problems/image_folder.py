@@ -10,11 +10,14 @@ from bilevel import BilevelError
 from problems import splitting
 from problems.datasets import Images, moments
 from problems.image_files import Files, ImageFiles, listed
+from problems.loading import fits, free, said
 from problems.loading import in_memory as decode
 from problems.splitting import Split
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VALID = ("val", "valid", "validation")
+DECODING = 10
+"""Bytes a pixel, about: Pillow's own four, and three of the tensor and of its copy."""
 SAMPLE = 2000
 """Training images of which the moments are taken where they do not lie in memory."""
 
@@ -47,16 +50,22 @@ def folder(
         workers: processes.
 
     Raises:
-        BilevelError: no such folder, no class or one without images, folders that do not have the same classes, too little
-            memory, or a split that cannot be made.
+        BilevelError: no such folder, no class or one without images, folders that do not have the same classes or that are
+            no part, too little memory, workers below 0, or a split that cannot be made.
         UnreadableImage: an image that is damaged or unlike the others (which one is said): all are looked at beforehand where
             they are decoded at once.
     """
-    root = Path(path)
+    root, there = Path(path), free(torch.device("cpu"))
+    if workers < 0:
+        raise BilevelError(f"workers={workers} is no number of processes; give 0 or more")
+    if size is not None and not fits(one := DECODING * size**2, there):
+        raise BilevelError(
+            f"an image of size={size} takes {said(one)} while it is read, and {said(there)} are free; lower size"
+        )
     if not root.is_dir():
         raise BilevelError(f"there is no folder {root}; give the path of one that holds a folder for each class, CLASS/x.png")
     inside = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    parted = "train" in inside and inside <= {"train", "test", *VALID}
+    parted = _parted(root, inside)
     found = listed(root / "train" if parted else root, EXTENSIONS)
     generator = torch.Generator().manual_seed(split_seed)
     whole = Files(*_flat(found, None if split == "tail" else generator), size=size, channels=channels, workers=workers)
@@ -82,6 +91,25 @@ def folder(
         return Images(*tensors, mean=mean, std=std, white=255.0, classes=len(found))
     mean, std = moments(train.taken(range(min(SAMPLE, len(train)))).decoded()[0])
     return ImageFiles(train, valid, test, mean, std, len(found))
+
+
+def _parted(root: Path, inside: set[str]) -> bool:
+    """Whether `train` is the part, and no class.
+
+    Raises:
+        BilevelError: it holds folders as a part does, and beside it is something else, or validation images twice.
+    """
+    odd = sorted(inside - {"train", "test", *VALID})
+    if "train" not in inside or (odd and not any(entry.is_dir() for entry in (root / "train").iterdir())):
+        return False
+    if odd:
+        raise BilevelError(
+            f"{root} holds train, with a folder for each class, and {odd[0]} beside it, which is neither "
+            f"{', '.join(VALID)} nor test; move {odd[0]} elsewhere, or rename train where it is a class"
+        )
+    if len(twice := [name for name in VALID if name in inside]) > 1:
+        raise BilevelError(f"{root} holds validation images in {' and in '.join(twice)}; keep one of these folders")
+    return True
 
 
 def _flat(found: dict[str, list[str]], generator: torch.Generator | None) -> tuple[list[str], Tensor]:

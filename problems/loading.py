@@ -83,8 +83,9 @@ def free(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    found = [_number("/sys/fs/cgroup/memory.max")]  # of a container, if it has a limit
-    with suppress(OSError):
+    most, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container, if it has a limit
+    found = [None if most is None else max(0, most - (used or 0))]
+    with suppress(OSError):  # of Linux alone
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
     return min((number for number in found if number is not None), default=None)

@@ -159,6 +159,24 @@ def test_where_the_disk_is_full_the_older_ones_give_way(tmp_path, monkeypatch, n
     assert [torch.load(path)["state"]["step"] for path in kept(tmp_path)] == ([15] if left[0] == 15 else [10, 10, 5])
 
 
+def test_without_hard_links_a_full_disk_costs_the_older_ones_and_no_checkpoint(tmp_path, monkeypatch):
+    """A copy that stops in the middle leaves nothing, and what follows has the room."""
+    checkpoints = save(tmp_path, 5, 10)
+
+    def no_link(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    def full(source, target):
+        target.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    checkpoints.save({**STATE, "step": 15})
+    assert load(tmp_path)["step"] == 15
+    assert names(tmp_path) == [CHECKPOINT]
+
+
 def test_a_damaged_newest_is_no_reason_to_let_the_older_ones_go(tmp_path, monkeypatch):
     save(tmp_path, 5, 10)
     damage(tmp_path / CHECKPOINT)

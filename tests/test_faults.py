@@ -26,8 +26,9 @@ from bilevel.cli.app import main
 from bilevel.errors import FaultWarning, Unwritable
 from bilevel.faults import Saving
 from bilevel.interrupts import Interrupts
+from bilevel.json_lines import JsonLines
 from bilevel.memory import OutOfMemory, settings
-from bilevel.records import JsonLines, Logger, read_metrics
+from bilevel.records import Logger, read_metrics
 from bilevel.wandb_logger import WandB
 from problems import Quadratic, digits
 from solvers import SAMA, Dense, EvolutionStrategies, PopulationBased, Unrolled, delta_stn, implicit_nystrom, unrolled_forward

@@ -94,6 +94,12 @@ def test_seeded_splits_take_every_example_once_in_exact_numbers(how, fraction):
         assert shares.max() - shares.min() > 0.015  # what stratified is for
 
 
+def test_a_class_of_one_image_keeps_it_where_another_has_more():
+    labels = torch.tensor([0, 1, 1, 1])
+    for seed in range(4):
+        assert labels[split(labels, 0.5, "stratified", seed)[1]].tolist() == [1, 1]
+
+
 def test_a_split_that_cannot_be_made_is_one_sentence():
     sorted_, mixed = torch.arange(4).repeat_interleave(25), torch.arange(100) % 4
     for labels, options, said in (
@@ -420,11 +426,36 @@ def test_a_bad_folder_is_one_sentence(pngs, tmp_path):
         folder(str(pngs), size=0)
     with refused(r"test_fraction=1.0 leaves a split without images"):
         folder(str(pngs), test_fraction=1.0)
+    with refused(r"an image of size=1000000 takes 9313\.2 GiB while it is read"):
+        folder(str(pngs), size=10**6)
+    with refused("workers=-1 is no number of processes"):
+        folder(str(pngs), workers=-1)
     for part in ("train", "test"):
         shutil.copytree(pngs, tmp_path / "parted" / part)
     shutil.rmtree(tmp_path / "parted" / "test" / "bee")
     with refused(r"train has 3 classes and .*test 2: `bee` is in train alone; give all parts the same"):
         folder(str(tmp_path / "parted"))
+
+
+def test_what_stands_beside_the_parts_is_no_class(pngs, tmp_path):
+    parted = tmp_path / "parted"
+    for part in ("train", "val", "notes"):
+        shutil.copytree(pngs, parted / part)
+    with refused(r"holds train, with a folder for each class, and notes beside it, which is neither val, valid"):
+        folder(str(parted))
+    (parted / "notes").rename(parted / "valid")
+    with refused(r"holds validation images in val and in valid; keep one"):
+        folder(str(parted))
+    shutil.copytree(pngs / "ant", pngs / "train")  # a class that is called so
+    assert folder(str(pngs)).classes == 4
+
+
+@pytest.mark.parametrize(("link", "target"), [("ant/up", ".."), ("bee/in", "../bee"), ("bee/other", "../bee/more")])
+def test_a_folder_that_would_be_read_twice_is_one_sentence(pngs, link, target):
+    (pngs / "bee" / "more").mkdir()
+    (pngs / link).symlink_to(target)
+    with refused(r"is the same folder as \S+, and its images would count twice; delete the link"):
+        folder(str(pngs))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -116,7 +116,9 @@ def test_the_same_command_runs_what_is_missing(capfd):
 def test_a_failure_that_is_mended_is_forgotten(capfd):
     quiet = (*QUICK, "runner.progress=none", "hydra.sweep.dir=sweep")
     Path("ownbox.py").write_text("def Own():\n    raise ValueError('not yet')\n")
-    assert main(["-m", *quiet, "seed=0,1"]) == 1
+    assert main(["-m", *quiet, "seed=0,1,2"]) == 1
+    assert Path("sweep/table.txt").read_text().count("failed: ") == 3
+    assert main(["-m", *quiet, "seed=0,1"]) == 1  # the third is asked for no more
     assert "2-own" not in Path("sweep/table.txt").read_text()
     assert Path("sweep/table.txt").read_text().count("failed: ") == 2
     sys.modules.pop("ownbox")

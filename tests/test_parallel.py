@@ -83,6 +83,7 @@ def test_solves_on_shares_averaged_are_off(outcomes):
 def test_what_cannot_be_shared_is_refused_in_a_sentence(outcomes):
     for name, words in {
         "a sum": "it is no mean over examples",
+        "padding": "it is no mean over examples",
         "a mean over the batch": "looks from one example at another",
         "a mean that is kept": "`seen`, which `predict` carries on, differs between parts of a batch",
         "other batches": "the ranks read different batches",

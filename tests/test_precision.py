@@ -202,6 +202,24 @@ def test_pytorchs_own_settings_come_back(precision):
     assert [flag.allow_tf32 for flag in flags] == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has them since 2.9")
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_someone_may_have_set_the_newer_switches(precision):
+    """Which have PyTorch refuse to read the older ones."""
+    matrices, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matrices.fp32_precision
+    matrices.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+            _ = matrices.allow_tf32
+        with products(precision):
+            wanted = "tf32" if precision == "tf32" else "ieee"
+            assert [place.fp32_precision for place in (matrices, cudnn.conv, cudnn.rnn)] == [wanted] * 3
+        assert matrices.fp32_precision == "tf32"
+    finally:
+        matrices.fp32_precision = before
+
+
 def test_a_run_in_bfloat16_is_near_that_in_float32(tmp_path):
     losses = []
     for precision in ("fp32", "bf16"):

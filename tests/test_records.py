@@ -9,8 +9,9 @@ import torch
 from fakes import FakeProblem, FakeSolver
 
 from bilevel import BilevelError, Runner, Solution, Space, evaluate, stream
+from bilevel.json_lines import JsonLines
 from bilevel.plot import PICTURE, draw
-from bilevel.records import JsonLines, RunInfo, make_record, read_metrics, strict_json
+from bilevel.records import RunInfo, make_record, read_metrics, strict_json
 from bilevel.schedule import Schedule
 
 KEYS = {

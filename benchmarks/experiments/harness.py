@@ -192,7 +192,7 @@ class Context:
         wall = sum(outcome.wall_seconds for outcome in self._outcomes.values())
         parts = [f"{len(self._outcomes)} runs, {duration(wall)} of one core"] if self._outcomes else []
         parts += [f"{self._mapped} computations in {duration(self._mapped_seconds)}"] if self._mapped else []
-        parts += [f"{_processor()}, one thread a process, {max(1, self.workers)} at once"]
+        parts += [f"{processor()}, one thread a process, {max(1, self.workers)} at once"]
         return f"{size}{'; '.join([*parts, f'PyTorch {torch.__version__}'.partition('+')[0], date.today().isoformat()])}"
 
 
@@ -202,7 +202,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

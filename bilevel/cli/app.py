@@ -10,7 +10,7 @@ from hydra import main as hydra_main
 from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig
 
-from bilevel.cli import bad_input, own_code, sweep
+from bilevel.cli import bad_input, output, own_code, sweep
 from bilevel.cli.job import OPEN_GROUPS, Job, add_resolvers
 from bilevel.cli.resume import AUTO, stored_config
 from bilevel.errors import BilevelError
@@ -24,6 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     It is 0 where all ended well, 1 where a run failed, 130 after Ctrl-C and its like, and 75 (EX_TEMPFAIL) after the signal of
     a time limit. Bad input is one sentence on the standard error; HYDRA_FULL_ERROR=1 asks for the traceback.
     """
+    output.occupy_standard_streams()
+    try:
+        return _main(arguments)
+    finally:
+        output.flush_standard_streams(sys.stdout, sys.stderr)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     job = Job(traceback_wanted=os.environ.get("HYDRA_FULL_ERROR") == "1")
     try:
         with launched() as job.launch, time_limit_raises(), sweep.counted() as failed:

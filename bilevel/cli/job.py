@@ -19,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from bilevel.check import ProblemWarning
 from bilevel.checkpoint import CheckpointWarning
 from bilevel.cli import bad_input, own_code, sweep, targets
+from bilevel.cli.output import say
 from bilevel.cli.resume import AUTO, CONFIG, continued, repeated, stored_config
-from bilevel.errors import BilevelError, FaultWarning, SpeedWarning
+from bilevel.errors import BilevelError, FaultWarning, SpeedWarning, Taken
 from bilevel.interrupts import SUBMITIT, OutOfTime, of_time_limit, requeue
 from bilevel.loop import SolverWarning
 from bilevel.parallel.launch import Launch
@@ -99,7 +100,7 @@ class Job:
         self.failures += 1
         self.launch.failed = True
         if not self.traceback_wanted and self.launch.says(_said(error)):
-            print(f"bilevel: {_said(error)}", file=sys.stderr, flush=True)
+            say(f"bilevel: {_said(error)}", sys.stderr)
         return not self.traceback_wanted
 
     def _leave(self) -> float:
@@ -126,8 +127,10 @@ class Job:
             if config["runner"].get("requeue"):
                 requeue()
             raise
+        except Taken:  # the directory is another's, however empty it still is
+            raise
         except Exception:  # whatever it was is raised again
-            with suppress(OSError):
+            with suppress(OSError):  # something is in it
                 directory.rmdir()  # Hydra made it; a run that did not begin leaves nothing
             raise
         if summary["diverged"]:
@@ -137,7 +140,7 @@ class Job:
         best = summary["best"]
         said = f"{directory} is finished: valid loss {best['valid_loss']:.4g} at step {best['step']}"
         if (ended or self.is_worker) and self.launch.says(said):
-            print(said, flush=True)
+            say(said, sys.stdout)
         return float(best["valid_loss"])
 
 
@@ -236,7 +239,7 @@ def _show(otherwise: Callable[..., None], launch: Launch) -> Callable[..., None]
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, TOLD):
             if launch.says(str(message)):
-                print(f"bilevel: warning: {message}", file=sys.stderr, flush=True)
+                say(f"bilevel: warning: {message}", sys.stderr)
         else:
             otherwise(message, category, *place, **more)
 

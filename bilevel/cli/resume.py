@@ -124,6 +124,7 @@ def repeated(composed: Mapping[str, Any], directory: Path) -> tuple[bool, Record
     try:
         summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         ended = not summary["interrupted"] and {"best", "diverged", "message"} <= summary.keys()
+        ended = ended and (summary["diverged"] or "valid_loss" in summary["best"])
     except (OSError, ValueError, LookupError, TypeError):  # killed, or not a summary: the checkpoint knows how far it came
         return True, None
     return True, summary if ended and not any(budget in apart for budget in BUDGETS) else None

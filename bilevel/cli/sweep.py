@@ -3,7 +3,9 @@
 import math
 import os
 import re
+import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from bilevel.cli.output import say
 from bilevel.comparison.runs import Run, grouped, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
 from bilevel.interrupts import Interrupts, OutOfTime, of_time_limit
@@ -41,7 +44,8 @@ class SweepTable(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Count the runs, so that each can tell its place."""
+        """Count the runs, so that each can tell its place, and forget who failed before: who is asked for again will say so."""
+        shutil.rmtree(Path(config.hydra.sweep.dir) / FAILED, ignore_errors=True)
         os.environ.pop(RUNS, None)
         if (runs := count(config)) is not None:
             os.environ[RUNS] = str(runs)
@@ -68,8 +72,8 @@ class SweepTable(Callback):
             with open(directory / TABLE, "w", encoding="utf-8") as file:
                 Console(file=file, width=WIDE).print(*told, sep="\n", markup=False)
         except OSError as error:
-            print(f"bilevel: cannot write {directory / TABLE}: {error.strerror or error}")
-        print(f"the runs, and this table: {directory}; more of them: bilevel-compare {directory}")
+            say(f"bilevel: cannot write {directory / TABLE}: {error.strerror or error}", sys.stdout)
+        say(f"the runs, and this table: {directory}; more of them: bilevel-compare {directory}", sys.stdout)
 
 
 _failed: dict[str, str] = {}
@@ -114,7 +118,7 @@ def note_failure(sentence: str) -> None:
 def forget_failure() -> None:
     """This run has ended well."""
     if (file := _failure()) is not None:
-        with suppress(OSError):
+        with suppress(OSError):  # it would stand below the table once more
             file.unlink(missing_ok=True)
 
 

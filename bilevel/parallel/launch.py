@@ -49,7 +49,7 @@ class Launch:
             self._store.set("directory", str(own.absolute()))
         chosen = Path(self._store.get("directory").decode())
         if chosen != own.absolute():
-            with suppress(OSError):
+            with suppress(OSError):  # something is in it
                 own.rmdir()
         return chosen if self.rank else own
 

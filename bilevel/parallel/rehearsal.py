@@ -17,13 +17,13 @@ from bilevel.params import Batch, Carry, count_examples
 from bilevel.trial import Trial
 
 FEW = 5
-"""Examples of the rehearsal: shares of three and two."""
+"""Examples that the rehearsal begins with: shares of three and two."""
 
 
 def rehearse(problem: Parallel, data: Data, device: torch.device) -> None:
     """Learn what `problem` needs to know of the wrapped one, and refuse that if it cannot be shared.
 
-    Everything is computed on a few examples, by every rank on its own; what one refuses, all refuse.
+    Everything is computed by every rank on its own, on a few examples and on the first batches; what one refuses, all refuse.
 
     Raises:
         Refused: an objective or the carry of two shares is not that of the whole batch.
@@ -62,10 +62,13 @@ def _rehearse(problem: Parallel, trial: Trial, size: int, valid_size: int) -> No
     problem.state_axes = state_axes(trial, few, fewer)
     problem.fixed_lengths = fixed_lengths(trial, few, fewer)
     problem.check_lengths(size)
-    clear = (n for n in range(count_examples(few), size + 1) if problem.fixed_lengths.isdisjoint(s.size for s in shares(n, 2)))
-    for batch, train in ((first(trial.batch, next(clear, size)), True), (first(trial.data.valid.peek(), FEW), False)):
-        if count_examples(batch) > 1:
-            hold_shares_against_whole(problem, trial, batch, train=train)
+    clear = [n for n in range(count_examples(few), size + 1) if problem.fixed_lengths.isdisjoint(s.size for s in shares(n, 2))]
+    # few, where one example that is seen by others weighs most; and all, since what is rare (padding) may not be among few
+    parts = [(trial.batch, True, n) for n in (clear[:1] + clear[1:][-1:] or [size])]
+    valid = trial.data.valid.peek()
+    parts += [(valid, False, n) for n in sorted({min(FEW, valid_size), valid_size} - {0, 1})]
+    for batch, train, n in parts:
+        hold_shares_against_whole(problem, trial, first(batch, n), train=train)
 
 
 def hold_shares_against_whole(problem: Parallel, trial: Trial, batch: Batch, *, train: bool) -> None:

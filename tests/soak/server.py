@@ -55,15 +55,15 @@ class Fault:
 
     def install(self) -> None:
         import bilevel.faults
+        import bilevel.json_lines
         import bilevel.loop
-        import bilevel.records
         import bilevel.sealed
 
         bilevel.faults.AT_THE_END = bilevel.faults.PAUSE = 0.01  # nobody makes room here
         self.watch(bilevel.loop.Loop, "_round", "round")
         self.watch(bilevel.loop, "evaluate", "evaluate")
         self.watch(bilevel.sealed._Sealing, "_write", "checkpoint")
-        self.watch(bilevel.records.JsonLines, "log", "line")
+        self.watch(bilevel.json_lines.JsonLines, "log", "line")
         for name in ("fsync", "replace", "link", "unlink"):
             self.watch(os, name, name)
 
