@@ -203,6 +203,7 @@ def _one_thread() -> None:
 
 
 def processor() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
