@@ -43,6 +43,7 @@ def augmented_images(
         space: changes to the space, as in `Space.override`.
 
     Example:
+        >>> from problems import datasets
         >>> problem = augmented_images(datasets.digits(), channels=[4, 8], augment=["affine"], train_size=100)
         >>> list(problem.space)[3:]
         ['dropout3', 'degrees', 'translate', 'scale', 'shear']
