@@ -42,6 +42,8 @@ def refused(capfd, *arguments: str) -> str:
         (["solver._target_=builtins.dict"], "`solver` is a dict; give solver._target_=the path of a Solver"),
         (["solver=unrolled", "solver.mode={_target_: solvers.Reverse, _partial_: true}"], "would be a partial; give Mode"),
         (["problem=digit"], "there is no problem `digit` (did you mean `digits`"),
+        (["seed=18446744073709551616"], "has more than the 64 bits of a seed"),
+        (["~solver=true"], "names no choice of solver; write ~solver"),
         (["solver=delta-stn"], "there is no solver `delta-stn` (did you mean `delta_stn`"),
         (["sed=3"], "there is no key `sed` (did you mean `seed`"),
         (["data.rot=here"], "`data` has no key `rot` (did you mean `root`"),

@@ -1,5 +1,6 @@
 """The command `bilevel`: a Hydra application over the configuration in `bilevel.conf`."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     a time limit. Bad input is one sentence on the standard error; HYDRA_FULL_ERROR=1 asks for the traceback.
     """
     output.occupy_standard_streams()
+    told, logging.raiseExceptions = logging.raiseExceptions, False  # W&B's own log on a full disk would print tracebacks
     try:
         return _main(arguments)
     finally:
+        logging.raiseExceptions = told
         output.flush_standard_streams(sys.stdout, sys.stderr)
 
 
@@ -79,6 +82,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
         key = override.key_or_group
         if override.is_sweep_override() and not sweeping:
             raise BilevelError(f"`{argument}` gives several values; add -m to run each, or write [a,b] for a list")
+        if key in GROUPS and override.type is OverrideType.DEL and not isinstance(override.value(), (str, type(None))):
+            raise BilevelError(f"`{argument}` names no choice of {key}; write ~{key}, or ~{key}=NAME of what was chosen")
         if key in GROUPS and override.type in (OverrideType.CHANGE, OverrideType.ADD) and not override.is_sweep_override():
             chosen = override.value()
             named = (str,) if override.type is OverrideType.CHANGE else (str, dict)  # a node of one's own may be added

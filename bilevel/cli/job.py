@@ -168,6 +168,8 @@ def run(config: dict[str, Any], directory: Path, *, resumed: bool, place: Place 
         quiet: whether `progress=auto` shows nothing: several runs would write over each other.
     """
     targets.check_type(config.get("seed"), int, "seed")
+    if not -(2**63) <= config["seed"] < 2**64:
+        raise BilevelError(f"seed={config['seed']} has more than the 64 bits of a seed; give one from 0 to 2⁶⁴ − 1")
     # We own the process, so torch's own generator is ours to seed: modules and loaders of a user's own may draw from it.
     torch.manual_seed(config["seed"])
     loggers = _loggers(config)  # the first to be built: they are quick, and what they lack is told before data are read

@@ -1,5 +1,6 @@
 """Random configurations and damaged checkpoints: a clear sentence or a correct run, and nothing in between."""
 
+import copy
 import io
 import json
 import math
@@ -180,6 +181,7 @@ def _leaves(node: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def _change(config: dict[str, Any], number: int, act: str, new: Any) -> str:
+    new = copy.deepcopy(new)  # a value that is drawn twice is one object, and could come to hold itself
     paths = [path for path in _leaves(config) if path[0] not in ("names", "hydra")]
     path = paths[number % len(paths)]
     node: Any = config
