@@ -77,14 +77,16 @@ def fits(needed: int, there: int | None) -> bool:
     return there is None or needed <= SHARE * there
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
 def free(device: torch.device) -> int | None:
     """Bytes that are free on the device, None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
-    most, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))  # of a container, if it has a limit
-    found = [None if most is None else max(0, most - (used or 0))]
+    found = [_left_in(CGROUP)]
     with suppress(OSError):  # of Linux alone
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
@@ -155,8 +157,11 @@ def _together(batch: Any) -> Any:
     return batch
 
 
-def _number(path: str) -> int | None:
+def _left_in(cgroup: Path) -> int | None:
+    """What a container's limit leaves, where it has one; files that the kernel caches give way, and count as free."""
     try:
-        return int(Path(path).read_text(encoding="ascii"))
+        most, used = (int((cgroup / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(0, most - used + int(stat.get("inactive_file", 0)))
     except (OSError, ValueError):  # no such limit
         return None
