@@ -14,11 +14,19 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from problems import augment
+from bilevel.problems.classification import image_transforms
 
 BATCH = 128
 SHAPES = {"colour, 32 × 32": (3, 32, 32), "grey, 28 × 28": (1, 28, 28)}
-MOST = {"degrees": 20.0, "shift": 0.1, "scale": 0.2, "shear": 20.0, "colour": 0.3, "hue": 0.1, "length": 8.0}
+MOST = {
+    "degrees": 20.0,
+    "shift": 0.1,
+    "scale": 0.2,
+    "shear": 20.0,
+    "colour": 0.3,
+    "hue": 0.1,
+    "length": 8.0,
+}
 
 Parameters = dict[str, Tensor]
 
@@ -45,11 +53,11 @@ def parameters(generator: torch.Generator) -> Parameters:
 
 def batched(x: Tensor, p: Parameters) -> Tensor:
     """From bytes [B, C, H, W] to the augmented batch, in [0, 1]."""
-    x = augment.affine(x / 255, p["degrees"], p["shift"], p["scale"], p["shear"])
-    x = augment.contrast(augment.brightness(x, p["brightness"]), p["contrast"])
+    x = image_transforms.affine(x / 255, p["degrees"], p["shift"], p["scale"], p["shear"])
+    x = image_transforms.contrast(image_transforms.brightness(x, p["brightness"]), p["contrast"])
     if x.shape[1] == 3:
-        x = augment.hue(augment.saturation(x, p["saturation"]), p["hue"])
-    return augment.cutout(x, p["holes"], p["length"], p["centres"], 0.5)
+        x = image_transforms.hue(image_transforms.saturation(x, p["saturation"]), p["hue"])
+    return image_transforms.cutout(x, p["holes"], p["length"], p["centres"], 0.5)
 
 
 def one_by_one(x: Tensor, p: Parameters) -> Tensor:
@@ -60,12 +68,22 @@ def one_by_one(x: Tensor, p: Parameters) -> Tensor:
     out = []
     for i in range(len(x)):
         image = Image.fromarray(pixels[i])
-        (dx, dy), scale, shear = numbers["shift"][i], numbers["scale"][i], [numbers["shear"][i], 0.0]
+        (dx, dy), scale, shear = (
+            numbers["shift"][i],
+            numbers["scale"][i],
+            [numbers["shear"][i], 0.0],
+        )
         moved = [dx * width, dy * height]
-        image = TF.affine(image, numbers["degrees"][i], moved, scale, shear, InterpolationMode.BILINEAR)
-        image = TF.adjust_contrast(TF.adjust_brightness(image, numbers["brightness"][i]), numbers["contrast"][i])
+        image = TF.affine(
+            image, numbers["degrees"][i], moved, scale, shear, InterpolationMode.BILINEAR
+        )
+        image = TF.adjust_contrast(
+            TF.adjust_brightness(image, numbers["brightness"][i]), numbers["contrast"][i]
+        )
         if x.shape[1] == 3:
-            image = TF.adjust_hue(TF.adjust_saturation(image, numbers["saturation"][i]), numbers["hue"][i])
+            image = TF.adjust_hue(
+                TF.adjust_saturation(image, numbers["saturation"][i]), numbers["hue"][i]
+            )
         tensor = TF.to_tensor(image)
         ((y, z),), side = numbers["centres"][i], int(numbers["length"][i])
         top, left = int(y * height) - side // 2, int(z * width) - side // 2
@@ -76,12 +94,16 @@ def one_by_one(x: Tensor, p: Parameters) -> Tensor:
 
 def main() -> None:
     """Print a table: images per second of both, how much quicker a batch is, and how far the images are apart."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="for each kind of images")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print("| images | a batch at once | one by one (Pillow) | ratio | mean difference | rounds |\n|---|---|---|---|---|---|")
+    print(
+        "| images | a batch at once | one by one (Pillow) | ratio | mean difference | rounds |\n|---|---|---|---|---|---|"
+    )
     for name, shape in SHAPES.items():
         print(_row(name, shape, options.seconds), flush=True)
 
@@ -93,11 +115,15 @@ def _row(name: str, shape: tuple[int, ...], seconds: float) -> str:
     apart = (batched(x, p) - one_by_one(x, p)).abs().mean().item()
     taken: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
-    while len(taken) < 5 or time.perf_counter() < end:  # in turn: what slows the machine for a while slows both
+    while (
+        len(taken) < 5 or time.perf_counter() < end
+    ):  # in turn: what slows the machine for a while slows both
         taken.append((_time(lambda: batched(x, p)), _time(lambda: one_by_one(x, p))))
     ours, theirs = (BATCH / statistics.median(column) for column in zip(*taken, strict=True))
     ratio = statistics.median(b / a for a, b in taken)
-    return f"| {name} | {ours:,.0f}/s | {theirs:,.0f}/s | {ratio:.1f} | {apart:.4f} | {len(taken)} |"
+    return (
+        f"| {name} | {ours:,.0f}/s | {theirs:,.0f}/s | {ratio:.1f} | {apart:.4f} | {len(taken)} |"
+    )
 
 
 def _time(work: Callable[[], object]) -> float:

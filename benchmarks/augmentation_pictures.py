@@ -11,20 +11,24 @@ from pathlib import Path
 
 from benchmarks.experiments.augmentation import pictures
 from bilevel import BilevelError
-from problems import datasets
+from bilevel.problems.datasets import labelled_images
 
 
 def main() -> int:
     """Write the picture; 0 if it could be made."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("docs/problems/augmentations_cifar.png"))
     parser.add_argument("--image", type=int, default=0, help="which of the test images")
     options = parser.parse_args()
     archive = options.data / "cifar10_jpeg.npz"
     try:
-        cifar = datasets.cifar10(str(options.data), download=False, archive=str(archive) if archive.exists() else None)
-        mnist = datasets.mnist(str(options.data), download=False)
+        cifar = labelled_images.cifar10(
+            str(options.data), download=False, archive=str(archive) if archive.exists() else None
+        )
+        mnist = labelled_images.mnist(str(options.data), download=False)
     except BilevelError as error:
         print(f"{error}", file=sys.stderr)
         return 1

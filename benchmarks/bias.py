@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-import solvers
-from bilevel import Problem
-from problems import Quadratic, Ridge
-from solvers.descent import Descent
+from bilevel import Problem, solvers
+from bilevel.problems import Quadratic, Ridge
+from bilevel.solvers.base.descent import Descent
 
 HELD = partial(torch.optim.SGD, lr=0.0)
 """λ stays, while everything else that a solver trains goes on."""
@@ -18,17 +17,29 @@ STEPS, DRAWS = 2000, 100
 """Inner steps at the held λ before anything is measured, and rounds in which it is."""
 
 PROBLEMS: dict[str, Callable[[], Any]] = {
-    "quadratic, 10 weights, 3 λ, condition 10": partial(Quadratic.random, dtype=torch.float64, space={"hyper": {"scale": 0.5}}),
-    "ridge, 10 features, one λ": partial(Ridge.synthetic, dtype=torch.float64, space={"log_decay": {"scale": 0.5}}),
+    "quadratic, 10 weights, 3 λ, condition 10": partial(
+        Quadratic.random, dtype=torch.float64, space={"hyper": {"scale": 0.5}}
+    ),
+    "ridge, 10 features, one λ": partial(
+        Ridge.synthetic, dtype=torch.float64, space={"log_decay": {"scale": 0.5}}
+    ),
 }
 
 _made = partial(dict, inner_optimizer=SGD, outer_optimizer=HELD)
 
 SOLVERS: dict[str, Callable[[], Descent]] = {
-    "implicit, CG (10)": lambda: solvers.Implicit(linear_solve=solvers.CG(iterations=10), **_made()),
-    "implicit, Neumann (10)": lambda: solvers.Implicit(linear_solve=solvers.Neumann(terms=10), **_made()),
-    "implicit, Nyström (rank 10)": lambda: solvers.Implicit(linear_solve=solvers.Nystrom(rank=10), **_made()),
-    "implicit, Nyström (rank 5)": lambda: solvers.Implicit(linear_solve=solvers.Nystrom(rank=5), **_made()),
+    "implicit, CG (10)": lambda: solvers.Implicit(
+        linear_solve=solvers.CG(iterations=10), **_made()
+    ),
+    "implicit, Neumann (10)": lambda: solvers.Implicit(
+        linear_solve=solvers.Neumann(terms=10), **_made()
+    ),
+    "implicit, Nyström (rank 10)": lambda: solvers.Implicit(
+        linear_solve=solvers.Nystrom(rank=10), **_made()
+    ),
+    "implicit, Nyström (rank 5)": lambda: solvers.Implicit(
+        linear_solve=solvers.Nystrom(rank=5), **_made()
+    ),
     "implicit, identity": lambda: solvers.Implicit(linear_solve=solvers.Identity(), **_made()),
     "unrolled, 10 steps": lambda: solvers.Unrolled(inner_steps=10, **_made()),
     "unrolled, 100 steps": lambda: solvers.Unrolled(inner_steps=100, **_made()),
@@ -36,9 +47,14 @@ SOLVERS: dict[str, Callable[[], Descent]] = {
     "SAMA": lambda: solvers.SAMA(**_made()),
     "penalty": lambda: solvers.Penalty(**_made()),
     "evolution strategies": lambda: solvers.EvolutionStrategies(**_made()),
-    "evolution strategies, truncated": lambda: solvers.EvolutionStrategies(persistent=False, **_made()),
+    "evolution strategies, truncated": lambda: solvers.EvolutionStrategies(
+        persistent=False, **_made()
+    ),
     **{
-        name: partial(lambda recipe: recipe(response=solvers.Dense(), scale_optimizer=HELD, **_made()), getattr(solvers, name))
+        name: partial(
+            lambda recipe: recipe(response=solvers.Dense(), scale_optimizer=HELD, **_made()),
+            getattr(solvers, name),
+        )
         for name in ("delta_stn", "centered_stn", "stn")
     },
 }
@@ -46,12 +62,20 @@ SOLVERS: dict[str, Callable[[], Descent]] = {
 
 def bias() -> dict[str, dict[str, dict[str, float]]]:
     """‖ĝ − g‖/‖g‖ of one hypergradient (the median) and of the mean over draws, and the cosine of that mean with g."""
-    return {title: {name: _error(make(), solver()) for name, solver in SOLVERS.items()} for title, make in PROBLEMS.items()}
+    return {
+        title: {name: _error(make(), solver()) for name, solver in SOLVERS.items()}
+        for title, make in PROBLEMS.items()
+    }
 
 
 def _error(problem: Problem, solver: Descent) -> dict[str, float]:
     cpu = torch.device("cpu")
-    solver.setup(problem, problem.data(cpu, torch.Generator().manual_seed(1)), cpu, torch.Generator().manual_seed(2))
+    solver.setup(
+        problem,
+        problem.data(cpu, torch.Generator().manual_seed(1)),
+        cpu,
+        torch.Generator().manual_seed(2),
+    )
     while solver.inner_count < STEPS:
         solver.step()
     exact = problem.hypergradient(problem.space.constrain(solver.belief.centre))  # type: ignore[attr-defined]

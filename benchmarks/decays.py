@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.workloads import BATCH
 from bilevel import Batch, Hypers, ModuleProblem, Params, Positive, Prediction, Space
-from problems.networks import MLP
+from bilevel.problems.networks.mlp_cnn import MLP
 
 
 class Decays(ModuleProblem):
@@ -29,19 +29,27 @@ class Decays(ModuleProblem):
 
         def split() -> tuple[Tensor, Tensor]:
             n = 8 * BATCH
-            return torch.randn(n, sizes[0], generator=generator), torch.randint(sizes[-1], (n,), generator=generator)
+            return torch.randn(n, sizes[0], generator=generator), torch.randint(
+                sizes[-1], (n,), generator=generator
+            )
 
         space = Space(decay=Positive(init=1e-2, shape=(h,), per_example=False))
         super().__init__(module, space, split(), split(), batch_size=BATCH)
 
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def inner_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         squares = torch.cat([p.reshape(-1) for p in params.values()]).square()
         if self.share > 1:
             h = len(hypers["decay"])
-            squares = F.pad(squares, (0, self.share * h - len(squares))).reshape(h, self.share).sum(1)
+            squares = (
+                F.pad(squares, (0, self.share * h - len(squares))).reshape(h, self.share).sum(1)
+            )
         return F.cross_entropy(prediction, batch[1]) + 0.5 * hypers["decay"] @ squares
 
-    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def outer_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         return F.cross_entropy(prediction, batch[1])
 
 

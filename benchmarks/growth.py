@@ -12,15 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import solvers
 from benchmarks.images import machine
 from benchmarks.measure import alternating, median_ratio, multiplications, peak_growth
 from benchmarks.step import training_step
 from benchmarks.workloads import Timed
-from bilevel import Batch, Hypers, Interval, ModuleProblem, Params, Prediction, Space
-from bilevel.device import choose_device
-from problems import MLP
-from problems.dropout import dropout
+from bilevel import Batch, Hypers, Interval, ModuleProblem, Params, Prediction, Space, solvers
+from bilevel.device.device import choose_device
+from bilevel.problems import MLP
+from bilevel.problems.networks.dropout import dropout
 
 BATCH, PIXELS, CLASSES = 128, 900, 10
 HYPERS, WIDTHS = (3, 10, 30, 100, 300), (1, 2, 4, 8)
@@ -44,7 +43,10 @@ class Grouped(ModuleProblem):
 
     def __init__(self, point: Point) -> None:
         generator = torch.Generator().manual_seed(0)
-        split = (torch.randn(4 * BATCH, PIXELS, generator=generator), torch.arange(4 * BATCH) % CLASSES)
+        split = (
+            torch.randn(4 * BATCH, PIXELS, generator=generator),
+            torch.arange(4 * BATCH) % CLASSES,
+        )
         rates = Interval(low=0.0, high=0.95, init=0.1, shape=(point.hypers,), differentiable=False)
         network = partial(MLP, [PIXELS, point.units, point.units, CLASSES])
         super().__init__(network, Space(rates=rates), split, split, batch_size=BATCH)
@@ -55,13 +57,21 @@ class Grouped(ModuleProblem):
         x = batch[0]
         if not train:
             return (x,), {}
-        rates = hypers["rates"].expand(len(x), -1).repeat_interleave(PIXELS // hypers["rates"].shape[-1], 1, output_size=PIXELS)
+        rates = (
+            hypers["rates"]
+            .expand(len(x), -1)
+            .repeat_interleave(PIXELS // hypers["rates"].shape[-1], 1, output_size=PIXELS)
+        )
         return (dropout(x.reshape(-1), rates.reshape(-1), generator).view_as(x),), {}
 
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def inner_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         return F.cross_entropy(prediction, batch[1])
 
-    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def outer_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         return F.cross_entropy(prediction, batch[1])
 
 
@@ -74,10 +84,15 @@ def prepared(point: Point, variant: str, device: torch.device) -> Timed:
     return solver
 
 
-def measured(points: list[Point], memory: dict[Point, int], seconds: float, device: torch.device) -> list[dict[str, Any]]:
+def measured(
+    points: list[Point], memory: dict[Point, int], seconds: float, device: torch.device
+) -> list[dict[str, Any]]:
     """Time, multiplications, numbers held and memory of a step at every point, all of them and plain training in turn."""
     ready = {point: prepared(point, "delta_stn", device) for point in points}
-    plain = {point: prepared(point, "plain", device) for point in dict.fromkeys(Point(FEW, point.units) for point in points)}
+    plain = {
+        point: prepared(point, "plain", device)
+        for point in dict.fromkeys(Point(FEW, point.units) for point in points)
+    }
     steps = {f"{point}": training_step(solver) for point, solver in ready.items()}
     steps |= {f"plain {point}": training_step(solver) for point, solver in plain.items()}
     taken = alternating(steps, seconds, device)
@@ -105,7 +120,9 @@ def line(xs: list[float], ys: list[float]) -> tuple[float, float]:
         (1.0, 2.0)
     """
     x, y = statistics.fmean(xs), statistics.fmean(ys)
-    slope = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    slope = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum(
+        (a - x) ** 2 for a in xs
+    )
     return y - slope * x, slope
 
 
@@ -126,16 +143,27 @@ def slopes(by_hypers: list[dict[str, Any]], by_width: list[dict[str, Any]]) -> d
     rows = 2 * (2 * UNITS + CLASSES)
     found["counted_per_hyper"] = 6 * BATCH * rows / 1e9
     found["gigaflops_slope"] = line(h, [row["gigaflops"] for row in by_hypers])[1]
-    _, found["weights_by_width"] = line([math.log(r["units"]) for r in by_width], [math.log(r["weights"]) for r in by_width])
+    _, found["weights_by_width"] = line(
+        [math.log(r["units"]) for r in by_width], [math.log(r["weights"]) for r in by_width]
+    )
     return found
 
 
 def both(seconds: float, device: torch.device) -> Report:
     """Both sweeps and their slopes."""
-    at_h, at_width = [Point(h, UNITS) for h in HYPERS], [Point(FEW, UNITS * width) for width in WIDTHS]
+    at_h, at_width = (
+        [Point(h, UNITS) for h in HYPERS],
+        [Point(FEW, UNITS * width) for width in WIDTHS],
+    )
     # memory first: a process that is started inherits the peak of the one that starts it
-    memory = {point: peak_growth(partial(_train, point), _warm, device) for point in dict.fromkeys(at_h + at_width)}
-    by_hypers, by_width = measured(at_h, memory, seconds, device), measured(at_width, memory, seconds, device)
+    memory = {
+        point: peak_growth(partial(_train, point), _warm, device)
+        for point in dict.fromkeys(at_h + at_width)
+    }
+    by_hypers, by_width = (
+        measured(at_h, memory, seconds, device),
+        measured(at_width, memory, seconds, device),
+    )
     return {"hypers": by_hypers, "width": by_width, "slopes": slopes(by_hypers, by_width)}
 
 
@@ -183,14 +211,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long the rounds of each of the two sweeps go on")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help="how long the rounds of each of the two sweeps go on",
+    )
     parser.add_argument("--threads", type=int, help="of the CPU; by default what PyTorch takes")
     parser.add_argument("--picture", type=Path, help="where to draw it, such as growth.png")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    report = {"machine": machine(device), "torch": torch.__version__, **both(options.seconds, device)}
+    report = {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        **both(options.seconds, device),
+    }
     if options.picture:
         draw(report, options.picture)
     if options.json:

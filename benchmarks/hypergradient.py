@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-import solvers
 from benchmarks.bias import bias
 from benchmarks.decays import decays
 from benchmarks.measure import Step, alternating, median_ratio
-from bilevel import Problem, Solver
-from bilevel.device import Meter, choose_device
-from solvers.descent import Descent
+from bilevel import Problem, Solver, solvers
+from bilevel.device.device import Meter, choose_device
+from bilevel.solvers.base.descent import Descent
 
 K = 10
 """Terms, iterations, unrolled steps."""
@@ -28,7 +27,12 @@ KS = (1, 10, 40)
 MANY = 1000
 """From so many on, the cases for few hyperparameters are left out."""
 MEMORY_ROUNDS = 2
-WEIGHED = ("implicit, CG", "unrolled, reverse", "unrolled, reverse, checkpointed", "unrolled, forward")
+WEIGHED = (
+    "implicit, CG",
+    "unrolled, reverse",
+    "unrolled, reverse, checkpointed",
+    "unrolled, forward",
+)
 """Whose memory is measured against K."""
 
 
@@ -62,7 +66,9 @@ def _implicit(linear_solve: Any, **options: Any) -> Callable[[], Descent]:
 CASES: dict[str, Case] = {
     "implicit, CG": Case(_implicit(solvers.CG(iterations=K)), most=_products, memory=3.0),
     "implicit, CG, Gauss–Newton": Case(
-        _implicit(solvers.CG(iterations=K), curvature=solvers.GaussNewton(damping=1e-3)), most=_products, memory=3.0
+        _implicit(solvers.CG(iterations=K), curvature=solvers.GaussNewton(damping=1e-3)),
+        most=_products,
+        memory=3.0,
     ),
     "implicit, Neumann": Case(_implicit(solvers.Neumann(terms=K)), most=_products, memory=3.0),
     "implicit, fixed point": Case(_implicit(solvers.FixedPoint(iterations=K)), most=_products),
@@ -71,9 +77,16 @@ CASES: dict[str, Case] = {
     "SAMA": Case(solvers.SAMA),
     "SOBA": Case(solvers.SOBA),
     "penalty": Case(solvers.Penalty),
-    "unrolled, reverse": Case(partial(solvers.Unrolled, inner_steps=K), whole=True, most=lambda k, h: 4 * k, memory=math.inf),
+    "unrolled, reverse": Case(
+        partial(solvers.Unrolled, inner_steps=K),
+        whole=True,
+        most=lambda k, h: 4 * k,
+        memory=math.inf,
+    ),
     "unrolled, reverse, checkpointed": Case(
-        partial(solvers.Unrolled, inner_steps=K, mode=solvers.Reverse(checkpoint=True)), whole=True, memory=math.inf
+        partial(solvers.Unrolled, inner_steps=K, mode=solvers.Reverse(checkpoint=True)),
+        whole=True,
+        memory=math.inf,
     ),
     "unrolled, forward": Case(
         partial(solvers.Unrolled, inner_steps=K, mode=solvers.Forward()),
@@ -81,7 +94,9 @@ CASES: dict[str, Case] = {
         most=lambda k, h: (2 * h + 1.5) * k,
         few=True,
     ),
-    "evolution strategies": Case(partial(solvers.EvolutionStrategies, inner_steps=K), whole=True, few=True),
+    "evolution strategies": Case(
+        partial(solvers.EvolutionStrategies, inner_steps=K), whole=True, few=True
+    ),
     "Δ-STN": Case(solvers.delta_stn, few=True),
 }
 
@@ -96,7 +111,10 @@ def ready(case: str, hypers: int | None, device: torch.device, **changes: Any) -
     problem = decays(hypers)
     solver = CASES[case].make(**changes)  # type: ignore[call-arg]
     solver.setup(
-        problem, problem.data(device, torch.Generator().manual_seed(1)), device, torch.Generator(device).manual_seed(2)
+        problem,
+        problem.data(device, torch.Generator().manual_seed(1)),
+        device,
+        torch.Generator(device).manual_seed(2),
     )
     solver.step()
     solver.step()
@@ -130,7 +148,9 @@ def plain_gradient(solver: Descent) -> Step:
     return step
 
 
-def peak_memory(case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]) -> int:
+def peak_memory(
+    case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]
+) -> int:
     """Bytes by which set-up and two rounds of a case raise the peak; of plain training where it is None.
 
     On the CPU that of a process of its own, in which the same has been done with a tiny problem before.
@@ -141,7 +161,9 @@ def peak_memory(case: str | None, hypers: int | None, device: torch.device, chan
         return pool.apply(_growth, (case, hypers, device, changes))
 
 
-def _growth(case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]) -> int:
+def _growth(
+    case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]
+) -> int:
     torch.set_num_threads(1)
     _work(case, hypers, device, changes, sizes=(784, 16, 10))
     before, after = Meter(device), Meter(device)
@@ -153,11 +175,16 @@ def _growth(case: str | None, hypers: int | None, device: torch.device, changes:
     return (after.peak_memory or 0) - (before.peak_memory or 0)
 
 
-def _work(case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any], **size: Any) -> None:
+def _work(
+    case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any], **size: Any
+) -> None:
     problem = decays(None if hypers is None else min(hypers, 4) if size else hypers, **size)
     solver = solvers.Fixed() if case is None else CASES[case].make(**changes)  # type: ignore[call-arg]
     solver.setup(
-        problem, problem.data(device, torch.Generator().manual_seed(1)), device, torch.Generator(device).manual_seed(2)
+        problem,
+        problem.data(device, torch.Generator().manual_seed(1)),
+        device,
+        torch.Generator(device).manual_seed(2),
     )
     for _ in range(MEMORY_ROUNDS):
         solver.step()
@@ -165,11 +192,22 @@ def _work(case: str | None, hypers: int | None, device: torch.device, changes: d
 
 def cost(seconds: float, device: torch.device) -> dict[str, Any]:
     """Every case against one plain gradient, with few λ and with one per weight."""
-    sizes = {title: None if make().space.numel > MANY else make().space.numel for title, make in LAMBDAS.items()}
-    cases = {title: [name for name, case in CASES.items() if h is not None or not case.few] for title, h in sizes.items()}
+    sizes = {
+        title: None if make().space.numel > MANY else make().space.numel
+        for title, make in LAMBDAS.items()
+    }
+    cases = {
+        title: [name for name, case in CASES.items() if h is not None or not case.few]
+        for title, h in sizes.items()
+    }
     # Memory first, all of it: a process that is started inherits the peak of the one that starts it.
-    weighed = {title: [name for name in cases[title] if CASES[name].memory is not None] for title in sizes}
-    memory = {title: {name: peak_memory(name, h, device, {}) for name in [None, *weighed[title]]} for title, h in sizes.items()}
+    weighed = {
+        title: [name for name in cases[title] if CASES[name].memory is not None] for title in sizes
+    }
+    memory = {
+        title: {name: peak_memory(name, h, device, {}) for name in [None, *weighed[title]]}
+        for title, h in sizes.items()
+    }
     report = {}
     for title, hypers in sizes.items():
         made = {name: ready(name, hypers, device) for name in cases[title]}
@@ -183,7 +221,12 @@ def cost(seconds: float, device: torch.device) -> dict[str, Any]:
             "plain_bytes": plain,
             "rounds": len(taken["plain"]),
             "cases": {
-                name: _row(name, h, median_ratio(taken[name], taken["plain"]), _over(memory[title].get(name), plain))
+                name: _row(
+                    name,
+                    h,
+                    median_ratio(taken[name], taken["plain"]),
+                    _over(memory[title].get(name), plain),
+                )
                 for name in made
             },
         }
@@ -249,15 +292,24 @@ def scaling(seconds: float, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _time(case: str, hypers: int, changes: dict[str, Any], seconds: float, device: torch.device) -> float:
+def _time(
+    case: str, hypers: int, changes: dict[str, Any], seconds: float, device: torch.device
+) -> float:
     solver = ready(case, hypers, device, **changes)
-    taken = alternating({"plain": plain_gradient(solver), case: hypergradient(case, solver)}, seconds, device)
+    taken = alternating(
+        {"plain": plain_gradient(solver), case: hypergradient(case, solver)}, seconds, device
+    )
     return median_ratio(taken[case], taken["plain"])
 
 
 def _k(changes: dict[str, Any]) -> int:
     solve = changes.get("linear_solve")
-    return int(changes.get("inner_steps") or getattr(solve, "iterations", None) or getattr(solve, "terms", None) or K)
+    return int(
+        changes.get("inner_steps")
+        or getattr(solve, "iterations", None)
+        or getattr(solve, "terms", None)
+        or K
+    )
 
 
 def main() -> None:
@@ -266,14 +318,26 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="cost", choices=["cost", "scaling", "bias"])
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long the rounds of each table go on")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="how long the rounds of each table go on"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    measure = {"cost": cost, "scaling": scaling, "bias": lambda seconds, device: bias()}[options.what]
-    report = {"machine": machine, "torch": torch.__version__, options.what: measure(options.seconds, device)}
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, threads: {torch.get_num_threads()}"
+    )
+    measure = {"cost": cost, "scaling": scaling, "bias": lambda seconds, device: bias()}[
+        options.what
+    ]
+    report = {
+        "machine": machine,
+        "torch": torch.__version__,
+        options.what: measure(options.seconds, device),
+    }
     print(
         json.dumps(report, indent=2)
         if options.json
@@ -289,12 +353,16 @@ def cost_table(report: dict[str, Any]) -> str:
             f"\n{title} (h = {part['h']:,}), K = {K}; plain gradient {part['plain_milliseconds']:.1f} ms, plain training "
             f"{part['plain_bytes'] / 2**20:.0f} MiB; {part['rounds']} rounds"
         )
-        lines.append(f"{'':34} {'plain gradients':>16} {'wanted':>8} {'memory × plain':>15} {'wanted':>7}")
+        lines.append(
+            f"{'':34} {'plain gradients':>16} {'wanted':>8} {'memory × plain':>15} {'wanted':>7}"
+        )
         for name, row in part["cases"].items():
             wanted = "" if row["at_most"] is None else f"≤ {row['at_most']:g}"
             memory = "" if row["memory_at_most"] is None else f"≤ {row['memory_at_most']:g}"
             peak = "" if row["memory_of_plain"] is None else f"{row['memory_of_plain']:.2f}"
-            lines.append(f"{name:34} {row['plain_gradients']:16.1f} {wanted:>8} {peak:>15} {memory:>7}")
+            lines.append(
+                f"{name:34} {row['plain_gradients']:16.1f} {wanted:>8} {peak:>15} {memory:>7}"
+            )
     return "\n".join(lines)
 
 
@@ -319,11 +387,17 @@ def bias_table(report: dict[str, Any]) -> str:
     for title, rows in report["bias"].items():
         lines.append(f"\n{title}\n{'':34} {'relative error':>15} {'of the mean':>12} {'cosine':>8}")
         for name, row in rows.items():
-            lines.append(f"{name:34} {row['error']:15.2g} {row['error_of_mean']:12.2g} {row['cosine']:8.4f}")
+            lines.append(
+                f"{name:34} {row['error']:15.2g} {row['error_of_mean']:12.2g} {row['cosine']:8.4f}"
+            )
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"cost": cost_table, "scaling": scaling_table, "bias": bias_table}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cost": cost_table,
+    "scaling": scaling_table,
+    "bias": bias_table,
+}
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import solvers
 from benchmarks.measure import Step, alternating, median_ratio, multiplications, peak_growth
 from benchmarks.step import forward, training_step
 from benchmarks.workloads import Timed
-from bilevel.capture import Capture
-from bilevel.device import choose_device
-from bilevel.phases import Phases
-from bilevel.precision import PRECISIONS, at_precision, products
-from problems import Classification, images
-from problems.datasets import Images
+from bilevel import solvers
+from bilevel.device.device import choose_device
+from bilevel.device.precision import PRECISIONS, at_precision, products
+from bilevel.problems import Classification, images
+from bilevel.problems.datasets.labelled_images import Images
+from bilevel.run.cuda_graph import Capture
+from bilevel.timers import Phases
 
 VARIANTS: dict[str, Callable[[], Timed]] = {
     "plain": solvers.Fixed,
@@ -57,14 +57,22 @@ class Setting(NamedTuple):
 
 def main() -> None:
     """Measure the networks and print a table each, or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.images", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
     parser.add_argument("--networks", default=",".join(SHAPES), help="some of them")
-    parser.add_argument("--seconds", type=float, default=15.0, help="how long each network's rounds go on")
+    parser.add_argument(
+        "--seconds", type=float, default=15.0, help="how long each network's rounds go on"
+    )
     parser.add_argument("--batch", type=int, help="128 on a GPU, 32 on a CPU")
-    parser.add_argument("--width", type=float, help="a factor on channels and units: 1 on a GPU, 0.25 on a CPU")
-    parser.add_argument("--norm", choices=["none", "batch", "group"], help="by default each network's usual one")
+    parser.add_argument(
+        "--width", type=float, help="a factor on channels and units: 1 on a GPU, 0.25 on a CPU"
+    )
+    parser.add_argument(
+        "--norm", choices=["none", "batch", "group"], help="by default each network's usual one"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--capture", action="store_true", help="steps as CUDA graphs")
@@ -75,19 +83,29 @@ def main() -> None:
     device = choose_device(options.device)
     gpu = device.type == "cuda"
     batch, width = options.batch or (128 if gpu else 32), options.width or (1.0 if gpu else 0.25)
-    setting = Setting(batch, width, options.norm, options.precision, options.channels_last, options.capture)
+    setting = Setting(
+        batch, width, options.norm, options.precision, options.channels_last, options.capture
+    )
     names = options.networks.split(",")
     if unknown := [name for name in names if name not in SHAPES]:
         parser.error(f"there is no network {unknown[0]!r}; there are {', '.join(SHAPES)}")
     memory = {name: memories(name, setting, device) for name in names}
-    report = {"machine": machine(device), "torch": torch.__version__, **setting._asdict(), "networks": {}}
+    report = {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        **setting._asdict(),
+        "networks": {},
+    }
     if not options.json:
         print(f"{report['machine']}, torch {torch.__version__}, {setting}", flush=True)
     for name in names:
-        report["networks"][name] = result = measured(name, setting, options.seconds, device, memory[name])
+        report["networks"][name] = result = measured(
+            name, setting, options.seconds, device, memory[name]
+        )
         if not options.json:
             print(
-                f"\n{name}: {result['hyperparameters']} hyperparameters, {result['rounds']} rounds\n{table(result)}", flush=True
+                f"\n{name}: {result['hyperparameters']} hyperparameters, {result['rounds']} rounds\n{table(result)}",
+                flush=True,
             )
     if options.json:
         print(json.dumps(report, indent=2))
@@ -108,7 +126,9 @@ def problem_of(network: str, setting: Setting) -> Classification:
     generator, shape = torch.Generator().manual_seed(0), SHAPES[network]
 
     def split() -> tuple[Tensor, Tensor]:
-        pixels = torch.randint(256, (4 * setting.batch, *shape), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(
+            256, (4 * setting.batch, *shape), generator=generator, dtype=torch.uint8
+        )
         return pixels, torch.randint(10, (4 * setting.batch,), generator=generator)
 
     data = Images(split(), split(), split(), mean=127.5, std=73.9, white=255.0, classes=10)
@@ -141,13 +161,19 @@ def prepared(network: str, variant: str, setting: Setting, device: torch.device)
 def memories(network: str, setting: Setting, device: torch.device) -> dict[str, int]:
     """Bytes by which each variant raises the peak; before anything is timed, since a process inherits its parent's peak."""
     return {
-        variant: peak_growth(partial(_train, network, variant, setting), partial(_warm, setting), device)
+        variant: peak_growth(
+            partial(_train, network, variant, setting), partial(_warm, setting), device
+        )
         for variant in VARIANTS
     }
 
 
 def measured(
-    network: str, setting: Setting, seconds: float, device: torch.device, memory: dict[str, int] | None = None
+    network: str,
+    setting: Setting,
+    seconds: float,
+    device: torch.device,
+    memory: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Every variant's time (by phase) and multiplications, with its `memory`, and the augmentation's part."""
     with products(setting.precision):
@@ -159,9 +185,15 @@ def measured(
                 solver.step()
         taken = alternating(steps, seconds, device)
         by_phase = {variant: phases(solver, device) for variant, solver in ready.items()}
-        eager = {variant: prepared(network, variant, setting._replace(capture=False), device) for variant in VARIANTS}
+        eager = {
+            variant: prepared(network, variant, setting._replace(capture=False), device)
+            for variant in VARIANTS
+        }
         unit = multiplications(forward(eager["plain"]))
-        units = {variant: multiplications(training_step(solver)) / unit for variant, solver in eager.items()}
+        units = {
+            variant: multiplications(training_step(solver)) / unit
+            for variant, solver in eager.items()
+        }
     rows = {
         variant: {
             "milliseconds": 1e3 * statistics.median(taken[variant]),
@@ -174,13 +206,24 @@ def measured(
         }
         for variant in VARIANTS
     }
-    passes = {"plain": 1, "stn": 1, "centered_stn": 2, "delta_stn": 2}  # over augmented images in a step
-    part = {variant: passes[variant] * median_ratio(taken["augmentation"], taken[variant]) for variant in VARIANTS}
+    passes = {
+        "plain": 1,
+        "stn": 1,
+        "centered_stn": 2,
+        "delta_stn": 2,
+    }  # over augmented images in a step
+    part = {
+        variant: passes[variant] * median_ratio(taken["augmentation"], taken[variant])
+        for variant in VARIANTS
+    }
     return {
         "hyperparameters": ready["plain"].problem.space.numel,
         "rounds": len(taken["plain"]),
         "steps": rows,
-        "augmentation": {"milliseconds": 1e3 * statistics.median(taken["augmentation"]), "part_of_step": part},
+        "augmentation": {
+            "milliseconds": 1e3 * statistics.median(taken["augmentation"]),
+            "part_of_step": part,
+        },
     }
 
 
@@ -214,7 +257,10 @@ def phases(solver: Timed, device: torch.device) -> dict[str, float]:
         solver.step()
     solver.phases = None
     inner, outer = solver.inner_count - before[0], max(1, solver.outer_count - before[1])
-    return {name: 1e3 * value / (outer if name == "outer" else inner) for name, value in clock.read().items()}
+    return {
+        name: 1e3 * value / (outer if name == "outer" else inner)
+        for name, value in clock.read().items()
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -227,7 +273,10 @@ def table(result: dict[str, Any]) -> str:
     for name, row in result["steps"].items():
         line = f"{name:13} {row['units']:6.2f} {row['units_of_plain']:7.2f} {row['milliseconds']:8.2f} {row['of_plain']:7.2f}"
         line += f" {row['images_per_second']:9,.0f} "
-        line += " ".join(f"{row['phases'][phase]:8.2f}" if phase in row["phases"] else f"{'':8}" for phase in PHASES)
+        line += " ".join(
+            f"{row['phases'][phase]:8.2f}" if phase in row["phases"] else f"{'':8}"
+            for phase in PHASES
+        )
         lines.append(line + f" {row['peak_bytes'] / 2**20:9.1f}")
     shown = result["augmentation"]
     lines.append(

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import solvers
 from benchmarks.measure import MEMORY_STEPS, Step, alternating, median_ratio, peak_growth
 from benchmarks.workloads import Timed
-from bilevel.device import choose_device
-from problems.language import Language
-from problems.text import Corpus
-from solvers.composed import FORWARD, Composed
+from bilevel import solvers
+from bilevel.device.device import choose_device
+from bilevel.problems.language_modeling.corpus import Corpus
+from bilevel.problems.language_modeling.problem import Language
+from bilevel.solvers.autodiff.decompositions import FORWARD, Composed
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"words": 1000, "embedding": 64, "hidden": 64, "batch_size": 20, "bptt": 20},
@@ -51,7 +51,12 @@ def prepared(size: str, variant: str, device: torch.device) -> Timed:
     vocabulary = tuple(str(word) for word in range(words))
     problem = Language(Corpus(split(8), split(8), split(1), vocabulary), layers=2, **sizes)
     solver = VARIANTS[variant](inner_optimizer=SGD, clip_norm=0.25)
-    solver.setup(problem, problem.data(device, torch.Generator()), device, torch.Generator(device).manual_seed(2))
+    solver.setup(
+        problem,
+        problem.data(device, torch.Generator()),
+        device,
+        torch.Generator(device).manual_seed(2),
+    )
     return solver
 
 
@@ -96,11 +101,17 @@ def warm(device: torch.device) -> None:
         work("tiny", variant, device)
 
 
-def measured(size: str, memory: dict[str, int], seconds: float, device: torch.device) -> dict[str, Any]:
+def measured(
+    size: str, memory: dict[str, int], seconds: float, device: torch.device
+) -> dict[str, Any]:
     """Tokens per second, time and peak memory of every variant, and the ratios that have a target."""
     ready = {variant: prepared(size, variant, device) for variant in VARIANTS}
-    steps = alternating({name: training_step(solver, name) for name, solver in ready.items()}, seconds / 2, device)
-    rounds = alternating({name: whole_round(solver, name) for name, solver in ready.items()}, seconds / 2, device)
+    steps = alternating(
+        {name: training_step(solver, name) for name, solver in ready.items()}, seconds / 2, device
+    )
+    rounds = alternating(
+        {name: whole_round(solver, name) for name, solver in ready.items()}, seconds / 2, device
+    )
     tokens = SIZES[size]["batch_size"] * SIZES[size]["bptt"]
     rows = {
         name: {
@@ -115,8 +126,14 @@ def measured(size: str, memory: dict[str, int], seconds: float, device: torch.de
         for name, solver in ready.items()
     }
     targets = [
-        ("Δ-STN / plain with an unrolled cell, one training step", rows["Δ-STN"]["step_of_unrolled"]),
-        ("Δ-STN / plain with an unrolled cell, a round with its outer step", rows["Δ-STN"]["round_of_unrolled"]),
+        (
+            "Δ-STN / plain with an unrolled cell, one training step",
+            rows["Δ-STN"]["step_of_unrolled"],
+        ),
+        (
+            "Δ-STN / plain with an unrolled cell, a round with its outer step",
+            rows["Δ-STN"]["round_of_unrolled"],
+        ),
     ]
     return {
         "sizes": SIZES[size],
@@ -143,29 +160,49 @@ def table(size: str, result: dict[str, Any]) -> str:
         )
     for target in result["targets"]:
         verdict = "reached" if target["measured"] <= target["at_most"] else "missed"
-        lines.append(f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']:g}: {verdict}")
+        lines.append(
+            f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']:g}: {verdict}"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure, and print tables or JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.language", description="What self-tuning an LSTM costs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.language", description="What self-tuning an LSTM costs."
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
-    parser.add_argument("--sizes", nargs="+", choices=["small", "medium", "ptb"], help="small medium, or ptb on CUDA")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        choices=["small", "medium", "ptb"],
+        help="small medium, or ptb on CUDA",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long the rounds of each size go on")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="how long the rounds of each size go on"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     on_cuda = device.type == "cuda"
-    machine = torch.cuda.get_device_name(device) if on_cuda else f"CPU, threads: {torch.get_num_threads()}"
+    machine = (
+        torch.cuda.get_device_name(device)
+        if on_cuda
+        else f"CPU, threads: {torch.get_num_threads()}"
+    )
     sizes = options.sizes or (["ptb"] if on_cuda else ["small", "medium"])
     # Memory first: a process that is started inherits the peak of the one that starts it.
-    memory = {size: {name: peak_growth(partial(work, size, name), warm, device) for name in VARIANTS} for size in sizes}
+    memory = {
+        size: {name: peak_growth(partial(work, size, name), warm, device) for name in VARIANTS}
+        for size in sizes
+    }
     report = {size: measured(size, memory[size], options.seconds, device) for size in sizes}
     if options.json:
-        print(json.dumps({"machine": machine, "torch": torch.__version__, "sizes": report}, indent=2))
+        print(
+            json.dumps({"machine": machine, "torch": torch.__version__, "sizes": report}, indent=2)
+        )
     else:
         print(f"{machine}, torch {torch.__version__}")
         for size, result in report.items():

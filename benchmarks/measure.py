@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.workloads import prepared
-from bilevel.device import Meter
+from bilevel.device.device import Meter
 
 Step = Callable[[], object]
 Work = Callable[[torch.device], object]
@@ -19,7 +19,9 @@ MEMORY_STEPS = 3
 FEWEST_ROUNDS = 5
 
 
-def alternating(steps: dict[str, Step], seconds: float, device: torch.device) -> dict[str, list[float]]:
+def alternating(
+    steps: dict[str, Step], seconds: float, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of every step in every round; a round takes each step once, and rounds go on for about `seconds`."""
     for step in steps.values():  # momentum, and what the libraries choose at a first call
         step()

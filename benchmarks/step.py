@@ -10,10 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Step, alternating, median_ratio, multiplications, peak_memory
 from benchmarks.workloads import BATCH, VARIANTS, Timed, prepared
-from bilevel.device import choose_device
-from solvers import SelfTuning
+from bilevel.device.device import choose_device
+from bilevel.solvers import SelfTuning
 
-TITLES = {"mlp": "MLP 784-1200-1200-1200-10", "convolutions": "conv 5×5 1-16, pool, conv 5×5 16-32, pool, linear 1568-1568-10"}
+TITLES = {
+    "mlp": "MLP 784-1200-1200-1200-10",
+    "convolutions": "conv 5×5 1-16, pool, conv 5×5 16-32, pool, linear 1568-1568-10",
+}
 MOST = {"mlp": 1.4, "convolutions": 1.5}
 """Δ-STN's time over STN's, as the project wants it."""
 
@@ -21,12 +24,19 @@ MOST = {"mlp": 1.4, "convolutions": 1.5}
 def main() -> None:
     """Measure both networks and print a table, or JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description="Time, memory and multiplications of one step."
+        prog="python -m benchmarks.step",
+        description="Time, memory and multiplications of one step.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
-    parser.add_argument("--seconds", type=float, default=25.0, help="how long each network's rounds go on")
-    parser.add_argument("--profile", action="store_true", help="print the profile of a Δ-STN and of an STN step instead")
+    parser.add_argument(
+        "--seconds", type=float, default=25.0, help="how long each network's rounds go on"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print the profile of a Δ-STN and of an STN step instead",
+    )
     parser.add_argument("--threads", type=int, help="of the CPU; by default what PyTorch takes")
     options = parser.parse_args()
     if options.threads:
@@ -38,9 +48,18 @@ def main() -> None:
                 print(f"{TITLES[network]}, {variant}\n{profiled(network, variant, device)}")
         return
     # Memory first: a process that is started inherits the peak of the one that starts it.
-    memory = {network: {variant: peak_memory(network, variant, device) for variant in VARIANTS} for network in TITLES}
-    networks = {network: measured(network, memory[network], options.seconds, device) for network in TITLES}
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    memory = {
+        network: {variant: peak_memory(network, variant, device) for variant in VARIANTS}
+        for network in TITLES
+    }
+    networks = {
+        network: measured(network, memory[network], options.seconds, device) for network in TITLES
+    }
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, threads: {torch.get_num_threads()}"
+    )
     report = {"machine": machine, "torch": torch.__version__, "batch": BATCH, "networks": networks}
     if options.json:
         print(json.dumps(report, indent=2))
@@ -50,7 +69,9 @@ def main() -> None:
             print(f"\n{TITLES[network]}: {result['rounds']} rounds\n{table(result)}")
 
 
-def measured(network: str, memory: dict[str, int], seconds: float, device: torch.device) -> dict[str, Any]:
+def measured(
+    network: str, memory: dict[str, int], seconds: float, device: torch.device
+) -> dict[str, Any]:
     """Every step's median milliseconds, multiplication units and peak memory, and the ratios that have a target."""
     ready = {variant: prepared(network, variant, device) for variant in VARIANTS}
     steps = {variant: training_step(solver) for variant, solver in ready.items()}
@@ -71,13 +92,19 @@ def measured(network: str, memory: dict[str, int], seconds: float, device: torch
     }
     targets = [
         ("Δ-STN / STN, time", rows["delta_stn"]["of_stn"], MOST[network]),
-        ("Δ-STN / double backward, time", median_ratio(taken["delta_stn"], taken["double_backward"]), 0.6),
+        (
+            "Δ-STN / double backward, time",
+            median_ratio(taken["delta_stn"], taken["double_backward"]),
+            0.6,
+        ),
         ("Δ-STN / STN, peak memory", memory["delta_stn"] / memory["stn"], 1.3),
     ]
     return {
         "rounds": len(taken["stn"]),
         "steps": rows,
-        "targets": [{"name": name, "measured": value, "at_most": most} for name, value, most in targets],
+        "targets": [
+            {"name": name, "measured": value, "at_most": most} for name, value, most in targets
+        ],
     }
 
 
@@ -106,7 +133,9 @@ def forward(solver: Timed) -> Step:
 def table(result: dict[str, Any]) -> str:
     """The result of one network as text."""
     stn = result["steps"]["stn"]["peak_bytes"]
-    lines = [f"{'':16} {'units':>6} {'ms':>8} {'fastest':>8} {'× STN':>6} {'peak MiB':>9} {'× STN':>6}"]
+    lines = [
+        f"{'':16} {'units':>6} {'ms':>8} {'fastest':>8} {'× STN':>6} {'peak MiB':>9} {'× STN':>6}"
+    ]
     for name, row in result["steps"].items():
         line = f"{name:16} {row['units']:6.2f} {row['milliseconds']:8.2f} {row['fastest_milliseconds']:8.2f}"
         line += f" {row['of_stn']:6.2f}"
@@ -115,7 +144,9 @@ def table(result: dict[str, Any]) -> str:
         lines.append(line)
     for target in result["targets"]:
         verdict = "reached" if target["measured"] <= target["at_most"] else "missed"
-        lines.append(f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']}: {verdict}")
+        lines.append(
+            f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']}: {verdict}"
+        )
     return "\n".join(lines)
 
 
@@ -131,7 +162,9 @@ def profiled(network: str, variant: str, device: torch.device, steps: int = 10) 
             step()
     order = "self_device_time_total" if on_cuda else "self_cpu_time_total"
     averages = record.key_averages(group_by_input_shape=True)
-    return averages.table(sort_by=order, row_limit=25, max_name_column_width=40, max_shapes_column_width=60)
+    return averages.table(
+        sort_by=order, row_limit=25, max_name_column_width=40, max_shapes_column_width=60
+    )
 
 
 if __name__ == "__main__":

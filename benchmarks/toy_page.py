@@ -10,7 +10,12 @@ from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.toys import Job, compare, make, ready, response_jacobian, spread, train
 from bilevel.comparison.drawing import COLORS, figure
 
-DATA = {"synthetic": "synthetic, condition 10", "diabetes": "diabetes", "wine": "wine", "linnerud": "Linnerud"}
+DATA = {
+    "synthetic": "synthetic, condition 10",
+    "diabetes": "diabetes",
+    "wine": "wine",
+    "linnerud": "Linnerud",
+}
 SHOWN = "wine"
 """The set whose response curves are drawn."""
 ROUNDS, WARMUP = 400, 20
@@ -27,7 +32,11 @@ def experiment(kind: str, name: str) -> Experiment:
 def report(context: Context, *, kind: str, name: str) -> str:
     """Table and picture."""
     seeds, rounds = (range(100, 102), ROUNDS // 4) if context.quick else (range(5), ROUNDS)
-    jobs = [Job(kind, data, None, "delta_stn", "dense", seed, rounds, WARMUP, 0.03, 0.03) for data in DATA for seed in seeds]
+    jobs = [
+        Job(kind, data, None, "delta_stn", "dense", seed, rounds, WARMUP, 0.03, 0.03)
+        for data in DATA
+        for seed in seeds
+    ]
     runs: dict[str, list[Run]] = {data: [] for data in DATA}
     for job, told in zip(jobs, context.map(follow, jobs), strict=True):
         runs[job.data].append(told)
@@ -42,7 +51,10 @@ def report(context: Context, *, kind: str, name: str) -> str:
             f"{told[0]['best']:.3f}",
             spread([run["path"][-1] for run in told]),
             spread([run["regret"] for run in told], ".2e"),
-            *(spread([run["end"][key] for run in told]) for key in ("response_cosine", "response_error", "weight_error")),
+            *(
+                spread([run["end"][key] for run in told])
+                for key in ("response_cosine", "response_error", "weight_error")
+            ),
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return (
@@ -63,9 +75,13 @@ def follow(job: Job) -> Run:
         steps.append(5 * rounds)
         path.append(solver.belief.centre.item())
         if rounds in (moments[0], moments[-1]):
-            offsets = REACH * solver.belief.sigma.detach() * torch.linspace(-1, 1, 9, dtype=torch.float64)
+            offsets = (
+                REACH * solver.belief.sigma.detach() * torch.linspace(-1, 1, 9, dtype=torch.float64)
+            )
             with torch.no_grad():
-                maps = torch.stack([problem.linear_map(solver.respond(offset[None])) for offset in offsets])
+                maps = torch.stack(
+                    [problem.linear_map(solver.respond(offset[None])) for offset in offsets]
+                )
             shots.append(((path[-1] + offsets).tolist(), maps.tolist()))
     hypers = problem.space.constrain(solver.belief.centre)
     return {
@@ -98,11 +114,27 @@ def responses(ax: Any, run: Run, kind: str) -> None:
     largest = exact.abs().amax(0).argsort(descending=True)[:5]
     for number, entry in enumerate(exact[:, largest].T):
         ax.plot(grid, entry, color="0.6", linewidth=0.8, label=None if number else "w*(λ)")
-    for (λ, maps), color, when in zip(run["shots"], (COLORS[4], COLORS[0]), ("tuning begins", "the end"), strict=True):
+    for (λ, maps), color, when in zip(
+        run["shots"], (COLORS[4], COLORS[0]), ("tuning begins", "the end"), strict=True
+    ):
         curve = Tensor(maps)[:, largest]
         for number, entry in enumerate(curve.T):
-            ax.plot(λ, entry, color=color, linewidth=2, alpha=0.9, label=None if number else f"Δ-STN, {when}")
-        ax.plot([λ[len(λ) // 2]] * len(largest), curve[len(λ) // 2], "o", color=color, markersize=4, markeredgecolor="white")
+            ax.plot(
+                λ,
+                entry,
+                color=color,
+                linewidth=2,
+                alpha=0.9,
+                label=None if number else f"Δ-STN, {when}",
+            )
+        ax.plot(
+            [λ[len(λ) // 2]] * len(largest),
+            curve[len(λ) // 2],
+            "o",
+            color=color,
+            markersize=4,
+            markeredgecolor="white",
+        )
     ax.axvline(run["best"], color="0.3", linestyle=":", linewidth=1, label="λ*")
     ax.set_title(f"best response, {DATA[SHOWN]}, 5 largest weights")
     ax.set_xlabel("λ")
@@ -129,7 +161,9 @@ def ways(ax: Any, runs: dict[str, list[Run]]) -> None:
     for (data, told), color in zip(runs.items(), COLORS, strict=False):
         away = Tensor([run["path"] for run in told]) - told[0]["best"]
         ax.plot(told[0]["steps"], away.mean(0), color=color, label=DATA[data])
-        ax.fill_between(told[0]["steps"], away.amin(0), away.amax(0), color=color, alpha=0.2, linewidth=0)
+        ax.fill_between(
+            told[0]["steps"], away.amin(0), away.amax(0), color=color, alpha=0.2, linewidth=0
+        )
     ax.axhline(0, color="0.5", linewidth=0.8, zorder=0)
     ax.set_title(f"the way to λ*, {len(told)} seeds")
     ax.set_xlabel("inner step")

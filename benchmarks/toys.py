@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-import solvers
-from problems.generalized_ridge import GeneralizedRidge
-from problems.input_dropout import InputDropout
-from problems.linear_network import LinearNetwork
-from problems.regression import Ridge
-from solvers import SelfTuning
+from bilevel import solvers
+from bilevel.problems.closed_form.generalized_ridge import GeneralizedRidge
+from bilevel.problems.closed_form.input_dropout import InputDropout
+from bilevel.problems.closed_form.linear_network import LinearNetwork
+from bilevel.problems.closed_form.ridge import Ridge
+from bilevel.solvers import SelfTuning
 
 KINDS: dict[str, tuple[type[GeneralizedRidge], dict[str, Any]]] = {
     "ridge": (Ridge, {}),
@@ -90,7 +90,10 @@ def train(solver: SelfTuning, rounds: Iterable[int], warmup: int) -> Iterator[in
 
 def response_jacobian(problem: GeneralizedRidge, solver: SelfTuning) -> Tensor:
     """∂ŵ/∂λ at λ₀, [d, h]: of the linear map, as an outer step sees it."""
-    return jacobian(lambda offset: problem.linear_map(solver.respond(offset)), torch.zeros_like(solver.belief.centre))
+    return jacobian(
+        lambda offset: problem.linear_map(solver.respond(offset)),
+        torch.zeros_like(solver.belief.centre),
+    )
 
 
 def watch(job: Job) -> dict[str, Any]:
@@ -119,7 +122,9 @@ def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[
     nearest = one_direction(exact, problem.hessian(hypers), solver.belief.sigma.detach())
     size = theta.norm() * exact.norm()
     values = {
-        "response_cosine": (theta * exact).sum() / size if bool(size > 0) else torch.zeros(()),  # Θ = 0 at first
+        "response_cosine": (theta * exact).sum() / size
+        if bool(size > 0)
+        else torch.zeros(()),  # Θ = 0 at first
         "response_error": (theta - exact).norm() / exact.norm(),
         "projected_error": (theta - nearest).norm() / nearest.norm(),
         "floor": (nearest - exact).norm() / exact.norm(),

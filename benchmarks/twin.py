@@ -5,8 +5,8 @@ from functools import partial
 from torch import Tensor
 
 from bilevel import Batch, Carry, Hypers, Params, Prediction
-from solvers import SelfTuning
-from solvers.linearization import double_backward
+from bilevel.solvers import SelfTuning
+from bilevel.solvers.autodiff.linearization import double_backward
 
 
 class DoubleBackward(SelfTuning):
@@ -16,8 +16,14 @@ class DoubleBackward(SelfTuning):
     the official code computes beyond, the gradients of w₀ and λ; those of Θ are the same as `solvers.delta_stn`'s.
     """
 
-    def linearized(self, hypers: Hypers, base: Params, offset: Tensor, carry: Carry, batch: Batch) -> tuple[Prediction, Carry]:
+    def linearized(
+        self, hypers: Hypers, base: Params, offset: Tensor, carry: Carry, batch: Batch
+    ) -> tuple[Prediction, Carry]:
         def predict(params: Params) -> tuple[Prediction, Carry]:
-            return self.problem.predict(hypers, params, carry, batch, train=True, generator=self.generator)
+            return self.problem.predict(
+                hypers, params, carry, batch, train=True, generator=self.generator
+            )
 
-        return double_backward(predict, partial(self.response.weights, self.theta.tensors, base), offset)
+        return double_backward(
+            predict, partial(self.response.weights, self.theta.tensors, base), offset
+        )

@@ -7,11 +7,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-import solvers
 from benchmarks.twin import DoubleBackward
-from problems.classification import Classification
-from problems.datasets import Images
-from problems.networks import MLP, SimpleCNN
+from bilevel import solvers
+from bilevel.problems.classification.problem import Classification
+from bilevel.problems.datasets.labelled_images import Images
+from bilevel.problems.networks.mlp_cnn import MLP, SimpleCNN
 
 Timed: TypeAlias = solvers.Fixed | solvers.SelfTuning
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel.errors import BilevelError, near
+from bilevel.errors import BilevelError
+from bilevel.text import near
 
 OPTIMIZER_SETTINGS = ("lr", "momentum", "beta1", "beta2", "alpha", "eps", "weight_decay")
 """What may be tuned of the inner optimizer, under PyTorch's names; Adam's `betas` are two."""
@@ -41,8 +42,12 @@ class Domain(ABC):
     optimizer: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.shape, Sequence) or not all(type(n) is int and n >= 0 for n in self.shape):
-            raise BilevelError(f"shape={self.shape!r} is no shape; give a tuple of whole numbers, () for a single value")
+        if not isinstance(self.shape, Sequence) or not all(
+            type(n) is int and n >= 0 for n in self.shape
+        ):
+            raise BilevelError(
+                f"shape={self.shape!r} is no shape; give a tuple of whole numbers, () for a single value"
+            )
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.optimizer is not None:
             if self.optimizer not in OPTIMIZER_SETTINGS:
@@ -51,11 +56,15 @@ class Domain(ABC):
                     f"optimizer; there are {', '.join(OPTIMIZER_SETTINGS)}"
                 )
             if self.shape:
-                raise BilevelError(f"a setting of the inner optimizer is one number, not of shape {self.shape}")
+                raise BilevelError(
+                    f"a setting of the inner optimizer is one number, not of shape {self.shape}"
+                )
             object.__setattr__(self, "per_example", False)  # there is one optimizer for all of them
         for name in ("differentiable", "per_example", "frozen"):
             if not isinstance(getattr(self, name), bool):
-                raise BilevelError(f"{name}={getattr(self, name)!r} is neither true nor false; give one of the two")
+                raise BilevelError(
+                    f"{name}={getattr(self, name)!r} is neither true nor false; give one of the two"
+                )
         try:
             if _holds_truth(self.init):
                 raise TypeError
@@ -66,9 +75,13 @@ class Domain(ABC):
                 f"init={_brief(self.init)} is not a number, or numbers of shape {self.shape}; give one value per entry"
             ) from None
         if not bool(torch.isfinite(value).all()):
-            raise BilevelError(f"init={_brief(self.init)} is not finite; give a finite initial value")
+            raise BilevelError(
+                f"init={_brief(self.init)} is not finite; give a finite initial value"
+            )
         if not (_is_finite(self.scale) and self.scale > 0):
-            raise BilevelError(f"scale={self.scale!r} is no standard deviation; give a positive number (the paper uses 1)")
+            raise BilevelError(
+                f"scale={self.scale!r} is no standard deviation; give a positive number (the paper uses 1)"
+            )
         self._check(value)
 
     @property
@@ -110,7 +123,9 @@ class Positive(Domain):
     low: float = 0.0
 
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
-        return self.low + F.softplus(u, threshold=40.0)  # the default, 20, is off by 2e-9 there: too much in float64
+        return self.low + F.softplus(
+            u, threshold=40.0
+        )  # the default, 20, is off by 2e-9 there: too much in float64
 
     def unconstrain(self, value: Tensor) -> Tensor:
         return softplus_inverse(value - self.low)
@@ -118,7 +133,9 @@ class Positive(Domain):
     def _check(self, value: Tensor) -> None:
         _check_bounds(low=self.low)
         if self.frozen and bool((value < self.low).any()):
-            raise BilevelError(f"init={_brief(self.init)} is below {self.low:g}; choose one that is not")
+            raise BilevelError(
+                f"init={_brief(self.init)} is below {self.low:g}; choose one that is not"
+            )
         if not self.frozen and bool((value <= self.low).any()):
             raise BilevelError(
                 f"init={_brief(self.init)} is not above {self.low:g}, where u = -∞; choose one a little above it"
@@ -141,9 +158,13 @@ class Interval(Domain):
     def _check(self, value: Tensor) -> None:
         _check_bounds(low=self.low, high=self.high)
         if not self.low < self.high:
-            raise BilevelError(f"({self.low:g}, {self.high:g}) is no interval; low must be below high")
+            raise BilevelError(
+                f"({self.low:g}, {self.high:g}) is no interval; low must be below high"
+            )
         if bool(((value < self.low) | (value > self.high)).any()):
-            raise BilevelError(f"init={_brief(self.init)} is outside ({self.low:g}, {self.high:g}); choose one inside")
+            raise BilevelError(
+                f"init={_brief(self.init)} is outside ({self.low:g}, {self.high:g}); choose one inside"
+            )
         if not self.frozen and bool(((value == self.low) | (value == self.high)).any()):
             raise BilevelError(
                 f"init={_brief(self.init)} lies on the edge of ({self.low:g}, {self.high:g}), where u is infinite; "
@@ -164,18 +185,29 @@ class Integer(Interval):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.low != int(self.low) or self.high != int(self.high):
-            raise BilevelError(f"[{self.low:g}, {self.high:g}] does not begin and end at whole numbers; an Integer needs them")
+            raise BilevelError(
+                f"[{self.low:g}, {self.high:g}] does not begin and end at whole numbers; an Integer needs them"
+            )
         if self.frozen and bool((self.initial() != self.initial().round()).any()):
-            raise BilevelError(f"init={_brief(self.init)} is no whole number, and a frozen Integer is not rounded; give one")
+            raise BilevelError(
+                f"init={_brief(self.init)} is no whole number, and a frozen Integer is not rounded; give one"
+            )
         if self.differentiable:
-            raise BilevelError("an Integer is rounded and has no derivative; leave differentiable=False, or use an Interval")
+            raise BilevelError(
+                "an Integer is rounded and has no derivative; leave differentiable=False, or use an Interval"
+            )
 
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
         value = super().constrain(u, generator)
         if generator is None:
             return torch.round(value)
-        rounded = torch.floor(value + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype))
-        return rounded.clamp(self.low, self.high)  # a value plus a draw just below 1 may be rounded up itself
+        rounded = torch.floor(
+            value
+            + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
+        )
+        return rounded.clamp(
+            self.low, self.high
+        )  # a value plus a draw just below 1 may be rounded up itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +228,9 @@ class Simplex(Domain):
         if not self.shape:
             raise BilevelError("a Simplex needs shape=(…, n), with n weights that sum to one")
         outside = value < 0 if self.frozen else value <= 0
-        if bool(outside.any()) or not torch.allclose(value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-6):
+        if bool(outside.any()) or not torch.allclose(
+            value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-6
+        ):
             raise BilevelError(
                 f"init={_brief(self.init)} is not inside the simplex; "
                 f"give positive weights that sum to one (1/{self.shape[-1]} each, say)"
@@ -214,7 +248,9 @@ def _check_bounds(**bounds: Any) -> None:
 def _is_finite(value: Any) -> bool:
     """Whether it is a number, which true and false are not, that a float holds."""
     return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
     )
 
 

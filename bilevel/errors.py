@@ -1,8 +1,4 @@
-"""What goes wrong on the user's side, said in one sentence."""
-
-from collections.abc import Iterable
-from difflib import get_close_matches
-from typing import Any
+"""Errors and warnings that a user can act on: each message is one sentence."""
 
 
 class BilevelError(Exception):
@@ -30,9 +26,3 @@ class Unwritable(BilevelError):
 
 class FaultWarning(UserWarning):
     """Something around a run failed, and the run goes on without it."""
-
-
-def near(word: str, known: Iterable[Any]) -> str:
-    """', did you mean …' for the words of `known` that are close to `word`, or nothing."""
-    close = get_close_matches(word, [str(k) for k in known], n=3)
-    return f" (did you mean {' or '.join(f'`{c}`' for c in close)}?)" if close else ""

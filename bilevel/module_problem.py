@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bilevel.data import Data, streams
+from bilevel.data.global_rng import GlobalDraws, seeded
+from bilevel.data.tensor_stream import Data, streams
 from bilevel.errors import BilevelError
-from bilevel.global_draws import GlobalDraws, seeded
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.space import Space
@@ -74,27 +74,38 @@ class ModuleProblem(Problem):
         with seeded(torch.Generator()):
             made = self._make() if callable(self._make) else module
         if not isinstance(made, nn.Module):
-            raise BilevelError(f"{made!r} is no module; give an nn.Module or a function that makes one")
+            raise BilevelError(
+                f"{made!r} is no module; give an nn.Module or a function that makes one"
+            )
         self._module = _without_weights(made)
-        self._resting = [m for m in self._module.modules() if not m.training] if made.training else []
+        self._resting = (
+            [m for m in self._module.modules() if not m.training] if made.training else []
+        )
         self._switch(train=True)
         self._draws = GlobalDraws()
         self.aliases = _aliases(made)
         self._trained = frozenset(name for name, p in made.named_parameters() if p.requires_grad)
         self._buffers = frozenset(name for name, _ in made.named_buffers())
         if not self._trained:
-            raise BilevelError(f"{type(made).__name__} has no trainable parameter, so there is no w; set requires_grad on some")
+            raise BilevelError(
+                f"{type(made).__name__} has no trainable parameter, so there is no w; set requires_grad on some"
+            )
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         with seeded(generator):
             module = self._make()
-        state = {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
+        state = {
+            name: t.detach().clone()
+            for name, t in (*module.named_parameters(), *module.named_buffers())
+        }
         params = {name: t for name, t in state.items() if name in self._trained}
         return params, {name: t for name, t in state.items() if name not in self._trained}
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         train, valid, test = self._splits
-        return streams(train, valid, test, batch_size=self.batch_size, device=device, generator=generator)
+        return streams(
+            train, valid, test, batch_size=self.batch_size, device=device, generator=generator
+        )
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
@@ -119,12 +130,17 @@ class ModuleProblem(Problem):
             self._switch(train=train)
         args, kwargs = self.inputs(hypers, batch, train=train, generator=generator)
         if not train:
-            return torch.func.functional_call(self._module, {**params, **carry}, args, kwargs), carry
+            return torch.func.functional_call(
+                self._module, {**params, **carry}, args, kwargs
+            ), carry
 
         def run() -> tuple[Prediction, Carry]:
             # batch norm writes its statistics in place, a module's own code may assign new ones: the first hits a clone, and
             # functional_call leaves the second in `tensors`
-            tensors = {**params, **{name: t.clone() if name in self._buffers else t for name, t in carry.items()}}
+            tensors = {
+                **params,
+                **{name: t.clone() if name in self._buffers else t for name, t in carry.items()},
+            }
             prediction = torch.func.functional_call(self._module, tensors, args, kwargs)
             return prediction, {name: tensors[name] for name in carry}
 
@@ -143,7 +159,9 @@ def _without_weights(module: nn.Module) -> nn.Module:
     Every call brings its own. Code that outlives the call and would use the module's (`torch.utils.checkpoint`, which
     recomputes in the backward pass) then fails loudly, where initial weights would have given a wrong gradient in silence.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
+    }
     memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
     return copy.deepcopy(module, memo)
 
@@ -151,5 +169,10 @@ def _without_weights(module: nn.Module) -> nn.Module:
 def _aliases(module: nn.Module) -> dict[str, str]:
     """The further names of tied weights and buffers, each with the one that stands for all."""
     first: dict[int, str] = {}
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {name: kept for name, tensor in named if (kept := first.setdefault(id(tensor), name)) != name}
+    named = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    return {
+        name: kept for name, tensor in named if (kept := first.setdefault(id(tensor), name)) != name
+    }

@@ -54,12 +54,16 @@ def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
         tensor(7.)
     """
     if not params:
-        raise BilevelError("squared_norm of no parameters: the selection that was passed is empty; select at least one")
+        raise BilevelError(
+            "squared_norm of no parameters: the selection that was passed is empty; select at least one"
+        )
     if weights is None:
         terms = [squared_norm_of(p) for p in params.values()]
     else:
         if weights.shape != (size := sum(p.numel() for p in params.values()),):
-            raise BilevelError(f"weights are {list(weights.shape)} and the parameters have {size} entries; give one for each")
+            raise BilevelError(
+                f"weights are {list(weights.shape)} and the parameters have {size} entries; give one for each"
+            )
         parts = weights.split([p.numel() for p in params.values()])
         terms = [squared_norm_of(p, part) for p, part in zip(params.values(), parts, strict=True)]
     return sum(terms[1:], start=terms[0])
@@ -70,7 +74,9 @@ def squared_norm_of(p: Tensor, weights: Tensor | None = None) -> Tensor:
     if has_torch_function_unary(p):
         return handle_torch_function(squared_norm_of, (p,), p, weights)
     flat = p.reshape(-1)
-    return flat.dot(flat) if weights is None else weights.dot(flat.square())  # dot: no temporary, unlike (p * p).sum()
+    return (
+        flat.dot(flat) if weights is None else weights.dot(flat.square())
+    )  # dot: no temporary, unlike (p * p).sum()
 
 
 def along_examples(leaf: Tensor, like: Tensor) -> Tensor:

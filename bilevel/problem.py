@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from bilevel.data import Data
+from bilevel.data.tensor_stream import Data
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
 from bilevel.space import Space
 
@@ -48,14 +48,20 @@ class Problem(ABC):
         """
 
     @abstractmethod
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def inner_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         """L_T as [], averaged over examples, convex in `prediction`; holds the penalties on w (`squared_norm`)."""
 
     @abstractmethod
-    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def outer_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         """L_V as [], averaged over examples."""
 
-    def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
+    def metrics(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Metrics:
         """What evaluation reports: values per item, averaged over all items of a split; a [] value stands for its batch.
 
         `loss` must be among them: it is what is minimized over λ, and what "best" means.
@@ -98,14 +104,23 @@ class Problem(ABC):
 
     @final
     def inner_loss(
-        self, hypers: Hypers, params: Params, carry: Carry, batch: Batch, generator: torch.Generator | None
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Carry]:
         """L_T(λ, w) on a batch: `inner_objective` ∘ `predict(train=True)`."""
-        prediction, carry = self.predict(hypers, params, carry, batch, train=True, generator=generator)
+        prediction, carry = self.predict(
+            hypers, params, carry, batch, train=True, generator=generator
+        )
         return self.inner_objective(hypers, params, prediction, batch), carry
 
     @final
-    def outer_loss(self, hypers: Hypers, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
+    def outer_loss(
+        self, hypers: Hypers, params: Params, carry: Carry, batch: Batch
+    ) -> tuple[Tensor, Carry]:
         """L_V(λ, w) on a batch: `outer_objective` ∘ `predict(train=False)`."""
         prediction, carry = self.predict(hypers, params, carry, batch, train=False, generator=None)
         return self.outer_objective(hypers, params, prediction, batch), carry

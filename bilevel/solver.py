@@ -8,13 +8,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.data import Data
-from bilevel.needs import Need, check_space
+from bilevel.data.stream import Stream
+from bilevel.data.tensor_stream import Data
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, to_device
-from bilevel.phases import Phases
 from bilevel.problem import Problem
+from bilevel.requirements import Need, check_space
 from bilevel.space import Space
-from bilevel.split import Stream
+from bilevel.timers import Phases
 
 
 class Solution(NamedTuple):
@@ -54,7 +54,9 @@ class Solver(ABC):
     """[] on the device: the inner step of the first loss that was not finite; see `watch`."""
 
     @abstractmethod
-    def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def setup(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         """Draw w from `problem.init` and build all state on `device`; `generator` (on `device`) serves every later draw.
 
         Raises:
@@ -81,7 +83,9 @@ class Solver(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`, bit for bit; called after `setup`."""
 
-    def initial(self, problem: Problem, device: torch.device, generator: torch.Generator) -> tuple[Params, Carry]:
+    def initial(
+        self, problem: Problem, device: torch.device, generator: torch.Generator
+    ) -> tuple[Params, Carry]:
         """The w and carry of `problem.init` on `device`, drawn on the CPU from the seed of `generator`, whatever the device."""
         params, carry = problem.init(on_cpu(generator, 0))
         return to_device(params, device), to_device(carry, device)
@@ -92,7 +96,9 @@ class Solver(ABC):
         The base class holds the space against `needs` and `tunes_optimizer`; one that tunes nothing refuses nothing.
         """
         if self.tunes:
-            check_space(type(self).__name__, problem.space, self.needs, tunes_optimizer=self.tunes_optimizer)
+            check_space(
+                type(self).__name__, problem.space, self.needs, tunes_optimizer=self.tunes_optimizer
+            )
 
     def scales(self) -> Hypers:
         """σ of the perturbation of each hyperparameter, in unconstrained coordinates; {} for solvers that draw none."""
@@ -159,7 +165,10 @@ class Solver(ABC):
 
     def bad_step(self) -> int | None:
         """The inner step of the first loss that was not finite (waits for the device), or None."""
-        if self.first_bad_step is None or (step := int(self.first_bad_step)) == torch.iinfo(torch.int64).max:
+        if (
+            self.first_bad_step is None
+            or (step := int(self.first_bad_step)) == torch.iinfo(torch.int64).max
+        ):
             return None
         return step
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from bilevel.domains import Domain, optimizer_setting
-from bilevel.errors import BilevelError, near
+from bilevel.errors import BilevelError
 from bilevel.params import Hypers
+from bilevel.text import near
 
 
 class Space(Mapping[str, Domain]):
@@ -106,8 +107,13 @@ class Space(Mapping[str, Domain]):
             BilevelError: a tuned hyperparameter is missing.
         """
         if missing := [name for name in self.tuned if name not in hypers]:
-            raise BilevelError(f"no value for hyperparameter `{missing[0]}`; give one for each of {', '.join(self.tuned)}")
-        parts = [self[name].unconstrain(hypers[name]).expand(self[name].shape).reshape(-1) for name in self.tuned]
+            raise BilevelError(
+                f"no value for hyperparameter `{missing[0]}`; give one for each of {', '.join(self.tuned)}"
+            )
+        parts = [
+            self[name].unconstrain(hypers[name]).expand(self[name].shape).reshape(-1)
+            for name in self.tuned
+        ]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def split(self, v: Tensor) -> Hypers:
@@ -133,17 +139,29 @@ class Space(Mapping[str, Domain]):
         """
         domains = dict(self._domains)
         if not isinstance(changes, Mapping):
-            raise BilevelError(f"space={changes!r} changes no hyperparameter by its name; write space.NAME.init=… for one")
+            raise BilevelError(
+                f"space={changes!r} changes no hyperparameter by its name; write space.NAME.init=… for one"
+            )
         for name, change in changes.items():
-            if name not in domains and isinstance(change, Mapping) and change.get("optimizer") is not None:
+            if (
+                name not in domains
+                and isinstance(change, Mapping)
+                and change.get("optimizer") is not None
+            ):
                 domains[name] = _added(name, change)
                 continue
             if name not in domains:
-                raise BilevelError(f"there is no hyperparameter `{name}`{near(name, domains)}; there are {', '.join(domains)}")
-            known = [field.name for field in fields(domains[name]) if field.name != "shape"]  # that is the problem's own
+                raise BilevelError(
+                    f"there is no hyperparameter `{name}`{near(name, domains)}; there are {', '.join(domains)}"
+                )
+            known = [
+                field.name for field in fields(domains[name]) if field.name != "shape"
+            ]  # that is the problem's own
             if not isinstance(change, Mapping):
                 value = "…" if change is None else change
-                raise BilevelError(f"hyperparameter `{name}` has several fields; write {name}.init={value} for where it starts")
+                raise BilevelError(
+                    f"hyperparameter `{name}` has several fields; write {name}.init={value} for where it starts"
+                )
             if change.get("optimizer", domains[name].optimizer) != domains[name].optimizer:
                 raise BilevelError(
                     f"hyperparameter `{name}` is there already, for something else; a setting of the inner optimizer takes a "
@@ -180,10 +198,19 @@ class Space(Mapping[str, Domain]):
 def _added(name: str, change: Mapping[str, Any]) -> Domain:
     """The setting of the inner optimizer that joins a space as `name`."""
     if "init" not in change:
-        raise BilevelError(f"hyperparameter `{name}` has no initial value; give {name}.init=… beside {name}.optimizer=…")
+        raise BilevelError(
+            f"hyperparameter `{name}` has no initial value; give {name}.init=… beside {name}.optimizer=…"
+        )
     try:
-        return optimizer_setting(**{"setting" if field == "optimizer" else field: value for field, value in change.items()})
+        return optimizer_setting(
+            **{
+                "setting" if field == "optimizer" else field: value
+                for field, value in change.items()
+            }
+        )
     except TypeError as error:
-        raise BilevelError(f"hyperparameter `{name}`: {error}; it takes optimizer, init, scale, frozen, low and high") from None
+        raise BilevelError(
+            f"hyperparameter `{name}`: {error}; it takes optimizer, init, scale, frozen, low and high"
+        ) from None
     except BilevelError as error:
         raise BilevelError(f"hyperparameter `{name}`: {error}") from None

@@ -22,12 +22,12 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from bilevel.errors import near
-from problems import datasets
-from problems.channels import Standardize
-from problems.datasets import Images
-from problems.networks import MLP
-from problems.ranges import shared, within
+from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets.labelled_images import Images
+from bilevel.problems.datasets.per_channel import Standardize
+from bilevel.problems.networks.mlp_cnn import MLP
+from bilevel.problems.ranges import shared, within
+from bilevel.text import near
 
 Noise: TypeAlias = Literal["uniform", "pairwise"]
 
@@ -85,42 +85,74 @@ class HyperCleaning(ModuleProblem):
         batch_size: int | None = None,
         space: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        (x, labels), valid, test, *_ = datasets.few(images, train_size, valid_size)
-        given, self.corrupted = corrupt(labels, rate, noise, torch.Generator().manual_seed(noise_seed))
+        (x, labels), valid, test, *_ = labelled_images.few(images, train_size, valid_size)
+        given, self.corrupted = corrupt(
+            labels, rate, noise, torch.Generator().manual_seed(noise_seed)
+        )
         self._seen = Standardize(images.mean, images.std)
         train = (x, given, torch.arange(len(labels)))
         super().__init__(network, Space(), train, valid, test, batch_size=batch_size)
         truth = (~self.corrupted).double().tolist() if oracle else 0.5
-        weight = Interval(low=0.0, high=1.0, init=truth, shape=(len(labels),), per_example=False, frozen=oracle)
-        tuned = Space(example_weight=weight, weight_decay=Positive(init=1e-3, frozen=True)).override(space or {})
-        self.space = shared(within(tuned, {"example_weight": (0.0, 1.0)}), {"example_weight": "is a weight for each example"})
+        weight = Interval(
+            low=0.0, high=1.0, init=truth, shape=(len(labels),), per_example=False, frozen=oracle
+        )
+        tuned = Space(
+            example_weight=weight, weight_decay=Positive(init=1e-3, frozen=True)
+        ).override(space or {})
+        self.space = shared(
+            within(tuned, {"example_weight": (0.0, 1.0)}),
+            {"example_weight": "is a weight for each example"},
+        )
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (self._seen(batch[0]),), {}
 
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def inner_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         _, given, index = batch
-        losses = hypers["example_weight"][index] * F.cross_entropy(prediction, given, reduction="none")
+        losses = hypers["example_weight"][index] * F.cross_entropy(
+            prediction, given, reduction="none"
+        )
         return losses.mean() + 0.5 * (hypers["weight_decay"] * squared_norm(params)).mean()
 
-    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def outer_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         return F.cross_entropy(prediction, batch[1])
 
-    def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
+    def metrics(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Metrics:
         """Cross-entropy `loss` [B] and `accuracy` [B], unweighted; those of the training split are of the labels as given."""
         correct = prediction.argmax(-1) == batch[1]
-        return {"loss": F.cross_entropy(prediction, batch[1], reduction="none"), "accuracy": correct.to(prediction.dtype)}
+        return {
+            "loss": F.cross_entropy(prediction, batch[1], reduction="none"),
+            "accuracy": correct.to(prediction.dtype),
+        }
 
     def exact(self, hypers: Hypers) -> Metrics:
         """How well the weights tell wrong labels from right ones, `detection`; {} where none is wrong, or all are."""
-        weight, corrupted = hypers["example_weight"].detach(), self.corrupted.to(hypers["example_weight"].device)
-        return detection(-weight, corrupted, weight < 0.5) if 0 < int(self.corrupted.sum()) < len(weight) else {}
+        weight, corrupted = (
+            hypers["example_weight"].detach(),
+            self.corrupted.to(hypers["example_weight"].device),
+        )
+        return (
+            detection(-weight, corrupted, weight < 0.5)
+            if 0 < int(self.corrupted.sum()) < len(weight)
+            else {}
+        )
 
     @classmethod
     def digits(
-        cls, hidden: Sequence[int] = (), split_seed: int = 0, *, batch_size: int | None = None, **options: Any
+        cls,
+        hidden: Sequence[int] = (),
+        split_seed: int = 0,
+        *,
+        batch_size: int | None = None,
+        **options: Any,
     ) -> "HyperCleaning":
         """scikit-learn's digits and an MLP, by default without hidden layers: softmax regression, as in the source.
 
@@ -130,7 +162,12 @@ class HyperCleaning(ModuleProblem):
             batch_size: None takes whole splits.
             options: as of the class.
         """
-        return cls(partial(MLP, [64, *hidden, 10]), datasets.digits(split_seed), batch_size=batch_size, **options)
+        return cls(
+            partial(MLP, [64, *hidden, 10]),
+            labelled_images.digits(split_seed),
+            batch_size=batch_size,
+            **options,
+        )
 
     @classmethod
     def mnist(
@@ -147,7 +184,7 @@ class HyperCleaning(ModuleProblem):
         """MNIST with 5,000 training and 5,000 validation images, as in the source; the rest as `digits`."""
         return cls(
             partial(MLP, [784, *hidden, 10]),
-            datasets.mnist(root, download),
+            labelled_images.mnist(root, download),
             train_size=train_size,
             valid_size=valid_size,
             batch_size=batch_size,
@@ -169,18 +206,30 @@ def corrupt(
         BilevelError: a rate outside [0, 1), an unknown noise, or labels of one class alone.
     """
     if not 0 <= rate < 1:
-        raise BilevelError(f"rate={rate} is no part of the labels that can be wrong; give one from 0 up to, but not, 1")
+        raise BilevelError(
+            f"rate={rate} is no part of the labels that can be wrong; give one from 0 up to, but not, 1"
+        )
     if noise not in (known := ("uniform", "pairwise")):
-        raise BilevelError(f"noise={noise!r}{near(str(noise), known)} is neither uniform nor pairwise; choose one of the two")
+        raise BilevelError(
+            f"noise={noise!r}{near(str(noise), known)} is neither uniform nor pairwise; choose one of the two"
+        )
     if (classes := int(labels.max()) + 1) < 2:
-        raise BilevelError("the labels are of one class, so that none can be wrong; give data of two classes at least")
+        raise BilevelError(
+            "the labels are of one class, so that none can be wrong; give data of two classes at least"
+        )
     wrong = torch.zeros(len(labels), dtype=torch.bool)
     wrong[torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]] = True
-    shift = torch.randint(1, classes, labels.shape, generator=generator) if noise == "uniform" else torch.ones_like(labels)
+    shift = (
+        torch.randint(1, classes, labels.shape, generator=generator)
+        if noise == "uniform"
+        else torch.ones_like(labels)
+    )
     return torch.where(wrong, (labels + shift) % classes, labels), wrong
 
 
-def detection(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], found: Bool[Tensor, " n"]) -> Metrics:
+def detection(
+    score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], found: Bool[Tensor, " n"]
+) -> Metrics:
     """Precision, recall and F1 of `found`; and of `score`, which needs no threshold, the areas under two curves, [] each.
 
         precision = TP/(TP + FP),    recall = TP/(TP + FN),    f1 = 2 TP/(2 TP + FP + FN)
@@ -200,14 +249,19 @@ def detection(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], found: B
     """
     positives, declared = positive.sum().double(), found.sum()
     hits = (found & positive).sum()
-    _, level, size = torch.unique(-score, return_inverse=True, return_counts=True)  # ascending: from the highest score down
-    true = torch.zeros(len(size), dtype=torch.float64, device=score.device).index_add(0, level, positive.double())
+    _, level, size = torch.unique(
+        -score, return_inverse=True, return_counts=True
+    )  # ascending: from the highest score down
+    true = torch.zeros(len(size), dtype=torch.float64, device=score.device).index_add(
+        0, level, positive.double()
+    )
     true_above, all_above = true.cumsum(0), size.cumsum(0)
     false_below = (len(score) - positives) - (all_above - true_above)
     return {
         "precision": hits / declared.clamp_min(1),
         "recall": hits / positives,
         "f1": 2 * hits / (declared + positives),
-        "roc_auc": (true * (false_below + 0.5 * (size - true))).sum() / (positives * (len(score) - positives)),
+        "roc_auc": (true * (false_below + 0.5 * (size - true))).sum()
+        / (positives * (len(score) - positives)),
         "average_precision": (true / positives * true_above / all_above).sum(),
     }

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from bilevel import BilevelError
-from bilevel.errors import near
+from bilevel.text import near
 
 DType: TypeAlias = torch.dtype | Literal["float32", "float64"] | None
 """A type of PyTorch's, its name, or None for PyTorch's default."""
@@ -22,7 +22,15 @@ def floating(dtype: DType) -> torch.dtype:
         BilevelError: it is no floating-point type.
     """
     known = {"float32": torch.float32, "float64": torch.float64}
-    found = torch.get_default_dtype() if dtype is None else known.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    found = (
+        torch.get_default_dtype()
+        if dtype is None
+        else known.get(dtype, dtype)
+        if isinstance(dtype, str)
+        else dtype
+    )
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise BilevelError(f"dtype={dtype!r}{near(str(dtype), known)} is no floating-point type; give {' or '.join(known)}")
+        raise BilevelError(
+            f"dtype={dtype!r}{near(str(dtype), known)} is no floating-point type; give {' or '.join(known)}"
+        )
     return found

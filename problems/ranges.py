@@ -46,5 +46,7 @@ def shared(space: Space, names: Mapping[str, str]) -> Space:
     """
     for name, why in names.items():
         if name in space and space[name].per_example:
-            raise BilevelError(f"`{name}` {why}, which all examples share; leave {name}.per_example=false")
+            raise BilevelError(
+                f"`{name}` {why}, which all examples share; leave {name}.per_example=false"
+            )
     return space

@@ -25,11 +25,11 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from problems import datasets
-from problems.channels import Standardize
-from problems.datasets import Images
-from problems.networks import MLP
-from problems.ranges import within
+from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets.labelled_images import Images
+from bilevel.problems.datasets.per_channel import Standardize
+from bilevel.problems.networks.mlp_cnn import MLP
+from bilevel.problems.ranges import within
 
 ClassWeights: TypeAlias = Literal["positive", "simplex", False]
 Smoothing: TypeAlias = bool | Literal["per_class"]
@@ -87,11 +87,18 @@ class LossWeights(ModuleProblem):
         space: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if class_weight not in ("positive", "simplex", False):
-            raise BilevelError(f"class_weight={class_weight!r} is none of positive, simplex and false; choose one of these")
+            raise BilevelError(
+                f"class_weight={class_weight!r} is none of positive, simplex and false; choose one of these"
+            )
         if smoothing not in (True, False, "per_class"):
-            raise BilevelError(f"smoothing={smoothing!r} is none of true, false and per_class; choose one of these")
+            raise BilevelError(
+                f"smoothing={smoothing!r} is none of true, false and per_class; choose one of these"
+            )
         generator = torch.Generator().manual_seed(tail_seed)
-        train, valid = long_tailed(images.train, ratio, generator), balanced(images.valid, generator)
+        train, valid = (
+            long_tailed(images.train, ratio, generator),
+            balanced(images.valid, generator),
+        )
         self.counts = train[1].bincount()
         self._classes, self._seen = len(self.counts), Standardize(images.mean, images.std)
         self._simplex, self._per_class = class_weight == "simplex", smoothing == "per_class"
@@ -102,7 +109,9 @@ class LossWeights(ModuleProblem):
             simplex = Simplex(init=1 / self._classes, shape=each)
             domains["class_weight"] = simplex if self._simplex else Positive(init=1.0, shape=each)
         if smoothing:
-            domains["smoothing"] = Interval(low=0.0, high=0.9, init=0.05, shape=each if self._per_class else ())
+            domains["smoothing"] = Interval(
+                low=0.0, high=0.9, init=0.05, shape=each if self._per_class else ()
+            )
         if logit_offset:
             domains["logit_offset"] = Real(init=0.0, shape=each)
         domains["weight_decay"] = Positive(init=1e-3, frozen=True)
@@ -113,7 +122,9 @@ class LossWeights(ModuleProblem):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (self._seen(batch[0]),), {}
 
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def inner_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         y = batch[1]
         log_p = torch.log_softmax(prediction + hypers.get("logit_offset", 0.0), -1)
         losses = -at(log_p, y)
@@ -124,14 +135,25 @@ class LossWeights(ModuleProblem):
             losses = losses * at(self._classes * weight if self._simplex else weight, y)
         return losses.mean() + 0.5 * (hypers["weight_decay"] * squared_norm(params)).mean()
 
-    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def outer_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         return F.cross_entropy(prediction, batch[1])
 
-    def metrics(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Metrics:
+    def metrics(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Metrics:
         """Cross-entropy `loss` [B], `accuracy` [B], and the latter over the examples of each class, `accuracy_0` and so on."""
         correct = (prediction.argmax(-1) == batch[1]).to(prediction.dtype)
-        by_class = {f"{PREFIX}{c}": hits for c in range(self._classes) if len(hits := correct[batch[1] == c])}
-        return {"loss": F.cross_entropy(prediction, batch[1], reduction="none"), "accuracy": correct} | by_class
+        by_class = {
+            f"{PREFIX}{c}": hits
+            for c in range(self._classes)
+            if len(hits := correct[batch[1] == c])
+        }
+        return {
+            "loss": F.cross_entropy(prediction, batch[1], reduction="none"),
+            "accuracy": correct,
+        } | by_class
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """The mean of the classes' accuracies and the least of them, over the classes that the split has."""
@@ -139,7 +161,9 @@ class LossWeights(ModuleProblem):
         return {"balanced_accuracy": sum(each) / len(each), "worst_accuracy": min(each)}
 
     @classmethod
-    def digits(cls, hidden: Sequence[int] = (64,), split_seed: int = 0, **options: Any) -> "LossWeights":
+    def digits(
+        cls, hidden: Sequence[int] = (64,), split_seed: int = 0, **options: Any
+    ) -> "LossWeights":
         """scikit-learn's digits with a long tail, and an MLP.
 
         Args:
@@ -147,7 +171,7 @@ class LossWeights(ModuleProblem):
             split_seed: of the data.
             options: as of the class.
         """
-        return cls(partial(MLP, [64, *hidden, 10]), datasets.digits(split_seed), **options)
+        return cls(partial(MLP, [64, *hidden, 10]), labelled_images.digits(split_seed), **options)
 
     @classmethod
     def mnist(
@@ -161,7 +185,12 @@ class LossWeights(ModuleProblem):
         **options: Any,
     ) -> "LossWeights":
         """MNIST with a long tail; the rest as `digits`."""
-        return cls(partial(MLP, [784, *hidden, 10]), datasets.mnist(root, download, valid_fraction), ratio=ratio, **options)
+        return cls(
+            partial(MLP, [784, *hidden, 10]),
+            labelled_images.mnist(root, download, valid_fraction),
+            ratio=ratio,
+            **options,
+        )
 
 
 PREFIX = "accuracy_"
@@ -177,7 +206,9 @@ def at(leaf: Float[Tensor, "*batch classes"], y: Int[Tensor, " batch"]) -> Float
     return leaf[y] if leaf.ndim == 1 else leaf.gather(-1, y[:, None])[:, 0]
 
 
-def long_tailed(split: tuple[Tensor, Tensor], ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def long_tailed(
+    split: tuple[Tensor, Tensor], ratio: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """As many images of class 0 as of the rarest class before, and of class c a part ratio^(−c/(C − 1)) of that.
 
     Source: Cui et al., CVPR 2019, section 5.
@@ -187,11 +218,15 @@ def long_tailed(split: tuple[Tensor, Tensor], ratio: float, generator: torch.Gen
     """
     counts = split[1].bincount()
     if not ratio >= 1:
-        raise BilevelError(f"ratio={ratio} is below 1, where classes are equal; give how many times rarer the rarest shall be")
+        raise BilevelError(
+            f"ratio={ratio} is below 1, where classes are equal; give how many times rarer the rarest shall be"
+        )
     part = ratio ** (-torch.arange(len(counts)).double() / max(1, len(counts) - 1))
     kept = (int(counts.min()) * part).round().long()
     if int(kept.min()) < 1:
-        raise BilevelError(f"ratio={ratio} leaves no image of the rarest class; give one of at most {int(counts.min())}")
+        raise BilevelError(
+            f"ratio={ratio} leaves no image of the rarest class; give one of at most {int(counts.min())}"
+        )
     return drawn(split, kept.tolist(), generator)
 
 
@@ -201,9 +236,15 @@ def balanced(split: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[
     return drawn(split, [int(counts.min())] * len(counts), generator)
 
 
-def drawn(split: tuple[Tensor, Tensor], counts: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def drawn(
+    split: tuple[Tensor, Tensor], counts: Sequence[int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """So many images of each class, in the order of the split."""
     x, labels = split
     order = torch.randperm(len(labels), generator=generator)
-    kept = torch.cat([order[labels[order] == c][:count] for c, count in enumerate(counts)]).sort().values
+    kept = (
+        torch.cat([order[labels[order] == c][:count] for c, count in enumerate(counts)])
+        .sort()
+        .values
+    )
     return x[kept], labels[kept]

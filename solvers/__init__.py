@@ -1,20 +1,23 @@
 """Solvers: each answers the best response ŵ(λ) its own way."""
 
-import solvers.rules as _rules  # noqa: F401  (registers the response rules)
-from solvers.conjugate_gradients import CG
-from solvers.curvature import Curvature, GaussNewton, Hessian
-from solvers.differentiation import Reverse
-from solvers.evolution import EvolutionStrategies
-from solvers.first_order import FirstOrder
-from solvers.fixed import Fixed
-from solvers.given import Constant, Gaussian, Given, Replayed, Sinusoidal
-from solvers.implicit import Implicit
-from solvers.linear_solve import Guess, Identity, LinearSolve, Solved
-from solvers.nystrom import Nystrom
-from solvers.penalty import Penalty
-from solvers.population import PopulationBased
-from solvers.pullback import Pullback
-from solvers.recipes import (
+import bilevel.solvers.response.rules as _rules  # noqa: F401  (registers the response rules)
+from bilevel.solvers.autodiff.pullback import Pullback
+from bilevel.solvers.black_box.population import PopulationBased
+from bilevel.solvers.black_box.samplers import GP, TPE, Hyperband, Median, RandomSearch
+from bilevel.solvers.black_box.search import Search, gp, random_search, tpe
+from bilevel.solvers.evolution import EvolutionStrategies
+from bilevel.solvers.first_order import FirstOrder
+from bilevel.solvers.fixed import Fixed
+from bilevel.solvers.hyper_schedules import Constant, Gaussian, Given, Replayed, Sinusoidal
+from bilevel.solvers.implicit import Implicit
+from bilevel.solvers.linear_solve.base import Guess, Identity, LinearSolve, Solved
+from bilevel.solvers.linear_solve.conjugate_gradients import CG
+from bilevel.solvers.linear_solve.curvature import Curvature, GaussNewton, Hessian
+from bilevel.solvers.linear_solve.neumann import FixedPoint, Neumann
+from bilevel.solvers.linear_solve.nystrom import Nystrom
+from bilevel.solvers.optim.lr_schedules import NonMonotone
+from bilevel.solvers.penalty import Penalty
+from bilevel.solvers.recipes import (
     centered_stn,
     delta_stn,
     implicit_cg,
@@ -24,17 +27,14 @@ from solvers.recipes import (
     stn,
     unrolled_forward,
 )
-from solvers.responding import MissingRule, Responding, rule
-from solvers.response import Dense, Response, Structured
-from solvers.richardson import FixedPoint, Neumann
-from solvers.sama import SAMA
-from solvers.samplers import GP, TPE, Hyperband, Median, RandomSearch
-from solvers.schedules import NonMonotone
-from solvers.search import Search, gp, random_search, tpe
-from solvers.self_tuning import SelfTuning
-from solvers.soba import SOBA
-from solvers.tangents import Forward
-from solvers.unrolled import Unrolled
+from bilevel.solvers.response.jacobian import Dense, Response, Structured
+from bilevel.solvers.response.per_example_weight import MissingRule, Responding, rule
+from bilevel.solvers.sama import SAMA
+from bilevel.solvers.self_tuning import SelfTuning
+from bilevel.solvers.soba import SOBA
+from bilevel.solvers.unroll.forward import Forward
+from bilevel.solvers.unroll.reverse import Reverse
+from bilevel.solvers.unrolled import Unrolled
 
 __all__ = [
     "CG",

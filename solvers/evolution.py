@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bilevel import Batch, Data, Hypers, Metrics, Params, Problem, Space
 from bilevel.params import count_examples, to_device
-from solvers.descent import Descent
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, descend
-from solvers.training import above_zero, at_least
-from solvers.trajectory import Point, Trajectory
-from solvers.updates import Moments, Twin
+from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.base.training import above_zero, at_least
+from bilevel.solvers.optim.functional import Moments, Twin
+from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler, descend
+from bilevel.solvers.unroll.trajectory import Point, Trajectory
 
 LARGE = 100
 """So many times the central loss is more than λ's effect explains."""
@@ -58,7 +58,7 @@ class EvolutionStrategies(Descent):
         horizon: inner steps after which persistent particles start again.
         spread: σ as a multiple of each hyperparameter's `scale`.
         inner_steps: K, training batches per round.
-        inner_optimizer: for w, one that has a twin (`solvers.updates`).
+        inner_optimizer: for w, one that has a twin (`bilevel.solvers.optim.functional`).
         inner_scheduler: its learning-rate schedule, stepped every epoch.
         clip_norm: largest gradient norm.
         outer_optimizer: for u.
@@ -139,7 +139,9 @@ class EvolutionStrategies(Descent):
         """Every particle trains on `batches` at u₀ ± ε; the generator is left such that the centre has the same masks."""
         if not self.persistent or self.age >= self.horizon or not self.particles:
             start = Point(*self.twin.read(), self.carry)
-            start = start.replaced(t.clone() for t in start.tensors())  # the centre's own change in place
+            start = start.replaced(
+                t.clone() for t in start.tensors()
+            )  # the centre's own change in place
             self.particles, self.age = [start] * (2 * self.pairs), 0
             self.total.zero_()
         noise = self.noise()
@@ -158,7 +160,9 @@ class EvolutionStrategies(Descent):
     def noise(self) -> Tensor:
         """ε ~ N(0, diag σ²) of every pair, [P, h]."""
         like = self.total
-        return self.sigma * torch.randn(like.shape, generator=self.generator, device=like.device, dtype=like.dtype)
+        return self.sigma * torch.randn(
+            like.shape, generator=self.generator, device=like.device, dtype=like.dtype
+        )
 
     # --- the estimate ---
 
@@ -182,7 +186,12 @@ class EvolutionStrategies(Descent):
         if not self.places:
             self.explore([self.next_batch(self.data.train) for _ in range(self.inner_steps)])
         with torch.no_grad():
-            losses = torch.stack([self.judge(u, point, batch) for u, point in zip(self.places, self.particles, strict=True)])
+            losses = torch.stack(
+                [
+                    self.judge(u, point, batch)
+                    for u, point in zip(self.places, self.particles, strict=True)
+                ]
+            )
             centre = self.judge(self.belief.centre, Point(*self.twin.read(), self.carry), batch)
             self.data.valid.count(len(losses) * count_examples(batch))
             up, down = losses.chunk(2)
@@ -201,7 +210,9 @@ class EvolutionStrategies(Descent):
     def judge(self, u: Tensor, point: Point, batch: Batch) -> Tensor:
         """L_V(λ(u), w) for a particle's w."""
         carry = self.problem.fresh_carry(point.carry, batch)
-        return self.problem.outer_loss(self.problem.space.constrain(u), point.params, carry, batch)[0]
+        return self.problem.outer_loss(self.problem.space.constrain(u), point.params, carry, batch)[
+            0
+        ]
 
     def outer_phase(self) -> Metrics:
         metrics = super().outer_phase()
@@ -244,7 +255,9 @@ class EvolutionStrategies(Descent):
         self.pairs, self.total = 1, self.total[:1]  # the others do the same
         super().rehearse()
 
-    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def build(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().build(problem, data, device, generator)
         self.twin = Twin(self.weights, problem.space)
         self.trajectory = Trajectory(problem, self.twin, generator)
@@ -252,12 +265,17 @@ class EvolutionStrategies(Descent):
         self.particles, self.places, self.age = [], [], 0
 
     def state_dict(self) -> dict[str, Any]:
-        particles = [{"params": p, "slots": m.slots, "steps": m.steps, "carry": c} for p, m, c in self.particles]
+        particles = [
+            {"params": p, "slots": m.slots, "steps": m.steps, "carry": c}
+            for p, m, c in self.particles
+        ]
         return super().state_dict() | {"particles": particles, "total": self.total, "age": self.age}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         points = to_device(state["particles"], self.device)
-        self.particles = [Point(p["params"], Moments(p["slots"], p["steps"]), p["carry"]) for p in points]
+        self.particles = [
+            Point(p["params"], Moments(p["slots"], p["steps"]), p["carry"]) for p in points
+        ]
         self.total.copy_(state["total"])
         self.age, self.places = state["age"], []

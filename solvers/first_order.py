@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from bilevel import Params, Refused
-from solvers.descent import Descent
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler
+from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 
 
 class FirstOrder(Descent):
@@ -54,13 +54,21 @@ class FirstOrder(Descent):
         hypers = space.constrain(self.belief.centre)
         tuned = {name: hypers[name].detach().requires_grad_() for name in space.tuned}
         carry = self.problem.outer_carry(self.carry, None, batch)
-        loss, _ = self.problem.outer_loss({**hypers, **tuned}, self.weights.detached(), carry, batch)
+        loss, _ = self.problem.outer_loss(
+            {**hypers, **tuned}, self.weights.detached(), carry, batch
+        )
         found = (
-            torch.autograd.grad(loss, list(tuned.values()), allow_unused=True) if loss.requires_grad else [None] * len(tuned)
+            torch.autograd.grad(loss, list(tuned.values()), allow_unused=True)
+            if loss.requires_grad
+            else [None] * len(tuned)
         )
         for name, gradient in zip(tuned, found, strict=True):
             if gradient is None or not space[name].differentiable:
-                why = "L_V does not depend on it directly" if gradient is None else "it is sampled or rounded"
+                why = (
+                    "L_V does not depend on it directly"
+                    if gradient is None
+                    else "it is sampled or rounded"
+                )
                 raise Refused(
                     f"{type(self).__name__} follows ∂L_V/∂λ alone, and `{name}` has none ({why}); tune it with a solver that "
                     "answers how w*(λ) moves (self-tuning, unrolled, implicit), or freeze it "

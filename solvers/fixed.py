@@ -6,9 +6,9 @@ import torch
 
 from bilevel import Batch, Data, Metrics, Problem, Solution
 from bilevel.params import count_examples
-from solvers.given import Constant, Gaussian, Given
-from solvers.trained import SGD, MakeOptimizer, MakeScheduler
-from solvers.training import Training
+from bilevel.solvers.base.training import Training
+from bilevel.solvers.hyper_schedules import Constant, Gaussian, Given
+from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler
 
 
 class Fixed(Training):
@@ -34,17 +34,24 @@ class Fixed(Training):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(
-            inner_steps=inner_steps, inner_optimizer=inner_optimizer, inner_scheduler=inner_scheduler, clip_norm=clip_norm
+            inner_steps=inner_steps,
+            inner_optimizer=inner_optimizer,
+            inner_scheduler=inner_scheduler,
+            clip_norm=clip_norm,
         )
         self.hypers = Constant() if hypers is None else hypers
 
-    def setup(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def setup(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().setup(problem, data, device, generator)
         self.hypers.setup(problem.space, self.weights.leaves[0])
 
     def inner_step(self, batch: Batch) -> Metrics:
         before = self.inner_count - 1  # this step is counted already
-        return self.descend_at(self.hypers.drawn(before, count_examples(batch), self.generator), batch)
+        return self.descend_at(
+            self.hypers.drawn(before, count_examples(batch), self.generator), batch
+        )
 
     def uncapturable(self) -> str | None:
         if isinstance(self.hypers, (Constant, Gaussian)):

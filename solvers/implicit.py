@@ -13,14 +13,14 @@ from torch.autograd.function import once_differentiable
 
 from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Params, Problem, Space
 from bilevel.params import to_device
-from solvers.conjugate_gradients import CG
-from solvers.curvature import Curvature, GaussNewton, Hessian
-from solvers.descent import Descent
-from solvers.linear_solve import Guess, LinearSolve
-from solvers.nystrom import Nystrom
-from solvers.pullback import Pullback, flat, unflat
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler
-from solvers.training import at_least
+from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
+from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.base.training import at_least
+from bilevel.solvers.linear_solve.base import Guess, LinearSolve
+from bilevel.solvers.linear_solve.conjugate_gradients import CG
+from bilevel.solvers.linear_solve.curvature import Curvature, GaussNewton, Hessian
+from bilevel.solvers.linear_solve.nystrom import Nystrom
+from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 
 
 class Implicit(Descent):
@@ -52,7 +52,9 @@ class Implicit(Descent):
         Luketina et al., ICML 2016 (identity).
     """
 
-    needs = frozenset({Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES, Need.CONVEXITY, Need.STATIONARITY})
+    needs = frozenset(
+        {Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES, Need.CONVEXITY, Need.STATIONARITY}
+    )
     guess: Guess
     """What the last solve leaves to the next."""
     report: Metrics
@@ -93,13 +95,21 @@ class Implicit(Descent):
         self.batches, self.stationarity = batches, stationarity
 
     def memory_settings(self, space: Space) -> list[str]:
-        kept = [f"fewer solver.batches (now {self.batches} in one graph)"] if self.batches > 1 else []
+        kept = (
+            [f"fewer solver.batches (now {self.batches} in one graph)"] if self.batches > 1 else []
+        )
         sketch = self.linear_solve
-        ranks = [f"a smaller solver.linear_solve.rank (now {sketch.rank})"] if isinstance(sketch, Nystrom) else []
+        ranks = (
+            [f"a smaller solver.linear_solve.rank (now {sketch.rank})"]
+            if isinstance(sketch, Nystrom)
+            else []
+        )
         return kept + ranks
 
     def respond(self, offset: Tensor) -> Params:
-        response = unflat(_BestResponse.apply(self.belief.centre + offset, self), self.weights.leaves)
+        response = unflat(
+            _BestResponse.apply(self.belief.centre + offset, self), self.weights.leaves
+        )
         return dict(zip(self.weights.tensors, response, strict=True))
 
     def adjoint(self, u: Float[Tensor, " h"], v: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
@@ -109,11 +119,16 @@ class Implicit(Descent):
 
     def _adjoint(self, u: Tensor, v: Tensor) -> Tensor:
         batches, carry = self._recent()
-        pullback = Pullback(self.problem, u, self.weights.detached(), carry, batches, self.generator, self.functions)
+        pullback = Pullback(
+            self.problem, u, self.weights.detached(), carry, batches, self.generator, self.functions
+        )
         norm = pullback.gradient_norm
         pullback.forget_gradient()
         solved = self.linear_solve.solve(self.curvature.at(pullback), v, self.guess, self.generator)
-        self.guess = Guess(solved.x if self.warm_start and self.linear_solve.continues else None, solved.eigenvector)
+        self.guess = Guess(
+            solved.x if self.warm_start and self.linear_solve.continues else None,
+            solved.eigenvector,
+        )
         self.report = {
             "residual": solved.residual,
             "iterations": solved.iterations,
@@ -143,7 +158,9 @@ class Implicit(Descent):
         return [batch for batch, _ in self.recent], self.recent[0][1]
 
     def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        if "residual" not in metrics or (math.isnan(metrics["residual"]) and math.isnan(metrics["inner_gradient_norm"])):
+        if "residual" not in metrics or (
+            math.isnan(metrics["residual"]) and math.isnan(metrics["inner_gradient_norm"])
+        ):
             return {}  # w itself has diverged, which the runner says
         found: dict[str, str] = {}
         name, solve = type(self).__name__, type(self.linear_solve).__name__
@@ -155,7 +172,11 @@ class Implicit(Descent):
             )
         if metrics["negative_curvature"] > 0:
             damped = "damp it (curvature.damping)"
-            remedy = damped if isinstance(self.curvature, GaussNewton) else f"use curvature=GaussNewton, {damped}"
+            remedy = (
+                damped
+                if isinstance(self.curvature, GaussNewton)
+                else f"use curvature=GaussNewton, {damped}"
+            )
             found["negative_curvature"] = (
                 f"{name}: {metrics['negative_curvature']:.0%} of the solves met curvature that is not positive, where H⁻¹v is "
                 f"no best response; {remedy}, or train w for longer"
@@ -169,22 +190,31 @@ class Implicit(Descent):
             )
         return found
 
-    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def build(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().build(problem, data, device, generator)
         self.recent: deque[tuple[Batch, Carry]] = deque(maxlen=self.batches)
         self.guess, self.report = Guess(), {}
         draws = torch.Generator(device).manual_seed(generator.initial_seed())
         hypers = problem.space.constrain(self.belief.centre, draws)
-        loss, _ = problem.inner_loss(hypers, self.weights.tensors, self.carry, data.train.peek(), draws)
+        loss, _ = problem.inner_loss(
+            hypers, self.weights.tensors, self.carry, data.train.peek(), draws
+        )
         gradients = torch.autograd.grad(loss, self.weights.leaves, materialize_grads=True)
         self.initial_norm = torch.stack([g.norm() for g in gradients]).norm()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"guess": self.guess._asdict(), "initial_norm": self.initial_norm}
+        return super().state_dict() | {
+            "guess": self.guess._asdict(),
+            "initial_norm": self.initial_norm,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.guess = Guess(**to_device(copy.deepcopy(state["guess"]), self.device))  # a solve uses it up
+        self.guess = Guess(
+            **to_device(copy.deepcopy(state["guess"]), self.device)
+        )  # a solve uses it up
         self.initial_norm = to_device(state["initial_norm"], self.device)
         self.recent.clear()
 

@@ -11,9 +11,16 @@ from torch import Tensor
 
 from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Params, Problem
 from bilevel.params import count_examples, detached, to_device
-from solvers.explicit import Explicit
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend
-from solvers.training import at_least
+from bilevel.solvers.base.explicit import Explicit
+from bilevel.solvers.base.training import at_least
+from bilevel.solvers.optim.optimized import (
+    RMSPROP,
+    SGD,
+    MakeOptimizer,
+    MakeScheduler,
+    Trained,
+    descend,
+)
 
 
 class Penalty(Explicit):
@@ -49,7 +56,7 @@ class Penalty(Explicit):
         BilevelError: a `weight` that is not positive, above `weight_max`, or a negative `growth`.
 
     Example:
-        >>> from problems import Quadratic
+        >>> from bilevel.problems import Quadratic
         >>> problem, device = Quadratic.random(seed=1), torch.device("cpu")
         >>> solver = Penalty()
         >>> solver.setup(problem, problem.data(device, torch.Generator()), device, torch.Generator())
@@ -80,7 +87,9 @@ class Penalty(Explicit):
         outer_optimizer: MakeOptimizer = RMSPROP,
     ) -> None:
         if not 0 < weight <= weight_max:
-            raise BilevelError(f"weight={weight} does not lie in (0, weight_max={weight_max}]; choose one that does")
+            raise BilevelError(
+                f"weight={weight} does not lie in (0, weight_max={weight_max}]; choose one that does"
+            )
         at_least(growth=growth, least=0)
         super().__init__(
             inner_steps=inner_steps,
@@ -106,11 +115,15 @@ class Penalty(Explicit):
         """y takes one step on L_T + L_V/σ; that loss, []."""
         y = self.penalized.tensors
         hypers = self.problem.space.constrain(self.belief.centre, self.generator)
-        inner, carry = self.problem.inner_loss(hypers, y, self.penalized_carry, batch, self.generator)
+        inner, carry = self.problem.inner_loss(
+            hypers, y, self.penalized_carry, batch, self.generator
+        )
         valid = self.next_batch(self.data.valid)
         held = self.problem.space.constrain(self.belief.centre)
         with self._without_cudnn():
-            outer, _ = self.problem.outer_loss(held, y, self.problem.fresh_carry(self.penalized_carry, valid), valid)
+            outer, _ = self.problem.outer_loss(
+                held, y, self.problem.fresh_carry(self.penalized_carry, valid), valid
+            )
         loss = inner + outer / self.sigma
         self.watch(loss)
         descend(loss, self.penalized)
@@ -118,7 +131,9 @@ class Penalty(Explicit):
         return loss.detach()
 
     def outer_phase(self) -> Metrics:
-        metrics = super().outer_phase() | {"penalty_weight": torch.full((), self.sigma, device=self.device)}
+        metrics = super().outer_phase() | {
+            "penalty_weight": torch.full((), self.sigma, device=self.device)
+        }
         self.sigma = min(self.sigma + self.growth, self.weight_max)
         return metrics
 
@@ -126,7 +141,11 @@ class Penalty(Explicit):
         """L_V(λ, y) on `batch`, the hypergradient [h] on it and on the last training batch, and what was measured."""
         y, z = self.penalized.detached(), self.weights.detached()
         loss, _, direct = self.outer_gradients(batch, y, self.penalized_carry)
-        training, z_carry, y_carry = self.recent or (self.data.train.peek(), self.carry, self.penalized_carry)
+        training, z_carry, y_carry = self.recent or (
+            self.data.train.peek(),
+            self.carry,
+            self.penalized_carry,
+        )
         self.data.train.count(count_examples(training))
         masks = self.generator.get_state()
         of_y, at_y = self.inner_gradient(y, y_carry, training)
@@ -137,7 +156,9 @@ class Penalty(Explicit):
     def inner_gradient(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Tensor]:
         """L_T and ∂_u L_T, [h]."""
         u = self.belief.u.detach().requires_grad_()
-        loss, _ = self.problem.inner_loss(self.problem.space.constrain(u, self.generator), params, carry, batch, self.generator)
+        loss, _ = self.problem.inner_loss(
+            self.problem.space.constrain(u, self.generator), params, carry, batch, self.generator
+        )
         if not loss.requires_grad:
             return loss, torch.zeros_like(u)
         return loss.detach(), torch.autograd.grad(loss, u, materialize_grads=True)[0]
@@ -154,7 +175,9 @@ class Penalty(Explicit):
             "its minimum, and the penalty multiplies what it lacks; take more inner_steps, or let the weight grow more slowly"
         }
 
-    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def build(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().build(problem, data, device, generator)
         self.penalized = self.trained_with(self.weights.detached(), self.configured_optimizer)
         self.penalized_carry, self.sigma, self.recent = self.carry, self.weight, None

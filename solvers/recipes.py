@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from solvers.conjugate_gradients import CG
-from solvers.curvature import GaussNewton
-from solvers.implicit import Implicit
-from solvers.linear_solve import Identity
-from solvers.nystrom import Nystrom
-from solvers.richardson import Neumann
-from solvers.self_tuning import SelfTuning
-from solvers.tangents import Forward
-from solvers.unrolled import Unrolled
+from bilevel.solvers.implicit import Implicit
+from bilevel.solvers.linear_solve.base import Identity
+from bilevel.solvers.linear_solve.conjugate_gradients import CG
+from bilevel.solvers.linear_solve.curvature import GaussNewton
+from bilevel.solvers.linear_solve.neumann import Neumann
+from bilevel.solvers.linear_solve.nystrom import Nystrom
+from bilevel.solvers.self_tuning import SelfTuning
+from bilevel.solvers.unroll.forward import Forward
+from bilevel.solvers.unrolled import Unrolled
 
 
 def delta_stn(**options: Any) -> SelfTuning:

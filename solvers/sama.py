@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Problem
 from bilevel.params import count_examples
-from solvers.explicit import Explicit
-from solvers.pullback import Pullback, flat, unflat
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler
-from solvers.updates import Moments, Twin, sgd
+from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
+from bilevel.solvers.base.explicit import Explicit
+from bilevel.solvers.optim.functional import Moments, Twin, sgd
+from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 
 
 class SAMA(Explicit):
@@ -44,7 +44,7 @@ class SAMA(Explicit):
         finite_difference: False takes the exact mixed derivative, which needs second derivatives.
         inner_steps: training batches per round.
         outer_steps: validation batches per round.
-        inner_optimizer: for w, one that has a twin (`solvers.updates`).
+        inner_optimizer: for w, one that has a twin (`bilevel.solvers.optim.functional`).
         inner_scheduler: its learning-rate schedule, stepped every epoch.
         clip_norm: largest gradient norm.
         outer_optimizer: for u.
@@ -53,7 +53,7 @@ class SAMA(Explicit):
         BilevelError: an `alpha` that is not positive.
 
     Example:
-        >>> from problems import Quadratic
+        >>> from bilevel.problems import Quadratic
         >>> problem, device = Quadratic.random(seed=1), torch.device("cpu")
         >>> solver = SAMA()
         >>> solver.setup(problem, problem.data(device, torch.Generator()), device, torch.Generator())
@@ -79,7 +79,9 @@ class SAMA(Explicit):
         outer_optimizer: MakeOptimizer = RMSPROP,
     ) -> None:
         if not 0 < alpha < math.inf:
-            raise BilevelError(f"alpha={alpha} is no distance to displace w by; choose a positive one, small beside ‖w‖")
+            raise BilevelError(
+                f"alpha={alpha} is no distance to displace w by; choose a positive one, small beside ‖w‖"
+            )
         super().__init__(
             inner_steps=inner_steps,
             outer_steps=outer_steps,
@@ -88,7 +90,11 @@ class SAMA(Explicit):
             clip_norm=clip_norm,
             outer_optimizer=outer_optimizer,
         )
-        self.alpha, self.finite_difference, self.subtracts = alpha, finite_difference, finite_difference
+        self.alpha, self.finite_difference, self.subtracts = (
+            alpha,
+            finite_difference,
+            finite_difference,
+        )
         if not finite_difference:
             self.needs = self.needs | {Need.SECOND_DERIVATIVES}  # type: ignore[misc]  # of this one
 
@@ -109,8 +115,12 @@ class SAMA(Explicit):
     def exact(self, vector: Tensor, batch: Batch, carry: Carry) -> tuple[Tensor, Metrics]:
         """(∂²L_T/∂λ∂w)ᵀ v, of one graph."""
         w = self.weights.detached()
-        pull = Pullback(self.problem, self.belief.u, w, carry, [batch], self.generator, self.functions)
-        return pull.cross(self.adapted(vector, pull.gradient)), {"inner_gradient_norm": pull.gradient_norm}
+        pull = Pullback(
+            self.problem, self.belief.u, w, carry, [batch], self.generator, self.functions
+        )
+        return pull.cross(self.adapted(vector, pull.gradient)), {
+            "inner_gradient_norm": pull.gradient_norm
+        }
 
     def difference(self, vector: Tensor, batch: Batch, carry: Carry) -> tuple[Tensor, Metrics]:
         """(∂²L_T/∂λ∂w)ᵀ v by a central difference, all its passes with the same masks."""
@@ -128,13 +138,20 @@ class SAMA(Explicit):
         self.generator.set_state(masks)
         behind = self.inner_gradient(-displacement, batch, carry, of="u")
         change = ahead - behind
-        metrics["relative_difference"] = change.norm() / (ahead.norm() + behind.norm()).clamp_min(tiny)
+        metrics["relative_difference"] = change.norm() / (ahead.norm() + behind.norm()).clamp_min(
+            tiny
+        )
         return change * (length / (2 * self.alpha)), metrics
 
-    def inner_gradient(self, displacement: Tensor, batch: Batch, carry: Carry, *, of: Literal["w", "u"]) -> Tensor:
+    def inner_gradient(
+        self, displacement: Tensor, batch: Batch, carry: Carry, *, of: Literal["w", "u"]
+    ) -> Tensor:
         """The gradient of L_T in w, [m], or in u, [h], at w + displacement."""
         shifts = unflat(displacement, self.weights.leaves)
-        params = {name: w + shift for (name, w), shift in zip(self.weights.detached().items(), shifts, strict=True)}
+        params = {
+            name: w + shift
+            for (name, w), shift in zip(self.weights.detached().items(), shifts, strict=True)
+        }
         u = self.belief.u.detach()
         wanted = [x.requires_grad_() for x in (params.values() if of == "w" else [u])]
         hypers = self.problem.space.constrain(u, self.generator)
@@ -166,6 +183,8 @@ class SAMA(Explicit):
             "more than rounding; raise alpha, or set finite_difference=false"
         }
 
-    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def build(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().build(problem, data, device, generator)
         self.twin, self.recent = Twin(self.weights, problem.space), None

@@ -15,15 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Prediction, Problem, Space
-from bilevel.needs import check_space
+from bilevel import (
+    Batch,
+    BilevelError,
+    Carry,
+    Data,
+    Hypers,
+    Metrics,
+    Params,
+    Prediction,
+    Problem,
+    Space,
+)
 from bilevel.params import count_examples, detached, to_device
+from bilevel.requirements import check_space
 from bilevel.solver import on_cpu
-from solvers.descent import Descent
-from solvers.linearization import double_backward, forward_mode
-from solvers.rehearsal import check_response, largest, units, without_last
-from solvers.response import Dense, Response, Structured
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler, Trained, descend
+from bilevel.solvers.autodiff.linearization import double_backward, forward_mode
+from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.base.dry_run import check_response, largest, units, without_last
+from bilevel.solvers.optim.optimized import (
+    RMSPROP,
+    SGD,
+    MakeOptimizer,
+    MakeScheduler,
+    Trained,
+    descend,
+)
+from bilevel.solvers.response.jacobian import Dense, Response, Structured
 
 MOST_DIRECTIONS = 500
 """Coordinates of λ above which a response is doubted: each step shows it one of so many directions."""
@@ -104,7 +122,11 @@ class SelfTuning(Descent):
         return {f"Θ of {name}": tensor for name, tensor in self.theta.detached().items()}
 
     def memory_settings(self, space: Space) -> list[str]:
-        dense = ["response=null (Dense holds Θ as h copies of w)"] if isinstance(self.response, Dense) else []
+        dense = (
+            ["response=null (Dense holds Θ as h copies of w)"]
+            if isinstance(self.response, Dense)
+            else []
+        )
         return [*dense, f"fewer hyperparameters (now h = {space.numel}, and Θ grows with it)"]
 
     # --- one training batch ---
@@ -115,10 +137,14 @@ class SelfTuning(Descent):
     def separate_step(self, batch: Batch) -> Metrics:
         """w₀ descends L_T(λ₀, w₀); then Θ descends E_ε L_T(λ₀ + ε, w₀ + Θε) with w₀ held where that step left it."""
         hypers = self.problem.space.constrain(self.belief.centre, self.generator)
-        loss, carry = self.problem.inner_loss(hypers, self.unperturbed_weights(), self.carry, batch, self.generator)
+        loss, carry = self.problem.inner_loss(
+            hypers, self.unperturbed_weights(), self.carry, batch, self.generator
+        )
         descend(loss, self.weights)
         with self.phase("response"):
-            response_loss, response_carry = self.perturbed_loss(self.weights.detached(), self.response_carry, batch)
+            response_loss, response_carry = self.perturbed_loss(
+                self.weights.detached(), self.response_carry, batch
+            )
             descend(response_loss, self.theta)
         self.watch(loss + response_loss.detach())
         # Statistics are those of the pass that trains w₀; recurrent state is kept apart for the two passes.
@@ -137,7 +163,9 @@ class SelfTuning(Descent):
         """w₀ itself; uncentered, the effective weights φ + Θu₀ with Θ held."""
         if self.centered:
             return self.weights.tensors
-        return self.response.weights(self.theta.detached(), self.weights.tensors, self.belief.centre, tangent=False)
+        return self.response.weights(
+            self.theta.detached(), self.weights.tensors, self.belief.centre, tangent=False
+        )
 
     def perturbed_loss(self, base: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
         """L_T at λ₀ + ε and w₀ + Θ·offset, on the network's prediction or on its linearization at w₀."""
@@ -149,14 +177,20 @@ class SelfTuning(Descent):
         if self.linearize:
             prediction, carry = self.linearized(hypers, base, offset, carry, batch)
         else:
-            prediction, carry = self.problem.predict(hypers, params, carry, batch, train=True, generator=self.generator)
+            prediction, carry = self.problem.predict(
+                hypers, params, carry, batch, train=True, generator=self.generator
+            )
         return self.problem.inner_objective(hypers, params, prediction, batch), detached(carry)
 
-    def linearized(self, hypers: Hypers, base: Params, offset: Tensor, carry: Carry, batch: Batch) -> tuple[Prediction, Carry]:
+    def linearized(
+        self, hypers: Hypers, base: Params, offset: Tensor, carry: Carry, batch: Batch
+    ) -> tuple[Prediction, Carry]:
         """y₀ + ẏ with y₀ = f(x; λ₀ + ε, w₀) and ẏ = J_w f · Θε: in forward mode where w₀ is held, which is cheap."""
 
         def predict(params: Params) -> tuple[Prediction, Carry]:
-            return self.problem.predict(hypers, params, carry, batch, train=True, generator=self.generator)
+            return self.problem.predict(
+                hypers, params, carry, batch, train=True, generator=self.generator
+            )
 
         weights = partial(self.response.weights, self.theta.tensors, base)
         if self.regularized_w0:
@@ -168,7 +202,9 @@ class SelfTuning(Descent):
     def respond(self, offset: Tensor) -> Params:
         """ŵ = w₀ + Θ(u − u₀ + ε), or φ + Θ(u + ε): never linearized, w₀ and Θ constants."""
         at = offset if self.centered else self.belief.centre + offset
-        return self.response.weights(self.theta.detached(), self.weights.detached(), at, tangent=False)
+        return self.response.weights(
+            self.theta.detached(), self.weights.detached(), at, tangent=False
+        )
 
     def effective_weights(self) -> Params:
         return detached(self.unperturbed_weights())
@@ -188,15 +224,21 @@ class SelfTuning(Descent):
 
     # --- set-up and state ---
 
-    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def build(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().build(problem, data, device, generator)
         self.response_carry = self.carry
-        theta = self.response.init(self.weights.detached(), problem.space.numel, self.calls.axes, on_cpu(generator, 1))
+        theta = self.response.init(
+            self.weights.detached(), problem.space.numel, self.calls.axes, on_cpu(generator, 1)
+        )
         self.theta = self.trained_with(theta, self.response_optimizer)
 
     def check(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse what has nothing to tune, what would not fit in memory, and a network with a function that cannot respond."""
-        check_space(type(self).__name__, problem.space, self.needs, tunes_optimizer=False)  # before what may not fit is built
+        check_space(
+            type(self).__name__, problem.space, self.needs, tunes_optimizer=False
+        )  # before what may not fit is built
         check_response(problem, self.response, device)
         super().check(problem, data, device)
 
@@ -211,17 +253,25 @@ class SelfTuning(Descent):
     def rehearse(self) -> None:
         train, valid = self.data.train.peek(), self.data.valid.peek()
         self.rehearse_on(train, valid)
-        if self.response.per_example and bool(self.problem.space.per_example.any()) and not self.carry:
+        if (
+            self.response.per_example
+            and bool(self.problem.space.per_example.any())
+            and not self.carry
+        ):
             # one example fewer: a network that moves the example axis to one of equal length is then found out
             self.rehearse_on(without_last(train), without_last(valid))
 
     def rehearse_on(self, train: Batch, valid: Batch) -> None:
         """Every pass of a round once; nothing is updated."""
         hypers = self.problem.space.constrain(self.belief.centre, self.generator)
-        loss, _ = self.problem.inner_loss(hypers, self.unperturbed_weights(), self.carry, train, self.generator)
+        loss, _ = self.problem.inner_loss(
+            hypers, self.unperturbed_weights(), self.carry, train, self.generator
+        )
         torch.autograd.grad(loss, self.weights.leaves, allow_unused=True)
         loss, _ = self.perturbed_loss(self.weights.tensors, self.carry, train)
-        trained = self.theta.leaves if self.regularized_w0 else self.theta.leaves + self.weights.leaves
+        trained = (
+            self.theta.leaves if self.regularized_w0 else self.theta.leaves + self.weights.leaves
+        )
         torch.autograd.grad(loss, trained, allow_unused=True)
         torch.autograd.grad(self.outer_loss(valid), [self.belief.u], allow_unused=True)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from bilevel import Batch, BilevelError, Data, Metrics, Need, Params, Problem
 from bilevel.params import to_device
 from bilevel.solver import on_cpu
-from solvers.descent import Descent
-from solvers.pullback import Pullback, unflat
-from solvers.trained import SGD, MakeOptimizer, MakeScheduler, follow
+from bilevel.solvers.autodiff.pullback import Pullback, unflat
+from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, follow
 
 SLOW: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.006)
 """A fifth of what other solvers take, which move λ at every fifth step of w."""
@@ -68,7 +68,7 @@ class SOBA(Descent):
         BilevelError: an `adjoint_lr` that is not positive.
 
     Example:
-        >>> from problems import Quadratic
+        >>> from bilevel.problems import Quadratic
         >>> problem, device = Quadratic.random(seed=1), torch.device("cpu")
         >>> solver = SOBA()
         >>> solver.setup(problem, problem.data(device, torch.Generator()), device, torch.Generator())
@@ -93,7 +93,9 @@ class SOBA(Descent):
         outer_optimizer: MakeOptimizer = SLOW,
     ) -> None:
         if adjoint_lr is not None and not 0 < adjoint_lr < math.inf:
-            raise BilevelError(f"adjoint_lr={adjoint_lr} is no step size; choose a positive one, or null for 1/L")
+            raise BilevelError(
+                f"adjoint_lr={adjoint_lr} is no step size; choose a positive one, or null for 1/L"
+            )
         super().__init__(
             inner_steps=1,
             inner_optimizer=inner_optimizer,
@@ -127,7 +129,9 @@ class SOBA(Descent):
         params, q = self.weights.detached(), self.adjoint
         with self.phase("outer"):
             outer_loss, outer_gradient, direct = self.outer_gradients(valid, params, self.carry)
-        pull = Pullback(self.problem, self.belief.u, params, self.carry, [batch], self.generator, self.functions)
+        pull = Pullback(
+            self.problem, self.belief.u, params, self.carry, [batch], self.generator, self.functions
+        )
         with self.phase("response"):
             Hq, cross = pull.both(q)
         curvature = over(q @ Hq, q @ q)
@@ -140,7 +144,15 @@ class SOBA(Descent):
             "largest_eigenvalue": over(Hq.norm(), q.norm()),
         }
         shift = 2 * torch.relu(-curvature)
-        return Directions(pull.gradient, Hq + shift * q + outer_gradient, cross + direct, pull, shift, outer_loss, metrics)
+        return Directions(
+            pull.gradient,
+            Hq + shift * q + outer_gradient,
+            cross + direct,
+            pull,
+            shift,
+            outer_loss,
+            metrics,
+        )
 
     def adjoint_rate(self, at: Directions) -> tuple[Tensor | float, Tensor]:
         """The step size of q, and a lower bound of L; the power iteration, where it is in use, goes on by one product."""
@@ -182,7 +194,9 @@ class SOBA(Descent):
             )
         return found
 
-    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def build(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().build(problem, data, device, generator)
         like, size = self.weights.leaves[0], sum(leaf.numel() for leaf in self.weights.leaves)
         self.adjoint = torch.zeros(size, dtype=like.dtype, device=device)

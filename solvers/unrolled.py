@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from bilevel import Batch, Data, Metrics, Need, Params, Problem, Refused, SolverWarning, Space
-from bilevel.needs import check_space
 from bilevel.params import to_device
-from solvers.descent import Descent
-from solvers.differentiation import Kept, Mode, Reverse, Unroll
-from solvers.rehearsal import check_response
-from solvers.response import Dense
-from solvers.tangents import Forward
-from solvers.trained import RMSPROP, SGD, MakeOptimizer, MakeScheduler
-from solvers.trajectory import Point, Trajectory, once_only
-from solvers.updates import Moments, Twin
+from bilevel.requirements import check_space
+from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.base.dry_run import check_response
+from bilevel.solvers.optim.functional import Moments, Twin
+from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
+from bilevel.solvers.response.jacobian import Dense
+from bilevel.solvers.unroll.forward import Forward
+from bilevel.solvers.unroll.reverse import Kept, Mode, Reverse, Unroll
+from bilevel.solvers.unroll.trajectory import Point, Trajectory, once_only
 
 REVERSE = Reverse()
 
@@ -81,8 +81,14 @@ class Unrolled(Descent):
 
     def memory_settings(self, space: Space) -> list[str]:
         if not isinstance(self.mode, Reverse):
-            return [f"solver.mode._target_=solvers.Reverse (now h = {space.numel} directions are carried along)"]
-        kept = self.inner_steps if self.mode.truncate is None else min(self.mode.truncate, self.inner_steps)
+            return [
+                f"solver.mode._target_=bilevel.solvers.Reverse (now h = {space.numel} directions are carried along)"
+            ]
+        kept = (
+            self.inner_steps
+            if self.mode.truncate is None
+            else min(self.mode.truncate, self.inner_steps)
+        )
         steps = f"fewer solver.inner_steps, or solver.mode.truncate (now {kept} steps in one graph)"
         return [steps] if self.mode.checkpoint else [steps, "solver.mode.checkpoint=true"]
 
@@ -149,19 +155,25 @@ class Unrolled(Descent):
 
     # --- set-up and state ---
 
-    def build(self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator) -> None:
+    def build(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
         super().build(problem, data, device, generator)
         self.twin = Twin(self.weights, problem.space)
         self.trajectory = Trajectory(problem, self.twin, generator, self.functions)
         self.start = None
         if self.restart:
-            fresh = Moments({name: {} for name in self.weights.tensors}, dict.fromkeys(self.weights.tensors, 0))
+            fresh = Moments(
+                {name: {} for name in self.weights.tensors}, dict.fromkeys(self.weights.tensors, 0)
+            )
             self.start = Point(self.here().params, fresh, self.carry)
 
     def check(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse besides what has no differentiable twin, and columns that would not fit in memory."""
         if isinstance(self.mode, Forward):
-            check_space(type(self).__name__, problem.space, self.needs, tunes_optimizer=self.tunes_optimizer)
+            check_space(
+                type(self).__name__, problem.space, self.needs, tunes_optimizer=self.tunes_optimizer
+            )
             check_response(problem, Dense(), device)
             if problem.space.numel >= MANY:
                 warnings.warn(
@@ -180,7 +192,9 @@ class Unrolled(Descent):
             raise Refused(lacking.format(said="a function is marked once_differentiable"))
 
     def state_dict(self) -> dict[str, Any]:
-        start = None if self.start is None else {"params": self.start.params, "carry": self.start.carry}
+        start = (
+            None if self.start is None else {"params": self.start.params, "carry": self.start.carry}
+        )
         return super().state_dict() | {"start": start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

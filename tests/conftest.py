@@ -21,12 +21,14 @@ def shapes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _has_shape(hint: Any) -> bool:
-    return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(_has_shape(part) for part in get_args(hint))
+    return (isinstance(hint, type) and issubclass(hint, AbstractArray)) or any(
+        _has_shape(part) for part in get_args(hint)
+    )
 
 
 # Before anything of ours is imported; by name, since the hook writes the checker into the source that it loads.
 sys.modules["shape_checker"] = sys.modules[__name__]
-install_import_hook(["bilevel", "problems", "solvers"], "shape_checker.shapes")
+install_import_hook(["bilevel"], "shape_checker.shapes")
 
 
 @pytest.fixture(autouse=True)

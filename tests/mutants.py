@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("bilevel", "problems", "solvers", "tests", "conf", "docs", "benchmarks", "pyproject.toml", "README.md")
+PARTS = (
+    "bilevel",
+    "problems",
+    "solvers",
+    "tests",
+    "conf",
+    "docs",
+    "benchmarks",
+    "pyproject.toml",
+    "README.md",
+)
 
 
 class Mutant(NamedTuple):
@@ -31,42 +41,42 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "transposed response: the scale on the inputs of a layer, not on its outputs",
-        "solvers/rules.py",
+        "solvers/response/rules.py",
         "        if weight.axis == 0:\n            units",
         "        if weight.axis == 1 or weight.base.shape[0] != weight.base.shape[1]:\n            units",
         "test_rules.py",
     ),
     Mutant(
         "σ² for σ in the perturbation of training",
-        "solvers/belief.py",
+        "solvers/base/search_distribution.py",
         "return self.sigma.detach() * self.noise",
         "return self.sigma.detach() ** 2 * self.noise",
         "test_belief.py",
     ),
     Mutant(
         "σ² for σ in the outer phase",
-        "solvers/belief.py",
+        "solvers/base/search_distribution.py",
         "return moved + self.sigma * self.noise",
         "return moved + self.sigma**2 * self.noise",
         "test_belief.py",
     ),
     Mutant(
         "s for σ: the softplus forgotten",
-        "solvers/belief.py",
+        "solvers/base/search_distribution.py",
         "return F.softplus(self.s)",
         "return self.s",
         "test_belief.py",
     ),
     Mutant(
         "entropy subtracted twice: its sign turned",
-        "solvers/descent.py",
+        "solvers/base/descent.py",
         "loss - self.entropy_weight * entropy",
         "loss + self.entropy_weight * entropy",
         "test_theory_nonlinear.py",
     ),
     Mutant(
         "entropy of a variance: log σ² for log σ",
-        "solvers/belief.py",
+        "solvers/base/search_distribution.py",
         "torch.log(self.sigma).sum()",
         "torch.log(self.sigma**2).sum()",
         "test_belief.py",
@@ -101,28 +111,28 @@ MUTANTS = [
     ),
     Mutant(
         "the tangent goes through W₁ too",
-        "solvers/rules.py",
+        "solvers/response/rules.py",
         "units = f(primal(x) if weight.tangent else x, weight.response, None)",
         "units = f(primal(x), weight.response, None) + (0 if tangent(x) is None else f(tangent(x), weight.response, None))",
         "test_rules.py",
     ),
     Mutant(
         "W₁ẋ computed and thrown away",
-        "solvers/rules.py",
+        "solvers/response/rules.py",
         "            units = f(primal(x) if weight.tangent else x, weight.response, None)",
         "            units = f(x, weight.response, None)\n            units = primal(units) if weight.tangent else units",
         "test_step_cost.py",
     ),
     Mutant(
         "a stale u₀: the centre never moves",
-        "solvers/belief.py",
+        "solvers/base/search_distribution.py",
         "        self.centre.copy_(self.u.detach())\n\n    def scales",
         "        pass\n\n    def scales",
         "test_self_tuning.py",
     ),
     Mutant(
         "u₀ moves in the middle of an outer phase",
-        "solvers/descent.py",
+        "solvers/base/descent.py",
         "        self.belief.recentre()\n        return metrics",
         "            self.belief.recentre()\n        return metrics",
         "test_self_tuning.py",
@@ -155,21 +165,21 @@ MUTANTS = [
     ),
     Mutant(
         "y₀ forgotten: the objective at ẏ alone",
-        "solvers/linearization.py",
+        "solvers/autodiff/linearization.py",
         "return value if dot is None else value + dot",
         "return value if dot is None else dot",
         "test_linearization.py test_theory_nonlinear.py",
     ),
     Mutant(
         "the cross term of ‖W₀ + diag(s)W₁‖² counted once",
-        "solvers/rules.py",
+        "solvers/response/rules.py",
         "2 * cross",
         "1 * cross",
         "test_rules.py",
     ),
     Mutant(
         "per-batch hyperparameters perturbed per example",
-        "solvers/belief.py",
+        "solvers/base/search_distribution.py",
         "torch.where(self._per_example, n, n[:1])",
         "n",
         "test_belief.py",
@@ -183,56 +193,56 @@ MUTANTS = [
     ),
     Mutant(
         "the warm-up moves λ",
-        "solvers/training.py",
+        "solvers/base/training.py",
         "return metrics if warmup else metrics | self.outer_phase()",
         "return metrics | self.outer_phase()",
         "test_self_tuning.py",
     ),
     Mutant(
         "the mask of dropout not rescaled",
-        "problems/dropout.py",
+        "problems/networks/dropout.py",
         "< keep) / keep",
         "< keep)",
         "test_problems.py",
     ),
     Mutant(
         "the best checkpoint is the worst",
-        "bilevel/loop.py",
+        "bilevel/run/loop.py",
         'valid["loss"] < self.best',
         'valid["loss"] > self.best',
         "test_runner.py",
     ),
     Mutant(
         "a resumed stream starts its epoch again",
-        "bilevel/data.py",
+        "bilevel/data/tensor_stream.py",
         'self.examples, self._position = state["examples"], state["position"]\n        self._order',
         'self.examples, self._position = state["examples"], 0\n        self._order',
         "test_data.py",
     ),
     Mutant(
         "a differentiable Adam that loses its square root",
-        "solvers/updates.py",
+        "solvers/optim/functional.py",
         '    root = _root(square) / (1 - s["beta2"] ** count) ** 0.5',
         '    root = square / (1 - s["beta2"] ** count)',
         "test_updates.py",
     ),
     Mutant(
         "the scale of CG's step dropped",
-        "solvers/conjugate_gradients.py",
+        "solvers/linear_solve/conjugate_gradients.py",
         "step = torch.where(active, rr / curvature, 0)",
         "step = torch.where(active, 1 / curvature, 0)",
         "test_linear_solve.py",
     ),
     Mutant(
         "CG's residual not updated",
-        "solvers/conjugate_gradients.py",
+        "solvers/linear_solve/conjugate_gradients.py",
         "            r.addcmul_(image, -step)\n",
         "            r.addcmul_(image, -0 * step)\n",
         "test_linear_solve.py",
     ),
     Mutant(
         "the step of Neumann and fixed point not capped",
-        "solvers/richardson.py",
+        "solvers/linear_solve/neumann.py",
         "step = torch.minimum(*bounds).clamp(min=0)",
         "step = bounds[0]",
         "test_linear_solve.py",
@@ -260,49 +270,49 @@ MUTANTS = [
     ),
     Mutant(
         "the last trial is the solution, not the best",
-        "solvers/search.py",
+        "solvers/black_box/search.py",
         '(self.best is None or score < self.best["score"])',
         "(self.best is None or score < math.inf)",
         "test_search.py",
     ),
     Mutant(
         "members of a population share their weights",
-        "solvers/population.py",
+        "solvers/black_box/population.py",
         "    return {name: t.detach().clone() for name, t in tensors.items()}",
         "    return {name: t.detach() for name, t in tensors.items()}",
         "test_population.py",
     ),
     Mutant(
         "Gaussian dropout with the rate for its variance",
-        "problems/dropout.py",
+        "problems/networks/dropout.py",
         "_root(rate / (1 - rate)).to(x.dtype) * noise",
         "_root(rate).to(x.dtype) * noise",
         "test_relaxations.py",
     ),
     Mutant(
         "regret against zero, not against λ*",
-        "problems/linear.py",
+        "problems/closed_form/linear_regression.py",
         '{"regret": loss - least}',
         '{"regret": loss}',
         "test_exact.py",
     ),
     Mutant(
         "a sampled rate is not refused",
-        "bilevel/needs.py",
+        "bilevel/requirements.py",
         "if Need.INNER_DERIVATIVE in needs and not domain.differentiable:",
         "if False and not domain.differentiable:",
         "test_needs.py",
     ),
     Mutant(
         "an image moved to the other side",
-        "problems/augment.py",
+        "problems/classification/image_transforms.py",
         "c, d, -(c * dx + d * dy)",
         "c, d, c * dx + d * dy",
         "test_augment.py",
     ),
     Mutant(
         "proximity without its half",
-        "problems/few_shot.py",
+        "problems/few_shot/problem.py",
         '.sum() + 0.5 * hypers["proximity"] * own',
         '.sum() + hypers["proximity"] * own',
         "test_few_shot.py",
@@ -330,63 +340,63 @@ MUTANTS = [
     ),
     Mutant(
         "a share has the rows of the first for weights that vary per example",
-        "bilevel/parallel/problem.py",
+        "bilevel/parallel/sharded_problem.py",
         "varying[share.rows]",
         "varying[: share.size]",
         "test_parallel.py",
     ),
     Mutant(
         "shares of unequal size counted alike",
-        "bilevel/parallel/shares.py",
+        "bilevel/parallel/shards.py",
         "return self.size / self.whole",
         "return 0.5",
         "test_parallel.py",
     ),
     Mutant(
         "the gradient through batch-norm statistics not summed over processes",
-        "bilevel/parallel/norms.py",
+        "bilevel/parallel/batch_norm.py",
         "mean, var = enter(self.ranks, [mean.to(x.dtype), (square - mean.square()).to(x.dtype)])",
         "mean, var = [mean.to(x.dtype), (square - mean.square()).to(x.dtype)]",
         "test_parallel.py",
     ),
     Mutant(
         "a checksum that is not compared",
-        "bilevel/sealed.py",
+        "bilevel/checkpoint/file_format.py",
         "if digest.hexdigest().encode() != seal[2]:",
         "if False:",
         "test_checkpoint.py",
     ),
     Mutant(
         "the newest checkpoint moved away, not given a second name",
-        "bilevel/checkpoint.py",
+        "bilevel/checkpoint/checkpoints.py",
         "os.link(newest, older)",
         "os.rename(newest, older)",
         "test_checkpoint.py",
     ),
     Mutant(
         "lines that were cut by a full disk not written again",
-        "bilevel/json_lines.py",
+        "bilevel/loggers/jsonl.py",
         "            self.file.seek(self.durable)",
         "            pass",
         "test_faults.py",
     ),
     Mutant(
         "a class may lose its last training image to validation",
-        "problems/splitting.py",
+        "problems/datasets/validation_split.py",
         "torch.where(shares + 1 < sizes,",
         "torch.where(shares < sizes,",
         "test_images.py",
     ),
     Mutant(
         "what a captured step binds anew stays where the recording left it",
-        "bilevel/capture.py",
+        "bilevel/run/cuda_graph.py",
         "            if bound is not before.get(name):\n                self._keep(name, bound)\n        return metrics",
         "            pass\n        return metrics",
         "test_capture.py",
     ),
     Mutant(
         "dropout of channels forgets what it drops from",
-        "problems/networks.py",
+        "problems/networks/mlp_cnn.py",
         "return x if drop is keep else x * drop(",
         "return x if drop is keep else x.new_ones(x.shape) * drop(",
         "test_networks.py",
@@ -411,25 +421,47 @@ def survives(mutant: Mutant | None) -> str | None:
                 return f"is out of date: its text stands {text.count(mutant.old)} times in {mutant.file}"
             file.write_text(text.replace(mutant.old, mutant.new))
             tests = mutant.tests.split()
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *(f"tests/{test}" for test in tests),
+        ]
         environment = os.environ | {"PYTHONPATH": place, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
     failed = done.returncode == 1 and "\nFAILED " in done.stdout
     if mutant is None:
-        return None if done.returncode == 0 else f"the tests fail on the code as it is:\n{done.stdout[-3000:]}"
-    return None if failed else f"survives {mutant.tests}" + ("" if done.returncode == 0 else f":\n{done.stdout[-2000:]}")
+        return (
+            None
+            if done.returncode == 0
+            else f"the tests fail on the code as it is:\n{done.stdout[-3000:]}"
+        )
+    return (
+        None
+        if failed
+        else f"survives {mutant.tests}"
+        + ("" if done.returncode == 0 else f":\n{done.stdout[-2000:]}")
+    )
 
 
 def main() -> int:
     """Run all mutants, or those whose name holds a word; the exit status counts the survivors."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("word", nargs="?", default="")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if options.word in mutant.name]
     bad = 0
     with ThreadPoolExecutor(options.workers) as pool:
-        for mutant, verdict in zip([None, *chosen], pool.map(survives, [None, *chosen]), strict=True):
+        for mutant, verdict in zip(
+            [None, *chosen], pool.map(survives, [None, *chosen]), strict=True
+        ):
             bad += verdict is not None
             name = "(no mutation: every test passes)" if mutant is None else mutant.name
             print(

@@ -9,8 +9,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {"bilevel": {"bilevel"}, "problems": {"bilevel", "problems"}, "solvers": {"bilevel", "solvers"}}
-OPTIONAL = ("hydra", "omegaconf", "wandb", "kornia", "optuna", "matplotlib", "rich", "sklearn", "torchvision")
+ALLOWED = {
+    "bilevel": {"bilevel"},
+    "problems": {"bilevel", "problems"},
+    "solvers": {"bilevel", "solvers"},
+}
+OPTIONAL = (
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "kornia",
+    "optuna",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "torchvision",
+)
 
 
 def imported(source: str, package: str) -> set[str]:
@@ -21,11 +35,15 @@ def imported(source: str, package: str) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(package if node.level else (node.module or "").split(".")[0])
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+        elif isinstance(node, ast.Call) and getattr(
+            node.func, "attr", getattr(node.func, "id", "")
+        ) in (
             "import_module",
             "__import__",
         ):
-            names |= {str(arg.value).split(".")[0] for arg in node.args if isinstance(arg, ast.Constant)}
+            names |= {
+                str(arg.value).split(".")[0] for arg in node.args if isinstance(arg, ast.Constant)
+            }
     return names
 
 
@@ -59,11 +77,14 @@ class Blocked:
         if name.split(".")[0] in {OPTIONAL!r}:
             raise ImportError("blocked: " + name)
 sys.meta_path.insert(0, Blocked())
-import bilevel, solvers, problems.quadratic
+import bilevel, solvers, bilevel.problems.closed_form.quadratic
 loaded = set({OPTIONAL!r}) & set(sys.modules)
 assert not loaded, loaded
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -12,16 +12,15 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
-from mutants import MUTANTS
 from omegaconf import OmegaConf
 
 import bilevel
-import problems
-import solvers
-from bilevel.cli import bad_input, targets
+from bilevel import problems, solvers
+from bilevel.cli import input_errors, targets
 from bilevel.cli.app import OPEN_GROUPS, add_resolvers, prepared
 from bilevel.cli.compare import parser
-from solvers import responding
+from bilevel.solvers.response import per_example_weight
+from tests.mutants import MUTANTS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -33,10 +32,12 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(
-        responding, "RULES", dict(responding.RULES)
+        responding, "RULES", dict(per_example_weight.RULES)
     )  # a page may teach a rule, which other tests know to be missing
     shared = {"__name__": page.stem}
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), start=1):
+    for number, block in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), start=1
+    ):
         exec(compile(block, f"{page.name}, block {number}", "exec"), shared)
 
 
@@ -49,7 +50,9 @@ def test_links_lead_somewhere(page):
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of every command line in an indented block, but for those with a place that the reader fills in."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).replace("\\\n", " ")
-    for line in re.findall(r"^    ((?:bilevel|bilevel-compare|make|python -m)(?: .*)?)$", text, re.MULTILINE):
+    for line in re.findall(
+        r"^    ((?:bilevel|bilevel-compare|make|python -m)(?: .*)?)$", text, re.MULTILINE
+    ):
         line = re.sub(r"\s+#.*$", "", line)
         if not any(place in line for place in ("…", "DIR")):
             yield shlex.split(re.sub(r"\[-.*?\]", "", line))
@@ -58,7 +61,11 @@ def commands(page: Path) -> Iterator[list[str]]:
 def composed(arguments: list[str]) -> Iterator[dict[str, Any]]:
     """The configurations of a command line: every value of a sweep once, the other sweeps at their first."""
     add_resolvers()
-    given = [bad_input.parse(argument) for argument in prepared(arguments) if not argument.startswith("-")]
+    given = [
+        input_errors.parse(argument)
+        for argument in prepared(arguments)
+        if not argument.startswith("-")
+    ]
     values = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
         if one.is_sweep_override()
@@ -66,12 +73,23 @@ def composed(arguments: list[str]) -> Iterator[dict[str, Any]]:
         for one in given
     ]
     first = [each[0] for each in values]
-    for overrides in {tuple(first), *((*first[:i], v, *first[i + 1 :]) for i, each in enumerate(values) for v in each[1:])}:
+    for overrides in {
+        tuple(first),
+        *((*first[:i], v, *first[i + 1 :]) for i, each in enumerate(values) for v in each[1:]),
+    }:
         config = compose("config", overrides=list(overrides))
-        yield {node: OmegaConf.to_container(config[node], resolve=True) for node in OPEN_GROUPS if node in config}
+        yield {
+            node: OmegaConf.to_container(config[node], resolve=True)
+            for node in OPEN_GROUPS
+            if node in config
+        }
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if list(commands(page))],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_commands_are_ones_that_there_are(page):
     """What each names exists, and a `bilevel` line sets nothing that the constructors would not take."""
     targets_of_make = re.findall(r"^([a-z][\w -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -104,7 +122,9 @@ def test_the_list_of_mutants_is_complete():
 
 
 def test_no_mutant_is_out_of_date():
-    assert [mutant.name for mutant in MUTANTS if (ROOT / mutant.file).read_text().count(mutant.old) != 1] == []
+    assert [
+        mutant.name for mutant in MUTANTS if (ROOT / mutant.file).read_text().count(mutant.old) != 1
+    ] == []
 
 
 def leaves(nav: Any) -> Iterator[str]:
@@ -121,7 +141,9 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.glob("**/*.md"))
 
 
-@pytest.mark.parametrize("package", [bilevel, problems, solvers], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [bilevel, problems, solvers], ids=lambda package: package.__name__
+)
 def test_every_public_name_is_in_the_reference(package):
     page = (DOCS / "api" / f"{package.__name__}.md").read_text()
     listed = re.findall(rf"^::: ({package.__name__}\.[\w.]+)$", page, re.MULTILINE)
@@ -139,8 +161,15 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     assert built.returncode == 0, built.stderr
     for page in tmp_path.glob("**/*.html"):
         text = page.read_text()
-        assert re.findall(r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"?((?:https?:)?//[^\" ]+)", text) == [], page
-        assert not re.search(r"<p>(?:::: |&gt;&gt;&gt; |--8&lt;--)|<blockquote>\s*<blockquote>", text), page
+        assert (
+            re.findall(
+                r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"?((?:https?:)?//[^\" ]+)", text
+            )
+            == []
+        ), page
+        assert not re.search(
+            r"<p>(?:::: |&gt;&gt;&gt; |--8&lt;--)|<blockquote>\s*<blockquote>", text
+        ), page
     reference = (tmp_path / "api" / "solvers.html").read_text()
     assert 'id="solvers.delta_stn"' in reference
     assert "centered response, regularized training" in reference

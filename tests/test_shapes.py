@@ -5,7 +5,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from bilevel import BilevelError, Space
-from problems.dropout import dropout
+from bilevel.problems.networks.dropout import dropout
 
 
 def test_a_wrong_shape_is_an_error_in_tests():

@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if every experiment that could be made was made."""
     options = _options(arguments)
     runs = options.runs or ROOT / "runs" / ("experiments-quick" if options.quick else "experiments")
-    out = options.out or (ROOT / "runs" / "experiments-quick" / "docs" if options.quick else ROOT / "docs")
+    out = options.out or (
+        ROOT / "runs" / "experiments-quick" / "docs" if options.quick else ROOT / "docs"
+    )
     try:
         experiments = find(*options.names)
     except BilevelError as error:
@@ -48,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             failed.append(name)
             place = error.filename or out
-            print(f"{name}: cannot use {place}: {error.strerror or error}; give --out or --runs another place", file=sys.stderr)
+            print(
+                f"{name}: cannot use {place}: {error.strerror or error}; give --out or --runs another place",
+                file=sys.stderr,
+            )
         except Exception:  # a mistake in one report leaves the others to be made
             failed.append(name)
             traceback.print_exc()
@@ -59,12 +64,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments to make; all without a name")
-    parser.add_argument("--quick", action="store_true", help="at reduced size, into a copy of the pages")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each (default: 2); 0: this one alone")
-    parser.add_argument("--data", type=Path, help="a folder with MNIST/raw and CIFAR-10; what needs more is skipped")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="experiments to make; all without a name"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="at reduced size, into a copy of the pages"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes of one thread each (default: 2); 0: this one alone",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="a folder with MNIST/raw and CIFAR-10; what needs more is skipped"
+    )
     parser.add_argument("--out", type=Path, help="the folder of the pages (default: docs)")
-    parser.add_argument("--runs", type=Path, help="the folder of the runs, which are kept (default: runs/experiments)")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="the folder of the runs, which are kept (default: runs/experiments)",
+    )
     return parser.parse_args(arguments)
 
 

@@ -12,7 +12,7 @@ from bilevel.comparison import drawing
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.runs import Run
 from bilevel.comparison.statistics import paired
-from bilevel.description import described
+from bilevel.loggers.space_json import described
 
 NAMES = {  # centered, regularized_w0, linearize
     (False, False, False): "STN",
@@ -31,7 +31,9 @@ def sweeps(problem: str, *quick: str) -> dict[str, Sweep]:
     reduced = ("seed=100,101", *quick)
     return {
         f"{problem}_centered": Sweep((*base, "solver.linearize=true,false"), reduced),
-        f"{problem}_uncentered": Sweep((*base, "solver.centered=false", "solver.linearize=false"), reduced),
+        f"{problem}_uncentered": Sweep(
+            (*base, "solver.centered=false", "solver.linearize=false"), reduced
+        ),
     }
 
 
@@ -58,7 +60,11 @@ def unconstrained(run: Run, name: str) -> np.ndarray:
 def _table(groups: Mapping[str, Sequence[Run]]) -> str:
     target = common_target(groups)
     assert target is not None
-    scores = [name for name in ("valid_accuracy", "test_loss", "test_accuracy", "exact.regret") if _known(groups, name)]
+    scores = [
+        name
+        for name in ("valid_accuracy", "test_loss", "test_accuracy", "exact.regret")
+        if _known(groups, name)
+    ]
     plain = _step(groups.get("STN", ()))
     rows = []
     for name, runs in groups.items():
@@ -92,7 +98,9 @@ def _against(groups: Mapping[str, Sequence[Run]], name: str) -> str:
     if name == "STN" or "STN" not in groups:
         return ""
     (pair,), _ = paired({name: groups[name], "STN": groups["STN"]}, lambda run: run.at_best(LOSS))
-    return f"{pair.difference:+.4f} ± {pair.std:.4f}" + (f" (p = {pair.p:.2g})" if pair.p is not None else "")
+    return f"{pair.difference:+.4f} ± {pair.std:.4f}" + (
+        f" (p = {pair.p:.2g})" if pair.p is not None else ""
+    )
 
 
 def _paths(groups: Mapping[str, Sequence[Run]]) -> str:
@@ -101,10 +109,23 @@ def _paths(groups: Mapping[str, Sequence[Run]]) -> str:
     inside, own = [], []
     for label, runs in groups.items():
         us = {name: [unconstrained(run, name) for run in runs] for name in names}
-        values = {name: [run.column(f"hypers.{name}").reshape(run.evaluations, -1) for run in runs] for name in names}
+        values = {
+            name: [run.column(f"hypers.{name}").reshape(run.evaluations, -1) for run in runs]
+            for name in names
+        }
         inside.append([label, *(_travel(paths, ".2f") for paths in us.values())])
-        ends = (spread([float(path[-1].mean()) for path in paths], ".2g") for paths in values.values())
-        own.append([label, *(f"{_travel(paths, '.2g')} → {end}" for paths, end in zip(values.values(), ends, strict=True))])
+        ends = (
+            spread([float(path[-1].mean()) for path in paths], ".2g") for paths in values.values()
+        )
+        own.append(
+            [
+                label,
+                *(
+                    f"{_travel(paths, '.2g')} → {end}"
+                    for paths, end in zip(values.values(), ends, strict=True)
+                ),
+            ]
+        )
     spoken = [drawing.spoken(name) for name in names]
     return (
         "Spike max_t \\|u_t − u_end\\|, and from start to end \\|u_0 − u_end\\| in brackets:\n\n"

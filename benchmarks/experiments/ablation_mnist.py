@@ -7,6 +7,8 @@ from benchmarks.experiments.harness import Experiment
 
 EXPERIMENT = Experiment(
     page="experiments/ablation.md",
-    sweeps=ablation.sweeps("mnist", "problem.train_size=2000", "problem.valid_size=1000", "runner.epochs=8"),
+    sweeps=ablation.sweeps(
+        "mnist", "problem.train_size=2000", "problem.valid_size=1000", "runner.epochs=8"
+    ),
     report=partial(ablation.section, problem="mnist"),
 )

@@ -9,9 +9,9 @@ from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import spread, table
 from bilevel.comparison import drawing
 from bilevel.comparison.runs import Run
-from problems.architecture_cell import SKIP, pairs
-from problems.architecture_drawing import draw_search
-from problems.architecture_genotype import Edge, Genotype, derive, random_genotype
+from bilevel.problems.architecture.cell import SKIP, pairs
+from bilevel.problems.architecture.drawing import draw_search
+from bilevel.problems.architecture.genotype import Edge, Genotype, derive, random_genotype
 
 RANDOM = 3
 """Random cells for each seed of the searches."""
@@ -19,18 +19,32 @@ LONGER = 3
 """How many times as long as its search a cell is trained: one of convolutions is slower than one of pools, and ends better."""
 TABLE = ("problem=architecture_tabular", "solver.inner_steps=1", "seed=0,1,2", "runner.epochs=15")
 IMAGES = (
-    *("problem=architecture_images", "problem.nodes=2", "solver=first_order,delta_stn", "solver.inner_steps=1"),
+    *(
+        "problem=architecture_images",
+        "problem.nodes=2",
+        "solver=first_order,delta_stn",
+        "solver.inner_steps=1",
+    ),
     *("seed=0,1,2", "runner.epochs=8", "lr.outer=0.03"),
 )
 QUICK = ("seed=100", "runner.epochs=2", "runner.warmup_epochs=1")
-REMEDIES = {"no remedy": (), "price 1": ("problem.free_price=1",), "warm-up 5 epochs": ("runner.warmup_epochs=5",)}
+REMEDIES = {
+    "no remedy": (),
+    "price 1": ("problem.free_price=1",),
+    "warm-up 5 epochs": ("runner.warmup_epochs=5",),
+}
 """What is done against the collapse, and the overrides that do it."""
 SWEEPS = {
     "table": Sweep((*TABLE, "solver=first_order,unrolled,implicit_identity,delta_stn"), QUICK),
-    "table neumann": Sweep((*TABLE, "solver=implicit_neumann", "solver.linear_solve.terms=3"), QUICK),
+    "table neumann": Sweep(
+        (*TABLE, "solver=implicit_neumann", "solver.linear_solve.terms=3"), QUICK
+    ),
     **{
         remedy: Sweep(
-            (*IMAGES, *overrides), (*QUICK[:1], "runner.epochs=3", "runner.warmup_epochs=2") if "warm" in remedy else QUICK
+            (*IMAGES, *overrides),
+            (*QUICK[:1], "runner.epochs=3", "runner.warmup_epochs=2")
+            if "warm" in remedy
+            else QUICK,
         )
         for remedy, overrides in REMEDIES.items()
     },
@@ -60,15 +74,22 @@ def retrained(job: Retraining) -> float | None:
     from hydra.utils import instantiate
 
     from bilevel import Runner
-    from solvers import Fixed
+    from bilevel.solvers import Fixed
 
     def sgd(params: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(params, lr=job.rate, momentum=0.9)
 
     problem = instantiate({**job.problem, "genotype": job.cell})
-    runner = Runner(epochs=job.epochs, warmup_epochs=0, device="cpu", threads=1, progress="none", picture=False)
+    runner = Runner(
+        epochs=job.epochs, warmup_epochs=0, device="cpu", threads=1, progress="none", picture=False
+    )
     with tempfile.TemporaryDirectory() as place:
-        summary = runner.run(problem, Fixed(inner_steps=1, inner_optimizer=sgd), directory=Path(place) / "run", seed=job.seed)
+        summary = runner.run(
+            problem,
+            Fixed(inner_steps=1, inner_optimizer=sgd),
+            directory=Path(place) / "run",
+            seed=job.seed,
+        )
     return summary["best"].get("test_accuracy")
 
 
@@ -76,13 +97,19 @@ def found(run: Run) -> Genotype:
     """The cell that the last α of a run stand for."""
     settings = run.config["problem"]
     assert run.summary is not None
-    return derive(run.summary["hypers"], settings["operations"], settings["nodes"], settings["keep"])
+    return derive(
+        run.summary["hypers"], settings["operations"], settings["nodes"], settings["keep"]
+    )
 
 
 def retraining(run: Run, cell: Genotype, seed: int) -> Retraining:
     """The cell in the place of the search network of `run`, trained for `LONGER` and at the same rate."""
     return Retraining(
-        run.config["problem"], str(cell), seed, LONGER * run.config["runner"]["epochs"], run.config["lr"]["inner"]
+        run.config["problem"],
+        str(cell),
+        seed,
+        LONGER * run.config["runner"]["epochs"],
+        run.config["lr"]["inner"],
     )
 
 
@@ -97,25 +124,40 @@ def baselines(run: Run) -> Iterator[tuple[str, Genotype, int]]:
     form = settings["nodes"], settings["keep"]
     seed = run.seed or 0
     for number in range(RANDOM):
-        yield "random cells", random_genotype(RANDOM * seed + number, settings["operations"], *form), seed
+        yield (
+            "random cells",
+            random_genotype(RANDOM * seed + number, settings["operations"], *form),
+            seed,
+        )
     yield "skip connections alone", all_skip(*form), seed
 
 
 def comparison(context: Context, groups: Mapping[str, Sequence[Run]]) -> str:
     """A table: the network of each search, its derived cell retrained, the baselines, and how far the search collapsed."""
-    groups = {name: [run for run in runs if run.status == "finished"] for name, runs in groups.items()}
+    groups = {
+        name: [run for run in runs if run.status == "finished"] for name, runs in groups.items()
+    }
     groups = {name: runs for name, runs in groups.items() if runs}
-    named = [(name, retraining(run, found(run), run.seed or 0)) for name, runs in groups.items() for run in runs]
+    named = [
+        (name, retraining(run, found(run), run.seed or 0))
+        for name, runs in groups.items()
+        for run in runs
+    ]
     for run in next(iter(groups.values())):
         named += [(name, retraining(run, cell, seed)) for name, cell, seed in baselines(run)]
     accuracies: dict[str, list[float | None]] = {}
-    for (name, _), accuracy in zip(named, context.map(retrained, [job for _, job in named]), strict=True):
+    for (name, _), accuracy in zip(
+        named, context.map(retrained, [job for _, job in named]), strict=True
+    ):
         accuracies.setdefault(name, []).append(accuracy)
     rows = []
     for name, values in accuracies.items():
         runs = groups.get(name, [])
         searched = spread([run.at_best("test_accuracy") for run in runs], "%") if runs else ""
-        free = [spread([run.at_end(f"exact.{part}") for run in runs], ".2f") if runs else "" for part in SHARES]
+        free = [
+            spread([run.at_end(f"exact.{part}") for run in runs], ".2f") if runs else ""
+            for part in SHARES
+        ]
         seconds = spread([run.total("seconds") for run in runs], ".3g") if runs else ""
         rows.append([name, str(len(values)), searched, spread(values, "%"), *free, seconds])
     head = [
@@ -138,7 +180,10 @@ def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
     solvers = list(dict.fromkeys(run.solver for runs in arms.values() for run in runs))
     with drawing.figure(path, 1, len(solvers), size=(3.6, 2.9)) as axes:
         for ax, solver in zip(axes[0], solvers, strict=True):
-            shown = {remedy: [run for run in runs if run.solver == solver] for remedy, runs in arms.items()}
+            shown = {
+                remedy: [run for run in runs if run.solver == solver]
+                for remedy, runs in arms.items()
+            }
             drawing.draw_bands(ax, shown, "exact.parameter_free")
             ax.set_title(NAMES[solver].partition(":")[0])
             ax.set_yscale("linear")  # a share, whatever orders of magnitude it spans
@@ -161,7 +206,11 @@ def report(context: Context) -> str:
     """Both tables and both pictures."""
     rows = by_solver([*context.runs("table"), *context.runs("table neumann")])
     arms = {remedy: context.runs(remedy) for remedy in REMEDIES}
-    images = {name: found for remedy, runs in arms.items() for name, found in by_solver(runs, remedy).items()}
+    images = {
+        name: found
+        for remedy, runs in arms.items()
+        for name, found in by_solver(runs, remedy).items()
+    }
     shown = next(run for run in rows[NAMES["delta_stn"]])
     draw_search(shown.directory, context.figures / "architecture.png")
     collapse(arms, context.figures / "architecture_collapse.png")

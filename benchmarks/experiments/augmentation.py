@@ -13,9 +13,9 @@ from benchmarks.experiments.report import spread, table
 from bilevel import Space
 from bilevel.comparison import drawing
 from bilevel.comparison.runs import Run
-from problems import datasets
-from problems.augmentation import OPERATIONS, Augmentation, strengths
-from problems.datasets import Images
+from bilevel.problems.classification.augmentation import OPERATIONS, Augmentation, strengths
+from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets.labelled_images import Images
 
 PAGE = "problems/augmentation.md"
 SETTINGS = {
@@ -31,7 +31,10 @@ TUNED = ("STN", "Δ-STN")
 def sweeps(problem: str, *quick: str) -> dict[str, Sweep]:
     """The five settings, a seed each."""
     reduced = ("seed=100", *quick)
-    return {name: Sweep((f"problem={problem}", *setting, "seed=0,1,2"), reduced) for name, setting in SETTINGS.items()}
+    return {
+        name: Sweep((f"problem={problem}", *setting, "seed=0,1,2"), reduced)
+        for name, setting in SETTINGS.items()
+    }
 
 
 def comparison(context: Context, name: str) -> str:
@@ -43,19 +46,32 @@ def comparison(context: Context, name: str) -> str:
     tuned = {setting: groups[setting] for setting in TUNED if groups[setting]}
     panels = _paths(tuned, context.figures / f"{name}.png")
     values = {
-        panel: [spread([run.at_best(f"hypers.{panel}") for run in runs], ".3g") for runs in tuned.values()] for panel in panels
+        panel: [
+            spread([run.at_best(f"hypers.{panel}") for run in runs], ".3g")
+            for runs in tuned.values()
+        ]
+        for panel in panels
     }
     reached = table(
-        ["at the lowest validation loss", *tuned], [[panel.replace("_", " "), *cells] for panel, cells in values.items()]
+        ["at the lowest validation loss", *tuned],
+        [[panel.replace("_", " "), *cells] for panel, cells in values.items()],
     )
     difference = _difference(groups["fixed, initial strengths"], groups["Δ-STN"])
     return f"{scores}\n\n{difference}\n\n{reached}\n\n![Strengths along training]({name}.png)"
 
 
 def _row(setting: str, runs: Sequence[Run]) -> list[str]:
-    losses = [spread([run.at_best(score) for run in runs], ".4f") for score in ("valid_loss", "test_loss")]
+    losses = [
+        spread([run.at_best(score) for run in runs], ".4f") for score in ("valid_loss", "test_loss")
+    ]
     accuracy = spread([run.at_best("test_accuracy") for run in runs], "%")
-    return [setting, str(len(runs)), *losses, accuracy, spread([run.total("seconds") for run in runs], ".3g")]
+    return [
+        setting,
+        str(len(runs)),
+        *losses,
+        accuracy,
+        spread([run.total("seconds") for run in runs], ".3g"),
+    ]
 
 
 def _difference(fixed: Sequence[Run], tuned: Sequence[Run]) -> str:
@@ -73,7 +89,11 @@ def _difference(fixed: Sequence[Run], tuned: Sequence[Run]) -> str:
 
 def _paths(groups: Mapping[str, Sequence[Run]], path: Path) -> list[str]:
     """Every hyperparameter that is tuned against epochs, mean ± standard deviation over seeds; their names."""
-    names = list(dict.fromkeys(name for runs in groups.values() for run in runs for name in run.part("hypers.")))
+    names = list(
+        dict.fromkeys(
+            name for runs in groups.values() for run in runs for name in run.part("hypers.")
+        )
+    )
     columns = 4
     with drawing.figure(path, -(-len(names) // columns), columns, size=(2.3, 1.8)) as axes:
         for ax, name in zip(axes.flat, names, strict=False):
@@ -107,7 +127,9 @@ DRAW = 5
 def pictures(path: Path, photograph: Tensor, digit: Images) -> None:
     """Each strength, the others at zero, under the same draws throughout: on a photograph and on a digit."""
     mean = photograph.float().mean().item()
-    photographs = Images((photograph, torch.zeros(1, dtype=torch.long)), digit.valid, digit.test, mean=mean, std=1.0)
+    photographs = Images(
+        (photograph, torch.zeros(1, dtype=torch.long)), digit.valid, digit.test, mean=mean, std=1.0
+    )
     with drawing.figure(path, len(PANELS) // 2, 16, size=(0.62, 0.72)) as axes:
         for number, (name, values) in enumerate(PANELS.items()):
             row, left = number % 5, 8 * (number // 5)
@@ -125,10 +147,19 @@ def _show(ax: Any, images: Images, name: str, value: float) -> None:
         ax.set_axis_off()
         return
     side = min(images.train[0].shape[2:])
-    strength = dict.fromkeys(space, 0.0) | {"cutout_length": 8.0, "cutout_holes": float(name == "cutout_length"), name: value}
+    strength = dict.fromkeys(space, 0.0) | {
+        "cutout_length": 8.0,
+        "cutout_holes": float(name == "cutout_length"),
+        name: value,
+    }
     strength["cutout_length"] = round(strength["cutout_length"] * side / 32)  # in proportion
     hypers = {other: torch.tensor(float(number)) for other, number in strength.items()}
-    x = Augmentation(space, images)(hypers, images.train[0][:1], torch.Generator().manual_seed(DRAW))[0] / images.train[0].max()
+    x = (
+        Augmentation(space, images)(
+            hypers, images.train[0][:1], torch.Generator().manual_seed(DRAW)
+        )[0]
+        / images.train[0].max()
+    )
     ax.imshow(x.clamp(0, 1).permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
     ax.set_title(f"{hypers[name].item():g}", fontsize=6, pad=2)
 
@@ -137,14 +168,22 @@ def photograph(size: int = 32) -> Tensor:
     """The flower that scikit-learn brings, [1, 3, size, size], a byte a pixel."""
     from sklearn.datasets import load_sample_image
 
-    x = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None, :, 60:400, 190:530].float()
+    x = (
+        torch.from_numpy(load_sample_image("flower.jpg").copy())
+        .permute(2, 0, 1)[None, :, 60:400, 190:530]
+        .float()
+    )
     return F.interpolate(x, (size, size), mode="bilinear", antialias=True).round().to(torch.uint8)
 
 
 def report(context: Context) -> str:
     """The picture of the operations, the tables of the five settings, and the picture of the strengths' paths."""
-    pictures(context.figures / "augmentations.png", photograph(), datasets.digits())
-    return "![Every operation at four strengths](augmentations.png)\n\n" + comparison(context, "augmentation_digits")
+    pictures(context.figures / "augmentations.png", photograph(), labelled_images.digits())
+    return "![Every operation at four strengths](augmentations.png)\n\n" + comparison(
+        context, "augmentation_digits"
+    )
 
 
-EXPERIMENT = Experiment(page=PAGE, sweeps=sweeps("digits_augmented", "runner.epochs=20"), report=report)
+EXPERIMENT = Experiment(
+    page=PAGE, sweeps=sweeps("digits_augmented", "runner.epochs=20"), report=report
+)

@@ -9,4 +9,8 @@ def report(context: Context) -> str:
     return comparison(context, "augmentation_mnist")
 
 
-EXPERIMENT = Experiment(page=PAGE, sweeps=sweeps("mnist_augmented", "runner.epochs=8", "runner.warmup_epochs=2"), report=report)
+EXPERIMENT = Experiment(
+    page=PAGE,
+    sweeps=sweeps("mnist_augmented", "runner.epochs=8", "runner.warmup_epochs=2"),
+    report=report,
+)

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Runner
-from bilevel.checkpoint import best_solution
+from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
 from bilevel.comparison import drawing
 from bilevel.comparison.runs import Run
-from problems import MLP, datasets
-from problems.cleaning import HyperCleaning, detection
-from solvers import Fixed
+from bilevel.problems import MLP
+from bilevel.problems.cleaning import HyperCleaning, detection
+from bilevel.problems.datasets import labelled_images
+from bilevel.solvers import Fixed
 
 DETECTION = {"f1": "F1", "precision": "precision", "recall": "recall", "roc_auc": "ROC AUC"}
 HEAD = ["", "test accuracy", "validation loss", *DETECTION.values(), "seconds"]
@@ -46,9 +47,15 @@ def comparison(context: Context) -> list[list[str]]:
     found = [spread((one[name] for one in ranked), ".3f") for name in DETECTION]
     rows = [["all labels, weight 1", *measured(ones), *[""] * 4, seconds(ones)]]
     rows.append(["the same, the highest losses declared wrong", "", "", *found, ""])
-    rows += [[f"weights tuned by `{solver}`", *whole(runs)] for solver, runs in by_solver(context.runs("tuned")).items()]
+    rows += [
+        [f"weights tuned by `{solver}`", *whole(runs)]
+        for solver, runs in by_solver(context.runs("tuned")).items()
+    ]
     right = context.runs("right")
-    return [*rows, ["the right labels alone (a bound)", *measured(right), *[""] * 4, seconds(right)]]
+    return [
+        *rows,
+        ["the right labels alone (a bound)", *measured(right), *[""] * 4, seconds(right)],
+    ]
 
 
 def measured(runs: Sequence[Run]) -> list[str]:
@@ -74,7 +81,9 @@ def gain(runs: Sequence[Run], over: Sequence[Run], name: str, form: str) -> str:
     """What a number gained over that of the run of the same seed."""
     before = {run.seed: run.at_best(name) for run in over}
     pairs = [(run.at_best(name), before.get(run.seed)) for run in runs]
-    return spread((None if now is None or then is None else now - then for now, then in pairs), form)
+    return spread(
+        (None if now is None or then is None else now - then for now, then in pairs), form
+    )
 
 
 def loss_ranking(directory: Path) -> dict[str, float]:
@@ -85,20 +94,26 @@ def loss_ranking(directory: Path) -> dict[str, float]:
     problem, solution = build(config["problem"], "problem"), best_solution(directory)
     batch = problem.data(torch.device("cpu"), torch.Generator()).train.peek()
     with torch.no_grad():
-        prediction, _ = problem.predict(solution.hypers, solution.params, solution.carry, batch, train=False, generator=None)
+        prediction, _ = problem.predict(
+            solution.hypers, solution.params, solution.carry, batch, train=False, generator=None
+        )
         losses = F.cross_entropy(prediction, batch[1], reduction="none")
     declared = losses >= losses.topk(int(problem.corrupted.sum())).values[-1]
-    return {name: float(value) for name, value in detection(losses, problem.corrupted, declared).items()}
+    return {
+        name: float(value) for name, value in detection(losses, problem.corrupted, declared).items()
+    }
 
 
 def on_validation_alone(seed: int) -> float:
     """Test accuracy of the same model trained on the right validation labels, for as long."""
-    images = datasets.digits(seed)
+    images = labelled_images.digits(seed)
     problem = HyperCleaning(partial(MLP, [64, 10]), images._replace(train=images.valid), rate=0.0)
     solver = Fixed(inner_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     with TemporaryDirectory() as directory:
         runner = Runner(epochs=1000, evaluate_every=50, progress="none", picture=False)
-        return float(runner.run(problem, solver, directory=directory, seed=seed)["last"]["test_accuracy"])
+        return float(
+            runner.run(problem, solver, directory=directory, seed=seed)["last"]["test_accuracy"]
+        )
 
 
 def report(context: Context) -> str:
@@ -108,7 +123,11 @@ def report(context: Context) -> str:
     alone = context.map(on_validation_alone, [run.seed for run in context.runs("ones")])
     rows.append(["the validation labels alone", spread(alone, "%"), *[""] * 6])
     kinds: dict[str, list[Run]] = {}
-    for run in [*context.runs("rates"), *context.runs("pairwise"), *by_solver(context.runs("tuned")).get("sama", [])]:
+    for run in [
+        *context.runs("rates"),
+        *context.runs("pairwise"),
+        *by_solver(context.runs("tuned")).get("sama", []),
+    ]:
         problem = run.config["problem"]
         kinds.setdefault(f"{problem['noise']}, {problem['rate']:.0%}", []).append(run)
     others = [[kind, *whole(runs)] for kind, runs in sorted(kinds.items())]
@@ -128,12 +147,21 @@ def _picture(context: Context) -> None:
     with drawing.figure(context.figures / "cleaning.png", columns=2, size=(4.2, 2.9)) as axes:
         left, right = axes[0]
         run = tuned["sama"][0]
-        problem, weight = build(run.config["problem"], "problem"), best_solution(run.directory).hypers["example_weight"]
+        problem, weight = (
+            build(run.config["problem"], "problem"),
+            best_solution(run.directory).hypers["example_weight"],
+        )
         sides = {"right": ~problem.corrupted, "wrong": problem.corrupted}
         for (name, side), color in zip(sides.items(), drawing.COLORS, strict=False):
             label = f"{name} label (n = {int(side.sum())})"
-            left.hist(weight[side].numpy(), bins=40, range=(0, 1), color=color, alpha=0.6, label=label)
-        left.set(xlabel="learned weight of an example", ylabel="training examples", title=f"SAMA, seed {run.seed}")
+            left.hist(
+                weight[side].numpy(), bins=40, range=(0, 1), color=color, alpha=0.6, label=label
+            )
+        left.set(
+            xlabel="learned weight of an example",
+            ylabel="training examples",
+            title=f"SAMA, seed {run.seed}",
+        )
         left.legend()
         groups = {**tuned, "delta_stn": context.runs("delta_stn")}
         drawing.draw_bands(right, groups, "exact.f1")
@@ -150,8 +178,14 @@ EXPERIMENT = Experiment(
     sweeps={
         **sweeps(BASE, SOLVERS, "sama,implicit_cg", *QUICK),
         "delta_stn": Sweep((BASE, *DELTA_STN), ("seed=100,101", *QUICK)),
-        "rates": Sweep((BASE, "solver=sama", "problem.rate=0.1,0.3,0.7"), ("seed=100,101", *QUICK, "problem.rate=0.3")),
-        "pairwise": Sweep((BASE, "solver=sama", "problem.rate=0.3", "problem.noise=pairwise"), ("seed=100,101", *QUICK)),
+        "rates": Sweep(
+            (BASE, "solver=sama", "problem.rate=0.1,0.3,0.7"),
+            ("seed=100,101", *QUICK, "problem.rate=0.3"),
+        ),
+        "pairwise": Sweep(
+            (BASE, "solver=sama", "problem.rate=0.3", "problem.noise=pairwise"),
+            ("seed=100,101", *QUICK),
+        ),
     },
     report=report,
 )

@@ -12,6 +12,8 @@ def report(context: Context) -> str:
 
 EXPERIMENT = Experiment(
     page="problems/cleaning.md",
-    sweeps=sweeps("+experiment=cleaning_mnist", "sama,implicit_cg", "sama", "runner.epochs=100", "seed=100"),
+    sweeps=sweeps(
+        "+experiment=cleaning_mnist", "sama,implicit_cg", "sama", "runner.epochs=100", "seed=100"
+    ),
     report=report,
 )

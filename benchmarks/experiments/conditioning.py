@@ -13,10 +13,20 @@ from torch.func import hessian, jacrev
 
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.toys import CPU, spread
-from bilevel import Batch, Hypers, ModuleProblem, Params, Prediction, Problem, Real, Space, squared_norm
+from bilevel import (
+    Batch,
+    Hypers,
+    ModuleProblem,
+    Params,
+    Prediction,
+    Problem,
+    Real,
+    Space,
+    squared_norm,
+)
 from bilevel.comparison.drawing import COLORS, figure
-from problems.regression import Ridge
-from solvers import Dense, delta_stn
+from bilevel.problems.closed_form.ridge import Ridge
+from bilevel.solvers import Dense, delta_stn
 
 ORDER = 6
 """Gauss–Hermite points in each λ, for expectations over ε."""
@@ -40,15 +50,29 @@ class TanhNetwork(ModuleProblem):
 
         space = Space(log_decay=Real(init=-4.0, shape=(2,), scale=scale, per_example=False))
         super().__init__(
-            lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)).double(), space, split(), split()
+            lambda: nn.Sequential(
+                nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)
+            ).double(),
+            space,
+            split(),
+            split(),
         )
 
-    def inner_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def inner_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         first, second = hypers["log_decay"].exp()
-        by_layer = [squared_norm({name: p for name, p in params.items() if name.startswith(layer)}) for layer in ("0", "2")]
-        return 0.5 * F.mse_loss(prediction, batch[1]) + 0.5 * (first * by_layer[0] + second * by_layer[1])
+        by_layer = [
+            squared_norm({name: p for name, p in params.items() if name.startswith(layer)})
+            for layer in ("0", "2")
+        ]
+        return 0.5 * F.mse_loss(prediction, batch[1]) + 0.5 * (
+            first * by_layer[0] + second * by_layer[1]
+        )
 
-    def outer_objective(self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch) -> Tensor:
+    def outer_objective(
+        self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
+    ) -> Tensor:
         return 0.5 * F.mse_loss(prediction, batch[1])
 
 
@@ -72,7 +96,9 @@ class Spectra(NamedTuple):
     weights: float
 
 
-def curvature(problem: Problem, theta: Tensor, weights: Tensor, u: Tensor, sigma: Tensor, *, centered: bool) -> Spectra:
+def curvature(
+    problem: Problem, theta: Tensor, weights: Tensor, u: Tensor, sigma: Tensor, *, centered: bool
+) -> Spectra:
     """At ŵ(ε) = w₀ + Θε, whichever way it is written: uncentered, the same map is φ + Θ(u + ε) with φ = w₀ − Θu.
 
     Args:
@@ -83,19 +109,27 @@ def curvature(problem: Problem, theta: Tensor, weights: Tensor, u: Tensor, sigma
         sigma: of ε, [h].
         centered: which of the two it is.
     """
-    data, template = problem.data(CPU, torch.Generator().manual_seed(0)), problem.init(torch.Generator().manual_seed(0))[0]
+    data, template = (
+        problem.data(CPU, torch.Generator().manual_seed(0)),
+        problem.init(torch.Generator().manual_seed(0))[0],
+    )
     batch, (m, h) = data.train.peek(), theta.shape
 
     def named(w: Tensor) -> Params:
         parts = w.split([p.numel() for p in template.values()])
-        return {name: part.reshape(p.shape) for (name, p), part in zip(template.items(), parts, strict=True)}
+        return {
+            name: part.reshape(p.shape)
+            for (name, p), part in zip(template.items(), parts, strict=True)
+        }
 
     def predict(w: Tensor, noise: Tensor) -> Any:
         hypers = problem.space.constrain(u + noise)
         return problem.predict(hypers, named(w), {}, batch, train=True, generator=None)[0]
 
     def objective(w: Tensor, prediction: Any, noise: Tensor) -> Tensor:
-        return problem.inner_objective(problem.space.constrain(u + noise), named(w), prediction, batch)
+        return problem.inner_objective(
+            problem.space.constrain(u + noise), named(w), prediction, batch
+        )
 
     def offset(noise: Tensor) -> Tensor:
         return torch.cat([noise if centered else u + noise, noise.new_ones(1)])
@@ -110,21 +144,29 @@ def curvature(problem: Problem, theta: Tensor, weights: Tensor, u: Tensor, sigma
     for point, probability in nodes(h):
         noise = sigma * point
         moment += probability * torch.outer(offset(noise), offset(noise))
-        true += probability * hessian(lambda z, e=noise: objective(weights_at(z, e), predict(weights_at(z, e), e), e))(z)
+        true += probability * hessian(
+            lambda z, e=noise: objective(weights_at(z, e), predict(weights_at(z, e), e), e)
+        )(z)
         w = weights_at(z, noise)
         block = torch.outer(offset(noise), offset(noise))
-        gauss_newton += probability * torch.kron(block, linearized_hessian(predict, objective, w, noise))
+        gauss_newton += probability * torch.kron(
+            block, linearized_hessian(predict, objective, w, noise)
+        )
     G_w = linearized_hessian(predict, objective, weights, torch.zeros_like(u))
     formula = torch.kron(moment, G_w)
     errors = tuple(float((G - true).norm() / true.norm()) for G in (gauss_newton, formula))
     spectra = (torch.linalg.eigvalsh(matrix).tolist() for matrix in (true, gauss_newton, formula))
-    return Spectra(*spectra, errors, *(torch.linalg.cond(matrix).item() for matrix in (moment, G_w)))  # type: ignore[arg-type]
+    return Spectra(
+        *spectra, errors, *(torch.linalg.cond(matrix).item() for matrix in (moment, G_w))
+    )  # type: ignore[arg-type]
 
 
 def linearized_hessian(predict: Any, objective: Any, w: Tensor, noise: Tensor) -> Tensor:
     """The Gauss–Newton matrix in w: the Hessian of the objective on the prediction linearized at w, penalties included."""
     value, slope = predict(w, noise), jacrev(lambda w: predict(w, noise))(w)
-    return hessian(lambda x: objective(x, value + slope @ (x - w), noise))(w).contiguous()  # which torch.kron needs
+    return hessian(lambda x: objective(x, value + slope @ (x - w), noise))(
+        w
+    ).contiguous()  # which torch.kron needs
 
 
 def nodes(h: int) -> list[tuple[Tensor, float]]:
@@ -132,7 +174,9 @@ def nodes(h: int) -> list[tuple[Tensor, float]]:
     z, weight = np.polynomial.hermite_e.hermegauss(ORDER)
     weight = weight / math.sqrt(2 * math.pi)
     points = itertools.product(zip(z, weight, strict=True), repeat=h)
-    return [(torch.tensor([x for x, _ in point]), math.prod(p for _, p in point)) for point in points]
+    return [
+        (torch.tensor([x for x, _ in point]), math.prod(p for _, p in point)) for point in points
+    ]
 
 
 # --- ridge ---
@@ -148,7 +192,9 @@ def ridge(job: tuple[float, float]) -> dict[str, Any]:
     hypers = {"log_decay": torch.tensor(centre, dtype=torch.float64)}
     at = (problem.best_response_jacobian(hypers), problem.minimizer(hypers))
     u, sigma = torch.tensor([[centre], [scale]], dtype=torch.float64)
-    spectra = {centered: curvature(problem, *at, u, sigma, centered=centered) for centered in (True, False)}
+    spectra = {
+        centered: curvature(problem, *at, u, sigma, centered=centered) for centered in (True, False)
+    }
     return {"centre": centre, "scale": scale, "spectra": spectra}
 
 
@@ -159,15 +205,25 @@ def network(job: tuple[int, float]) -> list[dict[str, Any]]:
     """Along the training of Δ-STN with a dense Θ at a held λ₀ = (−4, −4): both curvatures at its w₀ and Θ."""
     seed, scale = job
     problem = TanhNetwork(seed, scale)
-    solver = delta_stn(response=Dense(), inner_optimizer=lambda leaves: torch.optim.SGD(leaves, lr=RATE, momentum=0.9))
-    solver.setup(problem, problem.data(CPU, torch.Generator().manual_seed(seed)), CPU, torch.Generator().manual_seed(seed))
+    solver = delta_stn(
+        response=Dense(),
+        inner_optimizer=lambda leaves: torch.optim.SGD(leaves, lr=RATE, momentum=0.9),
+    )
+    solver.setup(
+        problem,
+        problem.data(CPU, torch.Generator().manual_seed(seed)),
+        CPU,
+        torch.Generator().manual_seed(seed),
+    )
     told, u, sigma = [], solver.belief.centre, solver.belief.sigma.detach()
     for steps in MOMENTS:
         while solver.inner_count < steps:
             solver.step(warmup=True)
         theta = torch.cat([t.detach().reshape(-1, len(u)) for t in solver.theta.leaves])
         weights = torch.cat([w.detach().reshape(-1) for w in solver.weights.leaves])
-        spectra = {c: curvature(problem, theta, weights, u, sigma, centered=c) for c in (True, False)}
+        spectra = {
+            c: curvature(problem, theta, weights, u, sigma, centered=c) for c in (True, False)
+        }
         told.append({"seed": seed, "scale": scale, "steps": steps, "spectra": spectra})
     return told
 
@@ -179,7 +235,9 @@ def report(context: Context) -> str:
     """Two tables and a picture."""
     seeds, scales = (range(100, 102), SCALES[1:]) if context.quick else (range(5), SCALES)
     ridges = context.map(ridge, itertools.product(CENTRES, scales))
-    networks = [told for along in context.map(network, itertools.product(seeds, scales)) for told in along]
+    networks = [
+        told for along in context.map(network, itertools.product(seeds, scales)) for told in along
+    ]
     draw(ridges, networks, context)
     return (
         f"### Ridge\n\n{ridge_table(ridges)}\n\n### The tanh network, along the training of Δ-STN\n\n"
@@ -196,7 +254,9 @@ def ridge_table(ridges: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for scale, centre in sorted({(told["scale"], told["centre"]) for told in ridges}):
-        spectra = next(told["spectra"] for told in ridges if (told["scale"], told["centre"]) == (scale, centre))
+        spectra = next(
+            told["spectra"] for told in ridges if (told["scale"], told["centre"]) == (scale, centre)
+        )
         numbers = [spectra[True].weights]
         for centered in (False, True):
             s = spectra[centered]
@@ -215,12 +275,19 @@ def network_table(networks: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for scale, steps in sorted({(told["scale"], told["steps"]) for told in networks}):
-        seeds = [told["spectra"] for told in networks if (told["scale"], told["steps"]) == (scale, steps)]
+        seeds = [
+            told["spectra"] for told in networks if (told["scale"], told["steps"]) == (scale, steps)
+        ]
         cells = [spread([s[True].errors[kind] for s in seeds]) for kind in (0, 1)]
-        cells += [f"{statistics.mean(sum(x < 0 for x in s[True].true) for s in seeds):.1f} of {len(seeds[0][True].true)}"]
+        cells += [
+            f"{statistics.mean(sum(x < 0 for x in s[True].true) for s in seeds):.1f} of {len(seeds[0][True].true)}"
+        ]
         cells += [spread([s[True].weights for s in seeds], ".0f")]
         cells += [f"{seeds[0][False].moment:,.0f} / {seeds[0][True].moment:,.0f}"]
-        cells += [spread([condition(s[centered].gauss_newton) for s in seeds], ".3g") for centered in (False, True)]
+        cells += [
+            spread([condition(s[centered].gauss_newton) for s in seeds], ".3g")
+            for centered in (False, True)
+        ]
         lines.append(f"| {scale} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -237,19 +304,34 @@ def draw(ridges: list[dict[str, Any]], networks: list[dict[str, Any]], context: 
         at = {told["centre"]: told["spectra"] for told in ridges if told["scale"] == scale}
         for centered, color in ((False, COLORS[1]), (True, COLORS[0])):
             label = "centered" if centered else "uncentered"
-            spectrum(axes[0, 0], at[shown][centered].true, at[shown][centered].formula, color, label)
+            spectrum(
+                axes[0, 0], at[shown][centered].true, at[shown][centered].formula, color, label
+            )
         axes[0, 0].set_title(f"ridge: λ₀ = −{-shown:g}, σ = {scale:g}")
         conditions(axes[0, 1], ridges)
-        last = next(told for told in networks if told["steps"] == MOMENTS[-1] and told["scale"] == scale)
+        last = next(
+            told for told in networks if told["steps"] == MOMENTS[-1] and told["scale"] == scale
+        )
         network_spectrum(axes[1, 0], last["spectra"][True])
-        axes[1, 0].set_title(f"tanh network: centered, σ = {scale:g}, step {MOMENTS[-1]}, seed {last['seed']}")
+        axes[1, 0].set_title(
+            f"tanh network: centered, σ = {scale:g}, step {MOMENTS[-1]}, seed {last['seed']}"
+        )
         errors(axes[1, 1], networks)
 
 
 def spectrum(ax: Any, measured: list[float], formula: list[float], color: str, label: str) -> None:
     """Measured eigenvalues as dots, the formula's as a line."""
-    ax.plot(range(1, len(measured) + 1), measured, "o", color=color, markersize=4, label=f"{label}, measured")
-    ax.plot(range(1, len(formula) + 1), formula, color=color, linewidth=1, label=f"{label}, A ⊗ G_w")
+    ax.plot(
+        range(1, len(measured) + 1),
+        measured,
+        "o",
+        color=color,
+        markersize=4,
+        label=f"{label}, measured",
+    )
+    ax.plot(
+        range(1, len(formula) + 1), formula, color=color, linewidth=1, label=f"{label}, A ⊗ G_w"
+    )
     ax.set_yscale("log")
     ax.set_xlabel("index")
     ax.set_ylabel("eigenvalue")
@@ -260,12 +342,20 @@ def conditions(ax: Any, ridges: list[dict[str, Any]]) -> None:
     """Condition numbers of ridge's response objective against λ₀: the formula as a line, measured ones as dots."""
     scales = sorted({told["scale"] for told in ridges})
     for (centered, color), (scale, dash, mark) in itertools.product(
-        ((False, COLORS[1]), (True, COLORS[0])), zip(scales, (":", "--", "-"), ("o", "s", "^"), strict=False)
+        ((False, COLORS[1]), (True, COLORS[0])),
+        zip(scales, (":", "--", "-"), ("o", "s", "^"), strict=False),
     ):
         of = [told for told in ridges if told["scale"] == scale]
         centres, each = [told["centre"] for told in of], [told["spectra"][centered] for told in of]
         label = f"{'centered' if centered else 'uncentered'}, σ = {scale:g}"
-        ax.plot(centres, [condition(s.formula) for s in each], color=color, linestyle=dash, linewidth=1, label=label)
+        ax.plot(
+            centres,
+            [condition(s.formula) for s in each],
+            color=color,
+            linestyle=dash,
+            linewidth=1,
+            label=label,
+        )
         ax.plot(centres, [condition(s.true) for s in each], mark, color=color, markersize=4)
     ax.set_yscale("log")
     ax.set_title("ridge: condition number")
@@ -303,11 +393,15 @@ def errors(ax: Any, networks: list[dict[str, Any]]) -> None:
         for kind, (label, color) in enumerate((("G", COLORS[2]), ("A ⊗ G_w", COLORS[4]))):
             means = [
                 statistics.mean(
-                    told["spectra"][True].errors[kind] for told in networks if (told["scale"], told["steps"]) == (scale, steps)
+                    told["spectra"][True].errors[kind]
+                    for told in networks
+                    if (told["scale"], told["steps"]) == (scale, steps)
                 )
                 for steps in MOMENTS
             ]
-            ax.plot(at, means, marker=".", color=color, linestyle=dash, label=f"{label}, σ = {scale:g}")
+            ax.plot(
+                at, means, marker=".", color=color, linestyle=dash, label=f"{label}, σ = {scale:g}"
+            )
     seeds = len({told["seed"] for told in networks})
     ax.set_title(f"tanh network: ‖· − H‖/‖H‖, centered, {seeds} seeds")
     ax.set_xscale("log")

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import problems
-import solvers
-from bilevel import Runner
+from bilevel import Runner, problems, solvers
 
 EPOCHS, WARMUP = 100, 5
 REDUCED = 15

@@ -13,7 +13,9 @@ from benchmarks.experiments.report import spread, table
 def report(context: Context) -> str:
     """One row for each solver, and the paired difference."""
     seeds, epochs = ((100, 101), REDUCED) if context.quick else (range(10), EPOCHS)
-    runs = context.map(train, [Job(name, seed, BAD_START, epochs) for seed in seeds for name in SOLVERS])
+    runs = context.map(
+        train, [Job(name, seed, BAD_START, epochs) for seed in seeds for name in SOLVERS]
+    )
     return block({name: [run for run in runs if run["solver"] == name] for name in SOLVERS})
 
 
@@ -21,15 +23,20 @@ def block(groups: dict[str, list[dict[str, Any]]]) -> str:
     """The summaries of both solvers, in the order of the seeds."""
     rows = [
         [
-            f"`{name}`" + (f", {gone} diverged" if (gone := sum(run["diverged"] for run in runs)) else ""),
+            f"`{name}`"
+            + (f", {gone} diverged" if (gone := sum(run["diverged"] for run in runs)) else ""),
             spread([run["best"]["valid_loss"] for run in runs], ".4f"),
             spread([run["best"]["test_accuracy"] for run in runs], "%"),
         ]
         for name, runs in groups.items()
     ]
-    ours, fixed = ([run["best"]["valid_loss"] for run in groups[name]] for name in ("delta_stn", "fixed"))
+    ours, fixed = (
+        [run["best"]["valid_loss"] for run in groups[name]] for name in ("delta_stn", "fixed")
+    )
     differences = [a - b for a, b in zip(ours, fixed, strict=True)]
-    told = f"{spread(differences, '.4f')}, t = {paired_t(differences):.1f}, n = {len(differences)}".replace("-", "−")
+    told = f"{spread(differences, '.4f')}, t = {paired_t(differences):.1f}, n = {len(differences)}".replace(
+        "-", "−"
+    )
     return f"{table(['solver', 'validation loss', 'test accuracy'], rows)}\n\nPaired difference in validation loss {told}."
 
 
@@ -40,7 +47,9 @@ def paired_t(differences: Sequence[float]) -> float:
         >>> round(paired_t([1.0, 2.0, 3.0]), 3)
         3.464
     """
-    return statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(len(differences)))
+    return statistics.mean(differences) / (
+        statistics.stdev(differences) / math.sqrt(len(differences))
+    )
 
 
 EXPERIMENT = Experiment(page="experiments/digits.md", report=report)

@@ -30,7 +30,9 @@ def jobs(seed: int, points: int, epochs: int) -> list[Job]:
 
 def draw(generator: torch.Generator) -> dict[str, float]:
     """One point of the random grid: dropout rates uniform on (0, 0.95), weight decay log-uniform on (1e-6, 1e-1)."""
-    rates = (0.95 * torch.rand(3, generator=generator, dtype=torch.float64)).clamp(min=1e-3).tolist()
+    rates = (
+        (0.95 * torch.rand(3, generator=generator, dtype=torch.float64)).clamp(min=1e-3).tolist()
+    )
     decay = 10 ** (-6 + 5 * torch.rand((), generator=generator, dtype=torch.float64).item())
     return dict(zip(DROPOUTS, rates, strict=True)) | {"weight_decay": decay}
 
@@ -38,25 +40,52 @@ def draw(generator: torch.Generator) -> dict[str, float]:
 def block(groups: dict[int, list[Summary]]) -> str:
     """By seed, the summaries of Δ-STN and of the grid behind it."""
     points = len(next(iter(groups.values()))) - 1
-    head = ["seed", "Δ-STN", f"best of {points}", "ratio", "cost in `fixed` runs: seconds", "examples"]
+    head = [
+        "seed",
+        "Δ-STN",
+        f"best of {points}",
+        "ratio",
+        "cost in `fixed` runs: seconds",
+        "examples",
+    ]
     head += [f"test accuracy, Δ-STN / best of {points}"]
     rows, numbers = [], []
     for seed, (ours, *grid) in groups.items():
         best = min(grid, key=lambda run: run["best"]["valid_loss"])["best"]
         ratio = ours["best"]["valid_loss"] / best["valid_loss"]
-        costs = [ours[unit] / statistics.mean(run[unit] for run in grid) for unit in ("seconds", "examples")]
+        costs = [
+            ours[unit] / statistics.mean(run[unit] for run in grid)
+            for unit in ("seconds", "examples")
+        ]
         numbers.append([ratio, *costs])
-        cells = [str(seed), f"{ours['best']['valid_loss']:.4f}", f"{best['valid_loss']:.4f}", f"{ratio:.3f}"]
+        cells = [
+            str(seed),
+            f"{ours['best']['valid_loss']:.4f}",
+            f"{best['valid_loss']:.4f}",
+            f"{ratio:.3f}",
+        ]
         cells += [f"{cost:.2f}" for cost in costs]
-        rows.append([*cells, f"{100 * ours['best']['test_accuracy']:.2f} / {100 * best['test_accuracy']:.2f} %"])
-    means = [spread(column, form) for column, form in zip(zip(*numbers, strict=True), (".3f", ".2f", ".2f"), strict=True)]
+        rows.append(
+            [
+                *cells,
+                f"{100 * ours['best']['test_accuracy']:.2f} / {100 * best['test_accuracy']:.2f} %",
+            ]
+        )
+    means = [
+        spread(column, form)
+        for column, form in zip(zip(*numbers, strict=True), (".3f", ".2f", ".2f"), strict=True)
+    ]
     text = table(head, [*rows, ["mean ± std", "", "", *means, ""]])
     return text + _diverged([run for runs in groups.values() for run in runs])
 
 
 def _diverged(runs: Sequence[Summary]) -> str:
     gone = sum(run["diverged"] for run in runs)
-    return f"\n\nOf the {len(runs)} runs {gone} diverged, and count with what they had reached." if gone else ""
+    return (
+        f"\n\nOf the {len(runs)} runs {gone} diverged, and count with what they had reached."
+        if gone
+        else ""
+    )
 
 
 EXPERIMENT = Experiment(page="experiments/digits.md", report=report)

@@ -8,11 +8,11 @@ import torch
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Hypers, evaluate
-from bilevel.checkpoint import best_solution
+from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
 from bilevel.comparison import drawing
 from bilevel.comparison.runs import Run
-from problems.distillation import Distillation, distillation
+from bilevel.problems.dataset_distillation import Distillation, distillation
 
 CPU = torch.device("cpu")
 STEPS = 1000
@@ -20,7 +20,12 @@ STEPS = 1000
 
 BASE = "+experiment=distillation"
 CG = ("solver=implicit_cg", "solver.curvature.damping=0.0", "solver.linear_solve.iterations=20")
-MLP_CG = ("problem.hidden=[32]", "solver=implicit_cg", "solver.curvature.damping=0.01", "runner.epochs=900")
+MLP_CG = (
+    "problem.hidden=[32]",
+    "solver=implicit_cg",
+    "solver.curvature.damping=0.01",
+    "runner.epochs=900",
+)
 QUICK = ("seed=100", "runner.epochs=300", "runner.warmup_epochs=50")
 
 
@@ -34,7 +39,9 @@ def fresh(problem: Distillation, hypers: Hypers, seed: int, *, real: bool = Fals
     data = problem.data(CPU, torch.Generator())
     assert data.test is not None
     on = data.valid.peek() if real else None
-    solution = problem.retrained(hypers, torch.Generator().manual_seed(1000 + seed), on=on, steps=STEPS)
+    solution = problem.retrained(
+        hypers, torch.Generator().manual_seed(1000 + seed), on=on, steps=STEPS
+    )
     return evaluate(problem, solution, data.test)["accuracy"]
 
 
@@ -52,7 +59,10 @@ def baselines(seed: int) -> list[tuple[float, float]]:
     """Accuracies of logistic regression and of an MLP: on random real images, on class means, on everything."""
     kinds = []
     for start, real in (("real", False), ("mean", False), ("real", True)):
-        made = [distillation(hidden=hidden, start=start, start_seed=seed, batch_size=None) for hidden in ((), (32,))]
+        made = [
+            distillation(hidden=hidden, start=start, start_seed=seed, batch_size=None)
+            for hidden in ((), (32,))
+        ]
         logistic, mlp = (fresh(problem, initial(problem), seed, real=real) for problem in made)
         kinds.append((logistic, mlp))
     return kinds
@@ -60,9 +70,16 @@ def baselines(seed: int) -> list[tuple[float, float]]:
 
 def report(context: Context) -> str:
     """The table, and the picture."""
-    tuned = {"logistic regression": [*context.runs("cg"), *context.runs("others")], "an MLP": context.runs("mlp")}
+    tuned = {
+        "logistic regression": [*context.runs("cg"), *context.runs("others")],
+        "an MLP": context.runs("mlp"),
+    }
     seeds = sorted({run.seed for runs in tuned.values() for run in runs if run.seed is not None})
-    names = ("one random real image per class", "the mean of each class", "all 1078 training images")
+    names = (
+        "one random real image per class",
+        "the mean of each class",
+        "all 1078 training images",
+    )
     rows = [
         [name, "", *(spread((pair[i] for pair in pairs), "%") for i in (0, 1)), ""]
         for name, pairs in zip(names, zip(*context.map(baselines, seeds), strict=True), strict=True)
@@ -71,7 +88,10 @@ def report(context: Context) -> str:
         for solver, group in by_solver(runs).items():
             ended = [run for run in group if run.best is not None]
             worth = context.map(of_run, [run.directory for run in ended])
-            logistic, mlp = zip(*(pair if kind == "logistic regression" else pair[::-1] for pair in worth), strict=True)
+            logistic, mlp = zip(
+                *(pair if kind == "logistic regression" else pair[::-1] for pair in worth),
+                strict=True,
+            )
             rows.append(
                 [
                     f"distilled for {kind} by `{solver}`",
@@ -82,17 +102,35 @@ def report(context: Context) -> str:
                 ]
             )
     _picture(context, tuned["logistic regression"])
-    head = ["ten training images", "network of the run", "fresh logistic regression", "fresh MLP", "seconds"]
+    head = [
+        "ten training images",
+        "network of the run",
+        "fresh logistic regression",
+        "fresh MLP",
+        "seconds",
+    ]
     text = f"Test accuracy, n = {len(seeds)} each."
-    return "\n\n".join([text, table(head, rows), "![where the learned images began and what they became](distillation.png)"])
+    return "\n\n".join(
+        [
+            text,
+            table(head, rows),
+            "![where the learned images began and what they became](distillation.png)",
+        ]
+    )
 
 
 def _picture(context: Context, runs: Sequence[Run]) -> None:
     """A row of ten images for the start of the first seed, and one for each solver."""
-    shown = [next(run for run in group if run.best is not None) for group in by_solver(runs).values()]
+    shown = [
+        next(run for run in group if run.best is not None) for group in by_solver(runs).values()
+    ]
     problem = build(shown[0].config["problem"], "problem")
-    rows = {"start": initial(problem)} | {run.solver: best_solution(run.directory).hypers for run in shown}
-    with drawing.figure(context.figures / "distillation.png", rows=len(rows), columns=10, size=(0.78, 0.85)) as axes:
+    rows = {"start": initial(problem)} | {
+        run.solver: best_solution(run.directory).hypers for run in shown
+    }
+    with drawing.figure(
+        context.figures / "distillation.png", rows=len(rows), columns=10, size=(0.78, 0.85)
+    ) as axes:
         for line, (name, hypers) in zip(axes, rows.items(), strict=True):
             pixels = problem.pixels(hypers)[:, 0]
             for label, (ax, image) in enumerate(zip(line, pixels, strict=True)):
@@ -109,7 +147,9 @@ EXPERIMENT = Experiment(
     page="problems/distillation.md",
     sweeps={
         "cg": Sweep((BASE, *CG), QUICK),
-        "others": Sweep((BASE, "solver=unrolled,sama,implicit_identity"), (*QUICK, "solver=unrolled")),
+        "others": Sweep(
+            (BASE, "solver=unrolled,sama,implicit_identity"), (*QUICK, "solver=unrolled")
+        ),
         "mlp": Sweep((BASE, *MLP_CG), QUICK),
     },
     report=report,

@@ -22,13 +22,19 @@ def sweeps(problem: str, perturbation: float, *quick: str) -> dict[str, Sweep]:
     return {
         problem: Sweep((base, f"solver=fixed,{','.join(GRADIENT)},random_search"), reduced),
         f"{problem}_model": Sweep((base, "solver=tpe,gp", "solver.sampler.startup=2"), reduced),
-        f"{problem}_pbt": Sweep((base, "solver=pbt", f"solver.perturbation={perturbation}"), reduced),
+        f"{problem}_pbt": Sweep(
+            (base, "solver=pbt", f"solver.perturbation={perturbation}"), reduced
+        ),
     }
 
 
 def section(context: Context, problem: str) -> str:
     """Table and picture of one problem."""
-    runs = [run for name in (problem, f"{problem}_model", f"{problem}_pbt") for run in context.runs(name)]
+    runs = [
+        run
+        for name in (problem, f"{problem}_model", f"{problem}_pbt")
+        for run in context.runs(name)
+    ]
     groups = {solver: [run for run in runs if run.solver == solver] for solver in SOLVERS}
     groups = {solver: members for solver, members in groups.items() if members}
     return f"{_table(groups)}\n\n{_picture(context, groups, problem)}"
@@ -49,14 +55,23 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
             [
                 f"`{solver}`",
                 counted(runs),
-                *(spread([run.at_best(name) for run in runs], form) for name, form in SCORES.items()),
+                *(
+                    spread([run.at_best(name) for run in runs], form)
+                    for name, form in SCORES.items()
+                ),
                 never([time and time.seconds for time in times], ".2g"),
                 never([time and time.examples / 1000 for time in times], ".3g"),
                 spread([run.total("steps") for run in runs], ".3g"),
                 spread([run.total("outer_steps") for run in runs], ".3g"),
             ]
         )
-    head = ["", "n", *(drawing.spoken(name) for name in SCORES), "seconds to random search's", "thousand examples to it"]
+    head = [
+        "",
+        "n",
+        *(drawing.spoken(name) for name in SCORES),
+        "seconds to random search's",
+        "thousand examples to it",
+    ]
     return table([*head, "inner steps", "λ steps or trials"], rows)
 
 
@@ -73,10 +88,14 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
         for line, solvers in zip(axes, rows, strict=True):
             shown = {solver: groups[solver] for solver in solvers if solver in groups}
             for ax, x in zip(line, ("seconds", "examples"), strict=True):
-                drawing.draw_bands(ax, shown, LOSS, x, best_so_far=True, looks=looks, n_in_label=False)
+                drawing.draw_bands(
+                    ax, shown, LOSS, x, best_so_far=True, looks=looks, n_in_label=False
+                )
                 ax.set_ylim(*_limits(groups))
                 drawing.logarithmic(ax)
-            line[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))  # one for each row: colours come again
+            line[1].legend(
+                loc="center left", bbox_to_anchor=(1.02, 0.5)
+            )  # one for each row: colours come again
     n = min(len(runs) for runs in groups.values())
     told = f"{problem}: best validation loss so far, mean ± standard deviation over n = {n} seeds"
     return f"![{told}, against seconds of training and examples]({path.name})"
@@ -95,5 +114,7 @@ def report(context: Context) -> str:
 
 
 EXPERIMENT = Experiment(
-    page="experiments/equal-cost.md", sweeps=sweeps("digits", 0.1, "runner.seconds=3", "runner.warmup_epochs=1"), report=report
+    page="experiments/equal-cost.md",
+    sweeps=sweeps("digits", 0.1, "runner.seconds=3", "runner.warmup_epochs=1"),
+    report=report,
 )

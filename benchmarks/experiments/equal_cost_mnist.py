@@ -7,6 +7,8 @@ from benchmarks.experiments.harness import Experiment
 
 EXPERIMENT = Experiment(
     page="experiments/equal-cost.md",
-    sweeps=equal_cost.sweeps("mnist", 0.2, "problem.train_size=2000", "problem.valid_size=1000", "runner.seconds=3"),
+    sweeps=equal_cost.sweeps(
+        "mnist", 0.2, "problem.train_size=2000", "problem.valid_size=1000", "runner.seconds=3"
+    ),
     report=partial(equal_cost.section, problem="mnist"),
 )

@@ -9,15 +9,21 @@ from torch import Tensor
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import spread, table
 from bilevel import Hypers, Stream, evaluate
-from bilevel.checkpoint import best_solution
+from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
 from bilevel.comparison import drawing
+from bilevel.problems.few_shot.problem import STEPS, FewShot, sinusoid
 from bilevel.solver import Solution
-from problems.few_shot import STEPS, FewShot, sinusoid
 
 CPU = torch.device("cpu")
 BASE = "+experiment=few_shot"
-MAML = ("solver=unrolled", "solver.restart=true", "problem.proximity=0.0", "lr.outer=0.003", "runner.epochs=1500")
+MAML = (
+    "solver=unrolled",
+    "solver.restart=true",
+    "problem.proximity=0.0",
+    "lr.outer=0.003",
+    "runner.epochs=1500",
+)
 QUICK = ("seed=100", "runner.epochs=300", "runner.evaluate_every=100")
 
 SHOWN = 2
@@ -34,7 +40,10 @@ METHODS = {
 def joint(seed: int, steps: int) -> Tensor:
     """The start φ that fits all tasks at once, without any adaptation: Adam on the mean error of new tasks at every step."""
     problem = sinusoid(start_seed=seed, tasks=100, fresh_tasks=True, proximity=0.0)
-    params, data = problem.init(torch.Generator())[0], problem.data(CPU, torch.Generator().manual_seed(seed))
+    params, data = (
+        problem.init(torch.Generator())[0],
+        problem.data(CPU, torch.Generator().manual_seed(seed)),
+    )
     φ = problem.space.init().requires_grad_()
     optimizer = torch.optim.Adam([φ], lr=0.003)
     for _ in range(steps):
@@ -64,7 +73,10 @@ def test_tasks(problem: FewShot) -> Stream:
 def baselines(seed: int, steps: int) -> list[tuple[dict[str, float], Tensor]]:
     """Errors and φ of a random start, and of one that fits all tasks jointly."""
     problem = sinusoid(start_seed=seed, proximity=0.0)
-    return [(worth(problem, problem.space.constrain(φ)), φ) for φ in (problem.space.init(), joint(seed, steps))]
+    return [
+        (worth(problem, problem.space.constrain(φ)), φ)
+        for φ in (problem.space.init(), joint(seed, steps))
+    ]
 
 
 def of_run(directory: Path) -> tuple[FewShot, Hypers]:
@@ -82,36 +94,81 @@ def report(context: Context) -> str:
     made = context.map(partial(baselines, steps=200 if context.quick else 1500), seeds)
     columns = [f"mse_{step}" for step in STEPS]
     rows = []
-    for name, results in zip(("random start", "one network for all tasks"), zip(*made, strict=True), strict=True):
-        rows.append([name, *(spread((errors[column] for errors, _ in results), ".2f") for column in columns), ""])
+    for name, results in zip(
+        ("random start", "one network for all tasks"), zip(*made, strict=True), strict=True
+    ):
+        rows.append(
+            [
+                name,
+                *(spread((errors[column] for errors, _ in results), ".2f") for column in columns),
+                "",
+            ]
+        )
     for name, group in runs.items():
         errors = [[run.at_best(f"test_{column}") for run in group] for column in columns]
         seconds = spread((run.total("seconds") for run in group), ".0f")
         rows.append([METHODS[name], *(spread(values, ".2f") for values in errors), seconds])
     starts = {"random start": made[0][0][1], "one network for all tasks": made[0][1][1]}
     shown = {
-        name: (sinusoid(proximity=0.0), {"initialization": φ, "proximity": torch.tensor(0.0)}) for name, φ in starts.items()
+        name: (sinusoid(proximity=0.0), {"initialization": φ, "proximity": torch.tensor(0.0)})
+        for name, φ in starts.items()
     }
-    shown |= {METHODS[name]: of_run(runs[name][0].directory) for name in ("maml", "implicit") if runs[name]}
+    shown |= {
+        METHODS[name]: of_run(runs[name][0].directory)
+        for name in ("maml", "implicit")
+        if runs[name]
+    }
     _picture(context, shown, seeds[0])
-    head = ["start φ", *(f"after {step} steps" if step != 1 else "after 1 step" for step in STEPS), "seconds"]
+    head = [
+        "start φ",
+        *(f"after {step} steps" if step != 1 else "after 1 step" for step in STEPS),
+        "seconds",
+    ]
     text = f"Mean squared error on 200 unseen sinusoids of ten points, n = {len(seeds)} each."
-    return "\n\n".join([text, table(head, rows), "![adaptation to a sinusoid that was not seen](few_shot.png)"])
+    return "\n\n".join(
+        [text, table(head, rows), "![adaptation to a sinusoid that was not seen](few_shot.png)"]
+    )
 
 
 def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: int) -> None:
     """One test task, and what 0, 1 and 10 steps make of each start."""
-    with drawing.figure(context.figures / "few_shot.png", columns=len(shown), size=(2.6, 2.9)) as axes:
-        for number, (ax, (name, (problem, hypers))) in enumerate(zip(axes[0], shown.items(), strict=True)):
-            task = {key: part[SHOWN : SHOWN + 1] for key, part in test_tasks(problem).peek().items()}
+    with drawing.figure(
+        context.figures / "few_shot.png", columns=len(shown), size=(2.6, 2.9)
+    ) as axes:
+        for number, (ax, (name, (problem, hypers))) in enumerate(
+            zip(axes[0], shown.items(), strict=True)
+        ):
+            task = {
+                key: part[SHOWN : SHOWN + 1] for key, part in test_tasks(problem).peek().items()
+            }
             x = torch.linspace(-5, 5, 201)[None, :, None]
             with torch.no_grad():
                 path = problem.adapted(hypers, task | {"x": x}, 10)[0, :, :, 0]
             support_x, support_y = task["support_x"].flatten(), task["support_y"].flatten()
-            ax.plot(support_x, support_y, "o", color="black", markersize=4, label="the ten points", zorder=3)
-            ax.plot(x.flatten(), _truth(task, x), color="0.6", linewidth=3, alpha=0.6, label="the sinusoid")
+            ax.plot(
+                support_x,
+                support_y,
+                "o",
+                color="black",
+                markersize=4,
+                label="the ten points",
+                zorder=3,
+            )
+            ax.plot(
+                x.flatten(),
+                _truth(task, x),
+                color="0.6",
+                linewidth=3,
+                alpha=0.6,
+                label="the sinusoid",
+            )
             for step, color in zip((0, 1, 10), drawing.COLORS, strict=False):
-                ax.plot(x.flatten(), path[step], color=color, label=f"after {step} step{'' if step == 1 else 's'}")
+                ax.plot(
+                    x.flatten(),
+                    path[step],
+                    color=color,
+                    label=f"after {step} step{'' if step == 1 else 's'}",
+                )
             ax.set(title=name.partition(", on")[0], xlabel="x", ylim=(-6, 6))
             if number == 0:
                 ax.set_ylabel(f"y (test task {SHOWN + 1}, seed {seed})")
@@ -120,7 +177,10 @@ def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: i
 
 def _truth(task: dict[str, Tensor], x: Tensor) -> Tensor:
     """The sinusoid through a task's points: a sin x + b cos x, by least squares."""
-    points, values = torch.cat([task["support_x"], task["x"]], 1)[0], torch.cat([task["support_y"], task["y"]], 1)[0]
+    points, values = (
+        torch.cat([task["support_x"], task["x"]], 1)[0],
+        torch.cat([task["support_y"], task["y"]], 1)[0],
+    )
     solution = torch.linalg.lstsq(torch.cat([points.sin(), points.cos()], 1), values).solution
     return (torch.cat([x.sin(), x.cos()], -1)[0] @ solution).flatten()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel import BilevelError
-from bilevel.tables import duration
+from bilevel.loggers.tables import duration
 
 if TYPE_CHECKING:
     from benchmarks.experiments.jobs import Job, Outcome
@@ -61,13 +61,23 @@ def find(*names: str) -> dict[str, Experiment]:
         BilevelError: there is none of that name.
     """
     package = importlib.import_module(__package__)
-    known = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "__main__")
+    known = sorted(
+        module.name
+        for module in pkgutil.iter_modules(package.__path__)
+        if module.name != "__main__"
+    )
     if unknown := [name for name in names if name not in known]:
-        raise BilevelError(f"no experiment is called {', '.join(unknown)}; there are {', '.join(find())}")
+        raise BilevelError(
+            f"no experiment is called {', '.join(unknown)}; there are {', '.join(find())}"
+        )
     modules = {name: importlib.import_module(f"{__package__}.{name}") for name in names or known}
-    found = {name: module.EXPERIMENT for name, module in modules.items() if hasattr(module, "EXPERIMENT")}
+    found = {
+        name: module.EXPERIMENT for name, module in modules.items() if hasattr(module, "EXPERIMENT")
+    }
     if helpers := [name for name in names if name not in found]:
-        raise BilevelError(f"{', '.join(helpers)} holds no experiment; there are {', '.join(find())}")
+        raise BilevelError(
+            f"{', '.join(helpers)} holds no experiment; there are {', '.join(find())}"
+        )
     return found
 
 
@@ -94,7 +104,13 @@ class Context:
     ) -> None:
         from benchmarks.experiments.jobs import job
 
-        self.name, self.figures, self.workers, self.quick, self.data = name, figures, workers, quick, data
+        self.name, self.figures, self.workers, self.quick, self.data = (
+            name,
+            figures,
+            workers,
+            quick,
+            data,
+        )
         self._jobs = {
             sweep: [job(overrides, runs / name / sweep) for overrides in command.jobs(quick)]
             for sweep, command in experiment.sweeps.items()
@@ -112,7 +128,9 @@ class Context:
 
     @cached_property
     def _pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread)
+        return ProcessPoolExecutor(
+            self.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_one_thread
+        )
 
     def missing(self) -> str | None:
         """The sentence of an experiment whose data are not here; None where all is there."""
@@ -129,7 +147,9 @@ class Context:
 
         self._outcomes = {job: outcome for job in self._all if (outcome := outcome_of(job))}
         todo = [job for job in self._all if job not in self._outcomes]
-        for number, (job, outcome) in enumerate(self._completed(partial(run_job, data=self.data), todo), start=1):
+        for number, (job, outcome) in enumerate(
+            self._completed(partial(run_job, data=self.data), todo), start=1
+        ):
             self._outcomes[job] = outcome
             print(
                 f"{self.name}: {number} of {len(todo)}, {duration(outcome.wall_seconds)}, {' '.join(job.overrides)}"
@@ -145,16 +165,22 @@ class Context:
         """
         failures = [outcome.failure for outcome in self._outcomes.values()]
         if failures and all(failures):
-            raise BilevelError(f"none of its {len(failures)} runs left anything; the first: {failures[0]}")
+            raise BilevelError(
+                f"none of its {len(failures)} runs left anything; the first: {failures[0]}"
+            )
 
     def runs(self, sweep: str) -> "list[Run]":
         """The runs that a sweep left, in its order, labelled; those that left none are told by `colophon`."""
         from bilevel.comparison.runs import labelled, read_run
 
-        read = (read_run(job.directory) for job in self._jobs[sweep] if not self._outcomes[job].failure)
+        read = (
+            read_run(job.directory) for job in self._jobs[sweep] if not self._outcomes[job].failure
+        )
         return labelled(run for run in read if run)
 
-    def _completed(self, function: "Callable[[Job], Outcome]", jobs: "list[Job]") -> "Iterator[tuple[Job, Outcome]]":
+    def _completed(
+        self, function: "Callable[[Job], Outcome]", jobs: "list[Job]"
+    ) -> "Iterator[tuple[Job, Outcome]]":
         """Each job with its outcome, as they end."""
         if not self.workers:
             yield from ((job, function(job)) for job in jobs)
@@ -167,7 +193,10 @@ class Context:
         jobs = list(jobs)
         start = time.perf_counter()
         made = list(self._pool.map(function, jobs) if self.workers else map(function, jobs))
-        self._mapped, self._mapped_seconds = self._mapped + len(jobs), self._mapped_seconds + time.perf_counter() - start
+        self._mapped, self._mapped_seconds = (
+            self._mapped + len(jobs),
+            self._mapped_seconds + time.perf_counter() - start,
+        )
         return made
 
     def colophon(self) -> str:
@@ -179,7 +208,9 @@ class Context:
             if outcome.failure:
                 lines.append(f"- `{' '.join(job.overrides)}` left no run: {outcome.failure}")
             elif (run := read_run(job.directory)) and run.status != "finished":
-                lines.append(f"- `{' '.join(job.overrides)}` {str((run.summary or {}).get('message')).partition(';')[0]}")
+                lines.append(
+                    f"- `{' '.join(job.overrides)}` {str((run.summary or {}).get('message')).partition(';')[0]}"
+                )
         told = "\n".join(lines)
         if len(lines) > FEW:
             told = f"<details><summary>{len(lines)} runs did not end in order</summary>\n\n{told}\n\n</details>"
@@ -188,10 +219,20 @@ class Context:
     def _made(self) -> str:
         import torch
 
-        size = "Reduced size (`--quick`): these are not the numbers of the protocol. " if self.quick else ""
+        size = (
+            "Reduced size (`--quick`): these are not the numbers of the protocol. "
+            if self.quick
+            else ""
+        )
         wall = sum(outcome.wall_seconds for outcome in self._outcomes.values())
-        parts = [f"{len(self._outcomes)} runs, {duration(wall)} of one core"] if self._outcomes else []
-        parts += [f"{self._mapped} computations in {duration(self._mapped_seconds)}"] if self._mapped else []
+        parts = (
+            [f"{len(self._outcomes)} runs, {duration(wall)} of one core"] if self._outcomes else []
+        )
+        parts += (
+            [f"{self._mapped} computations in {duration(self._mapped_seconds)}"]
+            if self._mapped
+            else []
+        )
         parts += [f"{processor()}, one thread a process, {max(1, self.workers)} at once"]
         return f"{size}{'; '.join([*parts, f'PyTorch {torch.__version__}'.partition('+')[0], date.today().isoformat()])}"
 
@@ -208,4 +249,7 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

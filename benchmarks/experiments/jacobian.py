@@ -12,7 +12,12 @@ from benchmarks.toys import NAMES, RECIPES, RESPONSES, Job, spread, watch
 from bilevel.comparison.drawing import COLORS, figure
 
 ROUNDS, FEATURES = 200, 5
-STARTS = {"ridge": 1.0, "linear network": 1.0, "ridge per feature": 1.0, "input dropout per feature": -1.0}
+STARTS = {
+    "ridge": 1.0,
+    "linear network": 1.0,
+    "ridge per feature": 1.0,
+    "input dropout per feature": -1.0,
+}
 TITLES = {
     "ridge": "ridge, 1 λ",
     "linear network": "linear network, 1 λ",
@@ -33,7 +38,20 @@ def report(context: Context) -> str:
     """The table at the end of training, and the figure along it."""
     seeds, rounds = (range(100, 101), ROUNDS // 2) if context.quick else (range(5), ROUNDS)
     jobs = [
-        Job(kind, "synthetic", seed, recipe, response, seed, rounds, rounds * 3 // 10, 0.01, 0.01, FEATURES, STARTS[kind])
+        Job(
+            kind,
+            "synthetic",
+            seed,
+            recipe,
+            response,
+            seed,
+            rounds,
+            rounds * 3 // 10,
+            0.01,
+            0.01,
+            FEATURES,
+            STARTS[kind],
+        )
         for kind in STARTS
         for response in RESPONSES
         for recipe in RECIPES
@@ -59,7 +77,10 @@ def table(runs: Mapping[Group, list[Run]]) -> str:
     for (kind, response, recipe), seeds in runs.items():
         cells = [spread(at_end(seeds, key)) for key in ("response_cosine", "response_error")]
         structured = response == "structured"
-        cells += [spread(at_end(seeds, key)) if structured else "–" for key in ("floor", "projected_error")]
+        cells += [
+            spread(at_end(seeds, key)) if structured else "–"
+            for key in ("floor", "projected_error")
+        ]
         cells += [spread(at_end(seeds, "weight_error"))]
         lines.append(f"| {TITLES[kind]} | {response} | {NAMES[recipe]} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -67,7 +88,10 @@ def table(runs: Mapping[Group, list[Run]]) -> str:
 
 def at_end(seeds: list[Run], key: str) -> list[float]:
     """One value a seed; NaN where the run diverged."""
-    return [run["points"][-1][key] if len(run["points"]) == len(run["steps"]) else math.nan for run in seeds]
+    return [
+        run["points"][-1][key] if len(run["points"]) == len(run["steps"]) else math.nan
+        for run in seeds
+    ]
 
 
 def draw(runs: Mapping[Group, list[Run]], context: Context) -> None:
@@ -80,16 +104,34 @@ def draw(runs: Mapping[Group, list[Run]], context: Context) -> None:
                 ax = axes[row, column]
                 for response, recipe in itertools.product(RESPONSES, RECIPES):
                     label = NAMES[recipe] + (", structured" if response == "structured" else "")
-                    band(ax, runs[kind, response, recipe], key, label=label, linestyle=DASHES[response], **LOOKS[recipe])
-                ax.axvspan(5, 5 * runs[kind, "dense", "stn"][0]["job"].warmup, color="0.93", zorder=0)
+                    band(
+                        ax,
+                        runs[kind, response, recipe],
+                        key,
+                        label=label,
+                        linestyle=DASHES[response],
+                        **LOOKS[recipe],
+                    )
+                ax.axvspan(
+                    5, 5 * runs[kind, "dense", "stn"][0]["job"].warmup, color="0.93", zorder=0
+                )
                 ax.set_xscale("log")
             axes[0, column].set_title(TITLES[kind])
             axes[0, column].set_ylim(top=1.05)
-            if max(floor for run in runs[kind, "structured", "delta_stn"] for floor in of(run, "floor")) > 1e-6:
+            if (
+                max(
+                    floor
+                    for run in runs[kind, "structured", "delta_stn"]
+                    for floor in of(run, "floor")
+                )
+                > 1e-6
+            ):
                 look = {"color": "0.2", "linestyle": ":", "label": "best structured Θ"}
                 band(axes[1, column], runs[kind, "structured", "delta_stn"], "floor", **look)
             axes[1, column].set_yscale("log")
-            axes[1, column].set_ylim(top=min(20, axes[1, column].get_ylim()[1]))  # whatever a run that diverges reaches
+            axes[1, column].set_ylim(
+                top=min(20, axes[1, column].get_ylim()[1])
+            )  # whatever a run that diverges reaches
             axes[1, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes[1, column].yaxis.set_major_formatter("{x:g}")
             axes[1, column].yaxis.set_minor_formatter(NullFormatter())

@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bilevel.cli.app import main, prepared
-from bilevel.cli.bad_input import parse
+from bilevel.cli.input_errors import parse
 from bilevel.comparison.labels import flattened
-from bilevel.records import SUMMARY
+from bilevel.loggers.records import SUMMARY
 
 SETTINGS = (
     *("runner.threads=1", "runner.device=cpu", "runner.checkpoint_every=1000000"),
@@ -64,7 +64,9 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
         override = parse(text)
         key = override.get_key_element()
         swept = override.is_sweep_override()
-        choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()] if swept else [text]
+        choices[key] = (
+            [f"{key}={value}" for value in override.sweep_string_iterator()] if swept else [text]
+        )
     return list(itertools.product(*choices.values()))
 
 
@@ -87,8 +89,14 @@ def job(overrides: Sequence[str], folder: Path) -> Job:
         choices = config.pop("hydra").runtime.choices
     # what changes no number (where the data lie, who logs, …) may change without the runs being repeated
     settings = {"seed": config.seed, **flattened(OmegaConf.to_container(config))}
-    digest = hashlib.sha256(f"{choices.problem} {choices.solver} {json.dumps(settings, sort_keys=True)}".encode())
-    shown = [text for text in overrides if parse(text).key_or_group not in ("experiment", "seed", "problem", "solver")]
+    digest = hashlib.sha256(
+        f"{choices.problem} {choices.solver} {json.dumps(settings, sort_keys=True)}".encode()
+    )
+    shown = [
+        text
+        for text in overrides
+        if parse(text).key_or_group not in ("experiment", "seed", "problem", "solver")
+    ]
     readable = re.sub(r"[^\w.-]+", "-", "-".join(shown))[:60]
     name = f"{choices.problem}-{choices.solver}-seed{config.seed}-{readable}".rstrip("-")
     told = OmegaConf.to_yaml(config.problem).lower()
@@ -125,18 +133,27 @@ def run_job(job: Job, data: Path | None = None) -> Outcome:
     place = str(job.directory.resolve()).replace("'", r"\'")
     start, errors, out = time.perf_counter(), StringIO(), StringIO()
     with redirect_stderr(errors), redirect_stdout(out):
-        main([*job.overrides, *SETTINGS, *(where(data, job.data) or ()), f"hydra.run.dir='{place}'"])
+        main(
+            [*job.overrides, *SETTINGS, *(where(data, job.data) or ()), f"hydra.run.dir='{place}'"]
+        )
     sys.stdout.flush()
-    told = [line.removeprefix("bilevel: ") for line in errors.getvalue().splitlines() if line.startswith("bilevel: ")]
+    told = [
+        line.removeprefix("bilevel: ")
+        for line in errors.getvalue().splitlines()
+        if line.startswith("bilevel: ")
+    ]
     failure = None
     if not ended(job.directory):
         failure = next(
-            (line for line in reversed(told) if not line.startswith("warning: ")), "it left no summary, and said nothing"
+            (line for line in reversed(told) if not line.startswith("warning: ")),
+            "it left no summary, and said nothing",
         )
     outcome = Outcome(time.perf_counter() - start, failure)
     job.directory.mkdir(parents=True, exist_ok=True)
     (job.directory / "log.txt").write_text(errors.getvalue() + out.getvalue(), encoding="utf-8")
-    (job.directory / JOB).write_text(json.dumps({"overrides": job.overrides, **outcome._asdict()}, indent=1), encoding="utf-8")
+    (job.directory / JOB).write_text(
+        json.dumps({"overrides": job.overrides, **outcome._asdict()}, indent=1), encoding="utf-8"
+    )
     return outcome
 
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-import solvers
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.experiments.report import spread
 from benchmarks.experiments.report import table as markdown
-from bilevel import Runner, Solver
-from problems.language import Language
-from problems.text import corpus
+from bilevel import Runner, Solver, solvers
+from bilevel.problems.language_modeling.corpus import corpus
+from bilevel.problems.language_modeling.problem import Language
 
 WARMUP = 1
 START, GRID_SEED = 0.05, 100
@@ -29,7 +28,13 @@ TUNED = {**INNER, "outer_optimizer": partial(torch.optim.Adam, lr=0.03), "tune_s
 
 Summary = dict[str, Any]
 PAIRS = (
-    *(("stn", "best"), ("stn", "schedule"), ("schedule", "best"), ("schedule", "final"), ("final", "best")),
+    *(
+        ("stn", "best"),
+        ("stn", "schedule"),
+        ("schedule", "best"),
+        ("schedule", "final"),
+        ("final", "best"),
+    ),
     *(("gaussian", "best"), ("sinusoid", "best"), ("delta_stn", "best")),
 )
 SHORT = {"stn": "STN", "gaussian": "Gaussian", "delta_stn": "Δ-STN"}
@@ -60,7 +65,9 @@ QUICK = Size((101, 102), (0.4, 0.7), 3, 6000, 2000)
 def report(context: Context) -> str:
     """The table, the grid, and the paired differences."""
     size = QUICK if context.quick else FULL
-    losses = dict(zip(size.grid, context.map(at_rate, [(rate, size) for rate in size.grid]), strict=True))
+    losses = dict(
+        zip(size.grid, context.map(at_rate, [(rate, size) for rate in size.grid]), strict=True)
+    )
     best = min(losses, key=losses.__getitem__)
     seeds = context.map(at_seed, [(seed, best, size) for seed in size.seeds])
     return block(losses, dict(zip(size.seeds, seeds, strict=True)))
@@ -73,7 +80,9 @@ def at_rate(job: tuple[float, Size]) -> float:
     """The lowest validation loss at one rate of the grid, on a seed of its own."""
     rate, size = job
     with tempfile.TemporaryDirectory() as directory:
-        return train(solvers.Fixed(**INNER), rate, GRID_SEED, Path(directory) / "grid", size)["best"]["valid_loss"]
+        return train(solvers.Fixed(**INNER), rate, GRID_SEED, Path(directory) / "grid", size)[
+            "best"
+        ]["valid_loss"]
 
 
 def at_seed(job: tuple[int, float, Size]) -> dict[str, Summary]:
@@ -82,12 +91,18 @@ def at_seed(job: tuple[int, float, Size]) -> dict[str, Summary]:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         rows = arms(best, folder / "stn", size)
-        return {name: train(make(), rate, seed, folder / name, size) for name, (rate, make) in rows.items()}
+        return {
+            name: train(make(), rate, seed, folder / name, size)
+            for name, (rate, make) in rows.items()
+        }
 
 
 def arms(best: float, stn: Path, size: Size) -> dict[str, tuple[float, Callable[[], Solver]]]:
     """Where every row of the table starts and how it trains; rows that follow STN's run, in `stn`, come after it."""
-    steps = round(PERIOD * problem(START, size).data(torch.device("cpu"), torch.Generator()).train.steps_per_epoch)
+    steps = round(
+        PERIOD
+        * problem(START, size).data(torch.device("cpu"), torch.Generator()).train.steps_per_epoch
+    )
 
     def fixed(hypers: Callable[[], solvers.Given]) -> Callable[[], Solver]:
         return lambda: solvers.Fixed(hypers=hypers(), **INNER)
@@ -118,7 +133,13 @@ def train(solver: Solver, rate: float, seed: int, directory: Path, size: Size) -
     """The summary of one run."""
     settings = {"progress": "none", "picture": False, "checkpoint_every": 10**6, "threads": 1}
     runner = Runner(epochs=size.epochs, warmup_epochs=WARMUP, **settings)
-    return runner.run(problem(rate, size), solver, directory=directory, seed=seed, names=("language", directory.name))
+    return runner.run(
+        problem(rate, size),
+        solver,
+        directory=directory,
+        seed=seed,
+        names=("language", directory.name),
+    )
 
 
 # --- the block ---
@@ -127,7 +148,10 @@ def train(solver: Solver, rate: float, seed: int, directory: Path, size: Size) -
 def block(losses: Mapping[float, float], runs: Mapping[int, Mapping[str, Summary]]) -> str:
     """Of the grid's losses by rate and the rows' summaries by seed."""
     best = min(losses, key=losses.__getitem__)
-    grid = ", ".join(f"**{rate}: {loss:.3f}**" if rate == best else f"{rate}: {loss:.3f}" for rate, loss in losses.items())
+    grid = ", ".join(
+        f"**{rate}: {loss:.3f}**" if rate == best else f"{rate}: {loss:.3f}"
+        for rate, loss in losses.items()
+    )
     told = f"Mean ± standard deviation over the seeds {', '.join(map(str, runs))}."
     told += f" The grid, validation loss on seed {GRID_SEED}: {grid}."
     paired = f"Paired differences in validation perplexity, seed by seed:\n\n{differences(runs)}"
@@ -149,7 +173,10 @@ def table(best: float, runs: Mapping[int, Mapping[str, Summary]]) -> str:
     rows = []
     for arm, name in names.items():
         group = [seed[arm] for seed in runs.values()]
-        at_best, rates = [run["best"] for run in group], [run["hypers"]["output_dropout"] for run in group]
+        at_best, rates = (
+            [run["best"] for run in group],
+            [run["hypers"]["output_dropout"] for run in group],
+        )
         gone = sum(run["diverged"] for run in group)
         rows.append(
             [
@@ -161,7 +188,14 @@ def table(best: float, runs: Mapping[int, Mapping[str, Summary]]) -> str:
                 spread([run["seconds"] for run in group], ".0f"),
             ]
         )
-    head = ["row", "validation perplexity", "test perplexity", "rate at the end", "epoch of the best", "seconds"]
+    head = [
+        "row",
+        "validation perplexity",
+        "test perplexity",
+        "rate at the end",
+        "epoch of the best",
+        "seconds",
+    ]
     return markdown(head, rows, best={1: min, 2: min})
 
 
@@ -169,9 +203,20 @@ def differences(runs: Mapping[int, Mapping[str, Summary]]) -> str:
     """One row for each pair of arms, one column for each seed."""
     rows = []
     for first, second in PAIRS:
-        values = [seed[first]["best"]["valid_perplexity"] - seed[second]["best"]["valid_perplexity"] for seed in runs.values()]
-        cells = [*(f"{value:+.2f}" for value in values), f"{'+' if sum(values) >= 0 else ''}{spread(values, '.2f')}"]
-        rows.append([f"{SHORT.get(first, first)} − {SHORT.get(second, second)}", *(cell.replace("-", "−") for cell in cells)])
+        values = [
+            seed[first]["best"]["valid_perplexity"] - seed[second]["best"]["valid_perplexity"]
+            for seed in runs.values()
+        ]
+        cells = [
+            *(f"{value:+.2f}" for value in values),
+            f"{'+' if sum(values) >= 0 else ''}{spread(values, '.2f')}",
+        ]
+        rows.append(
+            [
+                f"{SHORT.get(first, first)} − {SHORT.get(second, second)}",
+                *(cell.replace("-", "−") for cell in cells),
+            ]
+        )
     return markdown(["", *(f"seed {seed}" for seed in runs), "mean ± std"], rows)
 
 

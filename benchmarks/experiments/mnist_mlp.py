@@ -12,14 +12,25 @@ from bilevel.comparison.statistics import paired
 
 SCORES = {LOSS: ".4f", "valid_accuracy": "%", "test_loss": ".4f", "test_accuracy": "%"}
 RATES = ("input_dropout", "dropout1", "dropout2")
-QUICK = ("seed=100,101", "problem.hidden=[64,64]", "problem.train_size=2000", "problem.valid_size=1000")
+QUICK = (
+    "seed=100,101",
+    "problem.hidden=[64,64]",
+    "problem.train_size=2000",
+    "problem.valid_size=1000",
+)
 
 
 def report(context: Context) -> str:
     """The table, what the pairs of runs of one seed say, and the picture."""
     groups = by_solver(context.runs("runs"))
     shown = ((LOSS, "epochs"), *((f"hypers.{name}", "epochs") for name in RATES))
-    drawn = picture(groups, context.figures / "mnist-mlp.png", "MNIST, the line is the end of warm-up", shown, warmup=5)
+    drawn = picture(
+        groups,
+        context.figures / "mnist-mlp.png",
+        "MNIST, the line is the end of warm-up",
+        shown,
+        warmup=5,
+    )
     return f"{scores(groups, RATES)}\n\n{pairs(groups)}\n\n{drawn}"
 
 
@@ -28,14 +39,26 @@ def scores(groups: Mapping[str, Sequence[Run]], rates: Sequence[str] = ()) -> st
     rows = []
     for solver, runs in groups.items():
         cells = [spread([run.column(LOSS)[-1] for run in runs], ".4f")]
-        cells += [spread([run.at_best(name) for run in runs], form) for name, form in SCORES.items()]
-        cells += [spread([run.column(f"hypers.{name}")[-1] for run in runs], ".3f") for name in rates]
+        cells += [
+            spread([run.at_best(name) for run in runs], form) for name, form in SCORES.items()
+        ]
+        cells += [
+            spread([run.column(f"hypers.{name}")[-1] for run in runs], ".3f") for name in rates
+        ]
         steps = [1e3 * run.column("seconds")[-1] / run.column("step")[-1] for run in runs]
         rows.append([f"`{solver}`", counted(runs), *cells, spread(steps, ".3g")])
     lowest = [f"{drawing.spoken(name)} at its lowest" for name in SCORES]
     lowest[1:] = [f"{drawing.spoken(name)} there" for name in list(SCORES)[1:]]
     return table(
-        ["", "n", "validation loss at the end", *lowest, *(f"`{name}` at the end" for name in rates), "ms a step"], rows
+        [
+            "",
+            "n",
+            "validation loss at the end",
+            *lowest,
+            *(f"`{name}` at the end" for name in rates),
+            "ms a step",
+        ],
+        rows,
     )
 
 
@@ -45,12 +68,18 @@ def pairs(groups: Mapping[str, Sequence[Run]]) -> str:
     for pair in paired(groups, lambda run: run.at_best(LOSS))[0]:
         if "delta_stn" in (pair.first, pair.second):
             p = "" if pair.adjusted is None else f", p = {pair.adjusted:.2g} (paired t, Holm)"
-            lines.append(f"- `{pair.first}` less `{pair.second}`: {pair.difference:+.4f} ± {pair.std:.4f}, n = {pair.n}{p}")
+            lines.append(
+                f"- `{pair.first}` less `{pair.second}`: {pair.difference:+.4f} ± {pair.std:.4f}, n = {pair.n}{p}"
+            )
     return "\n".join(lines)
 
 
 def picture(
-    groups: Mapping[str, Sequence[Run]], path: Path, told: str, shown: Sequence[tuple[str, str]], warmup: float | None = None
+    groups: Mapping[str, Sequence[Run]],
+    path: Path,
+    told: str,
+    shown: Sequence[tuple[str, str]],
+    warmup: float | None = None,
 ) -> str:
     """A panel for each of `shown`, a column against epochs or seconds."""
     looks = drawing.styles(list(groups))
@@ -59,7 +88,12 @@ def picture(
             drawing.draw_bands(ax, groups, y, x, looks=looks, n_in_label=False)
             if warmup is not None:
                 ax.axvline(warmup, color="0.8", linewidth=0.8, zorder=0)
-        losses = [loss for runs in groups.values() for run in runs if (loss := run.at_best(LOSS)) is not None]
+        losses = [
+            loss
+            for runs in groups.values()
+            for run in runs
+            if (loss := run.at_best(LOSS)) is not None
+        ]
         if losses:
             axes[0][0].set_ylim(0.9 * min(losses), 2.2 * max(losses))
         axes[0][-1].legend()
@@ -69,6 +103,16 @@ def picture(
 
 EXPERIMENT = Experiment(
     page="experiments/mnist.md",
-    sweeps={"runs": Sweep(("+experiment=mnist_mlp", "solver=fixed,stn,delta_stn", "seed=0,1,2", "runner.epochs=10"), QUICK)},
+    sweeps={
+        "runs": Sweep(
+            (
+                "+experiment=mnist_mlp",
+                "solver=fixed,stn,delta_stn",
+                "seed=0,1,2",
+                "runner.epochs=10",
+            ),
+            QUICK,
+        )
+    },
     report=report,
 )

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from bilevel import BilevelError
 
-BLOCK = re.compile(r"(<!-- made by: python -m benchmarks\.experiments (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- made by: python -m benchmarks\.experiments (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
+)
 
 
 class Page:
@@ -39,7 +41,9 @@ class Page:
         made = blocks(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         made[block] = content.strip() + "\n"
         text = self.source.read_text(encoding="utf-8")
-        self.path.write_text(BLOCK.sub(lambda m: m[1] + made.get(m[2], m[3]) + m[4], text), encoding="utf-8")
+        self.path.write_text(
+            BLOCK.sub(lambda m: m[1] + made.get(m[2], m[3]) + m[4], text), encoding="utf-8"
+        )
 
 
 def blocks(text: str) -> dict[str, str]:

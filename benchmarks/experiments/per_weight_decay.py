@@ -6,21 +6,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import problems
 from benchmarks.experiments.cleaning import gain, seconds
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import by_solver, spread, table
-from bilevel import Refused
-from bilevel.checkpoint import best_solution
+from bilevel import Refused, problems
+from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
 from bilevel.comparison import drawing
 from bilevel.comparison.runs import Run
-from solvers import Structured, delta_stn
-from solvers.rehearsal import MOST_RESPONSE_BYTES, units
-from solvers.self_tuning import MOST_DIRECTIONS
+from bilevel.solvers import Structured, delta_stn
+from bilevel.solvers.base.dry_run import MOST_RESPONSE_BYTES, units
+from bilevel.solvers.self_tuning import MOST_DIRECTIONS
 
 COLUMNS = {"valid_loss": ".4f", "test_loss": ".4f", "valid_accuracy": "%", "test_accuracy": "%"}
-HEAD = ["", "λ", "validation loss", "test loss", "change of test loss", "validation accuracy", "test accuracy", "seconds"]
+HEAD = [
+    "",
+    "λ",
+    "validation loss",
+    "test loss",
+    "change of test loss",
+    "validation accuracy",
+    "test accuracy",
+    "seconds",
+]
 
 
 def report(context: Context) -> str:
@@ -29,14 +37,19 @@ def report(context: Context) -> str:
     rows = [["none tuned (`fixed`)", "0", *measured(fixed, fixed)]]
     for name, label in (("one", "one decay"), ("each", "one per weight")):
         for solver, runs in by_solver(context.runs(name)).items():
-            rows.append([f"{label}, `{solver}`", f"{coordinates(runs[0]):,}", *measured(runs, fixed)])
+            rows.append(
+                [f"{label}, `{solver}`", f"{coordinates(runs[0]):,}", *measured(runs, fixed)]
+            )
     _picture(context, by_solver(context.runs("each"))["implicit_cg"])
     return "\n\n".join(
         [
             table(HEAD, rows),
             f"n = {len(fixed)} each; the change is against `fixed`, paired by seed.",
             "What a structured response of Δ-STN to every decay holds, in float32:",
-            table(["hidden layers", "weights = decays", "Θ", "numbers per weight", "Δ-STN"], [*map(response, SIZES)]),
+            table(
+                ["hidden layers", "weights = decays", "Θ", "numbers per weight", "Δ-STN"],
+                [*map(response, SIZES)],
+            ),
             "![learned decay of each pixel's weights, and of each layer's](per_weight_decay.png)",
         ]
     )
@@ -60,7 +73,8 @@ SIZES = ([16], [64], [256, 256], [1000, 1000])
 def response(hidden: list[int]) -> list[str]:
     """A row of what a response would hold, and what Δ-STN says where it refuses."""
     frozen = {
-        name: {"init": 0.0, "frozen": True} for name in ("input_dropout", *(f"dropout{i + 1}" for i in range(len(hidden))))
+        name: {"init": 0.0, "frozen": True}
+        for name in ("input_dropout", *(f"dropout{i + 1}" for i in range(len(hidden))))
     }
     problem = problems.digits(hidden=hidden, weight_decay="per_weight", space=frozen)
     params, _ = problem.init(torch.Generator())
@@ -73,7 +87,13 @@ def response(hidden: list[int]) -> list[str]:
             delta_stn().check(problem, problem.data(device, torch.Generator()), device)
         except Refused as refusal:
             said = f"refuses: “{refusal}”"
-    return [" × ".join(map(str, hidden)), f"{weights:,}", units(4 * numbers), f"{numbers / weights:,.0f}", said]
+    return [
+        " × ".join(map(str, hidden)),
+        f"{weights:,}",
+        units(4 * numbers),
+        f"{numbers / weights:,.0f}",
+        said,
+    ]
 
 
 def decays(run: Run) -> dict[str, Tensor]:
@@ -81,14 +101,28 @@ def decays(run: Run) -> dict[str, Tensor]:
     solution = best_solution(run.directory)
     sizes = [p.numel() for p in solution.params.values()]
     parts = solution.hypers["weight_decay"].split(sizes)
-    return {name: part.reshape(p.shape) for (name, p), part in zip(solution.params.items(), parts, strict=True)}
+    return {
+        name: part.reshape(p.shape)
+        for (name, p), part in zip(solution.params.items(), parts, strict=True)
+    }
 
 
 def _picture(context: Context, runs: Sequence[Run]) -> None:
     learned = [decays(run) for run in runs]
-    by_pixel = torch.stack([one["layers.0.weight"].log10().mean(0) for one in learned]).mean(0).reshape(8, 8)
-    pixels = build(runs[0].config["problem"], "problem").data(torch.device("cpu"), torch.Generator()).train.tensors[0].float()
-    with drawing.figure(context.figures / "per_weight_decay.png", columns=3, size=(3.6, 2.9)) as axes:
+    by_pixel = (
+        torch.stack([one["layers.0.weight"].log10().mean(0) for one in learned])
+        .mean(0)
+        .reshape(8, 8)
+    )
+    pixels = (
+        build(runs[0].config["problem"], "problem")
+        .data(torch.device("cpu"), torch.Generator())
+        .train.tensors[0]
+        .float()
+    )
+    with drawing.figure(
+        context.figures / "per_weight_decay.png", columns=3, size=(3.6, 2.9)
+    ) as axes:
         left, middle, right = axes[0]
         n = f"n = {len(runs)} seeds"
         for ax, image, label, title in (
@@ -105,14 +139,22 @@ def _picture(context: Context, runs: Sequence[Run]) -> None:
             "biases": ["layers.0.bias", "layers.1.bias"],
         }
         logs = {
-            label: torch.cat([one[name].log10().reshape(-1) for one in learned for name in names]).numpy()
+            label: torch.cat(
+                [one[name].log10().reshape(-1) for one in learned for name in names]
+            ).numpy()
             for label, names in parts.items()
         }
-        bins = np.linspace(min(v.min() for v in logs.values()), max(v.max() for v in logs.values()), 40).tolist()
+        bins = np.linspace(
+            min(v.min() for v in logs.values()), max(v.max() for v in logs.values()), 40
+        ).tolist()
         for (label, values), color in zip(logs.items(), drawing.COLORS, strict=False):
             right.hist(values, bins=bins, density=True, histtype="step", color=color, label=label)
         right.axvline(-4, color="black", linewidth=0.8, linestyle=":")
-        right.set(xlabel="log₁₀ decay (dotted: where all start)", ylabel="density", title=f"all decays, implicit_cg ({n})")
+        right.set(
+            xlabel="log₁₀ decay (dotted: where all start)",
+            ylabel="density",
+            title=f"all decays, implicit_cg ({n})",
+        )
         right.legend(fontsize="x-small")
 
 
@@ -124,7 +166,11 @@ EXPERIMENT = Experiment(
         "fixed": Sweep((BASE, "solver=fixed"), REDUCED),
         "one": Sweep((BASE, "solver=implicit_cg,sama,delta_stn"), (*REDUCED, "solver=implicit_cg")),
         "each": Sweep(
-            (BASE, "problem.weight_decay=per_weight", "solver=implicit_cg,implicit_identity,sama,soba,penalty,unrolled"),
+            (
+                BASE,
+                "problem.weight_decay=per_weight",
+                "solver=implicit_cg,implicit_identity,sama,soba,penalty,unrolled",
+            ),
             (*REDUCED, "solver=implicit_cg,sama"),
         ),
     },

@@ -5,12 +5,12 @@ import statistics
 
 import torch
 
-import problems
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.experiments.reviewers import PAGE, TITLES, markdown
 from benchmarks.measure import alternating, median_ratio, peak_memory
 from benchmarks.step import measured
 from benchmarks.workloads import VARIANTS, Timed
+from bilevel import problems
 
 NETWORK = "mlp"
 STEPS = 398
@@ -43,7 +43,9 @@ def report(context: Context) -> str:
     rows = []
     for name in COMPARED:
         row, tuned = told[name], name != "plain"
-        units, ms = (row[key] + (outer[key] / 5 if tuned else 0.0) for key in ("units", "milliseconds"))
+        units, ms = (
+            row[key] + (outer[key] / 5 if tuned else 0.0) for key in ("units", "milliseconds")
+        )
         cells = [
             f"{row['units']:.2f}",
             f"{row['milliseconds']:.1f}",
@@ -51,9 +53,28 @@ def report(context: Context) -> str:
             f"{row['peak_bytes'] / 2**20:.0f}",
         ]
         rows.append([NAMES[name], *cells, f"{units * STEPS:,.0f}", f"{ms * STEPS / 1e3:.1f}"])
-    rows.append(["outer step", f"{outer['units']:.2f}", f"{outer['milliseconds']:.1f}", f"{outer['of_stn']:.2f}", "", "", ""])
+    rows.append(
+        [
+            "outer step",
+            f"{outer['units']:.2f}",
+            f"{outer['milliseconds']:.1f}",
+            f"{outer['of_stn']:.2f}",
+            "",
+            "",
+            "",
+        ]
+    )
     first = markdown(
-        ["", "units a step", "ms a step, median", "× STN", "peak MiB", f"units an epoch of {STEPS} steps", "s an epoch"], rows
+        [
+            "",
+            "units a step",
+            "ms a step, median",
+            "× STN",
+            "peak MiB",
+            f"units an epoch of {STEPS} steps",
+            "s an epoch",
+        ],
+        rows,
     )
     per_epoch = problems.digits().data(CPU, torch.Generator()).train.steps_per_epoch / 5
     second = markdown(

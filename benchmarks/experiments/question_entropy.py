@@ -3,7 +3,17 @@
 import numpy as np
 
 from benchmarks.experiments.harness import Context, Experiment
-from benchmarks.experiments.reviewers import PAGE, RATES, TITLES, at_best, grouped, markdown, percent, sweeps, told
+from benchmarks.experiments.reviewers import (
+    PAGE,
+    RATES,
+    TITLES,
+    at_best,
+    grouped,
+    markdown,
+    percent,
+    sweeps,
+    told,
+)
 from bilevel.comparison.runs import Run
 
 COMPARED = ("stn", "centered_stn", "delta_stn")
@@ -21,9 +31,20 @@ def report(context: Context) -> str:
     rows = []
     for method in COMPARED:
         for weight, runs in grouped(context.runs(method), tau).items():
-            cells = [told(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent, _sigma)]
+            cells = [
+                told(runs, of)
+                for of in (at_best("valid_loss"), at_best("test_loss"), percent, _sigma)
+            ]
             rows.append([TITLES[method], f"{weight:g}", str(len(runs)), *cells])
-    titles = ["", "τ", "n", "best validation loss", "test loss there", "test accuracy, %", "last σ, mean of dropout rates"]
+    titles = [
+        "",
+        "τ",
+        "n",
+        "best validation loss",
+        "test loss there",
+        "test accuracy, %",
+        "last σ, mean of dropout rates",
+    ]
     return markdown(titles, rows)
 
 

@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import problems
-import solvers
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.experiments.reviewers import PAGE, RATES, TITLES, markdown
-from bilevel import Params, Problem, Runner
+from bilevel import Params, Problem, Runner, problems, solvers
 from bilevel.comparison.drawing import COLORS, figure
 from bilevel.comparison.table import plus_minus
+from bilevel.loggers.records import Logger, Progress, Record, RunInfo
 from bilevel.params import count_examples
-from bilevel.records import Logger, Progress, Record, RunInfo
-from solvers import SelfTuning
+from bilevel.solvers import SelfTuning
 
 RECIPES: dict[str, Callable[..., SelfTuning]] = {
     "stn": solvers.stn,
@@ -75,8 +73,13 @@ class Probe(Logger):
         push = -self.solver.hypergradient(next(self.solver.data.valid.once()))
         self.solver.generator.set_state(before)
         space = self.problem.space
-        push, u = (torch.stack([space.split(v)[name] for name in RATES]) for v in (push, self.solver.belief.centre))
-        numbers = torch.stack([product, product / (train.norm() * valid.norm()), push @ u / (push.norm() * u.norm())])
+        push, u = (
+            torch.stack([space.split(v)[name] for name in RATES])
+            for v in (push, self.solver.belief.centre)
+        )
+        numbers = torch.stack(
+            [product, product / (train.norm() * valid.norm()), push @ u / (push.norm() * u.norm())]
+        )
         self.points.append(Point(progress.epoch, *numbers.tolist()))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,10 @@ class Probe(Logger):
 
         def inner(w: Params) -> Iterator[tuple[Tensor, int]]:
             for batch in data.train.once():
-                yield self.problem.inner_loss(hypers, w, carry, batch, self.masks)[0], count_examples(batch)
+                yield (
+                    self.problem.inner_loss(hypers, w, carry, batch, self.masks)[0],
+                    count_examples(batch),
+                )
 
         def outer(w: Params) -> Iterator[tuple[Tensor, int]]:
             for batch in data.valid.once():
@@ -110,16 +116,27 @@ def watch(job: Job) -> list[Point]:
         outer_optimizer=lambda u: torch.optim.RMSprop(u, lr=0.03),
     )
     probe = Probe(problem, solver)
-    runner = Runner(epochs=job.epochs, warmup_epochs=WARMUP, threads=1, device="cpu", progress="none", picture=False)
+    runner = Runner(
+        epochs=job.epochs,
+        warmup_epochs=WARMUP,
+        threads=1,
+        device="cpu",
+        progress="none",
+        picture=False,
+    )
     with tempfile.TemporaryDirectory() as directory:
-        runner.run(problem, solver, directory=Path(directory) / "run", seed=job.seed, loggers=[probe])
+        runner.run(
+            problem, solver, directory=Path(directory) / "run", seed=job.seed, loggers=[probe]
+        )
     return probe.points
 
 
 def report(context: Context) -> str:
     """Cosines early and late, and the push on λ after warm-up."""
     seeds, epochs = ((100,), 25) if context.quick else ((0, 1, 2), 40)
-    jobs = [Job(method, start, seed, epochs) for start in STARTS for method in RECIPES for seed in seeds]
+    jobs = [
+        Job(method, start, seed, epochs) for start in STARTS for method in RECIPES for seed in seeds
+    ]
     runs: dict[tuple[str, float], list[list[Point]]] = {}
     for job, points in zip(jobs, context.map(watch, jobs), strict=True):
         runs.setdefault((job.method, job.start), []).append(points)
@@ -132,12 +149,27 @@ def report(context: Context) -> str:
     ]
     rows = []
     for (method, start), each in runs.items():
-        means = [[_mean(points, of, low, high) for points in each if points[-1].epoch >= high] for _, of, low, high in phases]
+        means = [
+            [_mean(points, of, low, high) for points in each if points[-1].epoch >= high]
+            for _, of, low, high in phases
+        ]
         ended = [points for points in each if points[-1].epoch >= epochs]
-        negative = [statistics.fmean(p.product < 0 for p in _within(points, epochs - LATER, epochs)) for points in ended]
+        negative = [
+            statistics.fmean(p.product < 0 for p in _within(points, epochs - LATER, epochs))
+            for points in ended
+        ]
         cells = [_told(values) for values in means]
         lost = f", {len(each) - len(ended)} diverged" if len(ended) < len(each) else ""
-        rows.append([f"{start:g}", TITLES[method], f"{len(each)}{lost}", *cells[:2], _told(negative), *cells[2:]])
+        rows.append(
+            [
+                f"{start:g}",
+                TITLES[method],
+                f"{len(each)}{lost}",
+                *cells[:2],
+                _told(negative),
+                *cells[2:],
+            ]
+        )
     titles = [
         "initial dropout",
         "",
@@ -157,17 +189,35 @@ def report(context: Context) -> str:
 def draw(runs: dict[tuple[str, float], list[list[Point]]], context: Context) -> None:
     """Above the cosine of the gradients, below the push; a column for each start."""
     rows = {"cosine": "cosine of ∇L_T and ∇L_V", "outward": "cosine of −dL_V/du and u"}
-    with figure(context.figures / "question_gradients.png", 2, len(STARTS), size=(3.6, 2.2)) as axes:
+    with figure(
+        context.figures / "question_gradients.png", 2, len(STARTS), size=(3.6, 2.2)
+    ) as axes:
         for column, start in enumerate(STARTS):
             for row, (of, label) in enumerate(rows.items()):
                 ax = axes[row, column]
                 for color, method in zip((COLORS[1], COLORS[2], COLORS[0]), RECIPES, strict=True):
                     each = runs[method, start]
-                    epochs = [p.epoch for p in min(each, key=len)]  # one that diverged ends the line
-                    values = list(zip(*([getattr(p, of) for p in points[: len(epochs)]] for points in each), strict=True))
-                    dash = "--" if method == "delta_stn" else "-"  # it often lies on centered STN's line
+                    epochs = [
+                        p.epoch for p in min(each, key=len)
+                    ]  # one that diverged ends the line
+                    values = list(
+                        zip(
+                            *([getattr(p, of) for p in points[: len(epochs)]] for points in each),
+                            strict=True,
+                        )
+                    )
+                    dash = (
+                        "--" if method == "delta_stn" else "-"
+                    )  # it often lies on centered STN's line
                     means = [statistics.fmean(v) for v in values]
-                    ax.plot(epochs, means, color=color, linestyle=dash, linewidth=0.9, label=TITLES[method])
+                    ax.plot(
+                        epochs,
+                        means,
+                        color=color,
+                        linestyle=dash,
+                        linewidth=0.9,
+                        label=TITLES[method],
+                    )
                     low, high = [min(v) for v in values], [max(v) for v in values]
                     ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
                 ax.axvspan(0, WARMUP, color="0.93", zorder=0)
@@ -179,7 +229,9 @@ def draw(runs: dict[tuple[str, float], list[list[Point]]], context: Context) -> 
                     ax.set_xlabel("epochs")
                 if column == 0:
                     ax.set_ylabel(label)
-        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        axes[0, 0].figure.legend(
+            *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+        )
 
 
 def _within(points: Sequence[Point], low: float, high: float) -> list[Point]:
@@ -193,7 +245,9 @@ def _mean(points: Sequence[Point], of: str, low: float, high: float) -> float:
 def _told(values: Sequence[float]) -> str:
     if not values:
         return ""
-    return plus_minus(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return plus_minus(
+        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    )
 
 
 EXPERIMENT = Experiment(page=PAGE, report=report)

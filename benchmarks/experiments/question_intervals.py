@@ -1,9 +1,23 @@
 """How much do the intervals matter: T_train training steps, then T_valid steps of λ?"""
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.reviewers import METHODS, PAGE, at_best, grouped, markdown, mean_loss, percent, told
+from benchmarks.experiments.reviewers import (
+    METHODS,
+    PAGE,
+    at_best,
+    grouped,
+    markdown,
+    mean_loss,
+    percent,
+    told,
+)
 
-GRID = ("+experiment=questions", "solver.inner_steps=1,2,5,10", "solver.outer_steps=1,2,5", *METHODS["delta_stn"])
+GRID = (
+    "+experiment=questions",
+    "solver.inner_steps=1,2,5,10",
+    "solver.outer_steps=1,2,5",
+    *METHODS["delta_stn"],
+)
 QUICK = ("runner.epochs=10", "seed=100", "solver.inner_steps=2,5,10", "solver.outer_steps=1,2")
 
 
@@ -19,7 +33,10 @@ def report(context: Context) -> str:
     rows = []
     for (train, valid), runs in groups.items():
         cells = [told(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent)]
-        cost = [told(runs, lambda run, name=name: run.total(name)) for name in ("outer_steps", "seconds")]
+        cost = [
+            told(runs, lambda run, name=name: run.total(name))
+            for name in ("outer_steps", "seconds")
+        ]
         rows.append([str(train), str(valid), str(len(runs)), *cells, *cost])
     titles = [
         "T_train",
@@ -33,7 +50,9 @@ def report(context: Context) -> str:
     ]
     means = {pair: mean_loss(runs) for pair, runs in groups.items()}
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-    ends = [f"{means[pair]:.4g} at T_train = {pair[0]}, T_valid = {pair[1]}" for pair in (low, high)]
+    ends = [
+        f"{means[pair]:.4g} at T_train = {pair[0]}, T_valid = {pair[1]}" for pair in (low, high)
+    ]
     return f"{markdown(titles, rows)}\n\nLowest and highest mean: {' and '.join(ends)}, {means[high] / means[low]:.2f} × it."
 
 

@@ -25,7 +25,14 @@ def refused(overrides: tuple[str, ...]) -> str:
     """What the command prints when it is asked."""
     errors = StringIO()
     with tempfile.TemporaryDirectory() as directory, redirect_stderr(errors):
-        main([*overrides, f"hydra.run.dir='{directory}/run'", "runner.progress=none", "wandb.mode=disabled"])
+        main(
+            [
+                *overrides,
+                f"hydra.run.dir='{directory}/run'",
+                "runner.progress=none",
+                "wandb.mode=disabled",
+            ]
+        )
     return errors.getvalue().strip()
 
 
@@ -39,9 +46,20 @@ def report(context: Context) -> str:
         runs = context.runs(key)
         cells = [told(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent)]
         tuned = told(runs, at_best("hypers.rate")) if "hypers.rate" in runs[0].columns else ""
-        cost = [told(runs, lambda run, name=name: run.total(name)) for name in ("examples", "seconds")]
+        cost = [
+            told(runs, lambda run, name=name: run.total(name)) for name in ("examples", "seconds")
+        ]
         rows.append([title, str(len(runs)), *cells, tuned, *cost])
-    titles = ["", "n", "best validation loss", "test loss there", "test accuracy, %", "rate there", "examples", "seconds"]
+    titles = [
+        "",
+        "n",
+        "best validation loss",
+        "test loss there",
+        "test accuracy, %",
+        "rate there",
+        "examples",
+        "seconds",
+    ]
     return f"As it is printed:\n\n    $ bilevel {shown}\n    {sentence}\n\n{markdown(titles, rows)}"
 
 

@@ -3,10 +3,25 @@
 from collections.abc import Sequence
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.reviewers import METHODS, PAGE, TITLES, at_best, grouped, markdown, mean_loss, percent, told
+from benchmarks.experiments.reviewers import (
+    METHODS,
+    PAGE,
+    TITLES,
+    at_best,
+    grouped,
+    markdown,
+    mean_loss,
+    percent,
+    told,
+)
 from bilevel.comparison.runs import Run
 
-GRID = ("+experiment=questions_rates", "lr.inner=0.01,0.03,0.1", "response_part=0.1,1", "lr.outer=0.003,0.01,0.03")
+GRID = (
+    "+experiment=questions_rates",
+    "lr.inner=0.01,0.03,0.1",
+    "response_part=0.1,1",
+    "lr.outer=0.003,0.01,0.03",
+)
 ANNEALED = (
     *("+experiment=questions_rates", "lr.inner=0.03,0.1", "response_part=1", "lr.outer=0.01,0.03"),
     "solver.inner_scheduler={_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, T_max: 40}",
@@ -32,18 +47,30 @@ def rates(config: object) -> Rates:
 def report(context: Context) -> str:
     """The whole grid, and what its best points say."""
     groups = {
-        method: grouped([*context.runs(f"grid_{method}"), *context.runs(f"annealed_{method}")], rates) for method in COMPARED
+        method: grouped(
+            [*context.runs(f"grid_{method}"), *context.runs(f"annealed_{method}")], rates
+        )
+        for method in COMPARED
     }
-    best = {method: min(found, key=lambda point: mean_loss(found[point])) for method, found in groups.items()}
-    default = next(runs for point, runs in groups["delta_stn"].items() if point == (*DEFAULT, False))
+    best = {
+        method: min(found, key=lambda point: mean_loss(found[point]))
+        for method, found in groups.items()
+    }
+    default = next(
+        runs for point, runs in groups["delta_stn"].items() if point == (*DEFAULT, False)
+    )
     chosen = [
         ("STN, its best point", best["stn"], groups["stn"][best["stn"]]),
         ("Δ-STN, default rates", (*DEFAULT, False), default),
         ("Δ-STN, its best point", best["delta_stn"], groups["delta_stn"][best["delta_stn"]]),
     ]
-    summary = [[name, *_point(point), *_cells(runs), told(runs, percent)] for name, point, runs in chosen]
+    summary = [
+        [name, *_point(point), *_cells(runs), told(runs, percent)] for name, point, runs in chosen
+    ]
     rows = [
-        [TITLES[method], *_point(point), *_cells(runs)] for method, found in groups.items() for point, runs in found.items()
+        [TITLES[method], *_point(point), *_cells(runs)]
+        for method, found in groups.items()
+        for point, runs in found.items()
     ]
     titles = ["", "α₁ (w₀)", "α₂ (Θ)", "α₃ (λ, σ)", "n", "best validation loss", "test loss there"]
     worse = {
@@ -72,7 +99,10 @@ EXPERIMENT = Experiment(
     page=PAGE,
     sweeps={
         **{f"grid_{method}": Sweep((*GRID, *METHODS[method]), QUICK) for method in COMPARED},
-        **{f"annealed_{method}": Sweep((*ANNEALED, *METHODS[method]), QUICK_ANNEALED) for method in COMPARED},
+        **{
+            f"annealed_{method}": Sweep((*ANNEALED, *METHODS[method]), QUICK_ANNEALED)
+            for method in COMPARED
+        },
     },
     report=report,
 )

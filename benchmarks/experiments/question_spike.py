@@ -1,13 +1,28 @@
 """Does a smaller rate on λ remove the spike, or does centering?"""
 
 from benchmarks.experiments.harness import Context, Experiment
-from benchmarks.experiments.reviewers import PAGE, TITLES, grouped, markdown, overshoot, path, spike, sweeps, told
+from benchmarks.experiments.reviewers import (
+    PAGE,
+    TITLES,
+    grouped,
+    markdown,
+    overshoot,
+    path,
+    spike,
+    sweeps,
+    told,
+)
 from bilevel.comparison.drawing import draw_paths, figure, styles
 from bilevel.comparison.runs import Run
 
 COMPARED = ("stn", "centered_only", "delta_stn")
 RIDGE = (
-    *("problem=ridge", "problem.space.log_decay.init=1.0", "lr.inner=0.002", "lr.outer=0.003,0.01,0.03,0.1"),
+    *(
+        "problem=ridge",
+        "problem.space.log_decay.init=1.0",
+        "lr.inner=0.002",
+        "lr.outer=0.003,0.01,0.03,0.1",
+    ),
     *("runner.warmup_epochs=0", "runner.evaluate_every=10", "seed=0,1,2,3,4"),
 )
 DIGITS = ("+experiment=questions", "lr.outer=0.003,0.01,0.03,0.1")
@@ -34,12 +49,22 @@ def report(context: Context) -> str:
                 strayed = [told(runs, of) for of in (_behind, _beyond, _spike, _steps)]
                 rows.append([TITLES[method], f"{alpha:g}", str(len(runs)), *strayed, end])
         titles = [
-            *("", "α₃", "n", "behind the start", "beyond the end", "max_t \\|u_t − u_end\\|", "overshoot / α₃"),
+            *(
+                "",
+                "α₃",
+                "n",
+                "behind the start",
+                "beyond the end",
+                "max_t \\|u_t − u_end\\|",
+                "overshoot / α₃",
+            ),
             "regret of the last λ" if problem == "ridge" else "best validation loss",
         ]
         sections.append(f"{name}:\n\n{markdown(titles, rows)}")
     draw(context)
-    return "\n\n".join([*sections, "![Paths of log decay on ridge at four rates](question_spike.png)"])
+    return "\n\n".join(
+        [*sections, "![Paths of log decay on ridge at four rates](question_spike.png)"]
+    )
 
 
 def draw(context: Context) -> None:
@@ -47,7 +72,10 @@ def draw(context: Context) -> None:
     with figure(context.figures / "question_spike.png", 1, len(COMPARED), size=(2.9, 2.6)) as axes:
         for ax, method in zip(axes[0], COMPARED, strict=True):
             ax.sharey(axes[0, 0])
-            groups = {f"α₃ = {alpha:g}": runs for alpha, runs in grouped(context.runs(f"ridge_{method}"), rate).items()}
+            groups = {
+                f"α₃ = {alpha:g}": runs
+                for alpha, runs in grouped(context.runs(f"ridge_{method}"), rate).items()
+            }
             draw_paths(ax, groups, "log_decay", looks=styles(list(groups)))
             ax.axhline(1.0, color="0.5", linewidth=0.6)
             ax.set_title(TITLES[method])
@@ -74,8 +102,18 @@ def _spike(run: Run) -> float:
 EXPERIMENT = Experiment(
     page=PAGE,
     sweeps={
-        **sweeps(COMPARED, *RIDGE, prefix="ridge_", quick=("runner.epochs=1000", "seed=100,101", "lr.outer=0.01,0.1")),
-        **sweeps(COMPARED, *DIGITS, prefix="digits_", quick=("runner.epochs=12", "seed=100", "lr.outer=0.01,0.1")),
+        **sweeps(
+            COMPARED,
+            *RIDGE,
+            prefix="ridge_",
+            quick=("runner.epochs=1000", "seed=100,101", "lr.outer=0.01,0.1"),
+        ),
+        **sweeps(
+            COMPARED,
+            *DIGITS,
+            prefix="digits_",
+            quick=("runner.epochs=12", "seed=100", "lr.outer=0.01,0.1"),
+        ),
     },
     report=report,
 )

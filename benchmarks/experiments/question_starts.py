@@ -6,7 +6,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.experiments.harness import Context, Experiment
-from benchmarks.experiments.reviewers import PAGE, RATES, TITLES, Of, at_best, grouped, markdown, path, percent, sweeps, told
+from benchmarks.experiments.reviewers import (
+    PAGE,
+    RATES,
+    TITLES,
+    Of,
+    at_best,
+    grouped,
+    markdown,
+    path,
+    percent,
+    sweeps,
+    told,
+)
 from bilevel.comparison.drawing import draw_paths, figure, styles
 from bilevel.comparison.runs import Run
 from bilevel.comparison.table import part_of_regret, plus_minus
@@ -16,8 +28,18 @@ EARLY = 10
 """Epochs after warm-up over which speed is measured."""
 ON_DIGITS = ("fixed", "stn", "centered_only", "delta_stn")
 ON_RIDGE = ("stn", "centered_only", "centered_stn", "delta_stn")
-DIGITS = ("+experiment=questions", "lr.inner=0.01", "runner.epochs=60", "start=0.05,0.3,0.5,0.7,0.9")
-RIDGE = ("problem=ridge", "problem.space.log_decay.init=-6.0,-4.0,-1.0,1.0", "runner.evaluate_every=10", "seed=0,1,2,3,4")
+DIGITS = (
+    "+experiment=questions",
+    "lr.inner=0.01",
+    "runner.epochs=60",
+    "start=0.05,0.3,0.5,0.7,0.9",
+)
+RIDGE = (
+    "problem=ridge",
+    "problem.space.log_decay.init=-6.0,-4.0,-1.0,1.0",
+    "runner.evaluate_every=10",
+    "seed=0,1,2,3,4",
+)
 
 
 def start(config: object) -> float:
@@ -37,7 +59,9 @@ def speed(run: Run) -> float | None:
     epoch, u = run.column("epoch"), path(run, RATES)
     if epoch[len(u) - 1] < WARMUP + EARLY:
         return None
-    first, last = (int(np.flatnonzero(epoch[: len(u)] <= until)[-1]) for until in (WARMUP, WARMUP + EARLY))
+    first, last = (
+        int(np.flatnonzero(epoch[: len(u)] <= until)[-1]) for until in (WARMUP, WARMUP + EARLY)
+    )
     return float(np.abs(u[last] - u[first]).mean() / (epoch[last] - epoch[first]))
 
 
@@ -49,13 +73,25 @@ def report(context: Context) -> str:
         for init, runs in groups.items():
             ends = [] if method == "fixed" else [told(runs, _end(name)) for name in RATES]
             pace = "" if method == "fixed" else told(runs, speed)
-            cells = [told(runs, at_best("valid_loss")), told(runs, percent), *(ends or [""] * len(RATES)), pace]
+            cells = [
+                told(runs, at_best("valid_loss")),
+                told(runs, percent),
+                *(ends or [""] * len(RATES)),
+                pace,
+            ]
             rows.append([TITLES[method], f"{init:g}", str(len(runs)), *cells])
         means = [statistics.fmean(losses) for runs in groups.values() if (losses := _losses(runs))]
         gone = sum(any(run.status == "diverged" for run in runs) for runs in groups.values())
         lost = f" (diverged from {gone} of {len(groups)} starts)" if gone else ""
         spreads.append(f"{TITLES[method]} {min(means):.3g} to {max(means):.3g}{lost}")
-    titles = ["", "initial dropout", "n", "best validation loss", "test accuracy there, %", *(f"last {name}" for name in RATES)]
+    titles = [
+        "",
+        "initial dropout",
+        "n",
+        "best validation loss",
+        "test accuracy there, %",
+        *(f"last {name}" for name in RATES),
+    ]
     titles.append(f"\\|Δu\\| per epoch, {EARLY} epochs after warm-up")
     draw(found, context)
     return "\n\n".join(
@@ -72,7 +108,10 @@ def ridge(context: Context) -> str:
     """One row for each start, a column for each method."""
     found = {method: grouped(context.runs(f"ridge_{method}"), log_decay) for method in ON_RIDGE}
     inits = list(found["stn"])
-    rows = [[f"{init:g}", *(told(groups[init], part_of_regret) for groups in found.values())] for init in inits]
+    rows = [
+        [f"{init:g}", *(told(groups[init], part_of_regret) for groups in found.values())]
+        for init in inits
+    ]
     ratios = [
         [
             a / b
@@ -83,10 +122,16 @@ def ridge(context: Context) -> str:
         for groups in found.values()
     ]
     cells = [
-        plus_minus(statistics.fmean(r), statistics.stdev(r) if len(r) > 1 else None) + f" (n = {len(r)})" if r else ""
+        plus_minus(statistics.fmean(r), statistics.stdev(r) if len(r) > 1 else None)
+        + f" (n = {len(r)})"
+        if r
+        else ""
         for r in ratios
     ]
-    return markdown(["initial log decay", *(TITLES[m] for m in found)], [*rows, ["× STN's, seed by seed", *cells]])
+    return markdown(
+        ["initial log decay", *(TITLES[m] for m in found)],
+        [*rows, ["× STN's, seed by seed", *cells]],
+    )
 
 
 def draw(found: dict[str, dict[float, list[Run]]], context: Context) -> None:
@@ -109,7 +154,11 @@ def _end(name: str) -> Of:
 
 
 def _losses(runs: Sequence[Run]) -> list[float]:
-    return [loss for run in runs if run.status != "diverged" and (loss := run.at_best("valid_loss")) is not None]
+    return [
+        loss
+        for run in runs
+        if run.status != "diverged" and (loss := run.at_best("valid_loss")) is not None
+    ]
 
 
 def _examples(runs: Sequence[Run]) -> list[float | None]:
@@ -119,7 +168,12 @@ def _examples(runs: Sequence[Run]) -> list[float | None]:
 EXPERIMENT = Experiment(
     page=PAGE,
     sweeps={
-        **sweeps(ON_DIGITS, *DIGITS, prefix="digits_", quick=("runner.epochs=20", "seed=100", "start=0.05,0.7")),
+        **sweeps(
+            ON_DIGITS,
+            *DIGITS,
+            prefix="digits_",
+            quick=("runner.epochs=20", "seed=100", "start=0.05,0.7"),
+        ),
         **sweeps(
             ON_RIDGE,
             *RIDGE,

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-import problems
-import solvers
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.reviewers import PAGE, TITLES, markdown
-from bilevel import Runner
+from bilevel import Runner, problems, solvers
 from bilevel.comparison.table import plus_minus
-from solvers import SelfTuning
+from bilevel.solvers import SelfTuning
 
 RECIPES: dict[str, Callable[..., SelfTuning]] = {
     "stn": solvers.stn,
@@ -50,7 +48,9 @@ def run(job: Job) -> dict[str, Any]:
         checkpoint_every=10**6,
     )
     with tempfile.TemporaryDirectory() as directory:
-        return runner.run(problems.digits(), solver, directory=Path(directory) / "run", seed=job.seed)
+        return runner.run(
+            problems.digits(), solver, directory=Path(directory) / "run", seed=job.seed
+        )
 
 
 def report(context: Context) -> str:
@@ -61,14 +61,19 @@ def report(context: Context) -> str:
         Job(method, seed, epochs, directory)
         for directory_of in (lambda run: None, lambda run: run.directory)
         for method in RECIPES
-        for seed, directory in ((seed, directory_of(run)) for seed, run in warm.items() if seed is not None)
+        for seed, directory in (
+            (seed, directory_of(run)) for seed, run in warm.items() if seed is not None
+        )
     ]
     ended: dict[tuple[bool, str], list[dict[str, Any]]] = {}
     for job, summary in zip(jobs, context.map(run, jobs), strict=True):
         ended.setdefault((job.warm is not None, job.method), []).append(summary)
     rows = []
     for (shared, method), summaries in ended.items():
-        cells = [_told(summaries, name, of) for name, of in (("valid_loss", 1), ("test_loss", 1), ("test_accuracy", 100))]
+        cells = [
+            _told(summaries, name, of)
+            for name, of in (("valid_loss", 1), ("test_loss", 1), ("test_accuracy", 100))
+        ]
         bad = sum(summary["diverged"] for summary in summaries)
         n = f"{len(summaries)}" + (f", {bad} diverged" if bad else "")
         rows.append(["shared" if shared else "its own", TITLES[method], n, *cells])
@@ -79,20 +84,30 @@ def report(context: Context) -> str:
 
 
 def _told(summaries: list[dict[str, Any]], name: str, factor: float) -> str:
-    return _mean_std([factor * summary["best"][name] for summary in summaries if not summary["diverged"]])
+    return _mean_std(
+        [factor * summary["best"][name] for summary in summaries if not summary["diverged"]]
+    )
 
 
 def _mean_std(values: list[float]) -> str:
     if not values:
         return ""
-    return plus_minus(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return plus_minus(
+        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    )
 
 
 EXPERIMENT = Experiment(
     page=PAGE,
     sweeps={
         "warmup": Sweep(
-            ("+experiment=questions", "solver=fixed", f"runner.epochs={WARMUP}", "seed=0,1,2,3,4", "runner.warmup_epochs=0"),
+            (
+                "+experiment=questions",
+                "solver=fixed",
+                f"runner.epochs={WARMUP}",
+                "seed=0,1,2,3,4",
+                "runner.warmup_epochs=0",
+            ),
             ("seed=100",),
         )
     },

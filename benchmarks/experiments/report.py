@@ -62,7 +62,9 @@ def never(times: Iterable[float | None], form: str) -> str:
 
 
 def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], best: Mapping[int, Callable[[Iterable[float]], float]] | None = None
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    best: Mapping[int, Callable[[Iterable[float]], float]] | None = None,
 ) -> str:
     """A Markdown table; the best mean of a column in `best` is bold.
 

@@ -11,7 +11,7 @@ from benchmarks.experiments.harness import Sweep
 from bilevel.comparison.runs import Array, Run
 from bilevel.comparison.statistics import spread
 from bilevel.comparison.table import plus_minus, trouble
-from bilevel.description import described
+from bilevel.loggers.space_json import described
 
 PAGE = "experiments/reviewers-questions.md"
 RATES = ("input_dropout", "dropout1", "dropout2")
@@ -35,7 +35,9 @@ Key = TypeVar("Key", bound=Hashable)
 Of = Callable[[Run], float | None]
 
 
-def sweeps(methods: Iterable[str], *overrides: str, quick: tuple[str, ...], prefix: str = "") -> dict[str, Sweep]:
+def sweeps(
+    methods: Iterable[str], *overrides: str, quick: tuple[str, ...], prefix: str = ""
+) -> dict[str, Sweep]:
     """The same command line for each method, by `prefix` and the method's name."""
     return {prefix + method: Sweep((*overrides, *METHODS[method]), quick) for method in methods}
 
@@ -52,7 +54,10 @@ def path(run: Run, names: Sequence[str] | None = None) -> Array:
     """The run's u, [evaluations, coordinates], as far as it is finite; of some hyperparameters alone where they are named."""
     space = described(run.description["space"])
     columns = [
-        space[name].unconstrain(torch.from_numpy(run.column(f"hypers.{name}"))).reshape(run.evaluations, -1).numpy()
+        space[name]
+        .unconstrain(torch.from_numpy(run.column(f"hypers.{name}")))
+        .reshape(run.evaluations, -1)
+        .numpy()
         for name in (names or space.tuned)
     ]
     u = np.concatenate(columns, axis=1)
@@ -86,7 +91,11 @@ def told(runs: Sequence[Run], of: Of) -> str:
     if found is None:
         return trouble(runs) or "never"
     missing = f" ({found.n} of {found.of})" if found.n < found.of else ""
-    return plus_minus(found.mean, found.std if found.n > 1 else None) + missing + (f", {bad}" if (bad := trouble(runs)) else "")
+    return (
+        plus_minus(found.mean, found.std if found.n > 1 else None)
+        + missing
+        + (f", {bad}" if (bad := trouble(runs)) else "")
+    )
 
 
 def at_best(name: str) -> Of:

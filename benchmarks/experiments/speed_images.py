@@ -8,14 +8,18 @@ from benchmarks import images
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.experiments.reviewers import markdown
 
-SETTING = images.Setting(batch=32, width=0.25, norm=None, precision="fp32", channels_last=False, capture=False)
+SETTING = images.Setting(
+    batch=32, width=0.25, norm=None, precision="fp32", channels_last=False, capture=False
+)
 NAMES = {"plain": "plain", "stn": "STN", "centered_stn": "centered STN", "delta_stn": "Δ-STN"}
 
 
 def measured(seconds: float) -> dict[str, Any]:
     """All networks, one after the other, on one thread."""
     torch.set_num_threads(1)
-    return {name: images.measured(name, SETTING, seconds, torch.device("cpu")) for name in images.SHAPES}
+    return {
+        name: images.measured(name, SETTING, seconds, torch.device("cpu")) for name in images.SHAPES
+    }
 
 
 def report(context: Context) -> str:
@@ -25,10 +29,15 @@ def report(context: Context) -> str:
     for network, result in told.items():
         part = result["augmentation"]["part_of_step"]
         for variant, row in result["steps"].items():
-            phases = [f"{row['phases'][name]:.1f}" if name in row["phases"] else "" for name in images.PHASES]
+            phases = [
+                f"{row['phases'][name]:.1f}" if name in row["phases"] else ""
+                for name in images.PHASES
+            ]
             rows.append(
                 [
-                    f"{network}, h = {result['hyperparameters']}, n = {result['rounds']}" if variant == "plain" else "",
+                    f"{network}, h = {result['hyperparameters']}, n = {result['rounds']}"
+                    if variant == "plain"
+                    else "",
                     NAMES[variant],
                     f"{row['units_of_plain']:.2f}",
                     f"{row['milliseconds']:.1f}",

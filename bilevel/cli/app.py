@@ -11,12 +11,12 @@ from hydra import main as hydra_main
 from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig
 
-from bilevel.cli import bad_input, output, own_code, sweep
+from bilevel.cli import input_errors, standard_streams, sweep, user_modules
 from bilevel.cli.job import OPEN_GROUPS, Job, add_resolvers
 from bilevel.cli.resume import AUTO, stored_config
 from bilevel.errors import BilevelError
-from bilevel.interrupts import EX_TEMPFAIL, OutOfTime, time_limit_raises
-from bilevel.parallel.launch import launched, world_size
+from bilevel.parallel.torchrun import launched, world_size
+from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,21 +25,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     It is 0 where all ended well, 1 where a run failed, 130 after Ctrl-C and its like, and 75 (EX_TEMPFAIL) after the signal of
     a time limit. Bad input is one sentence on the standard error; HYDRA_FULL_ERROR=1 asks for the traceback.
     """
-    output.occupy_standard_streams()
-    told, logging.raiseExceptions = logging.raiseExceptions, False  # W&B's own log on a full disk would print tracebacks
+    standard_streams.occupy_standard_streams()
+    told, logging.raiseExceptions = (
+        logging.raiseExceptions,
+        False,
+    )  # W&B's own log on a full disk would print tracebacks
     try:
         return _main(arguments)
     finally:
         logging.raiseExceptions = told
-        output.flush_standard_streams(sys.stdout, sys.stderr)
+        standard_streams.flush_standard_streams(sys.stdout, sys.stderr)
 
 
 def _main(arguments: Sequence[str] | None) -> int:
     job = Job(traceback_wanted=os.environ.get("HYDRA_FULL_ERROR") == "1")
     try:
         with launched() as job.launch, time_limit_raises(), sweep.counted() as failed:
-            own_code.check_not_hidden()
-            own_code.add_working_directory()
+            user_modules.check_not_hidden()
+            user_modules.add_working_directory()
             _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
     except Exception as error:
         if not job.told(error):
@@ -69,7 +72,9 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     """
     sweeping = "-m" in arguments or "--multirun" in arguments
     if sweeping and world_size() > 1:
-        raise BilevelError("torchrun spreads one run over its processes, and -m is a sweep; start torchrun for each run of it")
+        raise BilevelError(
+            "torchrun spreads one run over its processes, and -m is a sweep; start torchrun for each run of it"
+        )
     flags: list[str] = []
     overrides: list[str] = []
     for argument in arguments:
@@ -77,17 +82,36 @@ def prepared(arguments: Sequence[str]) -> list[str]:
             flags.append(argument)
             continue
         if argument.startswith("resume=") and argument not in ("resume=", "resume=null"):
-            argument = "resume=" + _quoted(argument.removeprefix("resume="))  # a path, whatever its letters mean to Hydra
-        override = bad_input.parse(argument)
+            argument = "resume=" + _quoted(
+                argument.removeprefix("resume=")
+            )  # a path, whatever its letters mean to Hydra
+        override = input_errors.parse(argument)
         key = override.key_or_group
         if override.is_sweep_override() and not sweeping:
-            raise BilevelError(f"`{argument}` gives several values; add -m to run each, or write [a,b] for a list")
-        if key in GROUPS and override.type is OverrideType.DEL and not isinstance(override.value(), (str, type(None))):
-            raise BilevelError(f"`{argument}` names no choice of {key}; write ~{key}, or ~{key}=NAME of what was chosen")
-        if key in GROUPS and override.type in (OverrideType.CHANGE, OverrideType.ADD) and not override.is_sweep_override():
+            raise BilevelError(
+                f"`{argument}` gives several values; add -m to run each, or write [a,b] for a list"
+            )
+        if (
+            key in GROUPS
+            and override.type is OverrideType.DEL
+            and not isinstance(override.value(), (str, type(None)))
+        ):
+            raise BilevelError(
+                f"`{argument}` names no choice of {key}; write ~{key}, or ~{key}=NAME of what was chosen"
+            )
+        if (
+            key in GROUPS
+            and override.type in (OverrideType.CHANGE, OverrideType.ADD)
+            and not override.is_sweep_override()
+        ):
             chosen = override.value()
-            named = (str,) if override.type is OverrideType.CHANGE else (str, dict)  # a node of one's own may be added
-            if not all(isinstance(name, named) for name in (chosen if isinstance(chosen, list) else [chosen])):
+            named = (
+                (str,) if override.type is OverrideType.CHANGE else (str, dict)
+            )  # a node of one's own may be added
+            if not all(
+                isinstance(name, named)
+                for name in (chosen if isinstance(chosen, list) else [chosen])
+            ):
                 raise BilevelError(f"`{argument}` chooses no {key} by its name; write {key}=NAME")
         if key == "resume" and override.value() is not None:
             resumed = str(override.value())
@@ -99,7 +123,11 @@ def prepared(arguments: Sequence[str]) -> list[str]:
                 raise BilevelError("`resume` continues one run; leave -m out")
             if resumed != AUTO:
                 stored_config(Path(resumed))
-        opened = override.type is OverrideType.CHANGE and key.partition(".")[0] in OPEN_GROUPS and "." in key
+        opened = (
+            override.type is OverrideType.CHANGE
+            and key.partition(".")[0] in OPEN_GROUPS
+            and "." in key
+        )
         overrides.append(f"++{argument}" if opened else argument)
     return flags + overrides
 
@@ -110,8 +138,12 @@ def _quoted(text: str) -> str:
 
 def _run_hydra(job: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
     add_resolvers()
-    with _process(["bilevel", *arguments], HYDRA_FULL_ERROR="1"):  # errors reach us instead of being printed in Hydra's way
-        hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")(job)()
+    with _process(
+        ["bilevel", *arguments], HYDRA_FULL_ERROR="1"
+    ):  # errors reach us instead of being printed in Hydra's way
+        hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")(
+            job
+        )()
 
 
 @contextmanager

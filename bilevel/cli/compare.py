@@ -36,12 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console.width = WIDE
     if len(made) > 1:
-        console.print(f"{len(made)} problems, a section each: {', '.join(section.problem for section in made)}")
+        console.print(
+            f"{len(made)} problems, a section each: {', '.join(section.problem for section in made)}"
+        )
     for section in made:
         for told in printed(section):
             console.print(told, "", sep="\n", soft_wrap=isinstance(told, str), markup=False)
         if section.target is not None:
-            console.print(f"the target, {section.target:.4g}, is {section.chosen}", "", sep="\n", markup=False)
+            console.print(
+                f"the target, {section.target:.4g}, is {section.chosen}", "", sep="\n", markup=False
+            )
     report = write_report(made, given.out, faults=faults, tell=tell)
     if report is None:
         return 1
@@ -57,13 +61,31 @@ def parser() -> argparse.ArgumentParser:
         epilog="Runs that are still going, diverged or were interrupted take part, and are marked.",
     )
     made.add_argument(
-        "runs", nargs="+", metavar="RUN", help="the directory of a run, or one with runs at any depth (a sweep's)"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="the directory of a run, or one with runs at any depth (a sweep's)",
     )
-    made.add_argument("--x", choices=("seconds", "examples", "epochs"), default="seconds", help="what curves are drawn against")
+    made.add_argument(
+        "--x",
+        choices=("seconds", "examples", "epochs"),
+        default="seconds",
+        help="what curves are drawn against",
+    )
     target = "validation loss whose cost is told; by default the highest of the solvers' mean best losses"
     made.add_argument("--target", type=_loss, metavar="LOSS", help=target)
-    made.add_argument("--best-so-far", action="store_true", help="draw the lowest loss so far in place of the loss")
-    made.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where the report goes (default: report)")
+    made.add_argument(
+        "--best-so-far",
+        action="store_true",
+        help="draw the lowest loss so far in place of the loss",
+    )
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="where the report goes (default: report)",
+    )
     return made
 
 

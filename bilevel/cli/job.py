@@ -16,18 +16,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from bilevel.check import ProblemWarning
-from bilevel.checkpoint import CheckpointWarning
-from bilevel.cli import bad_input, own_code, sweep, targets
-from bilevel.cli.output import say
+from bilevel.checkpoint.checkpoints import CheckpointWarning
+from bilevel.checks.check_problem import ProblemWarning
+from bilevel.cli import input_errors, sweep, targets, user_modules
 from bilevel.cli.resume import AUTO, CONFIG, continued, repeated, stored_config
+from bilevel.cli.standard_streams import say
 from bilevel.errors import BilevelError, FaultWarning, SpeedWarning, Taken
-from bilevel.interrupts import SUBMITIT, OutOfTime, of_time_limit, requeue
-from bilevel.loop import SolverWarning
-from bilevel.parallel.launch import Launch
+from bilevel.loggers.records import Logger, Place, Record, RunInfo, write_atomically
+from bilevel.parallel.torchrun import Launch
 from bilevel.problem import Problem
-from bilevel.records import Logger, Place, Record, RunInfo, write_atomically
-from bilevel.runner import Runner
+from bilevel.run.loop import SolverWarning
+from bilevel.run.runner import Runner
+from bilevel.run.signals import SUBMITIT, OutOfTime, of_time_limit, requeue
 from bilevel.solver import Solver
 
 BUILT = ("problem", "solver", "runner")
@@ -60,7 +60,7 @@ class Job:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         add_resolvers()  # Hydra resolves the directory of the run before it calls us
-        own_code.add_working_directory()
+        user_modules.add_working_directory()
 
     @property
     def is_worker(self) -> bool:
@@ -79,7 +79,7 @@ class Job:
             with warnings.catch_warnings():
                 warnings.showwarning = _show(warnings.showwarning, self.launch)
                 if os.getpid() != self.process:
-                    own_code.check_not_hidden()  # the process may have been started in another way than ours
+                    user_modules.check_not_hidden()  # the process may have been started in another way than ours
                 value = self._run(composed)
             sweep.forget_failure()
             return value
@@ -90,7 +90,9 @@ class Job:
             return math.inf
         except OutOfTime:
             if SUBMITIT in os.environ:
-                signal.raise_signal(of_time_limit()[-1])  # all is saved: submitit's own handler requeues the job
+                signal.raise_signal(
+                    of_time_limit()[-1]
+                )  # all is saved: submitit's own handler requeues the job
             return self._leave()
         except KeyboardInterrupt:
             return self._leave()
@@ -120,9 +122,13 @@ class Job:
                 resumed, ended = repeated(config, directory)
             elif asked is not None:
                 resumed = True
-                overridden = [bad_input.parse(text).key_or_group for text in hydra.overrides.task]
+                overridden = [
+                    input_errors.parse(text).key_or_group for text in hydra.overrides.task
+                ]
                 config = continued(stored_config(directory), config, overridden, directory)
-            summary = ended or run(config, directory, resumed=resumed, place=sweep.place(), quiet=self.is_worker)
+            summary = ended or run(
+                config, directory, resumed=resumed, place=sweep.place(), quiet=self.is_worker
+            )
         except OutOfTime:  # before the first round
             if config["runner"].get("requeue"):
                 requeue()
@@ -136,9 +142,15 @@ class Job:
         if summary["diverged"]:
             raise BilevelError(summary["message"])
         if summary["interrupted"]:
-            raise OutOfTime if summary["signal"] in [s.name for s in of_time_limit()] else KeyboardInterrupt
+            raise (
+                OutOfTime
+                if summary["signal"] in [s.name for s in of_time_limit()]
+                else KeyboardInterrupt
+            )
         best = summary["best"]
-        said = f"{directory} is finished: valid loss {best['valid_loss']:.4g} at step {best['step']}"
+        said = (
+            f"{directory} is finished: valid loss {best['valid_loss']:.4g} at step {best['step']}"
+        )
         if (ended or self.is_worker) and self.launch.says(said):
             say(said, sys.stdout)
         return float(best["valid_loss"])
@@ -157,7 +169,14 @@ class ConfigFile(Logger):
         """Nothing: the configuration stays as it is."""
 
 
-def run(config: dict[str, Any], directory: Path, *, resumed: bool, place: Place | None = None, quiet: bool = False) -> Record:
+def run(
+    config: dict[str, Any],
+    directory: Path,
+    *,
+    resumed: bool,
+    place: Place | None = None,
+    quiet: bool = False,
+) -> Record:
     """One run from a resolved configuration, in its directory; its summary.
 
     Args:
@@ -169,17 +188,29 @@ def run(config: dict[str, Any], directory: Path, *, resumed: bool, place: Place 
     """
     targets.check_type(config.get("seed"), int, "seed")
     if not -(2**63) <= config["seed"] < 2**64:
-        raise BilevelError(f"seed={config['seed']} has more than the 64 bits of a seed; give one from 0 to 2⁶⁴ − 1")
+        raise BilevelError(
+            f"seed={config['seed']} has more than the 64 bits of a seed; give one from 0 to 2⁶⁴ − 1"
+        )
     # We own the process, so torch's own generator is ours to seed: modules and loaders of a user's own may draw from it.
     torch.manual_seed(config["seed"])
-    loggers = _loggers(config)  # the first to be built: they are quick, and what they lack is told before data are read
+    loggers = _loggers(
+        config
+    )  # the first to be built: they are quick, and what they lack is told before data are read
     nodes = {node: config.get(node) for node in BUILT}
-    if quiet and isinstance(nodes["runner"], dict) and nodes["runner"].get("progress", "auto") == "auto":
+    if (
+        quiet
+        and isinstance(nodes["runner"], dict)
+        and nodes["runner"].get("progress", "auto") == "auto"
+    ):
         nodes["runner"] = nodes["runner"] | {"progress": "none"}
     problem, solver, runner = (targets.build(nodes[node], node) for node in BUILT)
-    for built, kind, node in zip((problem, solver, runner), (Problem, Solver, Runner), BUILT, strict=True):
+    for built, kind, node in zip(
+        (problem, solver, runner), (Problem, Solver, Runner), BUILT, strict=True
+    ):
         if not isinstance(built, kind):
-            raise BilevelError(f"`{node}` is a {type(built).__name__}; give {node}._target_=the path of a {kind.__name__}")
+            raise BilevelError(
+                f"`{node}` is a {type(built).__name__}; give {node}._target_=the path of a {kind.__name__}"
+            )
     return runner.run(
         problem,
         solver,
@@ -201,7 +232,9 @@ def _loggers(config: dict[str, Any]) -> list[Logger]:
     """
     wanted = config.get("loggers", {"wandb": True})  # of runs from before there was a choice
     if not isinstance(wanted, dict):
-        raise BilevelError(f"`loggers` = {wanted!r} says of no logger whether it is on; write loggers.NAME=true or false")
+        raise BilevelError(
+            f"`loggers` = {wanted!r} says of no logger whether it is on; write loggers.NAME=true or false"
+        )
     for name, chosen in wanted.items():
         targets.check_type(chosen, bool, f"loggers.{name}")
     on = [name for name, chosen in wanted.items() if chosen]
@@ -214,7 +247,9 @@ def _loggers(config: dict[str, Any]) -> list[Logger]:
     loggers = [targets.build(config.get(name), name) for name in on]
     for name, logger in zip(on, loggers, strict=True):
         if not isinstance(logger, Logger):
-            raise BilevelError(f"`{name}` is a {type(logger).__name__}; a logger is a subclass of bilevel.records.Logger")
+            raise BilevelError(
+                f"`{name}` is a {type(logger).__name__}; a logger is a subclass of bilevel.loggers.records.Logger"
+            )
     return loggers
 
 
@@ -222,17 +257,21 @@ def add_resolvers() -> None:
     """Teach OmegaConf what `${bilevel.…}` means in the configuration."""
     OmegaConf.register_new_resolver("bilevel.resumed", _directory, replace=True)
     OmegaConf.register_new_resolver("bilevel.ablation", _ablation, replace=True)
-    OmegaConf.register_new_resolver("bilevel.times", lambda factor, value: factor * value, replace=True)
+    OmegaConf.register_new_resolver(
+        "bilevel.times", lambda factor, value: factor * value, replace=True
+    )
 
 
 def _directory(resumed: str | None, fresh: str) -> str:
     if resumed == AUTO:
-        raise BilevelError(f"resume={AUTO} goes on in the directory of the run; name it: hydra.run.dir=runs/mine")
+        raise BilevelError(
+            f"resume={AUTO} goes on in the directory of the run; name it: hydra.run.dir=runs/mine"
+        )
     return resumed or fresh
 
 
 def _said(error: BaseException) -> str:
-    return bad_input.sentence(error) or bad_input.unexpected(error)
+    return input_errors.sentence(error) or input_errors.unexpected(error)
 
 
 def _show(otherwise: Callable[..., None], launch: Launch) -> Callable[..., None]:
@@ -250,7 +289,11 @@ def _show(otherwise: Callable[..., None], launch: Launch) -> Callable[..., None]
 
 def _ablation(overrides: Sequence[str]) -> str:
     """What tells the runs of a sweep apart beside names and seed: `-linearize-false`, of letters that `resume=` can read."""
-    own = [text.lstrip("+~") for text in overrides if text.lstrip("+~").startswith(("problem.", "solver.", "lr."))]
+    own = [
+        text.lstrip("+~")
+        for text in overrides
+        if text.lstrip("+~").startswith(("problem.", "solver.", "lr."))
+    ]
     label = "".join("-" + text.split(".", 1)[1] for text in own)
     return re.sub(r"[^\w.-]+", "-", label)[:80]
 

@@ -9,9 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from bilevel.checkpoint import CHECKPOINT, kept
+from bilevel.checkpoint.checkpoints import CHECKPOINT, kept
 from bilevel.errors import BilevelError
-from bilevel.records import SUMMARY, Record
+from bilevel.loggers.records import SUMMARY, Record
 
 CONFIG = "config.yaml"
 
@@ -48,19 +48,35 @@ def stored_config(directory: Path) -> DictConfig:
     """
     file = directory / CONFIG
     if not directory.is_dir():
-        raise BilevelError(f"resume={directory} is not a directory; give the directory of an earlier run")
-    if missing := [name for name, there in ((CONFIG, file.is_file()), (CHECKPOINT, kept(directory))) if not there]:
-        raise BilevelError(f"resume={directory} is not a run: it has no {missing[0]}; give the directory of an earlier run")
+        raise BilevelError(
+            f"resume={directory} is not a directory; give the directory of an earlier run"
+        )
+    if missing := [
+        name
+        for name, there in ((CONFIG, file.is_file()), (CHECKPOINT, kept(directory)))
+        if not there
+    ]:
+        raise BilevelError(
+            f"resume={directory} is not a run: it has no {missing[0]}; give the directory of an earlier run"
+        )
     try:
         config = OmegaConf.load(file)
     except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise BilevelError(f"{file} cannot be read ({type(error).__name__}); restore it, or start a new run") from error
-    if not isinstance(config, DictConfig) or any(key not in config for key in ("names", "seed", "problem", "solver", "runner")):
-        raise BilevelError(f"{file} is not the configuration of a run of bilevel; give the directory of an earlier run")
+        raise BilevelError(
+            f"{file} cannot be read ({type(error).__name__}); restore it, or start a new run"
+        ) from error
+    if not isinstance(config, DictConfig) or any(
+        key not in config for key in ("names", "seed", "problem", "solver", "runner")
+    ):
+        raise BilevelError(
+            f"{file} is not the configuration of a run of bilevel; give the directory of an earlier run"
+        )
     return config
 
 
-def continued(stored: DictConfig, composed: Mapping[str, Any], overridden: Sequence[str], directory: Path) -> dict[str, Any]:
+def continued(
+    stored: DictConfig, composed: Mapping[str, Any], overridden: Sequence[str], directory: Path
+) -> dict[str, Any]:
     """The stored configuration with the overrides that a resumed run may have.
 
     Args:
@@ -83,7 +99,10 @@ def continued(stored: DictConfig, composed: Mapping[str, Any], overridden: Seque
             for name in ("loggers", *now.loggers):
                 config[name] = now[name]
             continue
-        if key in ("problem", "solver"):  # a choice from a group: its name stands for it, its settings may have been overridden
+        if key in (
+            "problem",
+            "solver",
+        ):  # a choice from a group: its name stands for it, its settings may have been overridden
             key = f"names.{key}"
         value = OmegaConf.select(now, key, default=ABSENT)
         before = OmegaConf.select(stored, key, default=ABSENT)
@@ -125,7 +144,12 @@ def repeated(composed: Mapping[str, Any], directory: Path) -> tuple[bool, Record
         summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         ended = not summary["interrupted"] and {"best", "diverged", "message"} <= summary.keys()
         ended = ended and (summary["diverged"] or "valid_loss" in summary["best"])
-    except (OSError, ValueError, LookupError, TypeError):  # killed, or not a summary: the checkpoint knows how far it came
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ):  # killed, or not a summary: the checkpoint knows how far it came
         return True, None
     return True, summary if ended and not any(budget in apart for budget in BUDGETS) else None
 
@@ -134,7 +158,11 @@ def _differences(then: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, t
     """The keys by which two configurations differ, with both values."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for key in {**then, **now}:
-            yield from _differences(then.get(key, ABSENT), now.get(key, ABSENT), f"{prefix}.{key}" if prefix else str(key))
+            yield from _differences(
+                then.get(key, ABSENT),
+                now.get(key, ABSENT),
+                f"{prefix}.{key}" if prefix else str(key),
+            )
     elif then != now:
         yield prefix, (then, now)
 

@@ -18,11 +18,11 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from bilevel.cli.output import say
+from bilevel.cli.standard_streams import say
 from bilevel.comparison.runs import Run, grouped, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
-from bilevel.interrupts import Interrupts, OutOfTime, of_time_limit
-from bilevel.records import Place
+from bilevel.loggers.records import Place
+from bilevel.run.signals import Interrupts, OutOfTime, of_time_limit
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -63,7 +63,9 @@ class SweepTable(Callback):
         _failed.update(failed)
         if len(runs) + len(failed) < 2:
             return
-        told = sweep_tables(runs) + [f"failed: {name}: {sentence}" for name, sentence in failed.items()]
+        told = sweep_tables(runs) + [
+            f"failed: {name}: {sentence}" for name, sentence in failed.items()
+        ]
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = WIDE
@@ -73,7 +75,10 @@ class SweepTable(Callback):
                 Console(file=file, width=WIDE).print(*told, sep="\n", markup=False)
         except OSError as error:
             say(f"bilevel: cannot write {directory / TABLE}: {error.strerror or error}", sys.stdout)
-        say(f"the runs, and this table: {directory}; more of them: bilevel-compare {directory}", sys.stdout)
+        say(
+            f"the runs, and this table: {directory}; more of them: bilevel-compare {directory}",
+            sys.stdout,
+        )
 
 
 _failed: dict[str, str] = {}
@@ -124,7 +129,10 @@ def forget_failure() -> None:
 
 def failures(directory: Path) -> dict[str, str]:
     """Why runs of a sweep failed, by their names."""
-    found = sorted((directory / FAILED).glob("*.txt"), key=lambda file: [int(n) for n in re.findall(r"^\d+", file.name)])
+    found = sorted(
+        (directory / FAILED).glob("*.txt"),
+        key=lambda file: [int(n) for n in re.findall(r"^\d+", file.name)],
+    )
     return {file.stem: file.read_text(encoding="utf-8").strip() for file in found}
 
 
@@ -138,7 +146,9 @@ def _failure() -> Path | None:
 
 def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:
     """A table for each problem, with a row for each solver (and ablation): mean ± standard deviation over its runs."""
-    return [rich_table(rows(groups, SWEEP), title=problem) for problem, groups in grouped(runs).items()]
+    return [
+        rich_table(rows(groups, SWEEP), title=problem) for problem, groups in grouped(runs).items()
+    ]
 
 
 def place() -> Place | None:
@@ -158,9 +168,14 @@ def count(config: DictConfig) -> int | None:
     try:
         overrides = OverridesParser.create().parse_overrides([*texts, *config.hydra.overrides.task])
         values = {
-            override.get_key_element(): len(list(override.sweep_string_iterator())) if override.is_sweep_override() else 1
+            override.get_key_element(): len(list(override.sweep_string_iterator()))
+            if override.is_sweep_override()
+            else 1
             for override in overrides
         }
-    except (HydraException, AssertionError):  # a range without an end, a glob: the sweeper's own to resolve
+    except (
+        HydraException,
+        AssertionError,
+    ):  # a range without an end, a glob: the sweeper's own to resolve
         return None
     return math.prod(values.values())

@@ -11,7 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from bilevel.errors import BilevelError, near
+from bilevel.errors import BilevelError
+from bilevel.text import near
 
 SPECIAL = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 PLAIN = (bool, int, float, str, type(None), list, tuple)
@@ -36,13 +37,19 @@ def build(node: Any, role: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, BilevelError):
             raise BilevelError(f"`{role}`: {cause}") from error
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause)) if isinstance(cause, TypeError) else None
+        unknown = (
+            re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+            if isinstance(cause, TypeError)
+            else None
+        )
         if unknown and (name := unknown[1]) in node:  # handed on by a target that takes any name
             known = _settings(locate(node["_target_"], role))[0]
             said = f"{near(name, known)}; there are {', '.join(known) or 'none'}"
             raise BilevelError(f"`{role}` has no setting `{name}`{said}") from error
         reason = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
-        raise BilevelError(f"`{role}` cannot be built from {node['_target_']}: {_first_line(reason)}") from error
+        raise BilevelError(
+            f"`{role}` cannot be built from {node['_target_']}: {_first_line(reason)}"
+        ) from error
 
 
 def check(node: Any, role: str) -> None:
@@ -80,9 +87,13 @@ def locate(path: Any, role: str) -> Callable[..., Any]:
         if package in ("bilevel", "problems", "solvers") and os.path.isdir(own):
             reason += f" ({own} has the name of one of bilevel's own packages, and is not looked at; rename it)"
         advice = "give the dotted path of a class or function"
-        raise BilevelError(f"`{role}._target_` = {path} cannot be imported: {reason}; {advice}") from error
+        raise BilevelError(
+            f"`{role}._target_` = {path} cannot be imported: {reason}; {advice}"
+        ) from error
     if not callable(target):
-        raise BilevelError(f"`{role}._target_` = {path} is a {type(target).__name__}; give the dotted path of a class")
+        raise BilevelError(
+            f"`{role}._target_` = {path} is a {type(target).__name__}; give the dotted path of a class"
+        )
     return target
 
 
@@ -112,7 +123,11 @@ def check_type(value: Any, annotation: Any, role: str) -> None:
         return
     else:
         kind = type(value).__name__
-        found = "is null" if value is None else f"= {value!r} is {'an' if kind == 'int' else 'a'} {kind}"
+        found = (
+            "is null"
+            if value is None
+            else f"= {value!r} is {'an' if kind == 'int' else 'a'} {kind}"
+        )
     wanted = " or ".join(_name(member) for member in members)
     if any(map(inspect.isabstract, members)):
         wanted += ", as {_target_: …}"
@@ -153,7 +168,10 @@ def _admits(member: Any, value: Any) -> bool:
     if get_origin(member) in (list, Sequence) and isinstance(value, PLAIN):
         entries = get_args(member)[0]
         return isinstance(value, (list, tuple)) and all(
-            entries not in (bool, int, float, str) if isinstance(item, Mapping) else _admits(entries, item) for item in value
+            entries not in (bool, int, float, str)
+            if isinstance(item, Mapping)
+            else _admits(entries, item)
+            for item in value
         )
     if inspect.isabstract(member):
         return isinstance(value, member)
@@ -195,12 +213,18 @@ def _check_arguments(node: Mapping[str, Any], role: str, target: Callable[..., A
             if type(value) is not type(parameter.default) or value != parameter.default:
                 check_type(value, hints.get(key, Any), f"{role}.{key}")
         elif not open_ended:
-            meant = near(key, known)  # or else it is left of another class, into which this one has been merged
+            meant = near(
+                key, known
+            )  # or else it is left of another class, into which this one has been merged
             out = "" if meant else f"; '~{role}.{key}' takes it out"
-            raise BilevelError(f"`{role}` has no setting `{key}`{meant}; there are {', '.join(known) or 'none'}{out}")
+            raise BilevelError(
+                f"`{role}` has no setting `{key}`{meant}; there are {', '.join(known) or 'none'}{out}"
+            )
 
 
-def _settings(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+def _settings(
+    target: Callable[..., Any],
+) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
     """The settings of a target, their types, and whether any other name is taken too.
 
     A recipe, `def delta_stn(**options) -> SelfTuning`, has those of the class that it makes; one with settings of its own (it
@@ -212,7 +236,11 @@ def _settings(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter],
     if not (open_ended and inspect.isclass(made)):
         return known, hints, open_ended
     more, others = _parameters(made)
-    return {**known, **{k: p for k, p in more.items() if k not in known}}, {**_hints(made), **hints}, bool(known) or others
+    return (
+        {**known, **{k: p for k, p in more.items() if k not in known}},
+        {**_hints(made), **hints},
+        bool(known) or others,
+    )
 
 
 def _parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:

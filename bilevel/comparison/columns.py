@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel.records import Record
+from bilevel.loggers.records import Record
 
 Array = NDArray[np.float64]
 
@@ -35,7 +35,9 @@ def _numbers(values: Sequence[Any]) -> Array:
     try:
         numbers = np.array(values, dtype=np.float64)  # None becomes NaN
     except (TypeError, ValueError, OverflowError):
-        return np.array([np.nan if (number := finite(value)) is None else number for value in values])
+        return np.array(
+            [np.nan if (number := finite(value)) is None else number for value in values]
+        )
     numbers[~(np.abs(numbers) < HUGE)] = np.nan
     return numbers
 

@@ -35,7 +35,9 @@ class Band(NamedTuple):
     def whole(self) -> "Band":
         """The part of the grid that all runs reach."""
         kept = self.n == self.of
-        return Band(self.x[kept], self.mean[kept], self.std[kept], self.low[kept], self.n[kept], self.of)
+        return Band(
+            self.x[kept], self.mean[kept], self.std[kept], self.low[kept], self.n[kept], self.of
+        )
 
 
 class Reached(NamedTuple):
@@ -83,7 +85,9 @@ def band(
         return Band(empty, empty, empty, empty, empty, len(runs))
     end = max(at[-1] for at, _ in curves)
     ends = sorted({float(at[-1]) for at, _ in curves})
-    grid = np.unique(np.concatenate([np.linspace(0.0, end, points), ends]))  # where n changes is a point of the grid
+    grid = np.unique(
+        np.concatenate([np.linspace(0.0, end, points), ends])
+    )  # where n changes is a point of the grid
     table = np.full((len(curves), grid.size), np.nan)
     for row, (at, values) in enumerate(curves):
         inside = (grid >= at[0]) & (grid <= at[-1])
@@ -95,7 +99,9 @@ def band(
     grid, table, n = grid[n > 0], table[:, n > 0], n[n > 0]
     mean = np.nanmean(table, axis=0)
     squares = np.nansum((table - mean) ** 2, axis=0)
-    return Band(grid, mean, np.sqrt(squares / np.maximum(n - 1, 1)), np.nanmin(table, axis=0), n, len(runs))
+    return Band(
+        grid, mean, np.sqrt(squares / np.maximum(n - 1, 1)), np.nanmin(table, axis=0), n, len(runs)
+    )
 
 
 def reached(run: Run, target: float, of: str = LOSS) -> Reached | None:
@@ -114,7 +120,9 @@ def common_target(groups: Mapping[str, Sequence[Run]]) -> float | None:
 
     Runs that diverged are left aside, as long as there are others: what they reached before is no aim.
     """
-    sound = {label: [run for run in runs if run.status != "diverged"] for label, runs in groups.items()}
+    sound = {
+        label: [run for run in runs if run.status != "diverged"] for label, runs in groups.items()
+    }
     means = []
     for runs in (sound if any(sound.values()) else groups).values():
         best = [loss for run in runs if (loss := run.at_best(LOSS)) is not None]
@@ -130,7 +138,9 @@ def spans_decades(values: Iterable[Array], decades: float = 0.7) -> bool:
     return bool(joined.size and joined.min() > 0 and joined.max() > 10**decades * joined.min())
 
 
-def _curve(run: Run, y: str, x: str, best_so_far: bool, entry: int | None) -> tuple[Array, Array] | None:
+def _curve(
+    run: Run, y: str, x: str, best_so_far: bool, entry: int | None
+) -> tuple[Array, Array] | None:
     """The finite points of a run, x ascending."""
     values = run.column(y)
     if entry is not None and values.ndim == 2:

@@ -10,8 +10,8 @@ import torch
 
 from bilevel.comparison.curves import AXES, LOSS, POINTS, Band, band, spans_decades
 from bilevel.comparison.runs import Array, Run
-from bilevel.description import described
-from bilevel.plot import STYLE, sigma_band
+from bilevel.loggers.plot import STYLE, sigma_band
+from bilevel.loggers.space_json import described
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,10 @@ def styles(labels: Sequence[str]) -> Looks:
 
 @contextmanager
 def figure(
-    path: str | Path | IO[bytes], rows: int = 1, columns: int = 1, size: tuple[float, float] = (3.4, 2.5)
+    path: str | Path | IO[bytes],
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] = (3.4, 2.5),
 ) -> Iterator[Any]:
     """Axes [rows, columns] of a new figure, which is saved at the end to a place or a file; `size` is a panel's, in inches."""
     from matplotlib import rc_context
@@ -109,7 +112,9 @@ def draw_bands(
         look = {name: looks[label][name] for name in ("color", "linestyle", "linewidth")}
         _draw_band(ax, over, look, f"{label} (n = {len(groups[label])})" if n_in_label else label)
         for run in groups[label]:
-            _draw_rest(ax, run, band([run], y, x, best_so_far=best_so_far, entry=entry), over.whole(), look)
+            _draw_rest(
+                ax, run, band([run], y, x, best_so_far=best_so_far, entry=entry), over.whole(), look
+            )
     if log:
         logarithmic(ax)
     _horizontal(ax, x)
@@ -148,15 +153,35 @@ def draw_paths(
             edges = perturbed(run, name)
             if edges is not None:
                 low, high = (_entry(edge, entry)[thin] for edge in edges)
-                ax.fill_between(at, low, high, color=looks[label]["color"], alpha=0.35 / max(2, len(runs)), linewidth=0)
+                ax.fill_between(
+                    at,
+                    low,
+                    high,
+                    color=looks[label]["color"],
+                    alpha=0.35 / max(2, len(runs)),
+                    linewidth=0,
+                )
             text = f"{label} ({counted_seeds(runs)})" if number == 0 else None
-            ax.plot(at, path, color=looks[label]["color"], linestyle=looks[label]["linestyle"], linewidth=0.9, label=text)
+            ax.plot(
+                at,
+                path,
+                color=looks[label]["color"],
+                linestyle=looks[label]["linestyle"],
+                linewidth=0.9,
+                label=text,
+            )
             shown.append(path)
     if spans_decades(shown):
         logarithmic(ax)
     _horizontal(ax, x)
-    several = entry is None and any(run.column(f"hypers.{name}").ndim == 2 for runs in groups.values() for run in runs)
-    ax.set_ylabel(f"mean of {spoken(name)}" if several else spoken(name) + ("" if entry is None else f"[{entry}]"))
+    several = entry is None and any(
+        run.column(f"hypers.{name}").ndim == 2 for runs in groups.values() for run in runs
+    )
+    ax.set_ylabel(
+        f"mean of {spoken(name)}"
+        if several
+        else spoken(name) + ("" if entry is None else f"[{entry}]")
+    )
 
 
 def counted_seeds(runs: Sequence[Run]) -> str:
@@ -180,7 +205,11 @@ def perturbed(run: Run, name: str) -> tuple[Array, Array] | None:
         return None
     sigma: Any = scales.reshape(shape).tolist()
     edges = sigma_band(space, name, torch.from_numpy(values).reshape(shape), sigma)
-    return None if edges is None else (edges[0].reshape(values.shape).numpy(), edges[1].reshape(values.shape).numpy())
+    return (
+        None
+        if edges is None
+        else (edges[0].reshape(values.shape).numpy(), edges[1].reshape(values.shape).numpy())
+    )
 
 
 def hyper_panels(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
@@ -191,7 +220,11 @@ def hyper_panels(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
         if not any(_moves(column) for column in columns):
             continue
         width = max(column.shape[1] if column.ndim == 2 else 1 for column in columns)
-        panels += [(name, None)] if width == 1 or width > FEW else [(name, entry) for entry in range(width)]
+        panels += (
+            [(name, None)]
+            if width == 1 or width > FEW
+            else [(name, entry) for entry in range(width)]
+        )
     return panels
 
 
@@ -223,7 +256,12 @@ def legend(drawn: "Figure", ax: "Axes") -> None:
     """One legend for the whole figure, above it, where it hides nothing."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        drawn.legend(handles, labels, loc="outside upper center", ncols=legend_columns(labels, drawn.get_figwidth()))
+        drawn.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=legend_columns(labels, drawn.get_figwidth()),
+        )
 
 
 def legend_columns(labels: Sequence[str], width: float) -> int:
@@ -233,7 +271,9 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
         >>> legend_columns(["stn", "fixed", "delta_stn"], 5.0), legend_columns(["stn with many settings" * 3] * 4, 5.0)
         (3, 1)
     """
-    each = 0.55 + 0.055 * max(map(len, labels), default=0)  # handle and gaps, and a letter at the style's size
+    each = 0.55 + 0.055 * max(
+        map(len, labels), default=0
+    )  # handle and gaps, and a letter at the style's size
     return max(1, min(len(labels), int(width / each)))
 
 
@@ -242,7 +282,9 @@ def _draw_band(ax: "Axes", over: Band, look: Mapping[str, Any], text: str) -> No
     if whole.x.size > 1:
         low = whole.mean - whole.std
         low = np.where((low <= 0) & (whole.low > 0), whole.low, low)
-        ax.fill_between(whole.x, low, whole.mean + whole.std, color=look["color"], alpha=0.2, linewidth=0)
+        ax.fill_between(
+            whole.x, low, whole.mean + whole.std, color=look["color"], alpha=0.2, linewidth=0
+        )
     ax.plot(whole.x, whole.mean, label=text, **look)
 
 
@@ -254,7 +296,16 @@ def _draw_rest(ax: "Axes", run: Run, own: Band, whole: Band, look: Mapping[str, 
     if rest.sum() > 1:
         ax.plot(own.x[rest], own.mean[rest], **{**look, "linewidth": 0.8, "alpha": 0.5})
     if run.status == "diverged":
-        ax.plot(own.x[-1], own.mean[-1], "x", color=look["color"], markersize=6, markeredgewidth=1.5, clip_on=False, zorder=4)
+        ax.plot(
+            own.x[-1],
+            own.mean[-1],
+            "x",
+            color=look["color"],
+            markersize=6,
+            markeredgewidth=1.5,
+            clip_on=False,
+            zorder=4,
+        )
 
 
 def logarithmic(ax: "Axes") -> None:

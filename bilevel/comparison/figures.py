@@ -56,8 +56,14 @@ def pictures(groups: Groups, x: str, *, best_so_far: bool = False) -> list[Pictu
         _perturbations(drawn, x, looks),
         _pareto(drawn, looks),
     ]
-    more = f" Drawn are the {len(drawn)} of lowest mean loss; {left} more are in the tables." if left else ""
-    return [picture._replace(caption=picture.caption + more) for picture in made if picture is not None]
+    more = (
+        f" Drawn are the {len(drawn)} of lowest mean loss; {left} more are in the tables."
+        if left
+        else ""
+    )
+    return [
+        picture._replace(caption=picture.caption + more) for picture in made if picture is not None
+    ]
 
 
 def _drawn(groups: Groups) -> tuple[Groups, int]:
@@ -90,9 +96,13 @@ def _grid(
     columns = min(width, len(panels))
     rows = math.ceil(len(panels) / columns)
     file = io.BytesIO()
-    each = 5.0 if columns == 1 else 3.2  # a legend of several solvers has no room above a narrow panel
+    each = (
+        5.0 if columns == 1 else 3.2
+    )  # a legend of several solvers has no room above a narrow panel
     numbered = [f"{label} (n = 10)" for label in labels]
-    extra = 0.17 * math.ceil(len(labels) / legend_columns(numbered, each * columns)) if labels else 0.0
+    extra = (
+        0.17 * math.ceil(len(labels) / legend_columns(numbered, each * columns)) if labels else 0.0
+    )
     with figure(file, rows, columns, (each, 2.4 + extra / rows)) as axes:
         flat = axes.flatten().tolist()
         for draw, ax in zip(panels, flat, strict=False):
@@ -146,14 +156,23 @@ def _paths(groups: Groups, x: str, looks: Looks) -> Picture | None:
         return lambda ax: draw_paths(ax, groups, name, x, entry=entry, looks=looks)
 
     png = _grid([panel(*place) for place in panels], labels=list(groups))
-    return Picture("paths", png, "Hyperparameters in their own units: mean ± one standard deviation over seeds.")
+    return Picture(
+        "paths",
+        png,
+        "Hyperparameters in their own units: mean ± one standard deviation over seeds.",
+    )
 
 
 def _perturbations(groups: Groups, x: str, looks: Looks) -> Picture | None:
     """A row of panels for each group whose runs are perturbed."""
     runs = [run for members in groups.values() for run in members]
     panels = hyper_panels(runs)
-    known = [(label, *panel) for label, members in groups.items() for panel in panels if _is_perturbed(members, panel[0])]
+    known = [
+        (label, *panel)
+        for label, members in groups.items()
+        for panel in panels
+        if _is_perturbed(members, panel[0])
+    ]
     if not known:
         return None
     labels = list(dict.fromkeys(label for label, _, _ in known))
@@ -178,11 +197,19 @@ def _perturbations(groups: Groups, x: str, looks: Looks) -> Picture | None:
 
 def _pareto(groups: Groups, looks: Looks) -> Picture | None:
     costs = {"total training time (s)": "seconds", "total examples": "examples"}
-    quality = {label: told for label, runs in groups.items() if (told := spread(run.at_best(LOSS) for run in runs))}
+    quality = {
+        label: told
+        for label, runs in groups.items()
+        if (told := spread(run.at_best(LOSS) for run in runs))
+    }
 
     def panel(title: str, name: str) -> Callable[["Axes"], None]:
         def draw(ax: "Axes") -> None:
-            cost = {label: told for label in quality if (told := spread(run.total(name) for run in groups[label]))}
+            cost = {
+                label: told
+                for label in quality
+                if (told := spread(run.total(name) for run in groups[label]))
+            }
             _scatter(ax, groups, cost, quality, looks, name)
             ax.set_xlabel(title)
             ax.set_ylabel("best validation loss")
@@ -200,7 +227,14 @@ def _pareto(groups: Groups, looks: Looks) -> Picture | None:
     return Picture("pareto", png, caption)
 
 
-def _scatter(ax: "Axes", groups: Groups, cost: dict[str, Spread], quality: dict[str, Spread], looks: Looks, name: str) -> None:
+def _scatter(
+    ax: "Axes",
+    groups: Groups,
+    cost: dict[str, Spread],
+    quality: dict[str, Spread],
+    looks: Looks,
+    name: str,
+) -> None:
     from matplotlib.ticker import FuncFormatter
 
     if not cost:
@@ -208,18 +242,49 @@ def _scatter(ax: "Axes", groups: Groups, cost: dict[str, Spread], quality: dict[
     for label, spent in cost.items():
         look, reached = looks[label], quality[label]
         for run in groups[label]:
-            mark, at, loss = "x" if run.status == "diverged" else ".", run.total(name), run.at_best(LOSS)
+            mark, at, loss = (
+                "x" if run.status == "diverged" else ".",
+                run.total(name),
+                run.at_best(LOSS),
+            )
             if at is not None and loss is not None:
-                ax.plot(at, loss, mark, color=look["color"], alpha=0.4, markersize=5, markeredgewidth=float(mark == "x"))
-        point: dict[str, Any] = {"fmt": look["marker"], "color": look["color"], "markersize": 5.5, "elinewidth": 1}
+                ax.plot(
+                    at,
+                    loss,
+                    mark,
+                    color=look["color"],
+                    alpha=0.4,
+                    markersize=5,
+                    markeredgewidth=float(mark == "x"),
+                )
+        point: dict[str, Any] = {
+            "fmt": look["marker"],
+            "color": look["color"],
+            "markersize": 5.5,
+            "elinewidth": 1,
+        }
         rim: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.6, "zorder": 3}
         text = f"{label} (n = {len(groups[label])})"
-        ax.errorbar(spent.mean, reached.mean, xerr=spent.std, yerr=reached.std, label=text, **point, **rim)
+        ax.errorbar(
+            spent.mean, reached.mean, xerr=spent.std, yerr=reached.std, label=text, **point, **rim
+        )
     sound = [label for label in cost if not any(run.status == "diverged" for run in groups[label])]
     best = sorted((cost[label].mean, quality[label].mean) for label in sound)
-    front = [point for i, point in enumerate(best) if all(point[1] < other[1] for other in best[:i])]
-    ax.step([spent for spent, _ in front], [loss for _, loss in front], where="post", color="0.6", linewidth=1, zorder=1)
-    values = [np.array([spent.mean for spent in cost.values()]), np.array([told.mean for told in quality.values()])]
+    front = [
+        point for i, point in enumerate(best) if all(point[1] < other[1] for other in best[:i])
+    ]
+    ax.step(
+        [spent for spent, _ in front],
+        [loss for _, loss in front],
+        where="post",
+        color="0.6",
+        linewidth=1,
+        zorder=1,
+    )
+    values = [
+        np.array([spent.mean for spent in cost.values()]),
+        np.array([told.mean for told in quality.values()]),
+    ]
     for scale, numbers in zip((ax.set_xscale, ax.set_yscale), values, strict=True):
         if spans_decades([numbers]):
             scale("log")

@@ -32,7 +32,9 @@ def label(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
     varied: dict[tuple[str, str], list[str]] = {}
     for problem in dict.fromkeys(problem for problem, _, _ in runs):
         here = [index for index, run in enumerate(runs) if run[0] == problem]
-        common = [key for key in _varied([settings[i] for i in here]) if not key.startswith("solver.")]
+        common = [
+            key for key in _varied([settings[i] for i in here]) if not key.startswith("solver.")
+        ]
         for solver in dict.fromkeys(runs[i][1] for i in here):
             own = [settings[i] for i in here if runs[i][1] == solver]
             keys = [key for key in common if _is_used(key, own)]
@@ -40,7 +42,11 @@ def label(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
             varied[problem, solver] = _independent(keys, own)
     labels = []
     for (problem, solver, _), flat in zip(runs, settings, strict=True):
-        told = [f"{_short(key)}={_value(key, flat[key])}" for key in varied[problem, solver] if key in flat]
+        told = [
+            f"{_short(key)}={_value(key, flat[key])}"
+            for key in varied[problem, solver]
+            if key in flat
+        ]
         labels.append(" ".join([solver, *told]))
     return labels
 
@@ -82,7 +88,9 @@ def _is_used(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
         for other in flat
         if other.startswith("solver.") and any(word in other for word in key.split("."))
     }
-    return any(_alike(values, [repr(flat.get(other, ABSENT)) for flat in settings]) for other in similar)
+    return any(
+        _alike(values, [repr(flat.get(other, ABSENT)) for flat in settings]) for other in similar
+    )
 
 
 def _independent(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,7 +99,8 @@ def _independent(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> 
     for key in keys:
         values = [repr(flat.get(key, ABSENT)) for flat in settings]
         repeats = any(
-            values == others or (other.startswith(SHARED) and len(set(values)) > 1 and _alike(values, others))
+            values == others
+            or (other.startswith(SHARED) and len(set(values)) > 1 and _alike(values, others))
             for other, others in kept.items()
             if key.startswith("solver.")
         )

@@ -6,14 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bilevel.comparison import page
+from bilevel.comparison import html_page
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.figures import Picture, pictures
 from bilevel.comparison.runs import Run, Tell, grouped
 from bilevel.comparison.statistics import Paired, paired
-from bilevel.comparison.table import COST, QUALITY, STEP, Rows, pair_rows, rich_table, rows, targeted
+from bilevel.comparison.table import (
+    COST,
+    QUALITY,
+    STEP,
+    Rows,
+    pair_rows,
+    rich_table,
+    rows,
+    targeted,
+)
 from bilevel.errors import BilevelError
-from bilevel.records import write_atomically
+from bilevel.loggers.records import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,7 +66,11 @@ class Section:
 
 
 def sections(
-    runs: Sequence[Run], *, x: str = "seconds", target: float | None = None, best_so_far: bool = False
+    runs: Sequence[Run],
+    *,
+    x: str = "seconds",
+    target: float | None = None,
+    best_so_far: bool = False,
 ) -> list[Section]:
     """A section for each problem.
 
@@ -113,7 +126,9 @@ def printed(section: Section) -> list["RenderableType"]:
     return [*told, *section.notes]
 
 
-def write_report(made: Sequence[Section], out: Path, *, faults: Sequence[str] = (), tell: Tell) -> Path | None:
+def write_report(
+    made: Sequence[Section], out: Path, *, faults: Sequence[str] = (), tell: Tell
+) -> Path | None:
     """Write `report.html` and the pictures into `out`; the report's place, or None where it could not be written.
 
     Args:
@@ -130,37 +145,48 @@ def write_report(made: Sequence[Section], out: Path, *, faults: Sequence[str] = 
     for section, stem in zip(made, _stems([section.problem for section in made]), strict=True):
         for picture in section.pictures:
             _write(out / f"{stem}-{picture.name}.png", picture.png, tell)
-    text = page.page(_title(made), _document(made, faults))
+    text = html_page.page(_title(made), _document(made, faults))
     return out / REPORT if _write(out / REPORT, text.encode(), tell) else None
 
 
 def _document(made: Sequence[Section], faults: Sequence[str]) -> list[str]:
     count = sum(len(runs) for section in made for runs in section.groups.values())
-    parts = [page.heading(_title(made), 1), page.paragraph(_opening(made, count), pale=True)]
+    parts = [
+        html_page.heading(_title(made), 1),
+        html_page.paragraph(_opening(made, count), pale=True),
+    ]
     if faults:
-        parts += [page.paragraph("What could not be read:"), page.bullets(faults)]
+        parts += [html_page.paragraph("What could not be read:"), html_page.bullets(faults)]
     for section in made:
         parts += _section(section)
     return [*parts, *_reading()]
 
 
 def _section(section: Section) -> list[str]:
-    parts = [page.heading(section.problem), page.bullets(section.notes)]
-    parts += [page.heading("What was reached", 3), page.table(section.quality)]
+    parts = [html_page.heading(section.problem), html_page.bullets(section.notes)]
+    parts += [html_page.heading("What was reached", 3), html_page.table(section.quality)]
     parts += [
-        page.paragraph(
-            "At the evaluation of lowest validation loss of each run; mean ± standard deviation over runs.", pale=True
+        html_page.paragraph(
+            "At the evaluation of lowest validation loss of each run; mean ± standard deviation over runs.",
+            pale=True,
         )
     ]
-    parts += [page.heading("What it cost", 3), page.table(section.cost)]
+    parts += [html_page.heading("What it cost", 3), html_page.table(section.cost)]
     if section.target is not None:
-        parts += [page.paragraph(f"The target, {section.target:.4g}, is {section.chosen}.", pale=True)]
-    parts += [page.heading("What a step costs", 3), page.table(section.step)]
-    parts += [page.picture(picture.png, picture.caption) for picture in section.pictures]
+        parts += [
+            html_page.paragraph(
+                f"The target, {section.target:.4g}, is {section.chosen}.", pale=True
+            )
+        ]
+    parts += [html_page.heading("What a step costs", 3), html_page.table(section.step)]
+    parts += [html_page.picture(picture.png, picture.caption) for picture in section.pictures]
     for words, pairs in section.pairs.items():
-        parts += [page.heading(f"Paired over seeds: {words}", 3), page.table(pair_rows(pairs), words=(0, 1))]
+        parts += [
+            html_page.heading(f"Paired over seeds: {words}", 3),
+            html_page.table(pair_rows(pairs), words=(0, 1)),
+        ]
     if section.pairs:
-        parts += [page.paragraph(_tested(section), pale=True)]
+        parts += [html_page.paragraph(_tested(section), pale=True)]
     return parts
 
 
@@ -192,7 +218,7 @@ def _reading() -> list[str]:
         "Peak memory is that of tensors on a GPU. On a CPU it is that of the whole process, which never falls from one run "
         "of a sweep to the next.",
     ]
-    return [page.heading("How to read this"), page.bullets(notes)]
+    return [html_page.heading("How to read this"), html_page.bullets(notes)]
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -201,13 +227,17 @@ def _notes(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     for label, runs in groups.items():
         for run in runs:
             if run.status == "running":
-                notes.append(f"{label}, seed {run.seed}: has not ended, or was killed ({run.evaluations} evaluations so far)")
+                notes.append(
+                    f"{label}, seed {run.seed}: has not ended, or was killed ({run.evaluations} evaluations so far)"
+                )
             elif run.status != "finished":
                 message = str((run.summary or {}).get("message") or run.status)
                 notes.append(f"{label}, seed {run.seed}: {message.partition(';')[0]}")
         seeds = [run.seed for run in runs]
         if len(set(seeds)) < len(seeds):
-            notes.append(f"{label}: several runs have the same seed; n counts them all, the paired test takes their mean")
+            notes.append(
+                f"{label}: several runs have the same seed; n counts them all, the paired test takes their mean"
+            )
     return notes
 
 
@@ -223,7 +253,9 @@ def _write(path: Path, content: bytes, tell: Tell) -> bool:
 def _stems(names: Sequence[str]) -> list[str]:
     """Names as the beginning of a file's; numbered where two would be the same."""
     stems = [re.sub(r"[^\w.-]+", "-", name)[:60] or "problem" for name in names]
-    return [f"{stem}-{index}" if stems.count(stem) > 1 else stem for index, stem in enumerate(stems)]
+    return [
+        f"{stem}-{index}" if stems.count(stem) > 1 else stem for index, stem in enumerate(stems)
+    ]
 
 
 def _title(made: Sequence[Section]) -> str:

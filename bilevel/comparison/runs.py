@@ -12,7 +12,7 @@ import numpy as np
 
 from bilevel.comparison.columns import Array, columns_of, finite
 from bilevel.comparison.labels import label
-from bilevel.records import DESCRIPTION, METRICS, SUMMARY, Record
+from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
 
 CONFIG = "config.yaml"
 
@@ -83,7 +83,9 @@ class Run:
         if told is not None:
             return told
         column = self.columns.get("step" if name == "steps" else name)
-        return finite(np.nanmax(column)) if column is not None and np.isfinite(column).any() else None
+        return (
+            finite(np.nanmax(column)) if column is not None and np.isfinite(column).any() else None
+        )
 
     def _told(self, record: str, name: str) -> float | None:
         """A number in a record of the summary."""
@@ -93,7 +95,9 @@ class Run:
     def part(self, prefix: str) -> list[str]:
         """The names under `prefix` (`hypers.`, `scales.`, …), without it, in the order of the records."""
         names = [name.removeprefix(prefix) for name in self.columns if name.startswith(prefix)]
-        return [name for name in names if not (name.endswith((".min", ".max")) and name[:-4] in names)]
+        return [
+            name for name in names if not (name.endswith((".min", ".max")) and name[:-4] in names)
+        ]
 
 
 def read_runs(*places: str | os.PathLike[str], tell: Tell = lambda sentence: None) -> list[Run]:
@@ -114,11 +118,17 @@ def read_runs(*places: str | os.PathLike[str], tell: Tell = lambda sentence: Non
         if not found:
             tell(f"{place} holds no run: there is no {METRICS} in it, nor below it")
         directories |= {directory.resolve(): directory for directory in found}
-    runs = [run for directory in directories.values() if (run := read_run(directory, tell=tell)) is not None]
+    runs = [
+        run
+        for directory in directories.values()
+        if (run := read_run(directory, tell=tell)) is not None
+    ]
     without = [run for run in runs if not run.config]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        tell(f"{without[0].directory}{more}: no settings in {CONFIG}; such runs are told apart by problem and solver alone")
+        tell(
+            f"{without[0].directory}{more}: no settings in {CONFIG}; such runs are told apart by problem and solver alone"
+        )
     return labelled(runs)
 
 
@@ -128,9 +138,13 @@ def read_run(directory: Path, *, tell: Tell = lambda sentence: None) -> Run | No
     try:
         records, skipped = _parsed(directory / METRICS)
         if skipped:
-            tell(f"{directory / METRICS}: {skipped} of its lines {'is' if skipped == 1 else 'are'} damaged and left out")
+            tell(
+                f"{directory / METRICS}: {skipped} of its lines {'is' if skipped == 1 else 'are'} damaged and left out"
+            )
     except OSError as error:
-        tell(f"cannot read {directory / METRICS}: {error.strerror or error}; what its summary says is used")
+        tell(
+            f"cannot read {directory / METRICS}: {error.strerror or error}; what its summary says is used"
+        )
     summary, description = (_object(directory / name, tell) for name in (SUMMARY, DESCRIPTION))
     config = _config(directory / CONFIG, tell)
     columns = columns_of(records)
@@ -175,7 +189,9 @@ def _find(place: Path, tell: Tell) -> Iterator[Path]:
     """Run directories at or below `place`; what lies within a run belongs to it."""
 
     def unreadable(error: OSError) -> None:
-        tell(f"cannot look into {error.filename}: {error.strerror or error}; what lies there is left out")
+        tell(
+            f"cannot look into {error.filename}: {error.strerror or error}; what lies there is left out"
+        )
 
     for root, below, files in os.walk(place, onerror=unreadable):
         if METRICS in files or SUMMARY in files:
@@ -194,7 +210,9 @@ def _parsed(path: Path) -> tuple[list[Record], int]:
     """The records, and how many lines are damaged beside a last one that is not finished."""
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        records = json.loads(b"[" + b",".join(lines) + b"]")  # all at once: twice as quick as line by line
+        records = json.loads(
+            b"[" + b",".join(lines) + b"]"
+        )  # all at once: twice as quick as line by line
         if len(records) == len(lines) and all(type(record) is dict for record in records):
             return records, 0
     except (ValueError, RecursionError):

@@ -55,7 +55,12 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     known = [value for value in given if value is not None]
     if not known:
         return None
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0, len(known), len(given))
+    return Spread(
+        statistics.fmean(known),
+        statistics.stdev(known) if len(known) > 1 else 0.0,
+        len(known),
+        len(given),
+    )
 
 
 def paired(
@@ -86,7 +91,9 @@ def paired(
     made = [pair for pair in made if pair.n]
     tested = [pair.p for pair in made if pair.p is not None]
     adjusted = iter(holm(tested))
-    return [pair if pair.p is None else pair._replace(adjusted=next(adjusted)) for pair in made], everyone
+    return [
+        pair if pair.p is None else pair._replace(adjusted=next(adjusted)) for pair in made
+    ], everyone
 
 
 def by_seed(runs: Iterable[Run], of: Callable[[Run], float | None]) -> dict[int, float]:
@@ -125,4 +132,6 @@ def _compare(first: str, second: str, a: Mapping[int, float], b: Mapping[int, fl
     from scipy.stats import t as student
 
     t = told.mean / (told.std / math.sqrt(told.n))
-    return Paired(first, second, told.n, told.mean, told.std, t, float(2 * student.sf(abs(t), told.n - 1)))
+    return Paired(
+        first, second, told.n, told.mean, told.std, t, float(2 * student.sf(abs(t), told.n - 1))
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from bilevel.comparison.curves import LOSS, reached
 from bilevel.comparison.runs import Run, finite
 from bilevel.comparison.statistics import Paired, spread
-from bilevel.tables import duration, number
+from bilevel.loggers.tables import duration, number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,9 +37,14 @@ class Rows(NamedTuple):
 
 def rows(groups: Mapping[str, Sequence[Run]], columns: Sequence[Column]) -> Rows:
     """A row for each group: label, n, the columns that anybody fills, and how many runs did not end in order."""
-    kept = [column for column in columns if any(column.of(run) is not None for runs in groups.values() for run in runs)]
+    kept = [
+        column
+        for column in columns
+        if any(column.of(run) is not None for runs in groups.values() for run in runs)
+    ]
     cells = [
-        [label, str(len(runs)), *(_cell(column, runs) for column in kept), trouble(runs)] for label, runs in groups.items()
+        [label, str(len(runs)), *(_cell(column, runs) for column in kept), trouble(runs)]
+        for label, runs in groups.items()
     ]
     titles = ["solver", "n", *(column.title for column in kept), ""]
     if not any(row[-1] for row in cells):
@@ -72,7 +77,14 @@ def rich_table(told: Rows, title: str | None = None) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=None,
+        padding=(0, 1),
+        header_style="bold",
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
     for index, name in enumerate(told.titles):
         left = index == 0 or not name
         table.add_column(name, justify="left" if left else "right", no_wrap=index == 0)
@@ -84,7 +96,11 @@ def rich_table(told: Rows, title: str | None = None) -> "Table":
 def trouble(runs: Sequence[Run]) -> str:
     """How many of the runs did not end in order."""
     words = {"diverged": "diverged", "interrupted": "interrupted", "running": "not ended"}
-    return ", ".join(f"{n} {word}" for status, word in words.items() if (n := sum(run.status == status for run in runs)))
+    return ", ".join(
+        f"{n} {word}"
+        for status, word in words.items()
+        if (n := sum(run.status == status for run in runs))
+    )
 
 
 def plus_minus(mean: float, std: float | None = None) -> str:
@@ -104,7 +120,9 @@ def plus_minus(mean: float, std: float | None = None) -> str:
         decimals = max(0, 1 - math.floor(math.log10(std)))
         return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}"
     decimals = max(0, 1 - math.floor(math.log10(std / 10**exponent)))
-    return f"({mean / 10**exponent:.{decimals}f} ± {std / 10**exponent:.{decimals}f})e{exponent:+03d}"
+    return (
+        f"({mean / 10**exponent:.{decimals}f} ± {std / 10**exponent:.{decimals}f})e{exponent:+03d}"
+    )
 
 
 def part_of_regret(run: Run) -> float | None:
@@ -162,7 +180,9 @@ def targeted(target: float | None) -> tuple[Column, ...]:
         come = reached(run, target)
         return None if come is None else come.examples
 
-    return Column(f"time to {target:.4g}", seconds, _seconds), Column(f"examples to {target:.4g}", examples, plus_minus)
+    return Column(f"time to {target:.4g}", seconds, _seconds), Column(
+        f"examples to {target:.4g}", examples, plus_minus
+    )
 
 
 def _plain(value: float, digits: int = 4) -> str:
@@ -209,15 +229,25 @@ OUTER = Column("outer steps", lambda run: run.total("outer_steps"), plus_minus)
 
 SWEEP = (BEST, TEST, ACCURACY, LAST_REGRET, TO_PART, TIME, EXAMPLES, OUTER)
 QUALITY = (
-    *(BEST, Column("valid accuracy", lambda run: run.at_best("valid_accuracy"), _percent), TEST, ACCURACY),
+    *(
+        BEST,
+        Column("valid accuracy", lambda run: run.at_best("valid_accuracy"), _percent),
+        TEST,
+        ACCURACY,
+    ),
     *(Column("regret there", lambda run: run.at_best(REGRET), plus_minus), LAST_REGRET),
 )
 COST = (TIME, EXAMPLES, OUTER)
 STEP = (
     Column("ms per inner step", milliseconds, plus_minus),
     Column("in warm-up", lambda run: milliseconds(run, warmup=True), plus_minus),
-    Column("after it, outer steps included", lambda run: milliseconds(run, warmup=False), plus_minus),
-    *(Column(f"{name} phase", partial(phase, name), plus_minus) for name in ("inner", "response", "outer")),
+    Column(
+        "after it, outer steps included", lambda run: milliseconds(run, warmup=False), plus_minus
+    ),
+    *(
+        Column(f"{name} phase", partial(phase, name), plus_minus)
+        for name in ("inner", "response", "outer")
+    ),
     Column("ms per evaluation", evaluation, plus_minus),
     Column("peak memory", lambda run: run.total("peak_memory_bytes"), _memory),
 )

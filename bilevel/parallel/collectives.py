@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from bilevel.parallel.ranks import Several
+from bilevel.parallel.process_group import Several
 
 
 def enter(ranks: Several, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -55,7 +55,9 @@ class _Leave(torch.autograd.Function):
         return None, *_some(_Enter, ctx.ranks, cotangents)
 
 
-def _some(operator: Any, ranks: Several, cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _some(
+    operator: Any, ranks: Several, cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """The operator on those that are there: of what a loss does not depend on, there is no cotangent on any rank."""
     present = [g for g in cotangents if g is not None]
     moved = iter(operator.apply(ranks, *present) if present else ())
@@ -70,7 +72,9 @@ def _moving(operator: Any, ranks: Several, tensors: Sequence[Tensor]) -> list[Te
     return [next(moved) if wanted else t for t, wanted in zip(tensors, needed, strict=True)]
 
 
-def _through_duals(act: Callable[[list[Tensor]], list[Tensor]], tensors: Sequence[Tensor]) -> list[Tensor]:
+def _through_duals(
+    act: Callable[[list[Tensor]], list[Tensor]], tensors: Sequence[Tensor]
+) -> list[Tensor]:
     """A linear `act` on primals and tangents.
 
     Written out, since a formula for forward mode on the functions themselves could not be differentiated again.

@@ -9,10 +9,14 @@ from pathlib import Path
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("what", choices=["kills", "fuzz", "hour"])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills, and of the fuzzed inputs")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the moments of the kills, and of the fuzzed inputs"
+    )
     parser.add_argument("--examples", type=int, default=3000, help="inputs of each kind to fuzz")
     parser.add_argument("--minutes", type=float, default=60, help="of each of the two long runs")
-    parser.add_argument("--out", type=Path, default=None, help="where files go; by default a folder that is removed")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="where files go; by default a folder that is removed"
+    )
     asked = parser.parse_args()
     if asked.out is not None:
         asked.out.mkdir(parents=True, exist_ok=True)

@@ -25,16 +25,23 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from bilevel import BilevelError, sealed
-from bilevel.checkpoint import Checkpoints, CheckpointWarning, Identity, kept, load
-from bilevel.cli import bad_input, job
+from bilevel import BilevelError
+from bilevel.checkpoint import file_format
+from bilevel.checkpoint.checkpoints import Checkpoints, CheckpointWarning, Identity, kept, load
+from bilevel.cli import input_errors, job
 from bilevel.cli.app import main as command
 from bilevel.cli.app import prepared
-from bilevel.records import read_metrics
+from bilevel.loggers.records import read_metrics
 
 LIMIT = 30
 """Seconds within which every case must have ended."""
-QUICK = ("wandb.mode=disabled", "runner.progress=none", "runner.picture=false", "runner.device=cpu", "runner.warmup_epochs=0")
+QUICK = (
+    "wandb.mode=disabled",
+    "runner.progress=none",
+    "runner.picture=false",
+    "runner.device=cpu",
+    "runner.warmup_epochs=0",
+)
 
 COMPOSED = (
     ("problem=quadratic", "solver=delta_stn"),
@@ -51,9 +58,42 @@ COMPOSED = (
 VALUES = st.one_of(
     st.sampled_from([None, True, False, 0, 1, 2, 3, -1, 0.0, 0.5, -0.5, 1.0, 1e30, -1e30, 1e-30]),
     st.sampled_from([math.nan, math.inf, -math.inf, 2**63, -(2**70)]),
-    st.sampled_from(["", "many", "a b", "null", "1", "Δ", "../x", "nowhere.Thing", "torch.pi", "bilevel.Runner", "a,b", "='"]),
-    st.sampled_from([[], [1], [0.5, "a"], [[1, 2], [3]], [None], {}, {"a": 1}, {"init": -1}, {"_target_": "nowhere.Thing"}]),
-    st.sampled_from([{"_target_": "builtins.dict"}, {"_target_": "torch.optim.SGD", "_partial_": True}, {"optimizer": "lr"}]),
+    st.sampled_from(
+        [
+            "",
+            "many",
+            "a b",
+            "null",
+            "1",
+            "Δ",
+            "../x",
+            "nowhere.Thing",
+            "torch.pi",
+            "bilevel.Runner",
+            "a,b",
+            "='",
+        ]
+    ),
+    st.sampled_from(
+        [
+            [],
+            [1],
+            [0.5, "a"],
+            [[1, 2], [3]],
+            [None],
+            {},
+            {"a": 1},
+            {"init": -1},
+            {"_target_": "nowhere.Thing"},
+        ]
+    ),
+    st.sampled_from(
+        [
+            {"_target_": "builtins.dict"},
+            {"_target_": "torch.optim.SGD", "_partial_": True},
+            {"optimizer": "lr"},
+        ]
+    ),
     st.integers(-50, 50),
     st.floats(-10, 10),
     st.text(st.characters(blacklist_categories=("Cs", "Cc")), max_size=6),
@@ -84,7 +124,14 @@ def soon() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def examples(count: int, seed: int, strategy: st.SearchStrategy, check: Callable[[Any], None], *, shrink: bool = True) -> None:
+def examples(
+    count: int,
+    seed: int,
+    strategy: st.SearchStrategy,
+    check: Callable[[Any], None],
+    *,
+    shrink: bool = True,
+) -> None:
     """Let `check` see `count` values, the same for the same seed; one that it refuses is told as small as can be."""
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
     profile = settings(
@@ -120,7 +167,11 @@ class Configurations:
         job.add_resolvers()
         with initialize_config_module("bilevel.conf", version_base="1.3"):
             made = [
-                compose("config", prepared([*QUICK, "runner.epochs=2", *chosen]), return_hydra_config=True)
+                compose(
+                    "config",
+                    prepared([*QUICK, "runner.epochs=2", *chosen]),
+                    return_hydra_config=True,
+                )
                 for chosen in COMPOSED
             ]
         self.configs = []
@@ -134,9 +185,15 @@ class Configurations:
 
     def strategy(self) -> st.SearchStrategy:
         """Which configuration, and what to do to it: pairs of a number that chooses a setting, and an act."""
-        act = st.one_of(st.tuples(st.just("set"), VALUES), st.tuples(st.just("add"), VALUES), st.just(("remove", None)))
+        act = st.one_of(
+            st.tuples(st.just("set"), VALUES),
+            st.tuples(st.just("add"), VALUES),
+            st.just(("remove", None)),
+        )
         change = st.tuples(st.integers(0, 10**6), act)
-        return st.tuples(st.integers(0, len(self.configs) - 1), st.lists(change, min_size=1, max_size=2))
+        return st.tuples(
+            st.integers(0, len(self.configs) - 1), st.lists(change, min_size=1, max_size=2)
+        )
 
     def check(self, value: tuple[int, list]) -> None:
         config = deepcopy(self.configs[value[0]])
@@ -158,17 +215,21 @@ class Configurations:
         except TooLong:
             raise
         except Exception as error:
-            said = bad_input.sentence(error)
+            said = input_errors.sentence(error)
             if said is None:
                 raise AssertionError(f"{changed}: {type(error).__name__}: {error}") from error
         if said:
             assert "\n" not in said
             assert len(said) > 10, f"{changed}: {said}"
-            assert not directory.exists() or not list(directory.iterdir()), f"{changed} left {list(directory.iterdir())}"
+            assert not directory.exists() or not list(directory.iterdir()), (
+                f"{changed} left {list(directory.iterdir())}"
+            )
             self.outcomes["refused"] += 1
             return
         lines = read_metrics(directory / "metrics.jsonl")
-        assert summary["diverged"] or all(math.isfinite(line["valid_loss"]) for line in lines), changed
+        assert summary["diverged"] or all(math.isfinite(line["valid_loss"]) for line in lines), (
+            changed
+        )
         assert summary["diverged"] or load(directory)["step"] == summary["steps"] > 0
         self.outcomes["diverged" if summary["diverged"] else "ran"] += 1
 
@@ -181,7 +242,9 @@ def _leaves(node: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def _change(config: dict[str, Any], number: int, act: str, new: Any) -> str:
-    new = copy.deepcopy(new)  # a value that is drawn twice is one object, and could come to hold itself
+    new = copy.deepcopy(
+        new
+    )  # a value that is drawn twice is one object, and could come to hold itself
     paths = [path for path in _leaves(config) if path[0] not in ("names", "hydra")]
     path = paths[number % len(paths)]
     node: Any = config
@@ -211,7 +274,13 @@ def _too_long(changed: str, config: Any) -> bool:
 
 
 GOOD = (
-    *("seed=3", "solver.inner_steps=2", "runner.evaluate_every=0.5", "lr.inner=0.02", "problem.space.hyper.init=0.5"),
+    *(
+        "seed=3",
+        "solver.inner_steps=2",
+        "runner.evaluate_every=0.5",
+        "lr.inner=0.02",
+        "problem.space.hyper.init=0.5",
+    ),
     *(
         "runner.keep_checkpoints=1",
         "runner.threads=1",
@@ -220,7 +289,13 @@ GOOD = (
         "runner.patience=2",
         "lr.outer=1e-3",
     ),
-    *("solver.linearize=false", "+solver.outer_steps=2", "runner.checkpoint_every=2", "runner.examples=9", "problem.seed=4"),
+    *(
+        "solver.linearize=false",
+        "+solver.outer_steps=2",
+        "runner.checkpoint_every=2",
+        "runner.examples=9",
+        "problem.seed=4",
+    ),
 )
 
 
@@ -230,16 +305,38 @@ def command_lines(configs: Configurations) -> st.SearchStrategy:
     keys = [key for key in keys if not key.startswith(("names", "loggers", "hydra", "data"))]
     written = VALUES.map(lambda value: json.dumps(value) if not isinstance(value, str) else value)
     sign = st.sampled_from(["", "", "", "+", "++", "~"])
-    override = st.builds(lambda s, key, value: f"{s}{key}={value}", sign, st.sampled_from(keys), written)
+    override = st.builds(
+        lambda s, key, value: f"{s}{key}={value}", sign, st.sampled_from(keys), written
+    )
     typo = st.builds(
-        lambda key, at, value: f"{key[:at]}{key[at + 1 :]}={value}", st.sampled_from(keys), st.integers(0, 8), written
+        lambda key, at, value: f"{key[:at]}{key[at + 1 :]}={value}",
+        st.sampled_from(keys),
+        st.integers(0, 8),
+        written,
     )
     group = st.builds(
         lambda g, option: f"{g}={option}",
         st.sampled_from(["problem", "solver", "logger", "+experiment", "resume"]),
-        st.sampled_from(["digit", "stn", "delta-stn", "ridge", "", "null", "[", "jsonl", "../x", "stn,fixed", "1", "nowhere"]),
+        st.sampled_from(
+            [
+                "digit",
+                "stn",
+                "delta-stn",
+                "ridge",
+                "",
+                "null",
+                "[",
+                "jsonl",
+                "../x",
+                "stn,fixed",
+                "1",
+                "nowhere",
+            ]
+        ),
     )
-    noise = st.text(st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12).filter(lambda t: t[:1] != "-")
+    noise = st.text(
+        st.characters(blacklist_categories=("Cs", "Cc")), min_size=1, max_size=12
+    ).filter(lambda t: t[:1] != "-")
     good = st.sampled_from(GOOD)
     return st.one_of(
         st.lists(good, min_size=1, max_size=3),
@@ -257,15 +354,26 @@ def check_command_line(overrides: list[str], place: Path) -> str:
     said = io.StringIO()
     first = ["problem=quadratic", *QUICK, "runner.epochs=2"]
     try:
-        with soon(), redirect_stderr(said), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with (
+            soon(),
+            redirect_stderr(said),
+            redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("default")
             rc = command([*first, *overrides])
-        lines = [line for line in said.getvalue().splitlines() if not line.startswith("bilevel: warning: ")]
+        lines = [
+            line
+            for line in said.getvalue().splitlines()
+            if not line.startswith("bilevel: warning: ")
+        ]
         left = [path for path in directory.rglob("*") if path.is_file()]
         assert rc in (0, 1), (overrides, rc, lines)
         assert "Traceback" not in said.getvalue(), (overrides, lines)
         if rc == 0:
-            assert any(path.name == "summary.json" for path in left) or "resume" in "".join(overrides), (overrides, left)
+            assert any(path.name == "summary.json" for path in left) or "resume" in "".join(
+                overrides
+            ), (overrides, left)
             return "ran"
         assert len(lines) == 1, (overrides, lines)
         assert lines[0].startswith("bilevel: "), (overrides, lines)
@@ -308,7 +416,13 @@ class CheckpointFiles:
     @staticmethod
     def state(step: int) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(step)
-        return {"step": step, "w": torch.randn(40, generator=draw), "rng": draw.get_state(), "best": None, "text": "σ" * 9}
+        return {
+            "step": step,
+            "w": torch.randn(40, generator=draw),
+            "rng": draw.get_state(),
+            "best": None,
+            "text": "σ" * 9,
+        }
 
     def strategy(self) -> st.SearchStrategy:
         at = st.integers(0, self.size - 1)
@@ -393,9 +507,14 @@ def harmful(*, sealing: bool) -> bytes:
     """A checkpoint that would run code, with a right checksum or without one."""
     file = io.BytesIO()
     if sealing:
-        sealed.write({**Identity("p", "s", 0)._asdict(), "state": {"step": 99, "x": Harmful()}}, file)
+        file_format.write(
+            {**Identity("p", "s", 0)._asdict(), "state": {"step": 99, "x": Harmful()}}, file
+        )
     else:
-        torch.save({"format": sealed.FORMAT, "version": 1, "state": {"step": 99, "x": Harmful()}}, file)
+        torch.save(
+            {"format": file_format.FORMAT, "version": 1, "state": {"step": 99, "x": Harmful()}},
+            file,
+        )
     return file.getvalue()
 
 
@@ -419,5 +538,8 @@ def main(seed: int, count: int, place: Path) -> int:
             wrong += 1
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
         told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
-        print(f"{name}: {count} examples, seed {seed}: {told}; {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"{name}: {count} examples, seed {seed}: {told}; {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
     return min(wrong, 1)

@@ -15,7 +15,13 @@ from typing import NamedTuple
 EVERY = 2.0
 """Seconds between two samples."""
 SETTINGS = (
-    *("problem=digits", "problem.dropout=gaussian", "runner.epochs=1000000", "runner.warmup_epochs=5", "runner.progress=none"),
+    *(
+        "problem=digits",
+        "problem.dropout=gaussian",
+        "runner.epochs=1000000",
+        "runner.warmup_epochs=5",
+        "runner.progress=none",
+    ),
     *("runner.checkpoint_every=2", "runner.device=cpu", "logger=[wandb,tensorboard]"),
 )
 SOLVERS = ("delta_stn", "implicit_nystrom")
@@ -54,7 +60,9 @@ def processor(pid: int) -> float:
 def children(pid: int) -> list[int]:
     """Its processes, W&B's own, and theirs."""
     try:
-        direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        direct = [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
     return [descendant for child in direct for descendant in (child, *children(child))]
@@ -73,8 +81,17 @@ def last_step(metrics: Path) -> int:
 def watch(solver: str, minutes: float, place: Path) -> list[Sample]:
     """A sample every two seconds, in `<solver>.csv` too."""
     directory = place / solver
-    command = [sys.executable, "-m", "bilevel", *SETTINGS, f"solver={solver}", f"hydra.run.dir={directory}"]
-    process = subprocess.Popen([*command, f"runner.seconds={60 * minutes:g}"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "bilevel",
+        *SETTINGS,
+        f"solver={solver}",
+        f"hydra.run.dir={directory}",
+    ]
+    process = subprocess.Popen(
+        [*command, f"runner.seconds={60 * minutes:g}"], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     began, samples = time.monotonic(), []
     with open(place / f"{solver}.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -83,7 +100,15 @@ def watch(solver: str, minutes: float, place: Path) -> list[Sample]:
             with suppress(OSError):  # a process has just ended
                 of_wandb = sum(map(resident, children(process.pid)))
                 own, used = resident(process.pid), processor(process.pid)
-                samples.append(Sample(time.monotonic() - began, own, of_wandb, used, last_step(directory / "metrics.jsonl")))
+                samples.append(
+                    Sample(
+                        time.monotonic() - began,
+                        own,
+                        of_wandb,
+                        used,
+                        last_step(directory / "metrics.jsonl"),
+                    )
+                )
                 rows.writerow([f"{value:.2f}" for value in samples[-1]])
                 file.flush()
             time.sleep(EVERY)
@@ -107,16 +132,25 @@ def judge(solver: str, samples: Sequence[Sample]) -> bool:
     quarters = [samples[number * size : (number + 1) * size + 1] for number in range(4)]
     rest, flat = samples[size:], True
     for what in ("memory", "memory_of_wandb"):
-        second, last = (statistics.median(getattr(sample, what) for sample in quarters[number]) for number in (1, 3))
-        line = statistics.linear_regression([s.seconds for s in rest], [getattr(s, what) for s in rest])
+        second, last = (
+            statistics.median(getattr(sample, what) for sample in quarters[number])
+            for number in (1, 3)
+        )
+        line = statistics.linear_regression(
+            [s.seconds for s in rest], [getattr(s, what) for s in rest]
+        )
         good = last <= max(second * (1 + MEMORY), second + ROOM)
         flat &= good
         said = f"{second:.1f} MiB, then {last:.1f} MiB; {3600 * line.slope:+.1f} MiB an hour"
         print(f"{solver}: {what}: {said}: {'flat' if good else 'NOT FLAT'}")
-    each = [1000 * (q[-1].processor - q[0].processor) / max(1, q[-1].step - q[0].step) for q in quarters]
+    each = [
+        1000 * (q[-1].processor - q[0].processor) / max(1, q[-1].step - q[0].step) for q in quarters
+    ]
     good = each[3] <= each[1] * (1 + SPEED)
     said = ", ".join(f"{value:.3f}" for value in each)
-    print(f"{solver}: ms of processor per step, by quarter: {said}: {'flat' if good else 'NOT FLAT'}")
+    print(
+        f"{solver}: ms of processor per step, by quarter: {said}: {'flat' if good else 'NOT FLAT'}"
+    )
     print(f"{solver}: {samples[-1].step:,} steps in {samples[-1].seconds:,.0f} s", flush=True)
     return flat and good
 

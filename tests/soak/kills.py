@@ -15,10 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bilevel.records import read_metrics
+from bilevel.loggers.records import read_metrics
 
 QUIET = ("runner.progress=none", "runner.picture=false", "runner.device=cpu", "seed=1")
-DIGITS = ("problem=digits", "problem.hidden=[8]", "problem.dropout=gaussian", "problem.batch_size=256")
+DIGITS = (
+    "problem=digits",
+    "problem.hidden=[8]",
+    "problem.dropout=gaussian",
+    "problem.batch_size=256",
+)
 LENGTH = (
     *("runner.epochs=6", "runner.warmup_epochs=0.5", "runner.evaluate_every=0.5"),
     "runner.checkpoint_every=2",  # so that there are lines that are younger than a checkpoint
@@ -42,7 +47,12 @@ SOLVERS = {
     "soba": ("solver=soba",),
     "sama": ("solver=sama",),
     "penalty": ("solver=penalty",),
-    "first_order": ("solver=first_order", "problem=architecture_tabular", "problem.width=4", "problem.batch_size=256"),
+    "first_order": (
+        "solver=first_order",
+        "problem=architecture_tabular",
+        "problem.width=4",
+        "problem.batch_size=256",
+    ),
     "es": ("solver=es", "solver.horizon=6"),
     "es, truncated": ("solver=es", "solver.horizon=6", "solver.persistent=false"),
     "random_search": ("solver=random_search", TRIALS),
@@ -50,7 +60,7 @@ SOLVERS = {
     "gp": ("solver=gp", TRIALS),
     "pbt": ("solver=pbt", "solver.population=4", "solver.interval=0.5"),
 }
-"""Those of tests/test_solver_laws.py, from the command line."""
+"""Those of tests/solvers/test_laws.py, from the command line."""
 
 FAULTS = ("kill", "term", "interrupt", "full", "crash")
 ATTEMPTS = 8
@@ -70,11 +80,22 @@ class Server:
         command = [sys.executable, str(Path(__file__).with_name("server.py"))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            bufsize=1,
         )
         assert self._answer()["ready"]
 
-    def run(self, cwd: Path, *arguments: str, fault: dict[str, Any] | None = None, after: float | None = None) -> Ended:
+    def run(
+        self,
+        cwd: Path,
+        *arguments: str,
+        fault: dict[str, Any] | None = None,
+        after: float | None = None,
+    ) -> Ended:
         """One command line, with a fault in it, or killed from outside so many seconds after its beginning."""
         request = {"cwd": str(cwd), "arguments": arguments, "fault": fault}
         assert self.process.stdin is not None
@@ -131,7 +152,9 @@ class Matrix:
         if solver not in self._references:
             count = self.place / "count"
             fault = {"act": "none", "at": 0, "count": str(count)}
-            ended = self.server.run(self.place, *self._settings(solver, directory), "wandb.mode=disabled", fault=fault)
+            ended = self.server.run(
+                self.place, *self._settings(solver, directory), "wandb.mode=disabled", fault=fault
+            )
             assert ended.rc == 0, ended.said
             self._references[solver] = json.loads(count.read_text())
         return directory, self._references[solver]
@@ -142,13 +165,20 @@ class Matrix:
         directory = self.place / f"{_folder(case.solver)}-{case.fault}-{case.seed}"
         draw, struck, resumed = random.Random(f"{case.solver} {case.fault} {case.seed}"), [], False
         for attempt in range(ATTEMPTS):
-            arguments = [f"resume={directory}"] if resumed else self._settings(case.solver, directory)
+            arguments = (
+                [f"resume={directory}"] if resumed else self._settings(case.solver, directory)
+            )
             fault = None
             if attempt < case.strikes:
                 # by kind, since most events are writes of a checkpoint; later strikes meet a run that has less before it
                 only = draw.choice(list(events)) if case.fault != "crash" else "evaluate"
                 at = draw.randint(1, max(1, events[only] // (attempt + 1)))
-                fault = {"act": case.fault, "at": at, "only": only, "count": str(self.place / "count")}
+                fault = {
+                    "act": case.fault,
+                    "at": at,
+                    "only": only,
+                    "count": str(self.place / "count"),
+                }
                 if case.fault == "full":
                     fault["limit"] = draw.randint(0, (whole / "checkpoint.pt").stat().st_size)
             ended = self.server.run(self.place, *arguments, *case.loggers, fault=fault)
@@ -159,7 +189,9 @@ class Matrix:
             if ended.rc == 0 and fault is None:
                 break
             resumed = any(directory.glob("checkpoint*.pt")) and (directory / "config.yaml").exists()
-            if ended.rc == 0 and (directory / "summary.json").exists():  # it ended before the fault came
+            if (
+                ended.rc == 0 and (directory / "summary.json").exists()
+            ):  # it ended before the fault came
                 break
         else:
             return struck, [f"not ended after {ATTEMPTS} attempts: {ended.said}"]
@@ -171,14 +203,25 @@ class Matrix:
         return struck, lost
 
     def _settings(self, solver: str, directory: Path) -> list[str]:
-        return [*QUIET, *DIGITS[: 4 if solver != "first_order" else 0], *SOLVERS[solver], *LENGTH, f"hydra.run.dir={directory}"]
+        return [
+            *QUIET,
+            *DIGITS[: 4 if solver != "first_order" else 0],
+            *SOLVERS[solver],
+            *LENGTH,
+            f"hydra.run.dir={directory}",
+        ]
 
 
 def _unexpected(ended: Ended, fault: str | None) -> str | None:
     """What is wrong with how a process ended; None where that is what its fault should lead to."""
-    expected = {None: (0,), "kill": (-9, 0), "term": (130, 143, 0), "interrupt": (130, 0), "full": (1, 0), "crash": (1, 0)}[
-        fault
-    ]
+    expected = {
+        None: (0,),
+        "kill": (-9, 0),
+        "term": (130, 143, 0),
+        "interrupt": (130, 0),
+        "full": (1, 0),
+        "crash": (1, 0),
+    }[fault]
     if ended.rc not in expected:
         return f"status {ended.rc} after {fault}: {ended.said}"
     if "Traceback" in ended.said:
@@ -191,10 +234,17 @@ def differences(whole: Path, other: Path) -> list[str]:
     found = []
     ours, theirs = (read_metrics(directory / "metrics.jsonl") for directory in (other, whole))
     if without_costs(ours) != without_costs(theirs):
-        found.append(f"metrics.jsonl: steps {[r['step'] for r in ours]} and not {[r['step'] for r in theirs]}, or other values")
-    ours, theirs = (torch.load(directory / "checkpoint.pt", weights_only=True)["state"] for directory in (other, whole))
+        found.append(
+            f"metrics.jsonl: steps {[r['step'] for r in ours]} and not {[r['step'] for r in theirs]}, or other values"
+        )
+    ours, theirs = (
+        torch.load(directory / "checkpoint.pt", weights_only=True)["state"]
+        for directory in (other, whole)
+    )
     found += [f"checkpoint: {path}" for path in unequal(without_costs(ours), without_costs(theirs))]
-    ours, theirs = (json.loads((directory / "summary.json").read_text()) for directory in (other, whole))
+    ours, theirs = (
+        json.loads((directory / "summary.json").read_text()) for directory in (other, whole)
+    )
     found += [f"summary: {path}" for path in unequal(without_costs(ours), without_costs(theirs))]
     if left := [path.name for path in other.iterdir() if path.name.endswith(".tmp")]:
         found.append(f"left behind: {left}")
@@ -206,7 +256,11 @@ COSTS = ("seconds", "peak_memory", "phases", "evaluating", "loggers")
 
 def without_costs(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: without_costs(entry) for name, entry in value.items() if not str(name).startswith(COSTS)}
+        return {
+            name: without_costs(entry)
+            for name, entry in value.items()
+            if not str(name).startswith(COSTS)
+        }
     return [without_costs(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -221,19 +275,29 @@ def unequal(one: Any, other: Any, path: str = "") -> list[str]:
     if isinstance(one, dict):
         if one.keys() != other.keys():
             return [f"{path}: {sorted(map(str, one.keys() ^ other.keys()))} in one alone"]
-        return [found for name in one for found in unequal(one[name], other[name], f"{path}.{name}")]
+        return [
+            found for name in one for found in unequal(one[name], other[name], f"{path}.{name}")
+        ]
     if isinstance(one, list):
         if len(one) != len(other):
             return [f"{path}: {len(one)} and {len(other)} entries"]
-        return [found for i, pair in enumerate(zip(one, other, strict=True)) for found in unequal(*pair, f"{path}.{i}")]
-    return [] if one == other or (one != one and other != other) else [f"{path}: {one!r} and {other!r}"]
+        return [
+            found
+            for i, pair in enumerate(zip(one, other, strict=True))
+            for found in unequal(*pair, f"{path}.{i}")
+        ]
+    return (
+        []
+        if one == other or (one != one and other != other)
+        else [f"{path}: {one!r} and {other!r}"]
+    )
 
 
 def wandb_differences(directory: Path) -> list[str]:
     """Steps that W&B's offline segments lack or have twice, and ids that are not one."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    from bilevel.wandb_offline import _records
+    from bilevel.loggers.wandb_offline import _records
 
     steps, ids = [], set()
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
@@ -242,7 +306,9 @@ def wandb_differences(directory: Path) -> list[str]:
             record.ParseFromString(piece)
             if record.WhichOneof("record_type") == "history":
                 steps.append(record.history.step.num)
-                ids.add(file.stem)  # a run that ended before its first checkpoint began anew, and left an empty one
+                ids.add(
+                    file.stem
+                )  # a run that ended before its first checkpoint began anew, and left an empty one
     wanted = [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
     found = [] if steps == wanted else [f"W&B has steps {steps} and not {wanted}"]
     return found if len(ids) == 1 else [*found, f"W&B has runs {sorted(ids)}"]
@@ -258,18 +324,28 @@ def cases(seed: int) -> Iterator[Case]:
         for j, fault in enumerate(FAULTS):
             number = i * len(FAULTS) + j
             loggers = ("wandb.mode=offline",) if number % 7 == 0 else ("wandb.mode=disabled",)
-            yield Case(solver, fault, seed, 1 + number % 3 if fault in ("kill", "full") else 1, loggers)
+            yield Case(
+                solver, fault, seed, 1 + number % 3 if fault in ("kill", "full") else 1, loggers
+            )
 
 
 def main(seed: int, place: Path) -> int:
     """The whole matrix, as a table; 1 where anything was lost."""
     began, strikes, failed = time.monotonic(), 0, 0
-    print("| solver | fault | struck at (event, number of all: exit status) | lost |\n|---|---|---|---|", flush=True)
+    print(
+        "| solver | fault | struck at (event, number of all: exit status) | lost |\n|---|---|---|---|",
+        flush=True,
+    )
     with serving() as server:
         matrix = Matrix(server, place)
         for case in cases(seed):
             struck, lost = matrix.run(case)
             strikes, failed = strikes + len(struck), failed + bool(lost)
-            print(f"| {case.solver} | {case.fault} | {'; '.join(struck)} | {'; '.join(lost) or 'nothing'} |", flush=True)
-    print(f"\n{strikes} faults, {failed} runs that lost something; {time.monotonic() - began:.0f} s, seed {seed}")
+            print(
+                f"| {case.solver} | {case.fault} | {'; '.join(struck)} | {'; '.join(lost) or 'nothing'} |",
+                flush=True,
+            )
+    print(
+        f"\n{strikes} faults, {failed} runs that lost something; {time.monotonic() - began:.0f} s, seed {seed}"
+    )
     return min(failed, 1)

@@ -54,16 +54,16 @@ class Fault:
         setattr(owner, name, watched)
 
     def install(self) -> None:
-        import bilevel.faults
-        import bilevel.json_lines
-        import bilevel.loop
-        import bilevel.sealed
+        import bilevel.checkpoint.file_format
+        import bilevel.loggers.jsonl
+        import bilevel.run.faults
+        import bilevel.run.loop
 
-        bilevel.faults.AT_THE_END = bilevel.faults.PAUSE = 0.01  # nobody makes room here
-        self.watch(bilevel.loop.Loop, "_round", "round")
-        self.watch(bilevel.loop, "evaluate", "evaluate")
-        self.watch(bilevel.sealed._Sealing, "_write", "checkpoint")
-        self.watch(bilevel.json_lines.JsonLines, "log", "line")
+        bilevel.run.faults.AT_THE_END = bilevel.run.faults.PAUSE = 0.01  # nobody makes room here
+        self.watch(bilevel.run.loop.Loop, "_round", "round")
+        self.watch(bilevel.run.loop, "evaluate", "evaluate")
+        self.watch(bilevel.checkpoint.file_format._Sealing, "_write", "checkpoint")
+        self.watch(bilevel.loggers.jsonl.JsonLines, "log", "line")
         for name in ("fsync", "replace", "link", "unlink"):
             self.watch(os, name, name)
 
@@ -85,9 +85,23 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        quiet = ["wandb.mode=disabled", "runner.progress=none", "runner.picture=false", "runner.device=cpu"]
+        quiet = [
+            "wandb.mode=disabled",
+            "runner.progress=none",
+            "runner.picture=false",
+            "runner.device=cpu",
+        ]
         here = os.getcwd()
-        request = {"cwd": directory, "arguments": [*quiet, "problem=digits", "solver=gp", "runner.epochs=1", "trial.epochs=1"]}
+        request = {
+            "cwd": directory,
+            "arguments": [
+                *quiet,
+                "problem=digits",
+                "solver=gp",
+                "runner.epochs=1",
+                "trial.epochs=1",
+            ],
+        }
         assert run(request) == 0
         os.chdir(here)
 
@@ -124,7 +138,10 @@ def serve() -> None:
         except BlockingIOError:
             said = ""
         os.close(reading)
-        os.write(out, json.dumps({"rc": os.waitstatus_to_exitcode(status), "said": said}).encode() + b"\n")
+        os.write(
+            out,
+            json.dumps({"rc": os.waitstatus_to_exitcode(status), "said": said}).encode() + b"\n",
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Checkpoints: the files that a run resumes from."""

@@ -1,0 +1,1 @@
+"""Checks of a problem: the laws that every solver relies on."""

@@ -1,0 +1,137 @@
+"""What is wrong with a problem of one's own, and which solvers can tune it."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+
+import torch
+
+from bilevel.checks import laws
+from bilevel.checks.first_batch import Trial
+from bilevel.checks.laws import Finding, told
+from bilevel.checks.norm_settings import norm_settings
+from bilevel.data.tensor_stream import Data
+from bilevel.errors import BilevelError, Refused
+from bilevel.problem import Problem
+from bilevel.solver import Solver
+
+
+class ProblemWarning(UserWarning):
+    """Something about a problem that a run survives, and may be wasted by."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check_problem` found; print it.
+
+    Attributes:
+        problem: its class.
+        findings: errors and notes, in the order of the laws.
+        tuned_by: names of the solvers that can tune it.
+        refused_by: for every other solver, its reason.
+    """
+
+    problem: str
+    findings: list[Finding] = field(default_factory=list)
+    tuned_by: list[str] = field(default_factory=list)
+    refused_by: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error."""
+        return all(finding.level != "error" for finding in self.findings)
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem}: {'nothing is wrong' if self.ok else 'there are errors'}"]
+        lines += [f"  {finding.level}: {finding.text}" for finding in self.findings]
+        lines += [f"  solvers that can tune it: {', '.join(self.tuned_by) or 'none'}"]
+        lines += [f"  {name} refuses it: {reason}" for name, reason in self.refused_by.items()]
+        return "\n".join(lines)
+
+
+def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None) -> Report:
+    """Hold a problem against what solvers rely on: purity, shapes, gradients that exist, and what each solver can tune.
+
+    Runs on the CPU, on the first batch, at weights near the initial ones.
+
+    Args:
+        problem: any problem.
+        solvers: by name; by default all that are installed (the entry points of the group `bilevel.solvers`).
+
+    Example:
+        >>> from bilevel import ModuleProblem, Positive, Space
+        >>> class Forgetful(ModuleProblem):
+        ...     def inner_objective(self, hypers, params, prediction, batch):
+        ...         return prediction.square().mean()
+        ...
+        ...     outer_objective = inner_objective
+        >>> x = torch.randn(4, 3)
+        >>> problem = Forgetful(torch.nn.Linear(3, 1), Space(decay=Positive(init=0.1)), train=(x,), valid=(x,))
+        >>> print(check_problem(problem, solvers={}))
+        Forgetful: there are errors
+          error: the hyperparameter `decay` changes neither objective; use it, or leave it out of the space
+          solvers that can tune it: none
+    """
+    report = Report(type(problem).__name__)
+    device = torch.device("cpu")
+    try:
+        data = problem.data(device, torch.Generator().manual_seed(0))
+    except Exception as error:  # the problem is a user's own code: whatever it raises is a finding
+        report.findings.append(Finding("error", f"`data` raises {told(error)}"))
+        return report
+    trial = Trial(problem, data, device)
+    for law in (*laws.ALL, norm_settings):
+        try:
+            report.findings.extend(law(trial))
+        except Exception as error:
+            finding = Finding("error", f"a call of the problem raises {told(error)}")
+            if finding not in report.findings:
+                report.findings.append(finding)
+    for name, solver in (_installed(report) if solvers is None else solvers).items():
+        try:
+            solver.check(problem, data, device)
+            report.tuned_by.append(name)
+        except Refused as refusal:
+            report.refused_by[name] = str(refusal)
+        except Exception as error:
+            report.refused_by[name] = told(error)
+    return report
+
+
+def check_setup(problem: Problem, data: Data, device: torch.device) -> None:
+    """The few laws that every run would break on, before it begins; and a warning of those that it may be wasted by.
+
+    Raises:
+        BilevelError: the prediction does not depend on w, or an objective is not [].
+
+    Warns:
+        ProblemWarning: a weight without a gradient, a hyperparameter that changes nothing or lacks its derivative.
+    """
+    trial = Trial(problem, data, device)
+    for law in laws.AT_SETUP:
+        for finding in law(trial):
+            raise BilevelError(finding.text)
+    for law in laws.WARNED_OF:
+        try:
+            findings = list(law(trial))
+        except Exception as error:  # at a λ far off, which the run may never see
+            findings = [Finding("error", f"a call of the problem raises {told(error)}")]
+        for finding in findings:
+            if finding.level == "error":
+                warnings.warn(finding.text, ProblemWarning, stacklevel=2)
+
+
+def _installed(report: Report) -> dict[str, Solver]:
+    """The solvers that the environment offers, at their defaults; one that cannot be made is noted."""
+    made: dict[str, Solver] = {}
+    for entry in entry_points(group="bilevel.solvers"):
+        try:
+            made[entry.name] = entry.load()()
+        except Exception as error:  # another package's solver, another package's errors
+            report.findings.append(
+                Finding(
+                    "note", f"the installed solver `{entry.name}` could not be made: {told(error)}"
+                )
+            )
+    return made

@@ -1,0 +1,1 @@
+"""Data streams: tensors, loaders, and their random state."""

@@ -1,0 +1,219 @@
+"""The three splits of the data as streams of batches: endless for training, once through for evaluation."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bilevel.data.loader_stream import LoaderStream
+from bilevel.data.stream import Borrowed, Stream
+from bilevel.errors import BilevelError
+from bilevel.params import Batch, count_examples, to_device
+
+
+class Data(NamedTuple):
+    """The three splits. `test` is looked at when a run ends, never before."""
+
+    train: Stream
+    valid: Stream
+    test: Stream | None = None
+
+
+class TensorStream(Stream):
+    """Examples that lie in memory as a pytree of tensors, all indexed along their first axis on one device.
+
+    Args:
+        tensors: a pytree of tensors of equal length.
+        batch_size: examples per batch; None for the whole split at every step, in its own order.
+        generator: on the CPU; shuffles anew at every epoch.
+        name: what errors call this split.
+
+    Example:
+        >>> stream = TensorStream((torch.arange(6.0),), 2, torch.Generator().manual_seed(0))
+        >>> (x,) = stream.next()
+        >>> x.shape, stream.examples, stream.steps_per_epoch
+        (torch.Size([2]), 2, 3)
+    """
+
+    def __init__(
+        self,
+        tensors: Any,
+        batch_size: int | None,
+        generator: torch.Generator,
+        *,
+        device: torch.device | str = "cpu",
+        name: str = "train",
+        evaluation_batch_size: int = 1024,
+    ) -> None:
+        lengths = {
+            leaf.shape[0] for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor)
+        }
+        if len(lengths) != 1:
+            raise BilevelError(
+                f"the {name} split has tensors of different lengths, {sorted(lengths)}; give one row per example in each"
+            )
+        self.size = lengths.pop()
+        if self.size == 0:
+            raise BilevelError(
+                f"the {name} split is empty; give it at least one example (a larger data set or another split)"
+            )
+        if batch_size is not None and not 1 <= batch_size <= self.size:
+            raise BilevelError(
+                f"a batch of {batch_size} cannot be drawn from the {name} split, which has {self.size} examples; "
+                f"choose a batch size between 1 and {self.size}"
+            )
+        self.tensors = to_device(tensors, device)
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.evaluation_batch_size = evaluation_batch_size
+        self.generator = generator
+        self.steps_per_epoch = 1 if batch_size is None else self.size // batch_size
+        self.examples = 0
+        self._order: Tensor | None = None  # on the device: one transfer an epoch, none a batch
+        self._position = 0
+
+    def next(self) -> Batch:
+        if self.batch_size is None:
+            self.examples += self.size
+            return self.tensors
+        if self._order is None or self._position == self.steps_per_epoch:
+            order = torch.randperm(self.size, generator=self.generator)
+            on_gpu = (
+                self.device.type == "cuda"
+            )  # where only a copy from pinned memory does not wait
+            self._order = (
+                order.pin_memory().to(self.device, non_blocking=True)
+                if on_gpu
+                else order.to(self.device)
+            )
+            self._position = 0
+        start = self._position * self.batch_size
+        self._position += 1
+        self.examples += self.batch_size
+        return self._take(self._order[start : start + self.batch_size])
+
+    def peek(self) -> Batch:
+        return self._slice(0, self.batch_size or self.size)
+
+    def once(self, limit: int | None = None) -> Iterator[Batch]:
+        stop = self.size if limit is None else min(limit, self.size)
+        step = self.size if self.batch_size is None else self.evaluation_batch_size
+        for start in range(0, stop, step):
+            yield self._slice(start, min(start + step, stop))
+
+    def state_dict(self) -> dict[str, Any]:
+        order = None if self._order is None else self._order.cpu()
+        return {
+            "examples": self.examples,
+            "position": self._position,
+            "order": order,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["order"] is not None and len(state["order"]) != self.size:
+            raise BilevelError(
+                f"the checkpoint's split has {len(state['order'])} examples and this one has {self.size}: the data changed"
+            )
+        self.examples, self._position = state["examples"], state["position"]
+        self._order = None if state["order"] is None else state["order"].to(self.device)
+        self.generator.set_state(state["generator"])
+
+    def _take(self, index: Tensor) -> Batch:
+        return pytree.tree_map(lambda x: x[index] if isinstance(x, Tensor) else x, self.tensors)
+
+    def _slice(self, start: int, stop: int) -> Batch:
+        return pytree.tree_map(
+            lambda x: x[start:stop] if isinstance(x, Tensor) else x, self.tensors
+        )
+
+
+class FullBatch(Stream):
+    """A problem without examples (a closed form, say): one batch, the same at every step."""
+
+    def __init__(self, batch: Batch = (), *, device: torch.device | str = "cpu") -> None:
+        self.batch = to_device(batch, device)
+        self.size = count_examples(self.batch)
+        self.steps_per_epoch = 1
+        self.examples = 0
+
+    def next(self) -> Batch:
+        self.examples += self.size
+        return self.batch
+
+    def peek(self) -> Batch:
+        return self.batch
+
+    def once(self, limit: int | None = None) -> Iterator[Batch]:
+        yield self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"examples": self.examples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.examples = state["examples"]
+
+
+def stream(
+    split: Any,
+    batch_size: int | None,
+    generator: torch.Generator,
+    *,
+    device: torch.device | str = "cpu",
+    name: str = "train",
+) -> Stream:
+    """The stream for what a user hands over: a pytree of tensors, a loader, or a `Stream` of one's own.
+
+    A `Stream` keeps its own order, whatever `generator` says. Every call starts it where it stood when it was handed over for
+    the first time, so that a second run on the same problem sees what the first one saw; its batches are moved to `device`.
+
+    Raises:
+        BilevelError: an empty split, a batch larger than it, or something that is none of the three.
+    """
+    if isinstance(split, Stream):
+        return Borrowed(split, device)
+    leaves = pytree.tree_leaves(split)
+    if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
+        return TensorStream(split, batch_size, generator, device=device, name=name)
+    if isinstance(split, Iterable) and not isinstance(split, (str, bytes, dict, tuple)):
+        return LoaderStream(split, generator, device=device, name=name)
+    raise BilevelError(
+        f"the {name} split is a {type(split).__name__}; give a tuple of tensors, a DataLoader or a bilevel Stream"
+    )
+
+
+def streams(
+    train: Any,
+    valid: Any,
+    test: Any = None,
+    *,
+    batch_size: int | None,
+    device: torch.device | str,
+    generator: torch.Generator,
+) -> Data:
+    """One `stream` per split, each shuffled by a generator of its own, drawn from `generator`.
+
+    How often a solver looks at validation batches then leaves the order of its training batches as it is, so that solvers
+    are compared on the same order.
+
+    Raises:
+        BilevelError: as `stream`.
+    """
+    if valid is None:
+        raise BilevelError(
+            "there is no valid split, and λ is fitted on it; set some of the training examples aside"
+        )
+    own = [
+        torch.Generator().manual_seed(int(seed))
+        for seed in torch.randint(2**62, (3,), generator=generator)
+    ]
+    once = (
+        None if batch_size is None else 1
+    )  # nothing is drawn from the test split, so that it may be smaller than a batch
+    return Data(
+        stream(train, batch_size, own[0], device=device, name="train"),
+        stream(valid, batch_size, own[1], device=device, name="valid"),
+        None if test is None else stream(test, once, own[2], device=device, name="test"),
+    )

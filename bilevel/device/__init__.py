@@ -1,0 +1,1 @@
+"""The device of a run, and the precision of its products."""

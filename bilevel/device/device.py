@@ -1,0 +1,141 @@
+"""The device a run computes on: choosing it, what a run costs on it, and its global random state."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bilevel.errors import BilevelError
+from bilevel.params import Params
+
+MANY_WEIGHTS = 1_000_000
+"""From here on several threads of the CPU help more than they hinder."""
+
+
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""Settings of CUBLAS_WORKSPACE_CONFIG under which cuBLAS is deterministic, in the words of its manual."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA where there is one, else the CPU.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
+
+    Raises:
+        BilevelError: there is no such device here.
+    """
+    try:
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        )
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BilevelError(
+            f"device={name!r} is not available here; use device=auto, or device=cpu"
+        ) from None
+    return device
+
+
+class Meter:
+    """Seconds and peak memory of training alone: what lies between `stop` and `start` (evaluation, checkpoints) is not counted.
+
+    Attributes:
+        seconds: counted up to the last `stop`.
+        peak_memory: in bytes; on CUDA of the tensors, on the CPU of the whole process, None where neither is known.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.peak_memory: int | None = None
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Wait for the device and count what has passed since `start`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds, self._since = self.elapsed(), None
+        memory = _memory(self.device)
+        self.peak_memory = max(memory or 0, self.peak_memory or 0) or None
+
+    def elapsed(self) -> float:
+        """Seconds so far, without waiting for the device."""
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+def _memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """PyTorch's global random states, which a user's own `nn.Dropout` may draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what `rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within it, where that is wanted, PyTorch refuses operations whose bits may differ from one run to the next.
+
+    cuBLAS reads its environment variable when it is first used in a process: a run in one that used it before may be refused.
+    """
+    if not wanted:
+        yield
+        return
+    cudnn, workspace = torch.backends.cudnn, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if workspace not in DETERMINISTIC_WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = DETERMINISTIC_WORKSPACES[0]
+    cudnn.deterministic, cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        else:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
+
+
+@contextmanager
+def cpu_threads(threads: int | None, params: Params) -> Iterator[None]:
+    """Within it, PyTorch computes on so many threads of the CPU; by default on one where the weights are few."""
+    before = torch.get_num_threads()
+    few = sum(p.numel() for p in params.values()) < MANY_WEIGHTS
+    torch.set_num_threads(threads or (1 if few else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

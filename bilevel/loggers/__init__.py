@@ -1,0 +1,1 @@
+"""Loggers: what a run records, and where it is written and drawn."""

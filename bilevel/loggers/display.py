@@ -1,0 +1,237 @@
+"""What a run shows while it goes and when it ends; it reads the numbers and never touches them."""
+
+import math
+import time
+from abc import abstractmethod
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from bilevel.loggers.records import Logger, Progress, Record, RunInfo
+from bilevel.loggers.tables import (
+    duration,
+    final_tables,
+    moves_table,
+    number,
+    part,
+    scores,
+    scores_table,
+    title,
+    units,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+DISPLAYS = ("auto", "live", "plain", "none")
+
+
+def display(kind: str, console: "Console | None" = None) -> list[Logger]:
+    """The loggers that show a run: none, or one."""
+    if kind == "none":
+        return []
+    from rich.console import Console
+
+    class Unread(Console):
+        """Rich would end the process where nobody reads any more, and the run would be lost with it."""
+
+        def on_broken_pipe(self) -> None:
+            with suppress(SystemExit):
+                super().on_broken_pipe()
+            raise BrokenPipeError("nobody reads the output any more")
+
+    console = console or Unread(highlight=False)
+    live = kind == "live" or (
+        kind == "auto" and console.is_terminal and not console.is_dumb_terminal
+    )
+    return [LiveDisplay(console) if live else PlainDisplay(console)]
+
+
+class _Display(Logger):
+    """What both displays share: where the run stands, and the table at its end."""
+
+    def __init__(self, console: "Console") -> None:
+        self.console = console
+        self.record: Record = {}
+        self.progress = Progress(0, 0.0, 0.0)
+        unicode = console.encoding.lower().startswith(
+            "utf"
+        )  # any other may raise on these in the middle of a run
+        self.arrow, self.sigma, self.dot = ("→", "σ", "·") if unicode else ("->", "sigma", "-")
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        self.run = run
+        self.best = run.best
+        self._began: tuple[float, float] | None = (
+            None  # when and at which fraction this process took over
+        )
+
+    def log(self, record: Record) -> None:
+        self.record = record
+        if math.isfinite(record["valid_loss"]) and record["valid_loss"] < self.best.get(
+            "valid_loss", math.inf
+        ):
+            self.best = record
+        self.show()
+
+    def advance(self, progress: Progress) -> None:
+        warm = self.run.warmup_epochs
+        if (
+            self._began is None or self.progress.epoch < warm <= progress.epoch
+        ):  # rounds after warm-up take longer
+            self._began = (time.monotonic(), progress.fraction)
+        self.progress = progress
+        self.tick()
+
+    @abstractmethod
+    def show(self) -> None:
+        """There is a new record."""
+
+    def tick(self) -> None:
+        """A round is over."""
+
+    def title(self) -> str:
+        parts = [
+            self.run.problem,
+            self.run.solver,
+            f"seed {self.run.seed}",
+            *(["resumed"] if self.run.resumed else []),
+        ]
+        if (place := self.run.place) is not None:
+            parts.insert(0, f"run {place.run}" + (f" of {place.runs}" if place.runs else ""))
+        return f" {self.dot} ".join(parts)
+
+    def epoch(self) -> str:
+        budget = "" if self.run.epochs is None else f"/{self.run.epochs:g}"
+        return f"epoch {max(self.progress.epoch, self.record.get('epoch', 0.0)):.4g}{budget}"
+
+    def time_left(self) -> str:
+        """Until the budget that is reached first; patience may end the run before."""
+        if self._began is None or self.progress.fraction <= self._began[1]:
+            return ""
+        passed, done = time.monotonic() - self._began[0], self.progress.fraction - self._began[1]
+        most = "" if self.run.patience is None else "at most "
+        return f"{most}{duration(passed * (1 - self.progress.fraction) / done)} left"
+
+    def stalled(self) -> str:
+        """How far patience is used up; empty while it is not."""
+        if self.run.patience is None or not self.progress.stalled:
+            return ""
+        return f"no new best for {self.progress.stalled} of {self.run.patience}"
+
+    def finish(self, summary: Record) -> None:
+        self.close()
+        if summary["diverged"]:  # the command line says why, as an error
+            self.console.print(
+                f"diverged: last is where it ended, best is kept in {self.run.directory}",
+                markup=False,
+                soft_wrap=True,
+            )
+        elif summary["message"]:
+            self.console.print(summary["message"], markup=False, soft_wrap=True)
+        for table in final_tables(summary, self.arrow, self.sigma):
+            self.console.print(table, "")
+        costs = [f"{duration(summary['seconds'])} of training", f"{summary['examples']:,} examples"]
+        costs.append(f"{summary['steps']:,} inner and {summary['outer_steps']:,} outer steps")
+        if summary["peak_memory_bytes"] is not None:
+            costs.append(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB")
+        self.console.print(f" {self.dot} ".join(costs), markup=False, soft_wrap=True)
+        self.console.print(f"saved in {self.run.directory}", markup=False, soft_wrap=True)
+
+
+class PlainDisplay(_Display):
+    """One line per evaluation, at most one every `interval` seconds: for logs and pipes."""
+
+    def __init__(self, console: "Console", interval: float = 1.0) -> None:
+        super().__init__(console)
+        self.interval = interval
+        self._shown = -math.inf
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        super().start(run, state)
+        with suppress(
+            OSError
+        ):  # no reason to end the run: of a full disk the first evaluation says it
+            self._print(self.title())
+
+    def show(self) -> None:
+        if time.monotonic() - self._shown < self.interval:
+            return
+        self._shown = time.monotonic()
+        losses = [
+            f"{title(name)} {number(name, value)}" for name, value in scores(self.record).items()
+        ]
+        hypers = [f"{name} {units(value)}" for name, value in part(self.record, "hypers.").items()]
+        self._print(
+            " | ".join(
+                filter(
+                    None,
+                    [self.epoch(), *losses, ", ".join(hypers), self.stalled(), self.time_left()],
+                )
+            )
+        )
+
+    def notice(self, text: str) -> None:
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+class LiveDisplay(_Display):
+    """A panel that is drawn anew with every evaluation and a few times a second: for a terminal."""
+
+    INTERVAL = 0.25  # seconds; drawing costs some milliseconds
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        from rich.live import Live
+
+        super().start(run, state)
+        self._drawn = -math.inf
+        # no thread that draws on its own: it would compete with training
+        self.live: Live | None = Live(
+            self.panel(), console=self.console, auto_refresh=False, transient=True
+        )
+        with suppress(OSError):
+            self.live.start()
+
+    def show(self) -> None:
+        if self.live is not None:
+            self._drawn = time.monotonic()
+            self.live.update(self.panel(), refresh=True)
+
+    def tick(self) -> None:
+        if time.monotonic() - self._drawn >= self.INTERVAL:
+            self.show()
+
+    def notice(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+    def panel(self) -> "RenderableType":
+        """Progress, losses, and where each hyperparameter went so far."""
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        bar = Table.grid(padding=(0, 2), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        warm = "warm-up" if 0 < self.progress.epoch < self.run.warmup_epochs else ""
+        where = "  ".join(filter(None, [self.epoch(), warm, self.stalled()]))
+        bar.add_row(
+            where, ProgressBar(total=1.0, completed=self.progress.fraction), self.time_left()
+        )
+        rows: list[RenderableType] = [bar]
+        if self.record:
+            rows += [scores_table(now=self.record, best=self.best), self._hypers_table()]
+        return Panel(Group(*rows), title=self.title(), title_align="left", border_style="dim")
+
+    def _hypers_table(self) -> "RenderableType":
+        now, scales = part(self.record, "hypers."), part(self.record, "scales.")
+        return moves_table(self.run.initial, now, scales, self.arrow, self.sigma, "now")

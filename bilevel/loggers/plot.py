@@ -1,0 +1,248 @@
+"""The picture of a run: its losses and accuracies, and the paths of its hyperparameters."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bilevel.loggers.records import METRICS, Logger, Record, RunInfo, read_metrics
+from bilevel.space import Space
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PICTURE = "curves.png"
+TRAIN, VALID, PATH = (
+    "#E69F00",
+    "#0072B2",
+    "#009E73",
+)  # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
+PATHS = (PATH, "#CC79A7", "#56B4E9", "#D55E00")
+
+
+class Picture(Logger):
+    """Draws `curves.png` when a run ends."""
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        self.run = run
+
+    def log(self, record: Record) -> None:
+        pass
+
+    def finish(self, summary: Record) -> None:
+        records = read_metrics(self.run.directory / METRICS)
+        title = f"{self.run.problem} · {self.run.solver} · seed {self.run.seed}"
+        draw(
+            records,
+            self.run.directory / PICTURE,
+            space=self.run.space,
+            warmup_epochs=self.run.warmup_epochs,
+            title=title,
+        )
+
+
+def draw(
+    metrics: str | Path | Sequence[Record],
+    picture: str | Path,
+    *,
+    space: Space | None = None,
+    warmup_epochs: float = 0,
+    title: str = "",
+) -> None:
+    """Write the curves of a `metrics.jsonl`, or of its records, as an image.
+
+    Args:
+        metrics: where the records are, or they themselves.
+        picture: the file to write; its ending chooses the format.
+        space: draws the band λ(u ± σ) around the path of each perturbed hyperparameter.
+        warmup_epochs: shaded.
+        title: above all panels.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics) if isinstance(metrics, (str, Path)) else list(metrics)
+    scores = _scores(records)
+    names = [name for name in (records[0] if records else {}) if name.startswith("hypers.")]
+    panels = len(scores) + len(names)
+    columns = max(1, min(3, panels))
+    rows = max(1, math.ceil(panels / columns))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * columns, 2.5 * rows + 0.4), dpi=160, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten().tolist()
+        for ax, score in zip(axes, scores, strict=False):
+            _draw_score(ax, records, score)
+        for ax, name in zip(axes[len(scores) :], names, strict=False):
+            _draw_path(ax, records, name.removeprefix("hypers."), space)
+        for ax in axes[panels:]:
+            ax.set_visible(False)
+        for index, ax in enumerate(axes[:panels]):
+            _mark(ax, records, warmup_epochs, labelled=index == 0)
+            if index + columns >= panels:
+                ax.set_xlabel("epoch")
+                ax.xaxis.set_tick_params(labelbottom=True)
+        for first in {0, len(scores)}:  # the first panel of each kind explains its kind
+            if first < panels and axes[first].get_legend_handles_labels()[0]:
+                axes[first].legend(loc="best")
+        if title:
+            figure.suptitle(title)
+        figure.savefig(picture)
+
+
+def _scores(records: Sequence[Record]) -> list[str]:
+    """What was measured over both splits: the loss first."""
+    first = records[0] if records else {}
+    measured = [name.removeprefix("valid_") for name in first if name.startswith("valid_")]
+    return sorted(measured, key=lambda name: (name != "loss", name != "accuracy"))
+
+
+def _draw_score(ax: "Axes", records: Sequence[Record], score: str) -> None:
+    shown: list[float] = []
+    for split, color in (("train", TRAIN), ("valid", VALID)):
+        known = [r for r in records if r.get(f"{split}_{score}") is not None]
+        values = [r[f"{split}_{score}"] for r in known]
+        ax.plot([r["epoch"] for r in known], values, color=color, label=split)
+        shown += values
+    _dot(ax, records, f"valid_{score}", VALID)
+    _spread(ax, shown)
+    ax.set_title(score)
+
+
+def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | None) -> None:
+    """The path in the hyperparameter's own units; of a large one its mean within its range."""
+    points = [r for r in records if r.get(f"hypers.{name}") is not None]
+    values = [_with_nan(r[f"hypers.{name}"]) for r in points]
+    epochs = [r["epoch"] for r in points]
+    ax.set_title(name.replace("_", " "))
+    if not values:
+        return
+    if isinstance(values[0], dict):
+        ax.fill_between(
+            epochs,
+            [v["min"] for v in values],
+            [v["max"] for v in values],
+            color=PATH,
+            alpha=0.2,
+            linewidth=0,
+        )
+        ax.plot(epochs, [v["mean"] for v in values], color=PATH)
+        return
+    path = torch.tensor(values, dtype=torch.float64)
+    band = sigma_band(space, name, path, [r.get(f"scales.{name}") for r in points])
+    entries = path.reshape(len(values), -1).unbind(1)
+    for index, entry in enumerate(entries):
+        color = PATHS[index % len(PATHS)]
+        if band is not None and len(entries) <= len(
+            PATHS
+        ):  # bands of many entries would hide one another
+            low, high = (edge.reshape(len(values), -1)[:, index].tolist() for edge in band)
+            ax.fill_between(
+                epochs,
+                low,
+                high,
+                color=color,
+                alpha=0.2,
+                linewidth=0,
+                label="u ± σ" if index == 0 else None,
+            )
+        ax.plot(epochs, entry.tolist(), color=color)
+    if len(entries) == 1:
+        _dot(ax, records, f"hypers.{name}", PATH)
+    _spread(ax, path.flatten().tolist())
+
+
+def sigma_band(
+    space: Space | None, name: str, path: Tensor, scales: Sequence[Any]
+) -> tuple[Tensor, Tensor] | None:
+    """λ(u − σ) and λ(u + σ) along the path."""
+    if space is None or name not in space or any(scale is None for scale in scales):
+        return None
+    u, sigma = space[name].unconstrain(path), torch.tensor(_with_nan(scales), dtype=torch.float64)
+    low, high = (space[name].constrain(edge, None) for edge in (u - sigma, u + sigma))
+    return (low, high) if bool(torch.isfinite(low).all() and torch.isfinite(high).all()) else None
+
+
+def _with_nan(value: Any) -> Any:
+    """The same with NaN for null: of a hyperparameter that diverged, JSON holds nulls in lists and ranges."""
+    if isinstance(value, dict):
+        return {name: _with_nan(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_nan(entry) for entry in value]
+    return math.nan if value is None else value
+
+
+def _mark(ax: "Axes", records: Sequence[Record], warmup_epochs: float, *, labelled: bool) -> None:
+    """Warm-up shaded, the best evaluation marked."""
+    from matplotlib.ticker import MaxNLocator
+
+    end = records[-1]["epoch"] if records else 0
+    if warmup_epochs > 0 and end > 0:
+        ax.axvspan(
+            0,
+            min(warmup_epochs, end),
+            color="0.93",
+            zorder=0,
+            label="warm-up" if labelled else None,
+        )
+    if best := _best(records):
+        ax.axvline(
+            best["epoch"],
+            color="0.4",
+            linestyle=":",
+            linewidth=1,
+            zorder=1,
+            label="best" if labelled else None,
+        )
+    if end > 0:
+        ax.set_xlim(0, end)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=end >= 4))
+
+
+def _best(records: Sequence[Record]) -> Record:
+    known = [r for r in records if r.get("valid_loss") is not None]
+    return min(known, key=lambda r: r["valid_loss"], default={})
+
+
+def _dot(ax: "Axes", records: Sequence[Record], name: str, color: str) -> None:
+    """The best evaluation on its curve."""
+    best = _best(records)
+    if isinstance(best.get(name), (int, float)):
+        ax.plot(
+            best["epoch"],
+            best[name],
+            "o",
+            color=color,
+            markersize=5,
+            markeredgecolor="white",
+            clip_on=False,
+            zorder=3,
+        )
+
+
+def _spread(ax: "Axes", values: Sequence[float]) -> None:
+    """A logarithmic axis where the values are of different orders of magnitude."""
+    if values and min(values) > 0 and max(values) > 30 * min(values):
+        ax.set_yscale("log")
+
+
+STYLE: Any = {
+    "font.size": 8,
+    "axes.formatter.limits": (-3, 4),
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.5,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+}

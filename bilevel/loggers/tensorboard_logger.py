@@ -1,0 +1,136 @@
+"""TensorBoard: event files of a run, beside W&B's or instead of them."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.errors import BilevelError
+from bilevel.loggers.dashboard import compared, outcome, sections, sheet
+from bilevel.loggers.records import Logger, Record, RunInfo, strict_json
+
+FOLDER = "tensorboard"
+SETTINGS = ("problem", "solver", "response", "lr", "trial", "runner")
+"""Of the configuration: what the HParams page lists."""
+
+
+@dataclass(kw_only=True)
+class TensorBoard(Logger):
+    """Writes a run for TensorBoard, into its directory: `tensorboard --logdir runs` compares all.
+
+    Scalars are named as W&B's are. Their step is the inner step, and their wall time that of training, so that the horizontal
+    axis RELATIVE shows its seconds; the step of `by_examples/…` is the number of examples. The HParams page has the settings of
+    every run that ended, with its best validation loss, and test loss, regret and cost there.
+
+    A resumed run cuts its files at its checkpoint, so that no step is there twice.
+
+    Attributes:
+        flush_seconds: between writes to disk.
+
+    Raises:
+        BilevelError: TensorBoard is not installed.
+    """
+
+    flush_seconds: int = 30
+    takes_pictures = True
+
+    def __post_init__(self) -> None:
+        self._writer: Any = None
+        self._pictures: dict[str, Tensor] = {}
+        if find_spec("tensorboard") is None:
+            raise BilevelError(
+                "TensorBoard is not installed; `pip install 'bilevel[tensorboard]'`, or choose another logger"
+            )
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.info, self.folder = run, run.directory / FOLDER
+        self.began = state.get("began", time.time())
+        try:
+            _cut(self.folder, state.get("files", {}))
+            self._writer = SummaryWriter(str(self.folder), flush_secs=self.flush_seconds)
+        except OSError as error:
+            raise BilevelError(
+                f"cannot write in {self.folder}: {error.strerror or error}; choose another directory"
+            ) from None
+        if not state:
+            settings = strict_json(dict(run.config), indent=2)
+            self._writer.add_text(
+                "config", "".join(f"    {line}\n" for line in settings.splitlines()), 0, self.began
+            )
+
+    def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
+        self._pictures = {f"pictures/{name}": sheet(shown) for name, shown in pictures.items()}
+
+    def log(self, record: Record) -> None:
+        step, now = record["step"], self.began + record["seconds"]
+        for name, value in sections(record).items():
+            if name != "step":
+                self._writer.add_scalar(name, value, step, now)
+        for name, value in compared(record).items():
+            self._writer.add_scalar(f"by_examples/{name}", value, record["examples"], now)
+        for name, picture in self._pictures.items():
+            self._writer.add_image(name, picture, step, now)
+        self._pictures = {}
+
+    def finish(self, summary: Record) -> None:
+        told = outcome(
+            {
+                name: summary[name]
+                for name in ("best", "seconds", "examples", "outer_steps", "peak_memory_bytes")
+            }
+        )
+        metrics = {
+            f"outcome/{name}": float(value)
+            for name, value in told.items()
+            if isinstance(value, (int, float))
+        }
+        settings = outcome({name: self.info.config.get(name) for name in SETTINGS})
+        plain = {
+            name: value
+            for name, value in settings.items()
+            if isinstance(value, (bool, int, float, str))
+        }
+        # within the run's own folder, or TensorBoard would list it as a run beside it
+        self._writer.add_hparams(
+            {
+                **plain,
+                "problem": self.info.problem,
+                "solver": self.info.solver,
+                "seed": self.info.seed,
+            },
+            metrics,
+            run_name=".",
+            global_step=summary["steps"],
+        )
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def state(self) -> dict[str, Any]:
+        self._writer.flush()
+        return {
+            "began": self.began,
+            "files": {file.name: file.stat().st_size for file in _events(self.folder)},
+        }
+
+
+def _events(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def _cut(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Leave of the event files what a checkpoint vouches for: nothing of a run that begins."""
+    for file in _events(folder):
+        if file.name not in sizes:
+            file.unlink()
+        elif file.stat().st_size > sizes[file.name]:
+            with open(file, "r+b") as opened:
+                opened.truncate(sizes[file.name])

@@ -1,0 +1,217 @@
+"""Weights & Biases: a dashboard that groups runs by problem and compares solvers."""
+
+import logging
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bilevel.errors import BilevelError
+from bilevel.loggers.dashboard import SECTIONS, compared, outcome, sections, sheet
+from bilevel.loggers.records import METRICS, Logger, Record, RunInfo, read_metrics
+from bilevel.loggers.wandb_offline import last_step
+from bilevel.text import near
+
+MODES = ("offline", "online", "disabled")
+AT_EQUAL_COST = {"by_seconds": "seconds", "by_examples": "examples"}
+"""Sections that show the validation split again, with their x-axis: W&B gives a metric one, a second needs a second name."""
+REACH_SECONDS = 5.0
+FINISH_SECONDS = 60.0
+"""For which the end of an online run is waited for: W&B itself would wait for as long as it is not reached."""
+LONGEST_TAG = 64
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class WandB(Logger):
+    """Logs a run to W&B; `offline` by default, which needs no account and no network.
+
+    Runs are grouped by problem and typed by solver, and both are tags, as are the sweep that a run belongs to and `resumed`.
+    Sections are drawn against the epoch: `train/…`, `valid/…`, `hypers/…`, `scales/…`, `exact/…` and `hypergradient/…` where
+    the problem knows the truth, `seconds/…` by phase, `solver/…` and `pictures/…`. What was measured on the validation split is
+    there again as `by_seconds/…` and `by_examples/…`, so that solvers which spend differently are compared at equal cost. The
+    summary has what the run's own has: `best/valid_loss`, `best/test_loss`, `best/regret`, `examples` and so on.
+
+    A run that is resumed goes on under its id, and no step is logged twice. Offline it begins with what W&B's own process had
+    not yet written when the run was killed.
+
+    Attributes:
+        mode: `offline` (upload it later with `wandb sync`), `online` (offline where that fails) or `disabled`.
+        project: of W&B.
+        entity: of W&B; None is the account's default.
+        name: of the run; None is solver and seed.
+        tags: besides those above.
+
+    Raises:
+        BilevelError: an unknown mode.
+    """
+
+    mode: str = "offline"
+    project: str = "bilevel"
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise BilevelError(
+                f"wandb.mode={self.mode!r}{near(str(self.mode), MODES)} is none of {', '.join(MODES)}"
+            )
+        self.takes_pictures = self.mode != "disabled"
+        self.run: Any = None
+        self._exit_code = 1  # until the run ends in order
+        self._pictures: dict[str, Any] = {}
+        self._logged = -1  # the last step that W&B has
+        self._id: str | None = None
+        self._online = False
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        self._id = state.get("id")
+        if self.mode == "disabled":
+            return
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+        names = {"problem": run.problem, "solver": run.solver}
+        of_sweep = [] if run.place is None else [f"sweep-{run.place.sweep}"]
+        tags = [*names.values(), *of_sweep, *(["resumed"] if run.resumed else []), *self.tags]
+        arguments: dict[str, Any] = {
+            "project": self.project,
+            "entity": self.entity,
+            "name": self.name or f"{run.solver}-seed{run.seed}",
+            "group": run.problem,
+            "job_type": run.solver,
+            "tags": list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags)),
+            "config": {
+                "seed": run.seed,
+                "names": names,
+                **run.config,
+                **({"sweep": of_sweep[0]} if of_sweep else {}),
+            },
+            "dir": str(run.directory),
+            "id": self._id,
+            "resume": "allow" if self._id else None,  # the same run goes on, under its id
+            "settings": settings,
+        }
+        if self.mode == "online" and (problem := _unreachable(wandb, settings)) is None:
+            try:
+                self.run = wandb.init(mode="online", **arguments)
+                self._online = True
+            except wandb.errors.Error as error:
+                problem = str(error).splitlines()[0]
+        if self.run is None:
+            self.run = wandb.init(mode="offline", **arguments)
+            if self.mode == "online":
+                later = f"wandb sync {Path(self.run.dir).parent}"
+                log.warning(
+                    "W&B is offline (%s); the run goes on, and can be uploaded with: %s",
+                    problem,
+                    later,
+                )
+        self._id = self.run.id
+        self._mark = run.directory / "wandb" / f"{self._id}.step"
+        self._logged = max(_step(self._mark), last_step(run.directory, self._id))
+        for axis in ("epoch", *AT_EQUAL_COST.values()):
+            self.run.define_metric(axis, hidden=True)
+        for section in (*SECTIONS, "pictures"):
+            self.run.define_metric(f"{section}/*", step_metric="epoch")
+        for section, axis in AT_EQUAL_COST.items():
+            self.run.define_metric(f"{section}/*", step_metric=axis)
+        for lowest in ("valid/loss", "exact/regret"):
+            self.run.define_metric(lowest, step_metric="epoch", summary="min,last")
+        for record in read_metrics(run.directory / METRICS) if run.resumed else ():
+            self.log(record)
+
+    def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
+        import wandb
+
+        if self.run is not None:
+            sheets = {
+                name: sheet(shown).permute(1, 2, 0).numpy() for name, shown in pictures.items()
+            }
+            self._pictures = {
+                f"pictures/{name}": wandb.Image(pixels) for name, pixels in sheets.items()
+            }
+
+    def log(self, record: Record) -> None:
+        pictures, self._pictures = self._pictures, {}
+        if (
+            self.run is None or record["step"] <= self._logged
+        ):  # logged by a run that was killed after its last checkpoint
+            return
+        measured = compared(record)
+        again = {
+            f"{section}/{name}": value
+            for section in AT_EQUAL_COST
+            for name, value in measured.items()
+        }
+        self.run.log({**sections(record), **again, **pictures}, step=record["step"], commit=True)
+        self._logged = record["step"]
+        if self._online:  # what is there cannot be read back
+            self._mark.write_text(str(self._logged))
+
+    def finish(self, summary: Record) -> None:
+        if self.run is not None:
+            self.run.summary.update(outcome(summary))
+        self._exit_code = int(summary["diverged"])
+
+    def close(self) -> None:
+        if self.run is None:
+            return
+        run, self.run = self.run, None
+        if not self._online:
+            run.finish(exit_code=self._exit_code)
+            return
+        raised: list[Exception] = []
+
+        def leave() -> None:
+            try:
+                run.finish(exit_code=self._exit_code)
+            except Exception as error:
+                raised.append(error)
+
+        leaving = threading.Thread(
+            target=leave, daemon=True
+        )  # it waits for the network as long as that takes
+        leaving.start()
+        leaving.join(FINISH_SECONDS)
+        if raised:
+            raise raised[0]
+        if leaving.is_alive():
+            said = "W&B has not taken the run in within %g s; it is complete on disk, and can be uploaded with: wandb sync %s"
+            log.warning(said, FINISH_SECONDS, Path(run.dir).parent)
+
+    def state(self) -> dict[str, Any]:
+        return {"id": self._id} if self._id else {}
+
+
+def _step(mark: Path) -> int:
+    """The step that a mark on disk tells of, -1 where there is none."""
+    try:
+        return int(mark.read_text())
+    except (OSError, ValueError):
+        return -1
+
+
+def _unreachable(wandb: Any, settings: Any) -> str | None:
+    """Why W&B cannot be used online, found out without a prompt and without a long wait; None where it can."""
+    url = wandb.setup(settings=settings).settings.base_url
+    try:
+        urllib.request.urlopen(url, timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # an answer of any kind is a connection
+    except OSError as error:
+        return f"{url} cannot be reached: {getattr(error, 'reason', error)}"
+    try:
+        known = wandb.login(prompt=False)
+    except TypeError:  # an older wandb, whose login would ask
+        known = wandb.api.api_key is not None
+    except wandb.errors.Error as error:
+        return str(error).splitlines()[0]
+    return None if known else "there is no API key here; run `wandb login` first"

@@ -1,0 +1,89 @@
+"""Batch normalization by the statistics of the whole batch, of which a rank has a share."""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilevel.parallel.collectives import enter, leave
+from bilevel.parallel.process_group import Several
+from bilevel.parallel.shards import Share
+
+
+class BatchStatistics:
+    """`F.batch_norm` over all ranks, in elementary operations: it has every derivative, of either mode.
+
+        mean = Σ_ranks (b_r/B) mean_r,    var = Σ_ranks (b_r/B) (var_r + mean_r²) − mean²
+
+    One all-reduce of two numbers for each channel, and one in the backward pass. The sums are in float64, where the difference
+    loses nothing that float32 has. Running statistics come out alike on all ranks.
+    """
+
+    def __init__(self, ranks: Several) -> None:
+        self.ranks = ranks
+
+    def __call__(
+        self,
+        share: Share,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(
+                input, running_mean, running_var, weight, bias, False, momentum, eps
+            )
+        items = input.numel() // input.shape[1] * share.whole / share.size
+        if items <= 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {input.shape}"
+            )
+        x = input if input.dtype in (torch.float32, torch.float64) else input.float()
+        axes, tail = [0, *range(2, x.ndim)], [1] * (x.ndim - 2)
+        own_mean = x.mean(axes, keepdim=True)
+        own_var = (x - own_mean).square().mean(axes)
+        own_mean = own_mean.reshape(-1).double()
+        moments = share.weight * torch.stack([own_mean, own_var.double() + own_mean.square()])
+        mean, square = leave(self.ranks, [moments])[0]
+        mean, var = enter(self.ranks, [mean.to(x.dtype), (square - mean.square()).to(x.dtype)])
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                running_mean.lerp_(_value(mean).to(running_mean.dtype), momentum)
+                running_var.lerp_(
+                    _value(var).to(running_var.dtype) * (items / (items - 1)), momentum
+                )
+        normalized = (x - mean.reshape(-1, *tail)) * torch.rsqrt(var + eps).reshape(-1, *tail)
+        return scaled(normalized, weight, bias).to(input.dtype)
+
+
+def without_statistics(
+    share: Share,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *options: Any,
+    **named: Any,
+) -> Tensor:
+    """The scale and the shift alone, which look at no other example."""
+    return scaled(input, weight, bias)
+
+
+def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """X times weight plus bias, channel by channel; either may vary from example to example, which the last axis is for."""
+    x = x.movedim(1, -1)
+    x = x if weight is None else x * weight
+    x = x if bias is None else x + bias
+    return x.movedim(-1, 1)
+
+
+def _value(x: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(x).primal.detach()

@@ -1,0 +1,163 @@
+"""What cannot be shared among ranks, found before a run: the losses of two shares held against those of the whole batch."""
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bilevel.checks.equality import close
+from bilevel.checks.first_batch import Trial
+from bilevel.checks.laws import told
+from bilevel.data.tensor_stream import Data
+from bilevel.errors import BilevelError, Refused
+from bilevel.parallel.batch_norm import without_statistics
+from bilevel.parallel.per_example_draws import Lengths, Shared
+from bilevel.parallel.process_group import bits
+from bilevel.parallel.sharded_problem import Parallel
+from bilevel.parallel.shards import Share, shares
+from bilevel.params import Batch, Carry, count_examples
+
+FEW = 5
+"""Examples that the rehearsal begins with: shares of three and two."""
+
+
+def rehearse(problem: Parallel, data: Data, device: torch.device) -> None:
+    """Learn what `problem` needs to know of the wrapped one, and refuse that if it cannot be shared.
+
+    Everything is computed by every rank on its own, on a few examples and on the first batches; what one refuses, all refuse.
+
+    Raises:
+        Refused: an objective or the carry of two shares is not that of the whole batch.
+        BilevelError: a batch has fewer examples than there are ranks, or is another on another rank.
+    """
+    batches = [stream.peek() for stream in (data.train, data.valid)]
+    refusal: BilevelError | None = None
+    try:
+        _rehearse(problem, Trial(problem.problem, data, device), *map(count_examples, batches))
+    except BilevelError as error:
+        refusal = error
+    except Exception as error:  # whatever a user's own code raises
+        refusal = Refused(
+            f"the problem cannot be computed on a part of a batch, {told(error)}; {_REMEDY}"
+        )
+    seen = [int(bits(leaf)) for leaf in pytree.tree_leaves(batches) if isinstance(leaf, Tensor)]
+    for others, refused in problem.ranks.gather((seen, refusal)):
+        if refused is not None:
+            raise refused
+        if others != seen:
+            raise BilevelError(
+                "the ranks read different batches, and each computes its part of what should be one: give all of them the same "
+                "data in the same order (split and shuffle by a seed; transform in the problem, not in a loader's workers)"
+            )
+
+
+def _rehearse(problem: Parallel, trial: Trial, size: int, valid_size: int) -> None:
+    world = problem.ranks.world
+    if any(1 < n < world for n in (size, valid_size)):
+        raise BilevelError(
+            f"a batch of {min(size, valid_size)} examples cannot be shared by {world} processes; take larger ones, or fewer "
+            "processes"
+        )
+    if size < 2:
+        return
+    few = first(trial.batch, FEW)
+    fewer = first(few, count_examples(few) - 1)
+    problem.state_axes = state_axes(trial, few, fewer)
+    problem.fixed_lengths = fixed_lengths(trial, few, fewer)
+    problem.check_lengths(size)
+    clear = [
+        n
+        for n in range(count_examples(few), size + 1)
+        if problem.fixed_lengths.isdisjoint(s.size for s in shares(n, 2))
+    ]
+    # few, where one example that is seen by others weighs most; and all, since what is rare (padding) may not be among few
+    parts = [(trial.batch, True, n) for n in (clear[:1] + clear[1:][-1:] or [size])]
+    valid = trial.data.valid.peek()
+    parts += [(valid, False, n) for n in sorted({min(FEW, valid_size), valid_size} - {0, 1})]
+    for batch, train, n in parts:
+        hold_shares_against_whole(problem, trial, first(batch, n), train=train)
+
+
+def hold_shares_against_whole(
+    problem: Parallel, trial: Trial, batch: Batch, *, train: bool
+) -> None:
+    """Raise where L_T or L_V of two shares, or what is carried on, is not that of the whole; batch norm is left out of both."""
+    inner = problem.problem
+    whole = Share(0, count_examples(batch), count_examples(batch))
+    carry = inner.fresh_carry(trial.start[1], batch)
+    name, objective = ("L_T", inner.inner_objective) if train else ("L_V", inner.outer_objective)
+
+    def passed(share: Share) -> tuple[Tensor, Carry]:
+        own, part = (
+            share.of(batch),
+            {key: _narrow(t, problem.state_axes.get(key), share) for key, t in carry.items()},
+        )
+        generator = torch.Generator(trial.device).manual_seed(0) if train else None
+        with torch.no_grad(), Shared(share, without_statistics):
+            prediction, after = inner.predict(
+                trial.hypers, trial.params, part, own, train=train, generator=generator
+            )
+            return objective(trial.hypers, trial.params, prediction, own), after
+
+    with torch.random.fork_rng(devices=[trial.device] if trial.device.type == "cuda" else []):
+        truth, carried = passed(whole)
+        parts = [(share.weight, *passed(share)) for share in shares(whole.size, 2)]
+    total = torch.stack([weight * loss for weight, loss, _ in parts]).sum()
+    if truth.ndim == 0 and not close(truth, total):  # that it is [] is another check's to see
+        raise Refused(
+            f"{name} of a batch is {float(truth):.6g}, and {float(total):.6g} on average over its two parts: {_WHY}; {_REMEDY}"
+        )
+    for key, t in carried.items():
+        axis = problem.state_axes.get(key)
+        afters = [after[key] for _, _, after in parts]
+        if (
+            not close(t, torch.cat(afters, axis))
+            if axis is not None
+            else not all(close(t, after) for after in afters)
+        ):
+            raise Refused(
+                f"`{key}`, which `predict` carries on, differs between parts of a batch: {_WHY}; {_REMEDY}"
+            )
+
+
+_WHY = "it is no mean over examples, looks from one example at another, or draws without an example axis that comes first"
+_REMEDY = "run it in one process"
+
+
+def first(batch: Batch, count: int) -> Batch:
+    """The first examples of a batch."""
+    return Share(0, min(count, count_examples(batch)), count_examples(batch)).of(batch)
+
+
+def state_axes(trial: Trial, few: Batch, fewer: Batch) -> dict[str, int]:
+    """The axis of every carried tensor that is as long as there are examples: where two fresh ones differ."""
+    ours, theirs = (trial.problem.fresh_carry(trial.start[1], batch) for batch in (few, fewer))
+    axes = {}
+    for name, state in ours.items():
+        differ = [
+            axis
+            for axis, (m, n) in enumerate(zip(state.shape, theirs[name].shape, strict=True))
+            if m != n
+        ]
+        if differ:
+            axes[name] = differ[0]
+    return axes
+
+
+def fixed_lengths(trial: Trial, few: Batch, fewer: Batch) -> frozenset[int]:
+    """First axes of what is drawn in training that are the same for either number of examples."""
+    with torch.random.fork_rng(devices=[trial.device] if trial.device.type == "cuda" else []):
+        seen = [_lengths(trial, batch) for batch in (few, fewer)]
+    return frozenset(m for m, n in zip(*seen, strict=False) if m == n)
+
+
+def _lengths(trial: Trial, batch: Batch) -> list[int]:
+    carry = trial.problem.fresh_carry(trial.start[1], batch)
+    hypers, params = trial.hypers, trial.params  # which are drawn when they are first asked for
+    lengths, generator = Lengths(), torch.Generator(trial.device).manual_seed(0)
+    with torch.no_grad(), lengths:
+        trial.problem.predict(hypers, params, carry, batch, train=True, generator=generator)
+    return lengths.seen
+
+
+def _narrow(state: Tensor, axis: int | None, share: Share) -> Tensor:
+    return state if axis is None else state.narrow(axis, share.start, share.size)

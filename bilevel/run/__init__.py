@@ -1,0 +1,1 @@
+"""One run: the loop, its budget, evaluation, and everything around it."""

@@ -1,0 +1,45 @@
+"""What a run does otherwise where it has several ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel.data.tensor_stream import Data
+from bilevel.parallel.check_shards import rehearse
+from bilevel.parallel.process_group import Ranks, Several
+from bilevel.parallel.sharded_problem import Parallel
+from bilevel.problem import Problem
+from bilevel.run.faults import Saving
+
+
+def spread(problem: Problem, data: Data, device: torch.device, ranks: Ranks) -> Problem:
+    """The problem as solvers meet it: where there are several ranks, shared among them.
+
+    Raises:
+        Refused: it cannot be shared.
+    """
+    if not isinstance(ranks, Several):
+        return problem
+    ranks.together(device)
+    parallel = Parallel(problem, ranks)
+    rehearse(parallel, data, device)
+    return parallel
+
+
+class SavingTogether(Saving):
+    """The first rank saves; all others learn how that went, and do as it does."""
+
+    def __init__(
+        self, save: Callable[[dict[str, Any]], None], directory: Path, ranks: Ranks
+    ) -> None:
+        super().__init__(save, directory)
+        self.ranks = ranks
+
+    def __call__(self, state: dict[str, Any], *, last: bool = False) -> None:
+        def saved() -> tuple[bool, int | None]:
+            super(SavingTogether, self).__call__(state, last=last)
+            return self.owed, self.step
+
+        self.owed, self.step = self.ranks.on_first(saved)

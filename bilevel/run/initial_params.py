@@ -1,0 +1,108 @@
+"""A problem that starts from weights of one's own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.checkpoint.checkpoints import best_solution
+from bilevel.errors import BilevelError
+from bilevel.module_problem import ModuleProblem
+from bilevel.params import Carry, Params
+from bilevel.problem import Problem
+from bilevel.problem_wrapper import Wrapped
+from bilevel.text import near
+
+
+class StartingFrom(Wrapped):
+    """`problem`, with `init` answering `params` in place of random weights.
+
+    Args:
+        params: one tensor for every weight, by name; a carried tensor (batch-norm statistics, say) may be among them too, and
+            of tied weights all names, as a module's `state_dict` has them.
+
+    Raises:
+        BilevelError: tied weights have several values.
+    """
+
+    def __init__(self, problem: Problem, params: Mapping[str, Tensor]) -> None:
+        super().__init__(problem)
+        self.params = dict(params)
+        for alias, name in (problem.aliases if isinstance(problem, ModuleProblem) else {}).items():
+            if alias not in self.params:
+                continue
+            value = self.params.pop(alias)
+            if not _equal(self.params.setdefault(name, value), value):
+                raise BilevelError(
+                    f"`{alias}` and `{name}` are one tied weight of the problem, and the initial weights hold two values; "
+                    "give one, or untie them in the module"
+                )
+
+    def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
+        """The given weights, cast to the problem's types.
+
+        Raises:
+            BilevelError: a name or a shape does not match the problem's.
+        """
+        params, carry = self.problem.init(generator)
+        known = {**params, **carry}
+        if unknown := [name for name in self.params if name not in known]:
+            raise BilevelError(
+                f"the initial weights hold `{unknown[0]}`{near(unknown[0], known)}, which the problem has not; "
+                f"give the tensors of its own names: {_some(known)}"
+            )
+        if missing := [name for name in params if name not in self.params]:
+            raise BilevelError(
+                f"the initial weights lack `{missing[0]}`; give one tensor for each of {_some(params)}"
+            )
+        for name, value in self.params.items():
+            if not isinstance(value, Tensor) or value.shape != known[name].shape:
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise BilevelError(
+                    f"the initial weight `{name}` is {found}; the problem's is {list(known[name].shape)}"
+                )
+        start = {
+            name: value.detach().to(known[name], copy=True) for name, value in self.params.items()
+        }
+        return {name: start[name] for name in params}, {
+            name: start.get(name, value) for name, value in carry.items()
+        }
+
+
+def read_params(path: str | Path) -> dict[str, Any]:
+    """The state dict in a file that `torch.save` wrote, or the weights and carry of the best evaluation of a run's directory.
+
+    Raises:
+        BilevelError: there is no such file, it holds no state dict, or the directory no run with a checkpoint.
+    """
+    if Path(path).is_dir():
+        try:
+            _, weights, carry = best_solution(path)
+        except BilevelError as error:
+            raise BilevelError(f"initial_params={str(path)!r} gives no weights: {error}") from None
+        return {**weights, **carry}
+    try:
+        params = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BilevelError(
+            f"cannot read initial_params={str(path)!r}: {error.strerror or error}"
+        ) from None
+    except Exception:  # unpickling a file that is something else raises nearly anything
+        params = None
+    if not isinstance(params, dict):
+        raise BilevelError(
+            f"initial_params={str(path)!r} holds no state dict; write one with torch.save(model.state_dict(), path)"
+        )
+    return params
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is other or (
+        isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    )
+
+
+def _some(names: Mapping[str, Any]) -> str:
+    return ", ".join(list(names)[:6]) + (", …" if len(names) > 6 else "")

@@ -1,0 +1,51 @@
+"""Text for messages: errors, sizes and names as one line that a reader understands."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def first_line(error: BaseException | str) -> str:
+    r"""Return the first line of an error's message, or the name of its class where it has none.
+
+    Example:
+        >>> first_line(ValueError("one\ntwo")), first_line(KeyError())
+        ('one', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def describe(error: BaseException) -> str:
+    """Return the class and the first line of an error.
+
+    Example:
+        >>> describe(ValueError("too long")), describe(ValueError())
+        ('ValueError: too long', 'ValueError')
+    """
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
+def near(word: str, known: Iterable[Any]) -> str:
+    """Return ' (did you mean `x`?)' for the words of `known` that are close, or nothing.
+
+    Example:
+        >>> near("digit", ["digits", "mnist"]), near("x", ["digits"])
+        (' (did you mean `digits`?)', '')
+    """
+    close = get_close_matches(word, [str(k) for k in known], n=3)
+    return f" (did you mean {' or '.join(f'`{c}`' for c in close)}?)" if close else ""
+
+
+def byte_size(count: int) -> str:
+    """Return a number of bytes in the largest unit that it fills.
+
+    Example:
+        >>> byte_size(12), byte_size(3 * 2**20), byte_size(5 * 2**30)
+        ('12 bytes', '3.0 MiB', '5.0 GiB')
+    """
+    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= least:
+            return f"{count / least:,.1f} {unit}"
+    return f"{count} bytes"

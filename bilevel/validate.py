@@ -1,0 +1,101 @@
+"""Checks of settings: every message has the form `<setting>=<value> <what is wrong>; <remedy>`.
+
+Each function takes settings by keyword, `positive(lr=lr, eps=eps)`, and raises `BilevelError` at
+the first one that is wrong. A dotted name is given in a dictionary: `positive(**{"runner.epochs": n})`.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from bilevel.errors import BilevelError
+from bilevel.text import near
+
+
+def wrong(setting: str, value: Any, what: str, remedy: str) -> BilevelError:
+    """Return the error about a setting.
+
+    Example:
+        >>> str(wrong("clip_norm", -1, "must be positive", "set it to null for no clipping"))
+        'clip_norm=-1 must be positive; set it to null for no clipping'
+    """
+    return BilevelError(f"{setting}={value!r} {what}; {remedy}")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is an int or a float; a bool is neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def positive(remedy: str | None = None, /, **settings: Any) -> None:
+    """Require positive and finite numbers.
+
+    Example:
+        >>> positive(lr=0.1)
+        >>> positive(lr=0)
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: lr=0 must be positive and finite; choose a number above 0
+    """
+    for name, value in settings.items():
+        if not (is_number(value) and 0 < value < math.inf):
+            raise wrong(
+                name, value, "must be positive and finite", remedy or "choose a number above 0"
+            )
+
+
+def at_least(least: float, remedy: str | None = None, /, **settings: Any) -> None:
+    """Require finite numbers that are not below `least`.
+
+    Example:
+        >>> at_least(1, inner_steps=0)
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: inner_steps=0 must be at least 1; choose 1 or more
+    """
+    for name, value in settings.items():
+        if not (is_number(value) and least <= value < math.inf):
+            raise wrong(
+                name, value, f"must be at least {least}", remedy or f"choose {least} or more"
+            )
+
+
+def whole(least: int, remedy: str | None = None, /, **settings: Any) -> None:
+    """Require whole numbers that are not below `least`.
+
+    Example:
+        >>> whole(1, pairs=1.5)
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: pairs=1.5 must be a whole number of at least 1; choose 1, 2, …
+    """
+    for name, value in settings.items():
+        if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+            what = f"must be a whole number of at least {least}"
+            raise wrong(name, value, what, remedy or f"choose {least}, {least + 1}, …")
+
+
+def between(low: float, high: float, remedy: str | None = None, /, **settings: Any) -> None:
+    """Require numbers in the closed interval from `low` to `high`.
+
+    Example:
+        >>> between(0, 1, resample=2)
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: resample=2 must be between 0 and 1; choose a number in that range
+    """
+    for name, value in settings.items():
+        if not (is_number(value) and low <= value <= high):
+            what = f"must be between {low:g} and {high:g}"
+            raise wrong(name, value, what, remedy or "choose a number in that range")
+
+
+def one_of(known: Iterable[Any], /, **settings: Any) -> None:
+    """Require values from a list.
+
+    Example:
+        >>> one_of(["fp32", "bf16"], precision="bf1")
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: precision='bf1' is unknown (did you mean `bf16`?); choose fp32 or bf16
+    """
+    names = [str(k) for k in known]
+    for name, value in settings.items():
+        if str(value) not in names:
+            choice = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+            raise wrong(name, value, f"is unknown{near(str(value), names)}", f"choose {choice}")

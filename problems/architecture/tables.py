@@ -1,0 +1,73 @@
+"""Tables with a class for every row, standardized and split into train, valid and test."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bilevel import BilevelError
+from bilevel.text import near
+
+Rows = tuple[Float[Tensor, "n features"], Int[Tensor, " n"]]
+
+
+class Table(NamedTuple):
+    """Features of zero mean and unit variance on the training split, and their classes, from 0 on."""
+
+    train: Rows
+    valid: Rows
+    test: Rows
+    classes: int
+
+
+def interactions(examples: int = 1500, features: int = 8, seed: int = 0) -> Rows:
+    """x ~ N(0, I) and the class [x₁x₂ + x₃x₄ > 0]: no linear function of x tells it, and half of the features say nothing.
+
+    Example:
+        >>> x, y = interactions()
+        >>> x.shape, bool((y == (x[:, 0] * x[:, 1] + x[:, 2] * x[:, 3] > 0)).all())
+        (torch.Size([1500, 8]), True)
+    """
+    x = torch.randn(examples, features, generator=torch.Generator().manual_seed(seed))
+    return x, (x[:, 0] * x[:, 1] + x[:, 2] * x[:, 3] > 0).long()
+
+
+def _packaged(name: str) -> Callable[[], Rows]:
+    def load() -> Rows:
+        import sklearn.datasets
+
+        bunch = getattr(sklearn.datasets, f"load_{name}")()
+        return torch.from_numpy(bunch.data).float(), torch.from_numpy(bunch.target).long()
+
+    return load
+
+
+TABLES: dict[str, Callable[[], Rows]] = {
+    "interactions": interactions,
+    **{name: _packaged(name) for name in ("breast_cancer", "digits", "wine")},
+}
+
+
+def table(name: str, split_seed: int = 0) -> Table:
+    """A table by name, shuffled and split 60/20/20: `interactions`, or scikit-learn's breast_cancer, digits or wine.
+
+    Example:
+        >>> table("interactions").train[0].shape
+        torch.Size([900, 8])
+
+    Raises:
+        BilevelError: there is none of that name.
+    """
+    if name not in TABLES:
+        raise BilevelError(
+            f"data={name!r}{near(str(name), TABLES)} is no table; there are {', '.join(TABLES)}"
+        )
+    x, y = TABLES[name]()
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(split_seed))
+    parts = order.tensor_split([int(0.6 * len(y)), int(0.8 * len(y))])
+    mean, std = x[parts[0]].mean(0), x[parts[0]].std(0)
+    x = (x - mean) / torch.where(std > 0, std, 1)
+    train, valid, test = ((x[part], y[part]) for part in parts)
+    return Table(train, valid, test, classes=int(y.max()) + 1)

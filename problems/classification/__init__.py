@@ -1,0 +1,1 @@
+"""Image classification with tuned dropout, decay and augmentation."""

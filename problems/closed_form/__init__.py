@@ -1,0 +1,1 @@
+"""Problems whose best response, hypergradient and optimum are known."""

@@ -1,0 +1,1 @@
+"""Few-shot learning (MAML, implicit MAML)."""

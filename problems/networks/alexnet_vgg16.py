@@ -1,0 +1,174 @@
+"""AlexNet and VGG16 in the forms that fit small images, with a dropout site after every layer of weights but the last."""
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bilevel import BilevelError
+from bilevel.problems.networks.mlp_cnn import (
+    Drop,
+    Norm,
+    check_widths,
+    drop_channels,
+    keep,
+    normalization,
+)
+
+
+class Convolutional(nn.Module):
+    """3×3 convolutions with ReLU, some pooled 2×2 by their maximum, then linear layers with ReLU, and the logits.
+
+    Dropout sites: 0 the input, then each convolution (whole channels, after its pooling), then each linear layer but the last.
+
+    Args:
+        shape: channels, height and width of an image.
+        classes: how many logits there are.
+        channels: of each convolution.
+        pooled: the convolutions after which there is a pooling, counted from 1.
+        hidden: units of the linear layers.
+        stride: of the first convolution.
+        norm: after each convolution: `none`, `batch` or `group`.
+
+    Raises:
+        BilevelError: the image is so small that nothing of it is left after the pooling, or a width that makes no layer.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        channels: Iterable[int],
+        pooled: Iterable[int],
+        hidden: Iterable[int],
+        *,
+        stride: int = 1,
+        norm: Norm = "none",
+    ) -> None:
+        super().__init__()
+        channels, hidden, self.pooled = list(channels), list(hidden), frozenset(pooled)
+        check_widths(channels=channels, hidden=hidden)
+        height, width = (remaining(side, stride, len(self.pooled)) for side in shape[1:])
+        if not height * width:
+            least = stride * 2 ** len(self.pooled)
+            raise BilevelError(
+                f"{type(self).__name__} halves an image {len(self.pooled) + (stride > 1)} times, and nothing is left of "
+                f"{shape[1]} × {shape[2]} pixels; give images of {least} × {least} or more (pad them), or another network"
+            )
+        bias = norm == "none"  # a norm takes the mean off again, and shifts by itself
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(fan_in, fan_out, 3, stride=1 if i else stride, padding=1, bias=bias)
+            for i, (fan_in, fan_out) in enumerate(
+                zip([shape[0], *channels], channels, strict=False)
+            )
+        )
+        self.norms = nn.ModuleList(normalization(norm, n) for n in channels)
+        inputs = [channels[-1] * height * width, *hidden]
+        self.linear = nn.ModuleList(
+            nn.Linear(fan_in, fan_out)
+            for fan_in, fan_out in zip(inputs, [*hidden, classes], strict=True)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], drop: Drop = keep
+    ) -> Float[Tensor, "batch classes"]:
+        x = drop(0, x)
+        for site, (convolution, norm) in enumerate(
+            zip(self.convolutions, self.norms, strict=True), start=1
+        ):
+            x = F.relu(norm(convolution(x)))
+            x = drop_channels(drop, site, F.max_pool2d(x, 2) if site in self.pooled else x)
+        x = x.flatten(1)
+        for site, layer in enumerate(self.linear, start=len(self.convolutions)):
+            x = layer(x if site == len(self.convolutions) else drop(site, F.relu(x)))
+        return x
+
+
+def remaining(side: int, stride: int, poolings: int) -> int:
+    """Pixels to a side after a convolution of padding 1 with `stride`, and so many poolings by two."""
+    return ((side - 1) // stride + 1) >> poolings
+
+
+def scaled(widths: Iterable[int], factor: float) -> list[int]:
+    """Widths times a factor, rounded, and one at least."""
+    return [max(1, round(factor * width)) for width in widths]
+
+
+def he_(convolution: nn.Module) -> None:
+    """Weights N(0, 2/(k·k·out)) and no bias, for a k × k convolution: activations keep their size through ReLUs.
+
+    Source: He et al., ICCV 2015, section 2.2, backward case.
+    """
+    if isinstance(convolution, nn.Conv2d):
+        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        if convolution.bias is not None:
+            nn.init.zeros_(convolution.bias)
+
+
+class AlexNet(Convolutional):
+    """AlexNet for 32 × 32 pixels: 5 convolutions, 2 hidden linear layers, 23.27 million weights; 8 dropout sites.
+
+    Args:
+        shape: channels, height and width of an image, 16 × 16 at least.
+        classes: how many logits there are.
+        norm: after each convolution: `none`, `batch` or `group`.
+        width: a factor on all channels and units.
+
+    Source: Krizhevsky et al., NeurIPS 2012; in this form Bae & Grosse, NeurIPS 2020, the CIFAR-10 experiment of the official
+    code.
+
+    Example:
+        >>> import torch
+        >>> AlexNet(width=1 / 16)(torch.zeros(5, 3, 32, 32)).shape
+        torch.Size([5, 10])
+    """
+
+    SITES = 8
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (3, 32, 32),
+        classes: int = 10,
+        norm: Norm = "none",
+        width: float = 1,
+    ) -> None:
+        channels, hidden = scaled([64, 192, 384, 256, 256], width), scaled([4096, 4096], width)
+        super().__init__(shape, classes, channels, [1, 2, 5], hidden, stride=2, norm=norm)
+
+
+class VGG16(Convolutional):
+    """VGG16 for 32 × 32 pixels: 13 convolutions, 2 hidden linear layers, 15.25 million weights; 16 dropout sites.
+
+    Its convolutions begin as `he_` has them: from PyTorch's own initial values activations fade, and without a norm it does not
+    train.
+
+    Args:
+        shape: channels, height and width of an image, 32 × 32 at least.
+        classes: how many logits there are.
+        norm: after each convolution: `none`, `batch` or `group`.
+        width: a factor on all channels and units.
+
+    Source: Simonyan & Zisserman, ICLR 2015, configuration D; in this form Bae & Grosse, NeurIPS 2020, the CIFAR-10 experiment
+    of the official code.
+
+    Example:
+        >>> import torch
+        >>> VGG16(width=1 / 16)(torch.zeros(5, 3, 32, 32)).shape
+        torch.Size([5, 10])
+    """
+
+    SITES = 16
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int] = (3, 32, 32),
+        classes: int = 10,
+        norm: Norm = "none",
+        width: float = 1,
+    ) -> None:
+        channels = scaled([64, 64, 128, 128, *[256] * 3, *[512] * 6], width)
+        super().__init__(
+            shape, classes, channels, [2, 4, 7, 10, 13], scaled([512, 512], width), norm=norm
+        )
+        self.convolutions.apply(he_)

@@ -1,0 +1,1 @@
+"""Automatic differentiation: pull-backs, linearized predictions, decompositions of fused operations."""

@@ -1,0 +1,179 @@
+"""∇_w L_T as a function to differentiate again: products with the Hessian and with the mixed derivative, of one graph."""
+
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from bilevel import Batch, Carry, Params, Prediction, Problem
+from bilevel.params import detached
+from bilevel.solvers.autodiff.decompositions import RECURRENT, twice_differentiable
+
+
+class Pullback:
+    """The gradient g(u, w) = ∇_w L_T(λ(u), w) at one point, pulled back as often as wanted.
+
+        q ↦ H q = (∂g/∂w)ᵀ q    and    q ↦ (∂g/∂u)ᵀ q = (∂²L_T/∂u∂w)ᵀ q
+
+    The graph of g is built once, so that its sampled masks are the same in every product: H is one symmetric matrix, whatever
+    a second pass would have drawn. Vectors in the space of w are flat, in the order of `params`. Several batches are averaged.
+
+    Args:
+        problem: whose L_T.
+        u: unconstrained coordinates, [h].
+        params: w, as constants.
+        carry: with which the pass over the first batch begins; it goes on from batch to batch, as in training.
+        batches: of training, one at least.
+        generator: of the masks.
+        functions: the torch functions that the network calls (`Descent.functions`).
+
+    Attributes:
+        problem: the same.
+        hypers: λ(u), differentiable in u.
+        params: w, leaves of the graph.
+        passes: every batch with its prediction, differentiable in u and w.
+        loss: L_T, as a constant.
+        carried: what the pass over the first batch passes on, as constants.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        u: Float[Tensor, " h"],
+        params: Params,
+        carry: Carry,
+        batches: Sequence[Batch],
+        generator: torch.Generator,
+        functions: Set[Any] = frozenset(),
+    ) -> None:
+        self.problem, self._functions = problem, functions
+        self.passes: list[tuple[Batch, Prediction]] = []
+        losses, carries = [], [carry]
+        with torch.enable_grad():  # a custom backward, where a solve happens, has gradients off
+            self._u = u.detach().requires_grad_()
+            self.params = {name: p.detach().requires_grad_() for name, p in params.items()}
+            self._w = list(self.params.values())
+            self.hypers = problem.space.constrain(self._u, generator)
+            with self.differentiable_twice():
+                for batch in batches:
+                    prediction, after = problem.predict(
+                        self.hypers,
+                        self.params,
+                        carries[-1],
+                        batch,
+                        train=True,
+                        generator=generator,
+                    )
+                    losses.append(
+                        problem.inner_objective(self.hypers, self.params, prediction, batch)
+                    )
+                    self.passes.append((batch, prediction))
+                    carries.append(detached(after))
+            loss = sum(losses[1:], start=losses[0]) / len(losses)
+            self._gradients: Sequence[Tensor] = torch.autograd.grad(
+                loss, self._w, create_graph=True, materialize_grads=True
+            )
+        self._edges = edges(self._gradients)
+        self.loss, self.carried = loss.detach(), carries[1]
+
+    @property
+    def gradient(self) -> Float[Tensor, " m"]:
+        """The gradient g as a constant."""
+        return flat(self._gradients).detach()
+
+    @property
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """‖g‖, without a copy of g."""
+        return torch.stack([torch.linalg.vector_norm(g.detach()) for g in self._gradients]).norm()
+
+    def check(self) -> None:
+        """Raise as PyTorch does where a layer cannot be differentiated twice.
+
+        Products do not: they look for ways to w and u alone, and pass by the node that would raise, with a wrong value.
+        """
+        moving = [g for g in self._gradients if g.requires_grad]
+        torch.autograd.backward(moving, [torch.zeros_like(g) for g in moving], retain_graph=True)
+
+    def forget_gradient(self) -> None:
+        """Free g itself; the products do without."""
+        self._gradients = ()
+
+    def hessian(self, q: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+        """The product H q."""
+        return gathered(list(pulled(self._edges, self._w, self.unflat(q))))
+
+    def cross(self, q: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
+        """(∂²L_T/∂u∂w)ᵀ q."""
+        return pulled(self._edges, [self._u], self.unflat(q))[0]
+
+    def both(self, q: Float[Tensor, " m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " h"]]:
+        """H q and (∂²L_T/∂u∂w)ᵀ q, for the price of one."""
+        *products, cross = pulled(self._edges, [*self._w, self._u], self.unflat(q))
+        return gathered(products), cross
+
+    def unflat(self, q: Float[Tensor, " m"]) -> list[Tensor]:
+        """The vector in the shapes of w."""
+        return unflat(q, self._w)
+
+    @contextmanager
+    def differentiable_twice(self) -> Iterator[None]:
+        """Within it, the network's functions can be differentiated twice, where that is possible at all."""
+        recurrent = not self._functions.isdisjoint(RECURRENT)  # which cuDNN differentiates once
+        without = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
+        with twice_differentiable(self._functions), without:
+            yield
+
+
+def edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """What `pulled` needs of tensors, without their values: a solve may have no room for them; None of a constant."""
+    return [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+
+
+def pulled(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge | None],
+    inputs: Sequence[Tensor],
+    q: Sequence[Tensor],
+) -> Sequence[Tensor]:
+    """(∂outputs/∂inputs)ᵀ q as constants, for outputs or their edges (None is a constant); the graph is kept."""
+    pairs = [
+        (output, part)
+        for output, part in zip(outputs, q, strict=True)
+        if output is not None and (not isinstance(output, Tensor) or output.requires_grad)
+    ]
+    if not pairs:
+        return [torch.zeros_like(x) for x in inputs]
+    moving, parts = zip(*pairs, strict=True)
+    return torch.autograd.grad(moving, inputs, parts, retain_graph=True, materialize_grads=True)
+
+
+def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
+    """The tensors as one vector.
+
+    Example:
+        >>> flat([torch.ones(2, 2), torch.zeros(1)])
+        tensor([1., 1., 1., 1., 0.])
+    """
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def gathered(tensors: list[Tensor]) -> Float[Tensor, " m"]:
+    """`flat`, which frees the tensors one by one: there is little room for a second copy of what is as large as w."""
+    vector = tensors[0].new_empty(sum(t.numel() for t in tensors))
+    end = vector.numel()
+    while tensors:
+        t = tensors.pop()
+        vector[end - t.numel() : end] = t.reshape(-1)
+        end -= t.numel()
+    return vector
+
+
+def unflat(vector: Float[Tensor, " m"], like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of `flat`, with the shapes of `like`."""
+    return [
+        part.view(t.shape)
+        for part, t in zip(vector.split([t.numel() for t in like]), like, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Black-box methods: search over λ and population-based training."""

@@ -1,0 +1,332 @@
+"""Population-based training: many trainings at once, the worst of which go on from the best under a λ near theirs."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import (
+    Batch,
+    BilevelError,
+    Carry,
+    Data,
+    Metrics,
+    Params,
+    Problem,
+    Solution,
+    Solver,
+    Space,
+)
+from bilevel.params import detached, to_device
+from bilevel.run.evaluation import evaluate
+from bilevel.solver import on_cpu
+from bilevel.solvers.base.training import above_zero, at_least, check_clip_norm
+from bilevel.solvers.black_box.ranges import ranges_of
+from bilevel.solvers.optim.functional import apply_settings, configured, optimizer_settings
+from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, Trained, descend
+
+
+@dataclass
+class Member:
+    """One training of the population; `score` is its last loss on the validation split."""
+
+    weights: Trained
+    carry: Carry
+    u: Tensor
+    steps: int = 0
+    score: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = self.weights.state_dict()
+        return {
+            "weights": weights,
+            "carry": self.carry,
+            "u": self.u,
+            "steps": self.steps,
+            "score": self.score,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights.load_state_dict(state["weights"])
+        self.u.copy_(state["u"])
+        self.carry = to_device(state["carry"], self.u.device)
+        self.steps, self.score = state["steps"], state["score"]
+
+
+@dataclass
+class Best:
+    """A copy of the member with the lowest score so far, as it was then."""
+
+    u: Tensor
+    params: Params
+    carry: Carry
+    score: float
+
+
+class PopulationBased(Solver):
+    """Members train side by side, each with its own w, optimizer and λ; now and then the worst copy the best.
+
+    Every `interval` epochs of each member all are scored by the validation split. Each of the worst quarter then takes the
+    weights, the optimizer's memory and λ of one of the best quarter, drawn at random (exploit), and moves λ (explore): every
+    coordinate is drawn anew from `ranges` with probability `resample`, and else moves by ± `perturbation` of its scale in
+    unconstrained coordinates. There u is log λ for small λ of a Positive or an Interval, so that ± 0.2 is the paper's factor of
+    1.2 or 0.8; a Simplex stays one, and an Integer moves by parts of a whole number, which its rounding makes a probability.
+
+    The first member starts at the initial λ and from the initial weights of every solver, the others at λ drawn from `ranges`
+    and from weights of their own. The solution is the best score's member, weights and all, as it was then (the first member
+    before there is a score): the population may lose it, the solution does not.
+
+    A round trains one member, the next in turn, so that a budget ends between rounds, not between generations; all take their
+    batches from the one stream of training data. `inner_count` is the steps of all members together; `outer_count` is the
+    decisions. In warm-up members are scored, and none is replaced. A learning-rate schedule follows the epochs of its member;
+    where the learning rate itself is tuned, the schedule multiplies it.
+
+    A member of which the score is not finite is replaced like one of the worst, and does not end the run; where no score is
+    finite, the run is over. Scoring reads numbers on the host, and waits for the device once per member and interval; no other
+    round does. Memory: `population` copies of weights, gradients of one, memory of each optimizer, and one copy of the best.
+
+    Source: Jaderberg et al., 2017 (arXiv:1711.09846), with its truncation selection; here a generation decides together, where
+    the paper's workers decide each for itself, so that a run is the same every time.
+
+    Args:
+        population: how many members.
+        interval: epochs of a member between scores.
+        perturbation: step of a move, as a multiple of each hyperparameter's `scale`.
+        resample: probability of a fresh draw, for each coordinate.
+        ranges: by hyperparameter, [low, high] of the draws in its own units; see `ranges_of` for the others. A move may leave
+            them.
+        inner_steps: training batches of one member per round.
+        inner_optimizer: for w.
+        inner_scheduler: its learning-rate schedule.
+        clip_norm: largest gradient norm.
+
+    Raises:
+        BilevelError: a value out of its range.
+    """
+
+    tunes_optimizer = True
+
+    def __init__(
+        self,
+        *,
+        population: int = 8,
+        interval: float = 1,
+        perturbation: float = 0.2,
+        resample: float = 0.25,
+        ranges: Mapping[str, Sequence[float]] | None = None,
+        inner_steps: int = 5,
+        inner_optimizer: MakeOptimizer = SGD,
+        inner_scheduler: MakeScheduler | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        at_least(population=population, least=2)
+        at_least(inner_steps=inner_steps, least=1)
+        above_zero(interval=interval)
+        check_clip_norm(clip_norm)
+        if not 0 <= perturbation < math.inf:
+            raise BilevelError(
+                f"perturbation={perturbation} moves λ by no distance; choose a finite one, 0 or more"
+            )
+        if not 0 <= resample <= 1:
+            raise BilevelError(f"resample={resample} is no probability; choose one from 0 to 1")
+        self.population, self.interval, self.perturbation, self.resample = (
+            population,
+            interval,
+            perturbation,
+            resample,
+        )
+        self.ranges, self.inner_steps = ranges, inner_steps
+        self.inner_optimizer, self.inner_scheduler, self.clip_norm = (
+            inner_optimizer,
+            inner_scheduler,
+            clip_norm,
+        )
+
+    def setup(
+        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.check(problem, data, device)
+        self.problem, self.data, self.device, self.generator = problem, data, device, generator
+        self.box = ranges_of(problem.space, self.ranges)
+        self.draws = on_cpu(
+            generator, self.population
+        )  # decisions fall on the host, the same whatever the device
+        self.generation_steps = max(1, round(self.interval * data.train.steps_per_epoch))
+        self.generations = 0
+        self.best: Best | None = None
+        self.members = [self.born(i) for i in range(self.population)]
+
+    def born(self, i: int) -> Member:
+        space = self.problem.space
+        params, carry = to_device(self.problem.init(on_cpu(self.generator, i)), self.device)
+        u = (space.init(torch.float64) if i == 0 else self.box.draw(self.draws)).to(
+            next(iter(params.values()))
+        )
+        optimizer = configured(self.inner_optimizer, optimizer_settings(space, space.constrain(u)))
+        return Member(Trained(params, optimizer, self.inner_scheduler, self.clip_norm), carry, u)
+
+    def memory_settings(self, space: Space) -> list[str]:
+        return [f"a smaller solver.population (now {self.population}, each with a copy of w)"]
+
+    # --- training ---
+
+    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
+        member = min(self.members, key=lambda m: m.steps)  # the first of those that are behind
+        left = (self.generations + 1) * self.generation_steps - member.steps
+        with self.phase("inner"):
+            losses = [
+                self.descend(member)
+                for _ in range(min(left, self.inner_steps, left if limit is None else limit))
+            ]
+            metrics = {"inner_loss": torch.stack(losses).mean()}
+        if all(m.steps == (self.generations + 1) * self.generation_steps for m in self.members):
+            self.generations += 1
+            with self.phase("outer"):
+                metrics |= self.score()
+                if not warmup:
+                    self.outer_count += 1
+                    self.decide()
+        return metrics
+
+    def descend(self, member: Member) -> Tensor:
+        """One step of a member; returns L_T, [], which is not watched: the member will be replaced."""
+        batch: Batch = self.next_batch(self.data.train)
+        self.inner_count += 1
+        member.steps += 1
+        hypers = self.problem.space.constrain(member.u, self.generator)
+        loss, carry = self.problem.inner_loss(
+            hypers, member.weights.tensors, member.carry, batch, self.generator
+        )
+        descend(loss, member.weights)
+        member.carry = detached(carry)
+        if member.steps % self.data.train.steps_per_epoch == 0:
+            member.weights.epoch_ended(member.score)
+        return loss.detach()
+
+    # --- a generation ends ---
+
+    def score(self) -> Metrics:
+        """The loss of every member on the validation split; the best so far is kept."""
+        scores = []
+        for member in self.members:
+            solution = self.solution_of(member)
+            self.data.valid.count(self.data.valid.size)
+            member.score = evaluate(self.problem, solution, self.data.valid)["loss"]
+            if math.isfinite(member.score):
+                scores.append(member.score)
+                if self.best is None or member.score < self.best.score:
+                    params, carry = _copied(solution.params), _copied(solution.carry)
+                    self.best = Best(member.u.clone(), params, carry, member.score)
+        if not scores:
+            self.watch(torch.tensor(math.nan, device=self.device))
+        named = {
+            "lost_members": 1 - len(scores) / len(self.members),
+            **(
+                {"outer_loss": min(scores), "score_range": max(scores) - min(scores)}
+                if scores
+                else {}
+            ),
+        }
+        return {name: torch.tensor(value, device=self.device) for name, value in named.items()}
+
+    def decide(self) -> None:
+        """Exploit and explore: the worst quarter, and every member that is lost, go on from the best quarter."""
+        ranked = sorted(self.members, key=_rank)
+        finite = [m for m in ranked if _rank(m) < math.inf]
+        quarter = max(1, self.population // 4)
+        donors = finite[:quarter]
+        for member in (
+            ranked[max(len(donors), min(len(finite), self.population - quarter)) :]
+            if donors
+            else []
+        ):
+            donor = donors[int(torch.randint(len(donors), (), generator=self.draws))]
+            self.exploit(member, donor)
+            self.explore(member)
+
+    def exploit(self, member: Member, donor: Member) -> None:
+        """A copy of weights, memory, schedule, carry and λ."""
+        state = donor.weights.state_dict()
+        member.weights.load_state_dict(state | {"schedule": copy.deepcopy(state["schedule"])})
+        member.carry = _copied(donor.carry)
+        member.u.copy_(donor.u)
+
+    def explore(self, member: Member) -> None:
+        """λ moves, and with it the settings of the optimizer that it holds."""
+        space, h = self.problem.space, member.u.numel()
+        sign = 2.0 * torch.randint(2, (h,), generator=self.draws) - 1
+        moved = member.u.cpu().double() + self.perturbation * space.initial_scales() * sign
+        anew = torch.rand(h, generator=self.draws) < self.resample
+        before = optimizer_settings(space, space.constrain(member.u))
+        member.u.copy_(torch.where(anew, self.box.draw(self.draws), moved))
+        set_settings(member.weights, before, optimizer_settings(space, space.constrain(member.u)))
+
+    # --- what it found, and its state ---
+
+    def solution(self) -> Solution:
+        if self.best is None:
+            return self.solution_of(self.members[0])
+        return Solution(
+            self.problem.space.constrain(self.best.u), self.best.params, self.best.carry
+        )
+
+    def solution_of(self, member: Member) -> Solution:
+        return Solution(
+            self.problem.space.constrain(member.u), member.weights.detached(), member.carry
+        )
+
+    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Say so where members diverge."""
+        if not metrics.get("lost_members", 0.0) > 0:
+            return {}
+        return {
+            "lost_members": (
+                f"{metrics['lost_members']:.0%} of the members had a loss that is not finite, and are replaced; narrow ranges, "
+                "lower the learning rate or clip gradients, so that their training is not wasted"
+            )
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "members": [member.state_dict() for member in self.members],
+            "best": None if self.best is None else dict(vars(self.best)),
+            "generations": self.generations,
+            "generator": self.generator.get_state(),
+            "draws": self.draws.get_state(),
+            "inner_count": self.inner_count,
+            "outer_count": self.outer_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for member, saved in zip(self.members, state["members"], strict=True):
+            member.load_state_dict(saved)
+        self.best = None if state["best"] is None else Best(**to_device(state["best"], self.device))
+        self.generations = state["generations"]
+        self.generator.set_state(state["generator"].cpu())
+        self.draws.set_state(state["draws"].cpu())
+        self.inner_count, self.outer_count = state["inner_count"], state["outer_count"]
+
+
+def set_settings(trained: Trained, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """Move the optimizer's tuned settings from `before` to `after`; a learning rate keeps the factor of its schedule."""
+    for group in trained.optimizer.param_groups:
+        factor = group["lr"] / before["lr"] if "lr" in before else 1.0
+        apply_settings(group, after)
+        if "lr" in after:
+            group["lr"] = factor * after["lr"]
+            if "initial_lr" in group:
+                group["initial_lr"] = after["lr"]
+    if "lr" in after and trained.scheduler is not None and hasattr(trained.scheduler, "base_lrs"):
+        trained.scheduler.base_lrs = [after["lr"] for _ in trained.optimizer.param_groups]
+
+
+def _rank(member: Member) -> float:
+    return member.score if member.score is not None and math.isfinite(member.score) else math.inf
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in tensors.items()}

@@ -1,0 +1,1 @@
+"""Linear solves H x = v by products with H alone."""

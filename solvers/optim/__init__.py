@@ -1,0 +1,1 @@
+"""Optimizers: trained tensors, differentiable updates, learning-rate schedules."""

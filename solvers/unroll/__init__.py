@@ -1,0 +1,1 @@
+"""Differentiation through inner steps: trajectory, reverse mode, forward mode."""

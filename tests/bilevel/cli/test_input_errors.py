@@ -1,0 +1,317 @@
+"""Every kind of bad input: one sentence on the standard error, a status that is not zero, and nothing left behind."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel.cli.app import main
+
+QUICK = (
+    "wandb.mode=disabled",
+    "runner.progress=none",
+    "runner.picture=false",
+    "problem=quadratic",
+    "runner.epochs=2",
+)
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to be resumed; tests that spoil it take a copy."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    assert main([*QUICK, "solver=fixed", f"hydra.run.dir={directory}"]) == 0
+    return directory
+
+
+def refused(capfd, *arguments: str) -> str:
+    """The sentence that the command line ends with."""
+    assert main(list(arguments)) == 1
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("bilevel: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["problem=null"], "`problem=null` chooses no problem by its name; write problem=NAME"),
+        (["logger=1"], "`logger=1` chooses no logger by its name"),
+        (["+experiment=null"], "`+experiment=null` chooses no experiment by its name"),
+        (
+            ["solver.inner_optimizer._partial_=maybe"],
+            "`solver.inner_optimizer._partial_` = 'maybe' is a str",
+        ),
+        (
+            ["solver._target_=builtins.dict"],
+            "`solver` is a dict; give solver._target_=the path of a Solver",
+        ),
+        (
+            ["solver=unrolled", "solver.mode={_target_: bilevel.solvers.Reverse, _partial_: true}"],
+            "would be a partial; give Mode",
+        ),
+        (["problem=digit"], "there is no problem `digit` (did you mean `digits`"),
+        (["seed=18446744073709551616"], "has more than the 64 bits of a seed"),
+        (["~solver=true"], "names no choice of solver; write ~solver"),
+        (["solver=delta-stn"], "there is no solver `delta-stn` (did you mean `delta_stn`"),
+        (["sed=3"], "there is no key `sed` (did you mean `seed`"),
+        (["data.rot=here"], "`data` has no key `rot` (did you mean `root`"),
+        (
+            ["solver.linearise=false"],
+            "`solver` has no setting `linearise` (did you mean `linearize`",
+        ),
+        (["runner.epoch=3"], "`runner` has no setting `epoch` (did you mean `epochs`"),
+        (["wandb.mod=online"], "`wandb` has no setting `mod` (did you mean `mode`"),
+        (
+            ["solver.inner_optimizer.learning_rate=1"],
+            "`solver.inner_optimizer` has no setting `learning_rate`",
+        ),
+        (
+            ["solver._target_=bilevel.solvers.delta_stn", "solver.linearise=false"],
+            "did you mean `linearize`",
+        ),
+        (["problem.space.hypr.init=1"], "there is no hyperparameter `hypr` (did you mean `hyper`"),
+        (["problem.space.hyper.ini=1"], "no field `ini` (did you mean `init`"),
+        (["problem.space.hyper=0.5"], "write hyper.init=0.5"),
+        (["problem.space.hyper.shape=3"], "its shape [3] comes from the problem"),
+        (["problem.space.hyper.frozen=maybe"], "frozen='maybe' is neither true nor false"),
+        (["problem.space=0.5"], "changes no hyperparameter by its name"),
+        (["foo"], "`foo` is no override; write key=value"),
+        (["seed==3"], "`seed==3` is no override"),
+        (["seed=1,2"], "add -m to run each"),
+        (["~nothing"], "does not exist"),
+        (["seed=abc"], "`seed` = 'abc' is a str; give int"),
+        (["seed=true"], "`seed` = True is a bool; give int"),
+        (["seed=null"], "`seed` is null; give int"),
+        (["runner.epochs=many"], "`runner.epochs` = 'many' is a str; give float or None"),
+        (["solver.linearize=maybe"], "`solver.linearize` = 'maybe' is a str; give bool"),
+        (["solver.inner_optimizer.lr=fast"], "`solver.inner_optimizer.lr` = 'fast' is a str"),
+        (["solver.inner_steps=-1"], "inner_steps=-1 is below 1"),
+        (
+            ["solver=unrolled", "solver.mode=0"],
+            "`solver.mode` = 0 is an int; give Mode, as {_target_: …}",
+        ),
+        (["solver=unrolled", "~solver.mode._target_"], "`solver.mode` would be a dict; give Mode"),
+        (
+            ["solver=unrolled", "solver.mode.truncate=[1]"],
+            "`solver.mode.truncate` = [1] is a list; give int or None",
+        ),
+        (["solver=unrolled", "solver.clip_norm=nan"], "clip_norm=nan clips to no norm"),
+        (
+            ["solver=implicit_cg", "solver.linear_solve=neumann"],
+            "`solver.linear_solve` = 'neumann' is a str; give LinearSolve",
+        ),
+        (
+            [
+                "solver=implicit_cg",
+                "solver.curvature={_target_: bilevel.solvers.Identity, damping: 1}",
+            ],
+            "has no setting `damping`",
+        ),
+        (
+            ["solver=implicit_cg", "solver.linear_solve._target_=bilevel.solvers.Neumann"],
+            "'~solver.linear_solve.iterations' takes it out",
+        ),
+        (["solver=implicit_cg", "solver.batches=true"], "`solver.batches` = True is a bool"),
+        (["solver=implicit_cg", "solver.stationarity=nan"], "stationarity=nan is no number"),
+        (["solver=implicit_neumann", "solver.linear_solve.step=1e30"], "is above 2/L"),
+        (["solver=sama", "solver.alpha=inf"], "alpha=inf is no distance"),
+        (["solver=es", "solver.spread=0"], "spread=0 is not a positive, finite number"),
+        (["solver=pbt", "solver.interval=inf"], "interval=inf is not a positive, finite number"),
+        (["solver=pbt", "solver.resample=2"], "resample=2 is no probability"),
+        (
+            ["solver=random_search", "solver.sampler={_target_: bilevel.solvers.Median}"],
+            "`solver.sampler` would be a Median; give Sampler",
+        ),
+        (
+            [
+                "solver=unrolled",
+                *(f"problem.space.{m}={{optimizer: momentum, init: 0.5}}" for m in "ab"),
+            ],
+            "`a` and `b` both set the inner optimizer's momentum",
+        ),
+        (["solver.centered=false"], "linearize=true needs centered=true"),
+        (["runner.epochs=0"], "runner.epochs=0 must be above zero"),
+        (["runner.device=abacus"], "abacus"),
+        (["wandb.mode=offlin"], "(did you mean `offline`"),
+        (["problem.space.hyper.scale=-1"], "scale=-1 is no standard deviation"),
+        (["problem._target_=bilevel.problems.Quadradic"], "cannot be imported"),
+        (["problem._target_=nowhere.Toy"], "No module named 'nowhere'"),
+        (["problem._target_=torch.pi"], "is a float; give the dotted path"),
+        (["~problem._target_"], "`problem` names no class"),
+        (["--config-dir", "nowhere"], "not found; give --config-dir a directory that exists"),
+        (["hydra.run.dir=file/run"], "cannot use 'file/run': Not a directory"),
+        (["hydra.run.dir=/proc/run"], "cannot use '/proc/run'"),
+        (["-m", "resume=file"], "leave -m out"),
+        (["seed=${sed}"], "'sed' not found"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_sentence_and_nothing_left(capfd, arguments, words):
+    Path("file").touch()
+    assert words in refused(capfd, *QUICK, *arguments)
+    left = [path for path in Path.cwd().rglob("*") if path.name not in ("file", "runs")]
+    assert not left
+
+
+def test_an_initial_value_on_the_edge_of_its_interval(capfd):
+    assert "lies on the edge" in refused(capfd, "problem=digits", "problem.space.dropout1.init=0")
+
+
+def test_a_frozen_value_outside_its_domain(capfd):
+    override = "problem.space.dropout1={init: 7, frozen: true}"
+    assert "init=7 is outside (0, 0.95)" in refused(capfd, "problem=digits", override)
+
+
+def test_a_site_that_the_network_has_not(capfd):
+    said = refused(
+        capfd, "problem=digits", "problem.hidden=[64]", "problem.space.dropout2.init=0.1"
+    )
+    assert "there is no hyperparameter `dropout2` (did you mean `dropout1`" in said
+
+
+def test_a_batch_larger_than_the_split(capfd):
+    assert "choose a batch size between 1 and" in refused(
+        capfd, "problem=digits", "problem.batch_size=100000", *QUICK[:3]
+    )
+
+
+def test_a_constructor_that_fails_is_named(capfd):
+    Path("conf/problem").mkdir(parents=True)
+    Path("conf/problem/broken.yaml").write_text("_target_: brokenbox.Broken\n")
+    Path("brokenbox.py").write_text("def Broken():\n    raise ValueError('no data here')\n")
+    said = refused(capfd, "--config-dir", "conf", "problem=broken")
+    sys.modules.pop("brokenbox", None)
+    assert "`problem` cannot be built from brokenbox.Broken: ValueError: no data here" in said
+
+
+def test_a_module_that_fails_to_import_is_not_called_missing(capfd):
+    Path("halfbox.py").write_text("import nowhere_to_be_found\n")
+    assert "No module named 'nowhere_to_be_found'" in refused(
+        capfd, *QUICK, "problem._target_=halfbox.Toy"
+    )
+
+
+def test_the_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="lineraize"):
+        main([*QUICK, "solver.lineraize=true"])
+
+
+def test_an_error_that_nothing_explains_is_a_sentence_with_its_place(capfd):
+    Path("bugbox.py").write_text(
+        "from problems import Quadratic\n"
+        "def Buggy():\n"
+        "    problem = Quadratic.random(weights=2, hypers=1)\n"
+        "    problem.outer_objective = None\n"
+        "    return problem\n"
+    )
+    said = refused(
+        capfd, *QUICK, "~problem", "+problem={_target_: bugbox.Buggy}", "names.problem=buggy"
+    )
+    sys.modules.pop("bugbox", None)
+    assert "TypeError: 'NoneType' object is not callable" in said
+    assert "line " in said
+    assert "HYDRA_FULL_ERROR=1" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["seed=1"], "`seed` is 1 on the command line and was 0"),
+        (["solver=stn"], "`solver` is stn on the command line and was fixed"),
+        (["solver.inner_steps=7"], "`solver.inner_steps` is 7 on the command line and was 5"),
+        (
+            ["problem.space.hyper.init=0.5"],
+            "`problem.space.hyper.init` is 0.5 on the command line and was left at its default",
+        ),
+        (
+            ["runner.threads=2"],
+            "`runner.threads` is 2 on the command line and was left at its default",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_resumed_run_keeps_its_settings(capfd, finished, arguments, words):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    said = refused(capfd, f"resume={finished}", "problem=quadratic", *arguments)
+    assert words in said
+    assert str(finished) in said
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def not_a_run(run: Path) -> None:
+    (run / "config.yaml").unlink()
+
+
+def no_checkpoint(run: Path) -> None:
+    for file in run.glob("checkpoint*.pt"):
+        file.unlink()
+
+
+def truncated(run: Path) -> None:
+    for file in run.glob("checkpoint*.pt"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def foreign(run: Path) -> None:
+    for file in run.glob("checkpoint*.pt"):
+        torch.save({"w": torch.zeros(3)}, file)
+
+
+def broken_config(run: Path) -> None:
+    (run / "config.yaml").write_text("{a: [")
+
+
+def strange_config(run: Path) -> None:
+    (run / "config.yaml").write_text("a: 3\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (not_a_run, "is not a run: it has no config.yaml"),
+        (no_checkpoint, "is not a run: it has no checkpoint.pt"),
+        (truncated, "is truncated"),
+        (foreign, "is no checkpoint of bilevel"),
+        (broken_config, "cannot be read"),
+        (strange_config, "is not the configuration of a run"),
+        (shutil.rmtree, "is not a directory"),
+    ],
+)
+def test_what_is_no_run_is_not_resumed(capfd, finished, spoil, words):
+    run = Path(shutil.copytree(finished, "copy"))
+    spoil(run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()} if run.exists() else None
+    assert words in refused(capfd, "resume=copy")
+    assert (
+        {path.name: path.read_bytes() for path in run.iterdir()} if run.exists() else None
+    ) == before
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(capfd, finished):
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    assert "holds a run already" in refused(capfd, *QUICK, f"hydra.run.dir={finished}")
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+def test_a_folder_that_hides_ours_is_named():
+    Path("solvers").mkdir()
+    done = subprocess.run([sys.executable, "-m", "bilevel", *QUICK], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"bilevel: {Path.cwd() / 'solvers'} hides bilevel's own package `solvers`"
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_problem_in_a_folder_with_our_name_is_told_why_it_is_not_found(capfd):
+    Path("problems").mkdir()
+    Path("problems/mine.py").touch()
+    assert "rename it" in refused(capfd, *QUICK, "problem._target_=bilevel.problems.mine.Toy")

@@ -1,0 +1,286 @@
+"""The differentiable twins of torch.optim's optimizers: equal step by step, and right when they are differentiated."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from bilevel import BilevelError, Positive, Refused, Space
+from bilevel.domains import optimizer_setting
+from bilevel.solvers.optim.functional import Twin, _root, configured
+from bilevel.solvers.optim.optimized import Trained
+
+SGD, Adam, AdamW, RMSprop = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.RMSprop,
+)
+
+OPTIMIZERS = {
+    "SGD": partial(SGD, lr=0.1),
+    "SGD, weight decay": partial(SGD, lr=0.1, weight_decay=0.2),
+    "SGD, momentum": partial(SGD, lr=0.1, momentum=0.9),
+    "SGD, momentum, dampening, weight decay": partial(
+        SGD, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.2
+    ),
+    "SGD, Nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "Adam": partial(Adam, lr=0.1),
+    "Adam, weight decay": partial(Adam, lr=0.1, betas=(0.7, 0.9), eps=1e-3, weight_decay=0.2),
+    "AdamW": partial(AdamW, lr=0.1, betas=(0.7, 0.9)),
+    "AdamW, no decay": partial(AdamW, lr=0.1, weight_decay=0.0),
+    "RMSprop": partial(RMSprop, lr=0.1),
+    "RMSprop, weight decay": partial(RMSprop, lr=0.1, alpha=0.8, eps=1e-3, weight_decay=0.2),
+    "RMSprop, centered": partial(RMSprop, lr=0.1, alpha=0.8, centered=True),
+    "RMSprop, momentum": partial(RMSprop, lr=0.1, alpha=0.8, momentum=0.9),
+    "RMSprop, centered, momentum": partial(
+        RMSprop, lr=0.1, alpha=0.8, momentum=0.9, centered=True, weight_decay=0.1
+    ),
+}
+all_optimizers = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+NOTHING = Space(decay=Positive(init=1.0))
+STEPS = 20
+
+
+def weights():
+    draws = torch.Generator().manual_seed(0)
+    return {name: torch.randn(4, generator=draws).double() for name in ("a", "b", "unused")}
+
+
+def gradients(step, params):
+    """Curved, and noisy; of `a` two entries are zero for the first seven steps, and `unused` never has any."""
+    draws = torch.Generator().manual_seed(step)
+    seen = torch.tensor([1.0, 0.0, 0.0, 1.0] if step < 7 else [1.0] * 4).double()
+    noise = {name: torch.randn(4, generator=draws).double() for name in ("a", "b")}
+    return [seen * (params["a"].tanh() + noise["a"]), params["b"] * params["a"] + noise["b"], None]
+
+
+def run(twin, point, settings, steps=STEPS, first=0):
+    for step in range(first, first + steps):
+        point = twin.step(*point, gradients(step, point[0]), settings)
+    return point
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@all_optimizers
+def test_a_twin_takes_the_steps_of_its_optimizer(make, clip_norm):
+    """Weights and memory, every one of 20 steps; weights whose gradient is zero, or absent, for a while or for ever."""
+    theirs, ours = (Trained(weights(), make, clip_norm=clip_norm) for _ in range(2))
+    twin = Twin(ours, NOTHING)
+    point, settings = twin.read(), twin.settings({})
+    for step in range(STEPS):
+        for leaf, gradient in zip(theirs.leaves, gradients(step, theirs.detached()), strict=True):
+            leaf.grad = gradient
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(theirs.leaves, clip_norm)
+        theirs.optimizer.step()
+        point = twin.step(*point, gradients(step, point[0]), settings)
+        torch.testing.assert_close(point[0], theirs.detached(), rtol=1e-13, atol=1e-13)
+    assert torch.equal(point[0]["unused"], weights()["unused"])
+    moved = (point[0]["a"] - weights()["a"]).abs().min()
+    assert moved > 0.01, "a twin that loses its parameters does not move them"
+
+    twin.write(*point)
+    for mine, other in zip(ours.leaves, theirs.leaves, strict=True):
+        state = {
+            key: value for key, value in theirs.optimizer.state[other].items() if value is not None
+        }
+        torch.testing.assert_close(dict(ours.optimizer.state[mine]), state, rtol=1e-13, atol=1e-13)
+
+
+@all_optimizers
+def test_steps_of_both_kinds_may_alternate(make):
+    """What a twin writes back the optimizer continues from, and the other way round."""
+    theirs, ours = Trained(weights(), make), Trained(weights(), make)
+    twin = Twin(ours, NOTHING)
+    for step in range(12):
+        for trained in (theirs, ours):
+            if trained is ours and step % 4 < 2:
+                twin.write(*run(twin, twin.read(), twin.settings({}), steps=1, first=step))
+                continue
+            for leaf, gradient in zip(
+                trained.leaves, gradients(step, trained.detached()), strict=True
+            ):
+                leaf.grad = gradient
+            trained.optimizer.step()
+    torch.testing.assert_close(ours.detached(), theirs.detached(), rtol=1e-13, atol=1e-13)
+
+
+def test_a_gradient_of_one_number_in_many_places_is_written_back_as_memory_of_its_own():
+    """Autograd hands out expanded tensors: in-place steps on them would fail, or change many weights at once."""
+    trained = Trained({"w": torch.zeros(3)}, partial(SGD, lr=1.0, momentum=0.5))
+    twin = Twin(trained, NOTHING)
+    params, moments = twin.read()
+    twin.write(*twin.step(params, moments, [torch.ones(()).expand(3)], twin.settings({})))
+    trained.leaves[0].grad = torch.tensor([1.0, 2.0, 3.0])
+    trained.optimizer.step()
+    assert trained.detached()["w"].tolist() == [-2.5, -3.5, -4.5]
+
+
+# --- derivatives ---
+
+
+def final(make, start, settings=None, clip_norm=None):
+    """The sum of all weights after 20 steps, to be differentiated in `start` and in the settings."""
+    twin = Twin(Trained(start, make, clip_norm=clip_norm), NOTHING)
+    point = (dict(start), twin.read()[1])
+    params, _ = run(twin, point, {**twin.settings({}), **(settings or {})})
+    return sum((p * torch.arange(1.0, 5.0).double()).sum() for p in params.values())
+
+
+def central(function, x, h=1e-6):
+    out = torch.zeros_like(x)
+    for i in range(x.numel()):
+        e = torch.zeros_like(x)
+        e.view(-1)[i] = h
+        out.view(-1)[i] = (function(x + e) - function(x - e)) / (2 * h)
+    return out
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@all_optimizers
+def test_the_derivative_in_the_start_is_that_of_central_differences(make, clip_norm):
+    """Finite, and right, where weights have had no gradient yet."""
+    start = weights()
+
+    def at(a):
+        return final(make, {**start, "a": a}, clip_norm=clip_norm)
+
+    a = start["a"].clone().requires_grad_()
+    (found,) = torch.autograd.grad(at(a), a)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found, central(at, start["a"]), rtol=1e-6, atol=1e-7)
+
+
+SETTINGS = [
+    ("SGD, momentum", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}),
+    ("SGD, Nesterov", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    ("SGD, momentum, dampening, weight decay", {"lr": 0.1, "momentum": 0.8}),
+    ("Adam", {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 0.01, "weight_decay": 0.1}),
+    ("AdamW", {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 0.01, "weight_decay": 0.1}),
+    ("RMSprop", {"lr": 0.1, "alpha": 0.9, "eps": 0.01, "momentum": 0.5, "weight_decay": 0.1}),
+    ("RMSprop, centered, momentum", {"lr": 0.1, "alpha": 0.9, "eps": 0.1, "momentum": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=[name for name, _ in SETTINGS])
+def test_the_derivative_in_every_setting_is_that_of_central_differences(name, settings):
+    def at(values):
+        return final(OPTIMIZERS[name], weights(), dict(zip(settings, values, strict=True)))
+
+    values = torch.tensor(list(settings.values()), dtype=torch.float64)
+    leaf = values.clone().requires_grad_()
+    (found,) = torch.autograd.grad(at(leaf), leaf)
+    assert (found.abs() > 1e-6).all()
+    torch.testing.assert_close(found, central(at, values), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=[name for name, _ in SETTINGS])
+def test_a_setting_as_a_tensor_changes_no_value(name, settings):
+    tensors = {key: torch.tensor(value, dtype=torch.float64) for key, value in settings.items()}
+    numbers, both = (final(OPTIMIZERS[name], weights(), s) for s in (settings, tensors))
+    torch.testing.assert_close(both, numbers, rtol=1e-12, atol=0)
+
+
+def test_adam_divides_by_the_root_of_the_second_moment():
+    """The trap of a differentiable Adam without its square root: the first step is lr · sign(g), whatever the size of g."""
+    for size in (1e-3, 1.0, 1e3):
+        twin = Twin(
+            Trained({"w": torch.zeros(2).double()}, partial(Adam, lr=0.1, eps=0.0)), NOTHING
+        )
+        params, moments = twin.read()
+        g = size * torch.tensor([1.0, -1.0]).double()
+        stepped = twin.step(params, moments, [g], twin.settings({}))[0]["w"]
+        torch.testing.assert_close(
+            stepped, torch.tensor([-0.1, 0.1], dtype=torch.float64), rtol=1e-12, atol=0
+        )
+
+
+# --- settings that λ holds, schedules ---
+
+
+def tuning(make, scheduler=None, **settings):
+    space = Space(
+        **{f"of {name}": optimizer_setting(name, init=value) for name, value in settings.items()}
+    )
+    trained = Trained(weights(), configured(make, settings), scheduler)
+    return Twin(trained, space), space
+
+
+def test_settings_of_lambda_take_the_place_of_the_optimizers():
+    twin, space = tuning(partial(Adam, lr=0.5), lr=0.01, beta1=0.8)
+    hypers = space.constrain(space.init(torch.float64))
+    settings = twin.settings(hypers)
+    assert settings["lr"] is hypers["of lr"]
+    assert settings["beta1"] is hypers["of beta1"]
+    assert (settings["beta2"], settings["eps"]) == (0.999, 1e-8)
+
+
+def test_a_frozen_setting_is_the_optimizers_own_number():
+    space = Space(rate=Positive(init=0.02, optimizer="lr", frozen=True), decay=Positive(init=1.0))
+    twin = Twin(Trained(weights(), configured(partial(SGD, lr=0.5), {"lr": 0.02})), space)
+    assert twin.tuned == {}
+    assert twin.settings(space.constrain(space.init()))["lr"] == 0.02
+
+
+@pytest.mark.parametrize("first", [1.0, 0.5])
+def test_a_schedule_multiplies_a_tuned_learning_rate(first):
+    """By the factor by which it has changed its own, its very first one included."""
+
+    def factor(epoch):
+        return first * 0.1**epoch
+
+    twin, space = tuning(
+        partial(SGD, lr=0.5), partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=factor), lr=0.2
+    )
+    moved = space.constrain(space.unconstrain({"of lr": torch.tensor(0.3)}))
+    for epoch in range(3):
+        torch.testing.assert_close(twin.settings(moved)["lr"], torch.tensor(0.3 * factor(epoch)))
+        twin.trained.optimizer.step()
+        twin.trained.epoch_ended(None)
+
+
+# --- what has no twin ---
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (
+            partial(torch.optim.Adagrad, lr=0.1),
+            "Adagrad has no differentiable twin here; choose one of torch.optim.SGD",
+        ),
+        (partial(Adam, amsgrad=True), "twin of Adam has no amsgrad=true; leave it out"),
+        (partial(SGD, maximize=True), "twin of SGD has no maximize=true"),
+        (partial(Adam, fused=True), "twin of Adam has no fused=true"),
+        (
+            partial(Adam, decoupled_weight_decay=True),
+            "twin of Adam has no decoupled_weight_decay=true",
+        ),
+        (lambda params: SGD([{"params": [p]} for p in params], lr=0.1), "one group of parameters"),
+    ],
+    ids=["Adagrad", "amsgrad", "maximize", "fused", "decoupled", "groups"],
+)
+def test_what_has_no_twin_is_refused(make, match):
+    with pytest.raises(Refused, match=match):
+        Twin(Trained(weights(), make), NOTHING)
+
+
+def test_a_setting_that_the_optimizer_has_not_is_refused():
+    space = Space(first=optimizer_setting("beta1", init=0.9))
+    with pytest.raises(Refused, match="`first` sets `beta1`, which SGD has not"):
+        Twin(Trained(weights(), partial(SGD, lr=0.1)), space)
+    with pytest.raises(BilevelError, match="no setting `beta1`"):
+        Trained(weights(), configured(partial(SGD, lr=0.1), {"beta1": 0.9}))
+
+
+def test_a_half_precision_root_is_no_root_of_the_smallest_number():
+    """√0 is 0 in every type, and its derivative too."""
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        v = torch.tensor([0.0, 4.0], dtype=dtype, requires_grad=True)
+        root = _root(v)
+        (slope,) = torch.autograd.grad(root.sum(), v)
+        assert (root.tolist(), slope.tolist()) == ([0.0, 2.0], [0.0, 0.25])

@@ -1,0 +1,157 @@
+"""No step waits for the device: what would is found on the CPU, by operation (tests/bilevel/device/test_cuda.py asks CUDA itself)."""
+
+import inspect
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bilevel.solvers.base.descent
+import bilevel.solvers.self_tuning
+from bilevel.data import global_rng
+from bilevel.problem import Problem
+from bilevel.problems import digits
+from bilevel.solvers import SelfTuning
+from tests.support.solver_cases import RECIPES, Decayed, all_problems, all_solvers, ready
+
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense: "a number is read: .item(), float(), int(), bool(), an `if`",
+    aten.equal: "a comparison is read",
+    aten.nonzero: "a shape depends on values",
+    aten.masked_select: "a shape depends on values",
+    aten._unique2: "a shape depends on values",
+    aten.repeat_interleave: "a shape depends on values",
+    aten.lift_fresh: "a tensor is made of Python numbers on the host, and copied",
+}
+"""Operations that make CUDA wait."""
+
+READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu}
+"""What on the CPU is no operation at all."""
+
+SEEDED = inspect.unwrap(global_rng.seeded).__code__
+"""May read one number: on the host, a global generator is seeded with a number drawn there; on CUDA it reads the generator's
+state instead, which lies on the host."""
+
+
+class Waited(AssertionError):
+    """A step did what would wait for the device."""
+
+
+class Operations(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        reason = WAITS.get(func.overloadpacket)
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
+            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
+            for i in tree_leaves(args[1])
+        ):
+            reason = "a mask selects: a shape depends on values"
+        if reason and not (func.overloadpacket is aten._local_scalar_dense and called_by(SEEDED)):
+            raise Waited(f"{func}: {reason}")
+        return func(*args, **(kwargs or {}))
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in READS:
+            raise Waited(f"{func.__name__}: values are read")
+        return func(*args, **(kwargs or {}))
+
+
+def called_by(code):
+    """Whether the innermost frame outside installed packages and the modes that a function passes through is of `code`."""
+    frame = sys._getframe(1)
+    while (
+        frame.f_code.co_name.startswith("__torch_")
+        or "site-packages" in Path(frame.f_code.co_filename).parts
+    ):
+        frame = frame.f_back
+    return frame.f_code is code
+
+
+@contextmanager
+def no_waiting():
+    with Functions(), Operations():
+        yield
+
+
+@all_solvers
+@all_problems
+def test_no_step_waits_for_the_device(make_problem, make):
+    """After a first step, which hands over constants once; with warm-up, with clipping, and over the end of an epoch."""
+    solver = ready(make_problem(), make(inner_steps=2, clip_norm=1.0))
+    solver.step(limit=1)
+    with no_waiting():
+        solver.step(warmup=True)
+        solver.step()
+        solver.step(limit=1)
+
+
+# --- that it can fail ---
+
+
+def read(loss):
+    return loss.item()
+
+
+LAPSES = {
+    "item": read,
+    "branch": lambda loss: 1 if loss > 0 else 0,
+    "format": lambda loss: f"{loss:.3f}",
+    "list": lambda loss: loss.tolist(),
+    "numpy": lambda loss: loss.detach().numpy(),
+    "host": lambda loss: loss.cpu(),
+    "fresh scalar": lambda loss: loss + torch.tensor(1.0),
+    "fresh number": lambda loss: loss + torch.as_tensor(1.0),
+    "mask": lambda loss: loss[None][loss[None] > 0],
+    "nonzero": lambda loss: torch.nonzero(loss[None]),
+    "unique": lambda loss: loss[None].unique(),
+    "equal": lambda loss: torch.equal(loss, loss),
+}
+
+
+@pytest.mark.parametrize("lapse", LAPSES.values(), ids=LAPSES)
+@pytest.mark.parametrize("where", ["inner_loss", "outer_loss"])
+def test_a_lapse_in_a_loss_is_found(where, lapse, monkeypatch):
+    solver = ready(digits(hidden=[8]), SelfTuning(inner_steps=1))
+    loss_of = getattr(Problem, where)
+
+    def lapsed(self, *args):
+        loss, carry = loss_of(self, *args)
+        lapse(loss)
+        return loss, carry
+
+    monkeypatch.setattr(Problem, where, lapsed)
+    with pytest.raises(Waited), no_waiting():
+        solver.step()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("module", [bilevel.solvers.self_tuning, bilevel.solvers.base.descent])
+def test_an_item_in_a_descent_is_found(module, recipe, monkeypatch):
+    solver = ready(digits(hidden=[8]), SelfTuning(inner_steps=1, **RECIPES[recipe]))
+    descend = module.descend
+    monkeypatch.setattr(
+        module, "descend", lambda loss, *groups: (read(loss), descend(loss, *groups))[1]
+    )
+    with pytest.raises(Waited, match="a number is read"), no_waiting():
+        solver.step()
+
+
+def test_the_exception_is_the_seeding_alone():
+    """A number that the network reads while its generators are seeded is found all the same."""
+
+    class Reading(torch.nn.Linear):
+        def forward(self, x):
+            read(x.sum())
+            return super().forward(x)
+
+    solver = ready(Decayed(Reading(4, 3)))
+    with pytest.raises(Waited), no_waiting():
+        solver.step()
