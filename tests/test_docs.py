@@ -32,7 +32,7 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(
-        responding, "RULES", dict(per_example_weight.RULES)
+        per_example_weight, "RULES", dict(per_example_weight.RULES)
     )  # a page may teach a rule, which other tests know to be missing
     shared = {"__name__": page.stem}
     for number, block in enumerate(

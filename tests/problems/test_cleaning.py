@@ -26,7 +26,7 @@ from bilevel.solvers import (
     implicit_cg,
     implicit_identity,
 )
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import ready, sgd
 
 CPU = torch.device("cpu")

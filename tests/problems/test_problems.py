@@ -389,7 +389,7 @@ def test_every_parameter_receives_a_gradient(name, mnist_root):
 @pytest.fixture
 def mnist_root(request):
     root = Path(
-        os.environ.get("BILEVEL_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
+        os.environ.get("BILEVEL_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")
     )
     if not (root / "MNIST" / "raw").is_dir() and "digits" not in request.node.name:
         pytest.skip("no MNIST: set BILEVEL_TEST_DATA to a folder that holds MNIST/raw")

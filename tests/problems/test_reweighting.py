@@ -13,7 +13,7 @@ from bilevel.problems import MLP
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.reweighting import LossWeights, at, balanced, long_tailed
 from bilevel.solvers import SAMA, SOBA, Penalty, Unrolled, delta_stn, implicit_cg, stn
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import ready, sgd
 
 CPU, F64 = torch.device("cpu"), torch.float64

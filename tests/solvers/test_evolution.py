@@ -25,7 +25,7 @@ from bilevel.solvers import Fixed
 from bilevel.solvers.evolution import EvolutionStrategies
 from bilevel.solvers.optim.functional import Moments
 from bilevel.solvers.unroll.trajectory import Point
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, Recurrent, every_domain, normed, ready, set_to, sgd
 
 LR, K = 0.3, 3

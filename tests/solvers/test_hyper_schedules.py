@@ -25,7 +25,7 @@ from bilevel.loggers import hyper_schedule
 from bilevel.loggers.hyper_schedule import HyperSchedule, export, of_run, read
 from bilevel.loggers.records import read_metrics
 from bilevel.solvers import Constant, Fixed, Gaussian, Replayed, SelfTuning, Sinusoidal
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import ready, sgd
 
 CALM = partial(Runner, progress="none", picture=False, device="cpu")

@@ -20,7 +20,7 @@ from bilevel.solvers import CG, FixedPoint, Identity, Neumann, Nystrom
 from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.linear_solve.curvature import GaussNewton, Hessian
-from tests.solvers.test_no_sync import Waited, no_waiting
+from tests.support.device_waits import Waited, no_waiting
 from tests.support.solver_cases import (
     CPU,
     PROBLEMS,

@@ -18,7 +18,7 @@ from bilevel.solvers.optim.optimized import follow
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.sama import SAMA
 from bilevel.solvers.soba import SOBA
-from tests.solvers.test_no_sync import Waited, no_waiting
+from tests.support.device_waits import Waited, no_waiting
 from tests.support.solver_cases import Decayed, normed, ready, set_to, sgd
 
 F64 = torch.float64

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bilevel.problems import MLP, Classification
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.solvers import Fixed, SelfTuning, centered_stn, delta_stn, stn
 from bilevel.solvers.base.descent import descend
+from tests.support.flops import count
 from tests.support.solver_cases import all_flags, ready
 
 B = 8
@@ -32,12 +32,6 @@ NETWORKS = {
     "mlp": (lambda: MLP([196, 300, 300, 300, 10]), (196,)),
     "convolutions": (Convolutions, (2, 8, 8)),
 }
-
-
-def count(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
 
 
 @pytest.fixture(params=NETWORKS)

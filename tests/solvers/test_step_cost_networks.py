@@ -7,7 +7,7 @@ from bilevel.problems import Classification
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.by_name import by_name
 from bilevel.solvers import Fixed, SelfTuning, centered_stn, delta_stn, stn
-from tests.solvers.test_step_cost import count
+from tests.support.flops import count
 from tests.support.solver_cases import ready
 
 CASES = {"vgg16": (None, 27), "resnet18": ("batch", 16), "resnet18 without norm": ("none", 16)}

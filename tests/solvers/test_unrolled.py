@@ -20,7 +20,7 @@ from bilevel.solvers.optim.functional import apply_settings, optimizer_settings
 from bilevel.solvers.unroll.forward import Forward
 from bilevel.solvers.unroll.reverse import Reverse
 from bilevel.solvers.unrolled import Unrolled
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, Decayed, normed, ready, set_to, sgd
 
 MODES = {

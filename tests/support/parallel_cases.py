@@ -1,6 +1,7 @@
-"""What two processes do for tests/bilevel/parallel/test_two_processes.py: `python parallel_cases.py OUT RANK STORE`, every case alone and together.
+"""Run every case in one process and in two, for tests/bilevel/parallel/test_two_processes.py.
 
-Rank 0 writes to OUT what each case gave in one process and in two; a case that raises is a sentence in its place.
+Call `python -m tests.support.parallel_cases OUT RANK STORE` from the root of the repository.
+Each rank writes its results to OUT; a case that raises is a sentence in its place.
 """
 
 import signal
@@ -34,9 +35,9 @@ from bilevel.solvers import (
     delta_stn,
     implicit_cg,
 )
-from tests.solvers.test_laws import SOLVERS, suited
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import FLAGS
+from tests.support.solver_list import SOLVERS, suited
 
 CPU = torch.device("cpu")
 ROUNDS = 3

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from bilevel.problems import digits
 from bilevel.timers import Phases
 from tests.soak import kills
-from tests.solvers.test_laws import SMALL, SOLVERS, suited
 from tests.support.solver_cases import ready
+from tests.support.solver_list import SMALL, SOLVERS, suited
 
 OURS = ("bilevel", "solvers", "problems")
 LEFT_OUT = (

@@ -23,8 +23,8 @@ from bilevel.problems import Quadratic, augmented_images, digits
 from bilevel.problems.datasets import labelled_images
 from bilevel.problems.networks.dropout import concrete_dropout
 from bilevel.solvers import SAMA, delta_stn, stn
-from tests.solvers.test_laws import BLACK_BOX, SOLVERS, suited
 from tests.support.solver_cases import ready
+from tests.support.solver_list import BLACK_BOX, SOLVERS, suited
 
 CPU = torch.device("cpu")
 SUBTRACT = {"sama", "es", "es, truncated"}

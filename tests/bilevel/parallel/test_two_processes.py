@@ -27,6 +27,7 @@ from bilevel.parallel.shards import Share, shares
 from tests.support.parallel_cases import CASES, CPU, SOLVERS, Decayed, both, exact_run
 from tests.support.solver_cases import Recurrent, all_problems
 
+ROOT = Path(__file__).parents[3]
 EQUAL = [name for name, case in CASES.items() if getattr(case, "func", None) is both]
 QUICK = [
     "problem=digits",
@@ -41,14 +42,9 @@ QUICK = [
 def outcomes(tmp_path_factory):
     """What every case gave on both ranks: one pair of processes runs them all."""
     out = tmp_path_factory.mktemp("parallel")
-    script, options = (
-        Path(__file__).with_name("parallel_cases.py"),
-        {"stderr": subprocess.PIPE, "text": True},
-    )
-    pair = [
-        subprocess.Popen([sys.executable, script, out, str(rank), out / "store"], **options)
-        for rank in (0, 1)
-    ]
+    command = [sys.executable, "-m", "tests.support.parallel_cases", out]
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    pair = [subprocess.Popen([*command, str(rank), out / "store"], **options) for rank in (0, 1)]
     said = [process.communicate(timeout=600)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     results = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

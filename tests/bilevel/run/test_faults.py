@@ -40,8 +40,8 @@ from bilevel.solvers import (
     implicit_nystrom,
     unrolled_forward,
 )
-from tests.bilevel.run.test_runner import comparable, run, same_weights
 from tests.support.fakes import FakeProblem, FakeSolver
+from tests.support.runs import comparable, run, same_weights
 
 TIMES = ("seconds", "peak_memory_bytes")
 

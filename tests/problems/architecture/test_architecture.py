@@ -21,7 +21,7 @@ from bilevel.problems.architecture.problem import (
 )
 from bilevel.problems.architecture.tables import TABLES, table
 from bilevel.solvers.first_order import FirstOrder
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, ready, sgd
 
 F64 = torch.float64

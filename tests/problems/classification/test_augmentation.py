@@ -23,7 +23,7 @@ from bilevel.problems.datasets import labelled_images
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.mlp_cnn import SimpleCNN
 from bilevel.requirements import check_space
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import all_solvers, ready
 
 CPU, F64 = torch.device("cpu"), torch.float64

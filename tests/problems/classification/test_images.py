@@ -37,7 +37,7 @@ from tests.support.solver_cases import ready
 CPU = torch.device("cpu")
 EXPERIMENTS = {"mnist_mlp": 3, "fashion_cnn": 6, "cifar_alexnet": 18, "cifar_vgg16": 26}
 DATA = Path(
-    os.environ.get("BILEVEL_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
+    os.environ.get("BILEVEL_TEST_DATA", Path(__file__).parents[3] / ".." / "shared" / "data")
 )
 
 

@@ -18,7 +18,7 @@ from bilevel.problems.language_modeling.windows import Windows
 from bilevel.solvers import Fixed, SelfTuning
 from bilevel.solvers.autodiff.decompositions import FORWARD, Composed
 from bilevel.solvers.optim.lr_schedules import NonMonotone
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, RECIPES, ready, sgd
 
 WORDS = 11

@@ -16,7 +16,7 @@ from bilevel.problems import Ridge, digits
 from bilevel.run.evaluation import evaluate
 from bilevel.solvers import Fixed
 from bilevel.solvers.black_box.population import PopulationBased
-from tests.solvers.test_no_sync import no_waiting
+from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, every_domain, normed, ready, sgd
 
 

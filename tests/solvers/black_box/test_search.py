@@ -21,7 +21,7 @@ from bilevel.solvers.black_box.ranges import ranges_of
 from bilevel.solvers.black_box.samplers import GP, TPE, Hyperband, Median, RandomSearch, quiet
 from bilevel.solvers.black_box.search import Search
 from bilevel.solvers.black_box.trials import bounded
-from tests.solvers.test_no_sync import Waited, no_waiting
+from tests.support.device_waits import Waited, no_waiting
 from tests.support.solver_cases import CPU, classifier, normed, ready, sgd
 
 SAMPLERS = {"random": RandomSearch(), "tpe": TPE(startup=2), "gp": GP(startup=2)}
