@@ -59,7 +59,7 @@ SETTINGS = (
 
 
 def package(name: str) -> str:
-    """The dotted name of `solvers` or `problems`, wherever it is."""
+    """Return the dotted name of `solvers` or `problems` in this tree."""
     for candidate in (f"bilevel.{name}", name):
         try:
             importlib.import_module(candidate)
@@ -72,7 +72,7 @@ def package(name: str) -> str:
 
 
 def configuration(overrides: Iterable[str], places: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved nodes `problem`, `solver` and `runner`, from the YAML of this tree."""
+    """Return the resolved nodes `problem`, `solver` and `runner` from the YAML of this tree."""
     if not OmegaConf.has_resolver("bilevel.times"):
         OmegaConf.register_new_resolver("bilevel.times", lambda factor, value: factor * value)
     given, nodes = [], {}
@@ -98,7 +98,7 @@ def configuration(overrides: Iterable[str], places: Mapping[str, Any]) -> dict[s
 
 
 def run(case: Case, places: Mapping[str, Any], directory: Path, stop: int | None = None) -> Any:
-    """Run the case in the directory, or continue it there; what is known afterwards.
+    """Run the case in the directory, or continue it there; and return what is known afterwards.
 
     Args:
         case: what is run.
@@ -134,7 +134,7 @@ def run(case: Case, places: Mapping[str, Any], directory: Path, stop: int | None
         "params": tensors(solution.params),
         "carry": tensors(solution.carry),
         "scales": tensors(solver.scales()),
-        "beside": tensors(solver.beside()),
+        "beside": tensors(extra_tensors(solver)),
     }
     if stop is None:  # last, since it may draw and train
         try:
@@ -145,8 +145,13 @@ def run(case: Case, places: Mapping[str, Any], directory: Path, stop: int | None
     return allowed(found)
 
 
+def extra_tensors(solver: Any) -> Mapping[str, Any]:
+    """Return the tensors that are trained beside w, under today's name or the earlier one."""
+    return solver.extra_tensors() if hasattr(solver, "extra_tensors") else solver.beside()
+
+
 def watched(solver: Any, stop: int | None) -> list[dict[str, Any]]:
-    """What `step` is asked and returns from now on; Ctrl-C is sent after the round `stop`."""
+    """Record every call of `step` from now on; send Ctrl-C after the round `stop`."""
     rounds: list[dict[str, Any]] = []
     cls = type(solver)
 
@@ -165,7 +170,7 @@ def watched(solver: Any, stop: int | None) -> list[dict[str, Any]]:
 
 
 def outcome(name: str) -> tuple[dict[str, Any], float]:
-    """What is kept of the case, and the seconds it took."""
+    """Return what is kept of the case, and the seconds that it took."""
     began, case = time.perf_counter(), CASES[name]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as warned:
@@ -234,7 +239,9 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, str, 
             yield from differences(old.get(key, ABSENT), new.get(key, ABSENT), below)
     elif isinstance(old, list) and isinstance(new, list):
         if len(old) != len(new):
-            yield f"{path} (length)", str(len(old)), str(len(new))
+            more = (old[len(new) :] or new[len(old) :])[0]
+            lengths = str(len(old)), str(len(new))
+            yield f"{path} (length; the first more is {brief(more)})", *lengths
         for index, pair in enumerate(zip(old, new, strict=False)):
             yield from differences(*pair, f"{path}/{index}")
     elif repr(old) != repr(new):  # of floats reversible; nan is nan, and -0.0 is not 0.0
@@ -262,6 +269,11 @@ def outcomes(names: list[str], jobs: int) -> Iterator[tuple[str, dict[str, Any],
             yield asked[future], *future.result()
 
 
+def chosen(name: str, only: list[str]) -> bool:
+    """Whether the case is asked for."""
+    return not only or any(part in name for part in only)
+
+
 def environment() -> dict[str, str]:
     return {"torch": torch.__version__, "python": sys.version.split()[0]}
 
@@ -284,14 +296,14 @@ def record(names: list[str], jobs: int, folder: Path) -> int:
     return 0
 
 
-def check(names: list[str], jobs: int, folder: Path, *, all_cases: bool) -> int:
+def check(names: list[str], jobs: int, folder: Path, only: list[str]) -> int:
     """Compare each case with its file and tell the differences; the exit status."""
     before = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     if before != environment():
         print(f"warning: recorded under {before}, and this is {environment()}")
     files = {str(f.relative_to(folder))[:-5] for f in folder.rglob("*.json")} - {ENVIRONMENT[:-5]}
-    failed = [f"{name}: there is no such case now" for name in sorted(files - {*CASES})]
-    failed = failed if all_cases else []
+    gone = sorted(name for name in files - {*CASES} if chosen(name, only))
+    failed = [f"{name}: there is no such case now" for name in gone]
     for line in failed:
         print(line)
     for name, kept, _ in outcomes(names, jobs):
@@ -321,7 +333,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="parts of names of cases")
     parser.add_argument("--jobs", type=int, default=2, help="processes side by side")
     given = parser.parse_args()
-    names = [n for n in CASES if not given.only or any(part in n for part in given.only)]
+    names = [name for name in CASES if chosen(name, given.only)]
     if given.command == "list":
         print("\n".join(names))
         return 0
@@ -334,7 +346,7 @@ def main() -> int:
     else:
         if given.against is None:
             parser.error("check needs --against DIR")
-        status = check(names, given.jobs, given.against, all_cases=not given.only)
+        status = check(names, given.jobs, given.against, given.only)
     print(f"{time.perf_counter() - began:.0f} s")
     return status
 

@@ -331,7 +331,8 @@ def settings() -> dict[str, Case]:
     cases["runner/all_warm"] = Case((*DIGITS, "solver=delta_stn", "runner.warmup_epochs=9"))
     for kind in ("per_weight", "false"):
         decay = f"problem.weight_decay={kind}"
-        cases[f"digits/decay_{kind}"] = Case((*DIGITS, "solver=implicit_neumann", GAUSSIAN, decay))
+        given = (*DIGITS, "solver=implicit_neumann", GAUSSIAN, COLD, decay)
+        cases[f"digits/decay_{kind}"] = Case(given, 2)
     cases["digits/concrete"] = Case((*DIGITS, "solver=unrolled", "problem.dropout=concrete", COLD))
     for more in ("per_feature=true", "batch_size=7", "dtype=float64"):
         for solver in ("delta_stn", "implicit_cg", "unrolled", "es"):
