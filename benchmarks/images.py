@@ -19,7 +19,7 @@ from benchmarks.step import forward, training_step
 from benchmarks.workloads import Timed
 from bilevel import solvers
 from bilevel.device.device import choose_device
-from bilevel.device.precision import PRECISIONS, at_precision, products
+from bilevel.device.precision import PRECISIONS, at_precision, matmul_precision
 from bilevel.problems import Classification, images
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.run.cuda_graph import Capture
@@ -176,7 +176,7 @@ def measured(
     memory: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Every variant's time (by phase) and multiplications, with its `memory`, and the augmentation's part."""
-    with products(setting.precision):
+    with matmul_precision(setting.precision):
         ready = {variant: prepared(network, variant, setting, device) for variant in VARIANTS}
         steps = {variant: training_step(solver) for variant, solver in ready.items()}
         steps["augmentation"] = augmentation(ready["delta_stn"])
@@ -245,7 +245,7 @@ def problem_in(solver: Timed) -> Classification:
     """The classification that is tuned, without what it is wrapped in."""
     problem = solver.problem
     while not isinstance(problem, Classification):
-        problem = problem.problem  # type: ignore[attr-defined]  # a `Wrapped` one
+        problem = problem.problem  # type: ignore[attr-defined]  # a `ProblemWrapper` one
     return problem
 
 
@@ -293,7 +293,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _train(network: str, variant: str, setting: Setting, device: torch.device) -> None:
-    with products(setting.precision):
+    with matmul_precision(setting.precision):
         solver = prepared(network, variant, setting._replace(capture=False), device)
         for _ in range(3):
             solver.step(warmup=True, limit=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.toys import Job, compare, make, ready, response_jacobian, spread, train
-from bilevel.comparison.drawing import COLORS, figure
+from bilevel.comparison.plot_style import COLORS, figure
 
 DATA = {
     "synthetic": "synthetic, condition 10",

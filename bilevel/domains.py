@@ -201,13 +201,9 @@ class Integer(Interval):
         value = super().constrain(u, generator)
         if generator is None:
             return torch.round(value)
-        rounded = torch.floor(
-            value
-            + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
-        )
-        return rounded.clamp(
-            self.low, self.high
-        )  # a value plus a draw just below 1 may be rounded up itself
+        draw = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
+        # the sum of a value and a draw just below 1 may itself be rounded up
+        return torch.floor(value + draw).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,3 +105,8 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, cut from the graph."""
     return {name: t.detach() for name, t in tensors.items()}
+
+
+def widen(value: Tensor) -> Tensor:
+    """Return the detached values in float64, for exact sums; in float32 on MPS, its widest type."""
+    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)

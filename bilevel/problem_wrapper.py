@@ -10,7 +10,7 @@ from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
 from bilevel.problem import Problem
 
 
-class Wrapped(Problem):
+class ProblemWrapper(Problem):
     """Answers everything as `problem` does; a subclass says what is different."""
 
     def __init__(self, problem: Problem) -> None:

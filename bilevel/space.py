@@ -116,7 +116,7 @@ class Space(Mapping[str, Domain]):
         ]
         return torch.cat(parts) if parts else torch.zeros(0)
 
-    def split(self, v: Tensor) -> Hypers:
+    def by_name(self, v: Tensor) -> Hypers:
         """A vector over the coordinates, [h], as one leaf of its domain's shape per tuned hyperparameter; no change of
         units.
         """

@@ -247,7 +247,7 @@ class EvolutionStrategies(Descent):
         return self.spread * self.belief.sigma
 
     def scales(self) -> Hypers:
-        return self.problem.space.split(self.sigma.detach())
+        return self.problem.space.by_name(self.sigma.detach())
 
     # --- set-up and state ---
 

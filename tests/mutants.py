@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "integers rounded down, not stochastically",
         "bilevel/domains.py",
-        "torch.floor(value + torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype))",
-        "torch.floor(value)",
+        "return torch.floor(value + draw).clamp(",
+        "return torch.floor(value).clamp(",
         "bilevel/test_space.py solvers/base/test_search_distribution.py",
     ),
     Mutant(
@@ -342,8 +342,8 @@ MUTANTS = [
     Mutant(
         "a share has the rows of the first for weights that vary per example",
         "bilevel/parallel/sharded_problem.py",
-        "varying[share.rows]",
-        "varying[: share.size]",
+        "varying[shard.rows]",
+        "varying[: shard.size]",
         "bilevel/parallel/test_two_processes.py",
     ),
     Mutant(

@@ -8,11 +8,11 @@ import torch
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import counted, never, spread, table
 from benchmarks.experiments.reviewers import spike
-from bilevel.comparison import drawing
+from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.runs import Run
 from bilevel.comparison.statistics import paired
-from bilevel.loggers.space_json import described
+from bilevel.loggers.space_json import space_from_json
 
 NAMES = {  # centered, regularized_w0, linearize
     (False, False, False): "STN",
@@ -52,7 +52,7 @@ def flags(run: Run) -> tuple[bool, ...]:
 
 def unconstrained(run: Run, name: str) -> np.ndarray:
     """One hyperparameter along a run in the coordinates u, [evaluations, entries]."""
-    domain = described(run.description["space"])[name]
+    domain = space_from_json(run.description["space"])[name]
     path = torch.from_numpy(run.column(f"hypers.{name}").reshape(run.evaluations, -1))
     return domain.unconstrain(path).numpy()
 
@@ -87,7 +87,7 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
         "n",
         "valid loss",
         "less STN's, paired",
-        *(drawing.spoken(score).replace("validation", "valid") for score in scores),
+        *(plot_style.readable_name(score).replace("validation", "valid") for score in scores),
     ]
     head = [*titles, f"epochs to {target:.4g}", f"seconds to {target:.4g}", "ms a training step"]
     return table(head, rows)
@@ -126,7 +126,7 @@ def _paths(groups: Mapping[str, Sequence[Run]]) -> str:
                 ),
             ]
         )
-    spoken = [drawing.spoken(name) for name in names]
+    spoken = [plot_style.readable_name(name) for name in names]
     return (
         "Spike max_t \\|u_t − u_end\\|, and from start to end \\|u_0 − u_end\\| in brackets:\n\n"
         + table(["", *(f"{name}, in u" for name in spoken)], inside)
@@ -142,14 +142,14 @@ def _travel(paths: Sequence[np.ndarray], form: str) -> str:
 
 def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str) -> str:
     """Validation loss and every path, over epochs and over seconds."""
-    panels = drawing.hyper_panels([run for runs in groups.values() for run in runs])
+    panels = curve_plots.hyper_panels([run for runs in groups.values() for run in runs])
     path = context.figures / f"ablation-{problem}.png"
-    with drawing.figure(path, rows=1 + len(panels), columns=2, size=(3.5, 1.9)) as axes:
+    with plot_style.figure(path, rows=1 + len(panels), columns=2, size=(3.5, 1.9)) as axes:
         for column, x in zip(axes.T, ("epochs", "seconds"), strict=True):
-            drawing.draw_bands(column[0], groups, LOSS, x, n_in_label=False)
+            curve_plots.draw_bands(column[0], groups, LOSS, x, n_in_label=False)
             for ax, (name, entry) in zip(column[1:], panels, strict=True):
-                drawing.draw_paths(ax, groups, name, x, entry=entry)
-        drawing.legend(axes[0][0].figure, axes[0][0])
+                curve_plots.draw_paths(ax, groups, name, x, entry=entry)
+        plot_style.legend(axes[0][0].figure, axes[0][0])
     n = min(len(runs) for runs in groups.values())
     told = f"{problem}: validation loss and λ along training, mean ± standard deviation over n = {n} seeds"
     return f"![{told}, over epochs and over seconds]({path.name})"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import spread, table
-from bilevel.comparison import drawing
+from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.runs import Run
 from bilevel.problems.architecture.cell import SKIP, pairs
 from bilevel.problems.architecture.drawing import draw_search
@@ -178,19 +178,19 @@ SHARES = ("parameter_free", "derived_parameter_free")
 def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
     """The weight of parameter-free operations along the searches, a panel for each solver and a line for each remedy."""
     solvers = list(dict.fromkeys(run.solver for runs in arms.values() for run in runs))
-    with drawing.figure(path, 1, len(solvers), size=(3.6, 2.9)) as axes:
+    with plot_style.figure(path, 1, len(solvers), size=(3.6, 2.9)) as axes:
         for ax, solver in zip(axes[0], solvers, strict=True):
             shown = {
                 remedy: [run for run in runs if run.solver == solver]
                 for remedy, runs in arms.items()
             }
-            drawing.draw_bands(ax, shown, "exact.parameter_free")
+            curve_plots.draw_bands(ax, shown, "exact.parameter_free")
             ax.set_title(NAMES[solver].partition(":")[0])
             ax.set_yscale("linear")  # a share, whatever orders of magnitude it spans
             ax.set_ylim(0, 1)
             ax.set_ylabel("")
         axes[0][0].set_ylabel("weight of parameter-free operations")
-        drawing.legend(axes[0][0].figure, axes[0][0])
+        plot_style.legend(axes[0][0].figure, axes[0][0])
 
 
 def by_solver(runs: Sequence[Run], suffix: str = "") -> dict[str, list[Run]]:

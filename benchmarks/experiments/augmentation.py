@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import spread, table
 from bilevel import Space
-from bilevel.comparison import drawing
+from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.runs import Run
 from bilevel.problems.classification.augmentation import OPERATIONS, Augmentation, strengths
 from bilevel.problems.datasets import labelled_images
@@ -95,12 +95,12 @@ def _paths(groups: Mapping[str, Sequence[Run]], path: Path) -> list[str]:
         )
     )
     columns = 4
-    with drawing.figure(path, -(-len(names) // columns), columns, size=(2.3, 1.8)) as axes:
+    with plot_style.figure(path, -(-len(names) // columns), columns, size=(2.3, 1.8)) as axes:
         for ax, name in zip(axes.flat, names, strict=False):
-            drawing.draw_paths(ax, groups, name)
+            curve_plots.draw_paths(ax, groups, name)
         for ax in axes.flat[len(names) :]:
             ax.set_axis_off()
-        drawing.legend(axes.flat[0].figure, axes.flat[0])
+        plot_style.legend(axes.flat[0].figure, axes.flat[0])
     return names
 
 
@@ -130,7 +130,7 @@ def pictures(path: Path, photograph: Tensor, digit: Images) -> None:
     photographs = Images(
         (photograph, torch.zeros(1, dtype=torch.long)), digit.valid, digit.test, mean=mean, std=1.0
     )
-    with drawing.figure(path, len(PANELS) // 2, 16, size=(0.62, 0.72)) as axes:
+    with plot_style.figure(path, len(PANELS) // 2, 16, size=(0.62, 0.72)) as axes:
         for number, (name, values) in enumerate(PANELS.items()):
             row, left = number % 5, 8 * (number // 5)
             for column, value in enumerate(values):

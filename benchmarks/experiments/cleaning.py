@@ -13,7 +13,7 @@ from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Runner
 from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
-from bilevel.comparison import drawing
+from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.runs import Run
 from bilevel.problems import MLP
 from bilevel.problems.cleaning import HyperCleaning, detection
@@ -144,7 +144,7 @@ def report(context: Context) -> str:
 
 def _picture(context: Context) -> None:
     tuned = by_solver(context.runs("tuned"))
-    with drawing.figure(context.figures / "cleaning.png", columns=2, size=(4.2, 2.9)) as axes:
+    with plot_style.figure(context.figures / "cleaning.png", columns=2, size=(4.2, 2.9)) as axes:
         left, right = axes[0]
         run = tuned["sama"][0]
         problem, weight = (
@@ -152,7 +152,7 @@ def _picture(context: Context) -> None:
             best_solution(run.directory).hypers["example_weight"],
         )
         sides = {"right": ~problem.corrupted, "wrong": problem.corrupted}
-        for (name, side), color in zip(sides.items(), drawing.COLORS, strict=False):
+        for (name, side), color in zip(sides.items(), plot_style.COLORS, strict=False):
             label = f"{name} label (n = {int(side.sum())})"
             left.hist(
                 weight[side].numpy(), bins=40, range=(0, 1), color=color, alpha=0.6, label=label
@@ -164,7 +164,7 @@ def _picture(context: Context) -> None:
         )
         left.legend()
         groups = {**tuned, "delta_stn": context.runs("delta_stn")}
-        drawing.draw_bands(right, groups, "exact.f1")
+        curve_plots.draw_bands(right, groups, "exact.f1")
         right.set(ylabel="F1", ylim=(0, 1.02))
         right.legend(loc="lower right", fontsize="x-small")
 

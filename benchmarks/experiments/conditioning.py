@@ -24,7 +24,7 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from bilevel.comparison.drawing import COLORS, figure
+from bilevel.comparison.plot_style import COLORS, figure
 from bilevel.problems.closed_form.ridge import Ridge
 from bilevel.solvers import Dense, delta_stn
 

@@ -10,7 +10,7 @@ from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Hypers, evaluate
 from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
-from bilevel.comparison import drawing
+from bilevel.comparison import plot_style
 from bilevel.comparison.runs import Run
 from bilevel.problems.dataset_distillation import Distillation, distillation
 
@@ -128,7 +128,7 @@ def _picture(context: Context, runs: Sequence[Run]) -> None:
     rows = {"start": initial(problem)} | {
         run.solver: best_solution(run.directory).hypers for run in shown
     }
-    with drawing.figure(
+    with plot_style.figure(
         context.figures / "distillation.png", rows=len(rows), columns=10, size=(0.78, 0.85)
     ) as axes:
         for line, (name, hypers) in zip(axes, rows.items(), strict=True):

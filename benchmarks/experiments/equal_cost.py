@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import counted, never, spread, table
-from bilevel.comparison import drawing
+from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.curves import LOSS, reached
 from bilevel.comparison.runs import Run
 
@@ -68,7 +68,7 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
     head = [
         "",
         "n",
-        *(drawing.spoken(name) for name in SCORES),
+        *(plot_style.readable_name(name) for name in SCORES),
         "seconds to random search's",
         "thousand examples to it",
     ]
@@ -81,18 +81,18 @@ SCORES = {LOSS: ".4f", "valid_accuracy": "%", "test_loss": ".4f", "test_accuracy
 def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str) -> str:
     """Best validation loss so far against seconds and examples: gradients above, black boxes below, Δ-STN in both."""
     rows = [("fixed", *GRADIENT), ("fixed", "delta_stn", *BLACK_BOX)]
-    looks = {**drawing.styles(GRADIENT), **drawing.styles(["delta_stn", *BLACK_BOX])}
+    looks = {**plot_style.styles(GRADIENT), **plot_style.styles(["delta_stn", *BLACK_BOX])}
     looks["fixed"] = {**looks["delta_stn"], "color": "0.5", "linestyle": "--", "linewidth": 1.2}
     path = context.figures / f"equal-cost-{problem}.png"
-    with drawing.figure(path, rows=2, columns=2, size=(3.7, 2.7)) as axes:
+    with plot_style.figure(path, rows=2, columns=2, size=(3.7, 2.7)) as axes:
         for line, solvers in zip(axes, rows, strict=True):
             shown = {solver: groups[solver] for solver in solvers if solver in groups}
             for ax, x in zip(line, ("seconds", "examples"), strict=True):
-                drawing.draw_bands(
+                curve_plots.draw_bands(
                     ax, shown, LOSS, x, best_so_far=True, looks=looks, n_in_label=False
                 )
                 ax.set_ylim(*_limits(groups))
-                drawing.logarithmic(ax)
+                plot_style.logarithmic(ax)
             line[1].legend(
                 loc="center left", bbox_to_anchor=(1.02, 0.5)
             )  # one for each row: colours come again

@@ -11,7 +11,7 @@ from benchmarks.experiments.report import spread, table
 from bilevel import Hypers, Stream, evaluate
 from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
-from bilevel.comparison import drawing
+from bilevel.comparison import plot_style
 from bilevel.problems.few_shot.problem import STEPS, FewShot, sinusoid
 from bilevel.solver import Solution
 
@@ -132,7 +132,7 @@ def report(context: Context) -> str:
 
 def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: int) -> None:
     """One test task, and what 0, 1 and 10 steps make of each start."""
-    with drawing.figure(
+    with plot_style.figure(
         context.figures / "few_shot.png", columns=len(shown), size=(2.6, 2.9)
     ) as axes:
         for number, (ax, (name, (problem, hypers))) in enumerate(
@@ -162,7 +162,7 @@ def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: i
                 alpha=0.6,
                 label="the sinusoid",
             )
-            for step, color in zip((0, 1, 10), drawing.COLORS, strict=False):
+            for step, color in zip((0, 1, 10), plot_style.COLORS, strict=False):
                 ax.plot(
                     x.flatten(),
                     path[step],
@@ -172,7 +172,7 @@ def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: i
             ax.set(title=name.partition(", on")[0], xlabel="x", ylim=(-6, 6))
             if number == 0:
                 ax.set_ylabel(f"y (test task {SHOWN + 1}, seed {seed})")
-                drawing.legend(ax.figure, ax)
+                plot_style.legend(ax.figure, ax)
 
 
 def _truth(task: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -171,12 +171,12 @@ class Context:
 
     def runs(self, sweep: str) -> "list[Run]":
         """The runs that a sweep left, in its order, labelled; those that left none are told by `colophon`."""
-        from bilevel.comparison.runs import labelled, read_run
+        from bilevel.comparison.runs import label_runs, read_run
 
         read = (
             read_run(job.directory) for job in self._jobs[sweep] if not self._outcomes[job].failure
         )
-        return labelled(run for run in read if run)
+        return label_runs(run for run in read if run)
 
     def _completed(
         self, function: "Callable[[Job], Outcome]", jobs: "list[Job]"

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.toys import NAMES, RECIPES, RESPONSES, Job, spread, watch
-from bilevel.comparison.drawing import COLORS, figure
+from bilevel.comparison.plot_style import COLORS, figure
 
 ROUNDS, FEATURES = 200, 5
 STARTS = {

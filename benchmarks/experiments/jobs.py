@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bilevel.cli.app import main, prepared
 from bilevel.cli.input_errors import parse
-from bilevel.comparison.labels import flattened
+from bilevel.comparison.labels import flatten
 from bilevel.loggers.records import SUMMARY
 
 SETTINGS = (
@@ -88,7 +88,7 @@ def job(overrides: Sequence[str], folder: Path) -> Job:
     with open_dict(config):
         choices = config.pop("hydra").runtime.choices
     # what changes no number (where the data lie, who logs, …) may change without the runs being repeated
-    settings = {"seed": config.seed, **flattened(OmegaConf.to_container(config))}
+    settings = {"seed": config.seed, **flatten(OmegaConf.to_container(config))}
     digest = hashlib.sha256(
         f"{choices.problem} {choices.solver} {json.dumps(settings, sort_keys=True)}".encode()
     )

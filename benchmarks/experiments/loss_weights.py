@@ -8,7 +8,7 @@ from benchmarks.experiments.cleaning import gain, seconds
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import by_solver, spread, table
 from bilevel.cli.targets import build
-from bilevel.comparison import drawing
+from bilevel.comparison import plot_style
 from bilevel.comparison.runs import Run
 
 RATIO, CLASSES = 20.0, 10
@@ -65,8 +65,10 @@ def measured(runs: Sequence[Run], plain: Sequence[Run]) -> list[str]:
 
 def _picture(context: Context) -> None:
     tuned = by_solver(context.runs("offsets"))
-    looks = drawing.styles(list(tuned))
-    with drawing.figure(context.figures / "loss_weights.png", columns=3, size=(3.6, 2.9)) as axes:
+    looks = plot_style.styles(list(tuned))
+    with plot_style.figure(
+        context.figures / "loss_weights.png", columns=3, size=(3.6, 2.9)
+    ) as axes:
         left, middle, right = axes[0]
         for solver, runs in tuned.items():
             counts = np.stack(

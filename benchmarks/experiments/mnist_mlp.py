@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import by_solver, counted, spread, table
-from bilevel.comparison import drawing
+from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.curves import LOSS
 from bilevel.comparison.runs import Run
 from bilevel.comparison.statistics import paired
@@ -47,8 +47,8 @@ def scores(groups: Mapping[str, Sequence[Run]], rates: Sequence[str] = ()) -> st
         ]
         steps = [1e3 * run.column("seconds")[-1] / run.column("step")[-1] for run in runs]
         rows.append([f"`{solver}`", counted(runs), *cells, spread(steps, ".3g")])
-    lowest = [f"{drawing.spoken(name)} at its lowest" for name in SCORES]
-    lowest[1:] = [f"{drawing.spoken(name)} there" for name in list(SCORES)[1:]]
+    lowest = [f"{plot_style.readable_name(name)} at its lowest" for name in SCORES]
+    lowest[1:] = [f"{plot_style.readable_name(name)} there" for name in list(SCORES)[1:]]
     return table(
         [
             "",
@@ -82,10 +82,10 @@ def picture(
     warmup: float | None = None,
 ) -> str:
     """A panel for each of `shown`, a column against epochs or seconds."""
-    looks = drawing.styles(list(groups))
-    with drawing.figure(path, rows=1, columns=len(shown), size=(3.0, 2.7)) as axes:
+    looks = plot_style.styles(list(groups))
+    with plot_style.figure(path, rows=1, columns=len(shown), size=(3.0, 2.7)) as axes:
         for ax, (y, x) in zip(axes[0], shown, strict=True):
-            drawing.draw_bands(ax, groups, y, x, looks=looks, n_in_label=False)
+            curve_plots.draw_bands(ax, groups, y, x, looks=looks, n_in_label=False)
             if warmup is not None:
                 ax.axvline(warmup, color="0.8", linewidth=0.8, zorder=0)
         losses = [

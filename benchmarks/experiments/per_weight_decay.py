@@ -12,7 +12,7 @@ from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Refused, problems
 from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
-from bilevel.comparison import drawing
+from bilevel.comparison import plot_style
 from bilevel.comparison.runs import Run
 from bilevel.solvers import Structured, delta_stn
 from bilevel.solvers.base.dry_run import MOST_RESPONSE_BYTES, units
@@ -120,7 +120,7 @@ def _picture(context: Context, runs: Sequence[Run]) -> None:
         .train.tensors[0]
         .float()
     )
-    with drawing.figure(
+    with plot_style.figure(
         context.figures / "per_weight_decay.png", columns=3, size=(3.6, 2.9)
     ) as axes:
         left, middle, right = axes[0]
@@ -147,7 +147,7 @@ def _picture(context: Context, runs: Sequence[Run]) -> None:
         bins = np.linspace(
             min(v.min() for v in logs.values()), max(v.max() for v in logs.values()), 40
         ).tolist()
-        for (label, values), color in zip(logs.items(), drawing.COLORS, strict=False):
+        for (label, values), color in zip(logs.items(), plot_style.COLORS, strict=False):
             right.hist(values, bins=bins, density=True, histtype="step", color=color, label=label)
         right.axvline(-4, color="black", linewidth=0.8, linestyle=":")
         right.set(

@@ -12,9 +12,10 @@ from torch import Tensor
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.experiments.reviewers import PAGE, RATES, TITLES, markdown
 from bilevel import Params, Problem, Runner, problems, solvers
-from bilevel.comparison.drawing import COLORS, figure
+from bilevel.comparison.plot_style import COLORS, figure
 from bilevel.comparison.table import plus_minus
-from bilevel.loggers.records import Logger, Progress, Record, RunInfo
+from bilevel.loggers.logger import Logger, Progress, RunInfo
+from bilevel.loggers.records import Record
 from bilevel.params import count_examples
 from bilevel.solvers import SelfTuning
 
@@ -74,7 +75,7 @@ class Probe(Logger):
         self.solver.generator.set_state(before)
         space = self.problem.space
         push, u = (
-            torch.stack([space.split(v)[name] for name in RATES])
+            torch.stack([space.by_name(v)[name] for name in RATES])
             for v in (push, self.solver.belief.centre)
         )
         numbers = torch.stack(

@@ -19,7 +19,8 @@ from benchmarks.experiments.reviewers import (
     sweeps,
     told,
 )
-from bilevel.comparison.drawing import draw_paths, figure, styles
+from bilevel.comparison.curve_plots import draw_paths
+from bilevel.comparison.plot_style import figure, styles
 from bilevel.comparison.runs import Run
 from bilevel.comparison.table import part_of_regret, plus_minus
 

@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.experiments.harness import Sweep
 from bilevel.comparison.runs import Array, Run
-from bilevel.comparison.statistics import spread
-from bilevel.comparison.table import plus_minus, trouble
-from bilevel.loggers.space_json import described
+from bilevel.comparison.statistics import mean_std
+from bilevel.comparison.table import plus_minus
+from bilevel.loggers.space_json import space_from_json
 
 PAGE = "experiments/reviewers-questions.md"
 RATES = ("input_dropout", "dropout1", "dropout2")
@@ -52,7 +52,7 @@ def grouped(runs: Iterable[Run], key: Callable[[Mapping[str, Any]], Key]) -> dic
 
 def path(run: Run, names: Sequence[str] | None = None) -> Array:
     """The run's u, [evaluations, coordinates], as far as it is finite; of some hyperparameters alone where they are named."""
-    space = described(run.description["space"])
+    space = space_from_json(run.description["space"])
     columns = [
         space[name]
         .unconstrain(torch.from_numpy(run.column(f"hypers.{name}")))
@@ -87,14 +87,14 @@ def overshoot(u: Array) -> tuple[float, float]:
 
 def told(runs: Sequence[Run], of: Of) -> str:
     """Mean ± standard deviation over runs that did not diverge, with how many those are and how many have no such number."""
-    found = spread(None if run.status == "diverged" else of(run) for run in runs)
+    found = mean_std(None if run.status == "diverged" else of(run) for run in runs)
     if found is None:
-        return trouble(runs) or "never"
+        return failures(runs) or "never"
     missing = f" ({found.n} of {found.of})" if found.n < found.of else ""
     return (
         plus_minus(found.mean, found.std if found.n > 1 else None)
         + missing
-        + (f", {bad}" if (bad := trouble(runs)) else "")
+        + (f", {bad}" if (bad := failures(runs)) else "")
     )
 
 
@@ -112,7 +112,7 @@ def percent(run: Run) -> float | None:
 def mean_loss(runs: Sequence[Run]) -> float:
     """Mean best validation loss; infinite where a run diverged or has none, so that it is not chosen."""
     losses = [run.at_best("valid_loss") for run in runs]
-    if any(loss is None for loss in losses) or trouble(runs):
+    if any(loss is None for loss in losses) or failures(runs):
         return float("inf")
     return statistics.fmean(loss for loss in losses if loss is not None)
 

@@ -14,7 +14,8 @@ import torch
 
 from bilevel.checkpoint import file_format
 from bilevel.errors import BilevelError, Unwritable
-from bilevel.loggers.records import METRICS, read_metrics, write_atomically
+from bilevel.files import write_atomically
+from bilevel.loggers.records import METRICS, read_metrics
 from bilevel.solver import Solution
 
 CHECKPOINT = "checkpoint.pt"

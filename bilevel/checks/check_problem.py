@@ -8,13 +8,14 @@ from importlib.metadata import entry_points
 import torch
 
 from bilevel.checks import laws
-from bilevel.checks.first_batch import Trial
-from bilevel.checks.laws import Finding, told
+from bilevel.checks.first_batch import FirstBatch
+from bilevel.checks.laws import Finding
 from bilevel.checks.norm_settings import norm_settings
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.problem import Problem
 from bilevel.solver import Solver
+from bilevel.text import describe
 
 
 class ProblemWarning(UserWarning):
@@ -78,14 +79,14 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
     try:
         data = problem.data(device, torch.Generator().manual_seed(0))
     except Exception as error:  # the problem is a user's own code: whatever it raises is a finding
-        report.findings.append(Finding("error", f"`data` raises {told(error)}"))
+        report.findings.append(Finding("error", f"`data` raises {describe(error)}"))
         return report
-    trial = Trial(problem, data, device)
+    case = FirstBatch(problem, data, device)
     for law in (*laws.ALL, norm_settings):
         try:
-            report.findings.extend(law(trial))
+            report.findings.extend(law(case))
         except Exception as error:
-            finding = Finding("error", f"a call of the problem raises {told(error)}")
+            finding = Finding("error", f"a call of the problem raises {describe(error)}")
             if finding not in report.findings:
                 report.findings.append(finding)
     for name, solver in (_installed(report) if solvers is None else solvers).items():
@@ -95,7 +96,7 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         except Refused as refusal:
             report.refused_by[name] = str(refusal)
         except Exception as error:
-            report.refused_by[name] = told(error)
+            report.refused_by[name] = describe(error)
     return report
 
 
@@ -108,15 +109,15 @@ def check_setup(problem: Problem, data: Data, device: torch.device) -> None:
     Warns:
         ProblemWarning: a weight without a gradient, a hyperparameter that changes nothing or lacks its derivative.
     """
-    trial = Trial(problem, data, device)
+    case = FirstBatch(problem, data, device)
     for law in laws.AT_SETUP:
-        for finding in law(trial):
+        for finding in law(case):
             raise BilevelError(finding.text)
     for law in laws.WARNED_OF:
         try:
-            findings = list(law(trial))
+            findings = list(law(case))
         except Exception as error:  # at a λ far off, which the run may never see
-            findings = [Finding("error", f"a call of the problem raises {told(error)}")]
+            findings = [Finding("error", f"a call of the problem raises {describe(error)}")]
         for finding in findings:
             if finding.level == "error":
                 warnings.warn(finding.text, ProblemWarning, stacklevel=2)
@@ -131,7 +132,8 @@ def _installed(report: Report) -> dict[str, Solver]:
         except Exception as error:  # another package's solver, another package's errors
             report.findings.append(
                 Finding(
-                    "note", f"the installed solver `{entry.name}` could not be made: {told(error)}"
+                    "note",
+                    f"the installed solver `{entry.name}` could not be made: {describe(error)}",
                 )
             )
     return made

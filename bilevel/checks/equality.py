@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-def same(one: Any, other: Any) -> bool:
+def bitwise_equal(one: Any, other: Any) -> bool:
     """Whether two pytrees hold the same bits."""
     ours, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
     pairs = zip(ours, theirs, strict=False)
@@ -23,7 +23,7 @@ def _equal(one: Any, other: Any) -> bool:
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def close(one: Tensor, other: Tensor) -> bool:
+def nearly_equal(one: Tensor, other: Tensor) -> bool:
     """Whether two results of the same computation agree, done in another order."""
     if one.shape != other.shape or not one.is_floating_point():
         return torch.equal(one, other)

@@ -13,7 +13,7 @@ from bilevel.problem import Problem
 
 
 @dataclass(frozen=True)
-class Trial:
+class FirstBatch:
     """A problem at its first batch, with draws that are the same at every call."""
 
     problem: Problem
@@ -58,7 +58,7 @@ class Trial:
         space = self.problem.space
         step = {
             key: (2 + torch.linspace(0, 1, leaf.numel()).reshape(leaf.shape)) * (key == name)
-            for key, leaf in space.split(torch.ones(space.numel)).items()
+            for key, leaf in space.by_name(torch.ones(space.numel)).items()
         }
         direction = torch.cat([leaf.reshape(-1) for leaf in step.values()]).to(self.u)
         for sign in (1, -1):

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
-from bilevel.checks.equality import close, same
-from bilevel.checks.first_batch import Trial
+from bilevel.checks.equality import bitwise_equal, nearly_equal
+from bilevel.checks.first_batch import FirstBatch
 from bilevel.params import Carry, count_examples
+from bilevel.text import describe
 
 
 class Finding(NamedTuple):
@@ -20,24 +21,24 @@ class Finding(NamedTuple):
     text: str
 
 
-Law = Callable[[Trial], Iterator[Finding]]
+Law = Callable[[FirstBatch], Iterator[Finding]]
 
 
-def initial_weights(trial: Trial) -> Iterator[Finding]:
+def initial_weights(case: FirstBatch) -> Iterator[Finding]:
     """`init` follows from its generator alone."""
     drawn = []
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):  # of the global generator, which must not matter
             torch.manual_seed(seed)
             before = torch.get_rng_state()
-            drawn.append(trial.problem.init(torch.Generator().manual_seed(0)))
+            drawn.append(case.problem.init(torch.Generator().manual_seed(0)))
             if not torch.equal(before, torch.get_rng_state()):
                 yield Finding(
                     "error",
                     "`init` moves PyTorch's global random state; draw from the generator that it is given",
                 )
                 break
-    if len(drawn) == 2 and not same(*drawn):
+    if len(drawn) == 2 and not bitwise_equal(*drawn):
         yield Finding(
             "error",
             "`init` gives other weights for the same generator; draw all of them from the generator",
@@ -50,23 +51,23 @@ def initial_weights(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def purity(trial: Trial) -> Iterator[Finding]:
+def purity(case: FirstBatch) -> Iterator[Finding]:
     """`predict` changes nothing, and the same generator state gives the same bits."""
     for train in (True, False):
         mode = f"`predict` with train={train}"
-        given = (trial.hypers, trial.params, trial.start[1], trial.batch)
+        given = (case.hypers, case.params, case.start[1], case.batch)
         before = pytree.tree_map(
             lambda x: x.detach().clone() if isinstance(x, Tensor) else x, given
         )
         state = torch.get_rng_state()
-        first, second = trial.predict(train=train), trial.predict(train=train)
+        first, second = case.predict(train=train), case.predict(train=train)
         if not torch.equal(state, torch.get_rng_state()):
             torch.set_rng_state(state)
             yield Finding(
                 "error",
                 f"{mode} draws from PyTorch's global random state; draw from the generator that it is given",
             )
-        elif not same(first, second):
+        elif not bitwise_equal(first, second):
             yield Finding(
                 "error",
                 f"{mode} answers differently at the same generator state; keep no state outside the carry",
@@ -74,32 +75,32 @@ def purity(trial: Trial) -> Iterator[Finding]:
         for part, now, then in zip(
             ("hypers", "params", "carry", "batch"), given, before, strict=True
         ):
-            if not same(now, then):
+            if not bitwise_equal(now, then):
                 yield Finding(
                     "error",
                     f"{mode} modifies its {part} in place; work on a clone, and return what changes in the carry",
                 )
-        if not _alike(first[1], trial.start[1]):
+        if not _alike(first[1], case.start[1]):
             yield Finding(
                 "error",
                 f"{mode} returns a carry of other names or shapes than `init` does; return them all, unchanged or new",
             )
 
 
-def prediction_of_weights(trial: Trial) -> Iterator[Finding]:
+def prediction_of_weights(case: FirstBatch) -> Iterator[Finding]:
     """The prediction depends on w."""
     leaves = [
         leaf
-        for leaf in pytree.tree_leaves(trial.predict(train=True)[0])
+        for leaf in pytree.tree_leaves(case.predict(train=True)[0])
         if isinstance(leaf, Tensor) and leaf.requires_grad
     ]
     try:
-        sums, weights = [leaf.sum() for leaf in leaves], list(trial.params.values())
+        sums, weights = [leaf.sum() for leaf in leaves], list(case.params.values())
         gradients = torch.autograd.grad(sums, weights, allow_unused=True) if leaves else ()
     except RuntimeError as error:
         yield Finding(
             "error",
-            f"the prediction cannot be differentiated in w, {told(error)}{recomputed(error)}",
+            f"the prediction cannot be differentiated in w, {describe(error)}{recomputation_hint(error)}",
         )
         return
     if all(g is None for g in gradients):
@@ -110,9 +111,9 @@ def prediction_of_weights(trial: Trial) -> Iterator[Finding]:
         )
 
 
-def objectives(trial: Trial) -> Iterator[Finding]:
+def objectives(case: FirstBatch) -> Iterator[Finding]:
     """Both objectives are []."""
-    for name, loss in _losses(trial):
+    for name, loss in _losses(case):
         if not isinstance(loss, Tensor) or loss.ndim:
             shape = (
                 f"of shape {list(loss.shape)}"
@@ -125,36 +126,36 @@ def objectives(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def finite_objectives(trial: Trial) -> Iterator[Finding]:
+def finite_objectives(case: FirstBatch) -> Iterator[Finding]:
     """Both objectives are finite at the start."""
-    for name, loss in _losses(trial):
+    for name, loss in _losses(case):
         if not bool(torch.isfinite(torch.as_tensor(loss)).all()):
-            at = ", ".join(f"{key}={_short(leaf)}" for key, leaf in trial.hypers.items())
+            at = ", ".join(f"{key}={_short(leaf)}" for key, leaf in case.hypers.items())
             yield Finding(
                 "error",
                 f"`{name}` is not finite at the initial weights and {at}; look for log(0), 0/0 or an overflow",
             )
 
 
-def averages(trial: Trial) -> Iterator[Finding]:
+def averages(case: FirstBatch) -> Iterator[Finding]:
     """Both objectives of a batch are the averages of those of its parts, weighted by their examples, in evaluation mode.
 
     A sum grows with the batch, and learning rates with it; what is added besides (a penalty) is the same for all parts.
     """
-    examples = count_examples(trial.batch)
+    examples = count_examples(case.batch)
     if examples < 5:
         return
     cut = examples // 2 + 1  # parts of unequal size: the average of equal ones needs no weights
 
     def of(name: str, start: int, stop: int) -> Tensor:
         part = pytree.tree_map(
-            lambda x: x[start:stop] if _has_examples(x, examples) else x, trial.batch
+            lambda x: x[start:stop] if _has_examples(x, examples) else x, case.batch
         )
-        carry = trial.problem.fresh_carry(trial.start[1], part)
-        prediction, _ = trial.problem.predict(
-            trial.hypers, trial.params, carry, part, train=False, generator=None
+        carry = case.problem.fresh_carry(case.start[1], part)
+        prediction, _ = case.problem.predict(
+            case.hypers, case.params, carry, part, train=False, generator=None
         )
-        return getattr(trial.problem, name)(trial.hypers, trial.params, prediction, part)
+        return getattr(case.problem, name)(case.hypers, case.params, prediction, part)
 
     for name in ("inner_objective", "outer_objective"):
         try:
@@ -167,9 +168,9 @@ def averages(trial: Trial) -> Iterator[Finding]:
                 again = of(name, 0, 2) + of(name, 2, cut)
         except Exception:  # a problem that takes no smaller batch says nothing of averages
             return
-        if whole.ndim or close(whole, (cut * first + (examples - cut) * rest) / examples):
+        if whole.ndim or nearly_equal(whole, (cut * first + (examples - cut) * rest) / examples):
             continue
-        if close(
+        if nearly_equal(
             first + rest - whole, again - first
         ):  # what a sum adds besides comes once too often, whatever the parts
             yield Finding(
@@ -184,15 +185,15 @@ def averages(trial: Trial) -> Iterator[Finding]:
             )
 
 
-def gradients_of_weights(trial: Trial) -> Iterator[Finding]:
+def gradients_of_weights(case: FirstBatch) -> Iterator[Finding]:
     """Every weight receives a gradient from L_T."""
-    loss = trial.inner_loss()
+    loss = case.inner_loss()
     gradients = (
-        torch.autograd.grad(loss, list(trial.params.values()), allow_unused=True)
+        torch.autograd.grad(loss, list(case.params.values()), allow_unused=True)
         if loss.requires_grad
         else ()
     )
-    for name, gradient in zip(trial.params, gradients or [None] * len(trial.params), strict=True):
+    for name, gradient in zip(case.params, gradients or [None] * len(case.params), strict=True):
         if gradient is None:
             yield Finding(
                 "error",
@@ -206,29 +207,29 @@ def gradients_of_weights(trial: Trial) -> Iterator[Finding]:
             yield Finding("note", f"the gradient of the weight `{name}` is zero on the first batch")
 
 
-def hyperparameters(trial: Trial) -> Iterator[Finding]:
+def hyperparameters(case: FirstBatch) -> Iterator[Finding]:
     """Every tuned hyperparameter changes a loss, and ∂L_T/∂λ exists where that is declared."""
     with torch.no_grad():
-        inner, outer = trial.inner_loss(), trial.outer_loss()
-    for name in trial.problem.space.tuned:
-        if trial.problem.space[name].optimizer is not None:
+        inner, outer = case.inner_loss(), case.outer_loss()
+    for name in case.problem.space.tuned:
+        if case.problem.space[name].optimizer is not None:
             continue  # it acts on the way to w*
-        moved = list(trial.moved(name))
+        moved = list(case.moved(name))
         with torch.no_grad():
             acts_inside = any(
-                not torch.equal(inner, trial.inner_loss(hypers=hypers)) for hypers in moved
+                not torch.equal(inner, case.inner_loss(hypers=hypers)) for hypers in moved
             )
             acts_outside = any(
-                not torch.equal(outer, trial.outer_loss(hypers=hypers)) for hypers in moved
+                not torch.equal(outer, case.outer_loss(hypers=hypers)) for hypers in moved
             )
         if not (acts_inside or acts_outside):
             yield Finding(
                 "error",
                 f"the hyperparameter `{name}` changes neither objective; use it, or leave it out of the space",
             )
-        elif acts_inside and trial.problem.space[name].differentiable:
-            leaf = trial.hypers[name].detach().clone().requires_grad_()
-            loss = trial.inner_loss(hypers={**trial.hypers, name: leaf})
+        elif acts_inside and case.problem.space[name].differentiable:
+            leaf = case.hypers[name].detach().clone().requires_grad_()
+            loss = case.inner_loss(hypers={**case.hypers, name: leaf})
             (gradient,) = (
                 torch.autograd.grad(loss, [leaf], allow_unused=True)
                 if loss.requires_grad
@@ -243,40 +244,40 @@ def hyperparameters(trial: Trial) -> Iterator[Finding]:
                 )
 
 
-def per_example_leaves(trial: Trial) -> Iterator[Finding]:
+def per_example_leaves(case: FirstBatch) -> Iterator[Finding]:
     """A leaf [B] of equal values gives the losses that the leaf [] gives."""
-    examples = count_examples(trial.batch)
-    for name in trial.problem.space.tuned:
-        if not trial.problem.space[name].per_example:
+    examples = count_examples(case.batch)
+    for name in case.problem.space.tuned:
+        if not case.problem.space[name].per_example:
             continue
-        leaf = trial.hypers[name]
-        repeated = {**trial.hypers, name: leaf.expand(examples, *leaf.shape).clone()}
+        leaf = case.hypers[name]
+        repeated = {**case.hypers, name: leaf.expand(examples, *leaf.shape).clone()}
         advice = f"broadcast `{name}` with bilevel.along_examples, average the loss over examples, or declare per_example=False"
         try:
             with torch.no_grad():
                 plain, spread = (
-                    trial.inner_loss(train=False),
-                    trial.inner_loss(train=False, hypers=repeated),
+                    case.inner_loss(train=False),
+                    case.inner_loss(train=False, hypers=repeated),
                 )
-                trial.inner_loss(hypers=repeated)
+                case.inner_loss(hypers=repeated)
         except Exception as error:  # whatever a user's own code raises is what we are here to tell
             yield Finding(
-                "error", f"`{name}` with one value per example raises {told(error)}; {advice}"
+                "error", f"`{name}` with one value per example raises {describe(error)}; {advice}"
             )
             continue
-        if not close(plain, spread):
+        if not nearly_equal(plain, spread):
             yield Finding(
                 "error",
                 f"`{name}` given once for each example makes L_T {_short(spread)}, not {_short(plain)} as given once; {advice}",
             )
 
 
-def example_axis(trial: Trial) -> Iterator[Finding]:
+def example_axis(case: FirstBatch) -> Iterator[Finding]:
     """Examples in another order are predicted alike in that order, in evaluation mode.
 
     Batch statistics do not depend on the order either, so that a network may couple the examples of a batch.
     """
-    examples = count_examples(trial.batch)
+    examples = count_examples(case.batch)
     if examples < 2:
         return
 
@@ -284,21 +285,17 @@ def example_axis(trial: Trial) -> Iterator[Finding]:
         return x.flip(0) if _has_examples(x, examples) else x
 
     with torch.no_grad():
-        straight, _ = trial.predict(train=False)
-        turned, _ = trial.predict(
-            train=False, batch=pytree.tree_map(reversed_examples, trial.batch)
-        )
+        straight, _ = case.predict(train=False)
+        turned, _ = case.predict(train=False, batch=pytree.tree_map(reversed_examples, case.batch))
     for ours, theirs in zip(pytree.tree_leaves(straight), pytree.tree_leaves(turned), strict=False):
         # a leaf that stays as it is has no examples: w itself, say
         if (
             reversed_examples(ours) is ours
-            or close(ours, theirs)
-            or close(reversed_examples(ours), theirs)
+            or nearly_equal(ours, theirs)
+            or nearly_equal(reversed_examples(ours), theirs)
         ):
             continue
-        per_example = any(
-            trial.problem.space[name].per_example for name in trial.problem.space.tuned
-        )
+        per_example = any(case.problem.space[name].per_example for name in case.problem.space.tuned)
         yield Finding(
             "error" if per_example else "note",
             "in evaluation mode, reversing the examples of a batch does not reverse the predictions: the first axis of every "
@@ -308,11 +305,11 @@ def example_axis(trial: Trial) -> Iterator[Finding]:
         return
 
 
-def metrics(trial: Trial) -> Iterator[Finding]:
+def metrics(case: FirstBatch) -> Iterator[Finding]:
     """`loss` is among the metrics."""
     with torch.no_grad():
-        prediction, _ = trial.predict(train=False)
-        reported = trial.problem.metrics(trial.hypers, trial.params, prediction, trial.batch)
+        prediction, _ = case.predict(train=False)
+        reported = case.problem.metrics(case.hypers, case.params, prediction, case.batch)
     if "loss" not in reported:
         yield Finding(
             "error",
@@ -341,22 +338,16 @@ WARNED_OF: tuple[Law, ...] = (gradients_of_weights, hyperparameters)
 """Those whose errors a run survives, and may waste: a weight that is not used, a hyperparameter that does nothing."""
 
 
-def told(error: Exception) -> str:
-    """An exception in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def recomputed(error: RuntimeError) -> str:
+def recomputation_hint(error: RuntimeError) -> str:
     """A hint where a backward pass recomputes what it saved no activations of."""
     if isinstance(error, CheckpointError) or "meta" in str(error):
         return "; torch.utils.checkpoint recomputes when the weights of the call are gone: remove it from the network"
     return ""
 
 
-def _losses(trial: Trial) -> Iterator[tuple[str, Tensor]]:
-    yield "inner_objective", trial.inner_loss(params=trial.start[0])
-    yield "outer_objective", trial.outer_loss(params=trial.start[0])
+def _losses(case: FirstBatch) -> Iterator[tuple[str, Tensor]]:
+    yield "inner_objective", case.inner_loss(params=case.start[0])
+    yield "outer_objective", case.outer_loss(params=case.start[0])
 
 
 def _has_examples(x: Any, examples: int) -> bool:

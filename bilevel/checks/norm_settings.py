@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from bilevel.checks.first_batch import Trial
+from bilevel.checks.first_batch import FirstBatch
 from bilevel.checks.laws import Finding
 
 NORMS = {
@@ -33,10 +33,10 @@ class _Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def norm_settings(trial: Trial) -> Iterator[Finding]:
+def norm_settings(case: FirstBatch) -> Iterator[Finding]:
     """A network's norms have a momentum and an eps, which are no hyperparameters and cannot be made ones."""
     with torch.no_grad(), _Seen() as seen:
-        trial.predict(train=True)
+        case.predict(train=True)
     for norm in seen.norms:
         if norm == "batch norm":
             text = "momentum and eps of batch norm are not tunable: L_T does not depend on the momentum, and eps is"

@@ -15,7 +15,7 @@ from bilevel.cli import input_errors, standard_streams, sweep, user_modules
 from bilevel.cli.job import OPEN_GROUPS, Job, add_resolvers
 from bilevel.cli.resume import AUTO, stored_config
 from bilevel.errors import BilevelError
-from bilevel.parallel.torchrun import launched, world_size
+from bilevel.parallel.torchrun import torchrun_launch, world_size
 from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     job = Job(traceback_wanted=os.environ.get("HYDRA_FULL_ERROR") == "1")
     try:
-        with launched() as job.launch, time_limit_raises(), sweep.counted() as failed:
+        with torchrun_launch() as job.launch, time_limit_raises(), sweep.counted() as failed:
             user_modules.check_not_hidden()
             user_modules.add_working_directory()
             _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))

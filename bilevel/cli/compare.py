@@ -23,13 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     faults: list[str] = []
 
-    def tell(sentence: str) -> None:
+    def warn(sentence: str) -> None:
         faults.append(sentence)
         print(f"bilevel-compare: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
 
-    runs = read_runs(*given.runs, tell=tell)
+    runs = read_runs(*given.runs, warn=warn)
     if not runs:
-        tell("there is no run to compare; give the directories of runs, or of sweeps")
+        warn("there is no run to compare; give the directories of runs, or of sweeps")
         return 1
     made = sections(runs, x=given.x, target=given.target, best_so_far=given.best_so_far)
     console = Console(highlight=False)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(
                 f"the target, {section.target:.4g}, is {section.chosen}", "", sep="\n", markup=False
             )
-    report = write_report(made, given.out, faults=faults, tell=tell)
+    report = write_report(made, given.out, faults=faults, warn=warn)
     if report is None:
         return 1
     console.print(f"the report: {report}", markup=False, soft_wrap=True)

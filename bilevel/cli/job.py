@@ -22,7 +22,9 @@ from bilevel.cli import input_errors, sweep, targets, user_modules
 from bilevel.cli.resume import AUTO, CONFIG, continued, repeated, stored_config
 from bilevel.cli.standard_streams import say
 from bilevel.errors import BilevelError, FaultWarning, SpeedWarning, Taken
-from bilevel.loggers.records import Logger, Place, Record, RunInfo, write_atomically
+from bilevel.files import write_atomically
+from bilevel.loggers.logger import Logger, Place, RunInfo
+from bilevel.loggers.records import Record
 from bilevel.parallel.torchrun import Launch
 from bilevel.problem import Problem
 from bilevel.run.loop import SolverWarning
@@ -101,7 +103,7 @@ class Job:
         """Print what is wrong in a sentence, unless the traceback is wanted."""
         self.failures += 1
         self.launch.failed = True
-        if not self.traceback_wanted and self.launch.says(_said(error)):
+        if not self.traceback_wanted and self.launch.prints(_said(error)):
             say(f"bilevel: {_said(error)}", sys.stderr)
         return not self.traceback_wanted
 
@@ -151,7 +153,7 @@ class Job:
         said = (
             f"{directory} is finished: valid loss {best['valid_loss']:.4g} at step {best['step']}"
         )
-        if (ended or self.is_worker) and self.launch.says(said):
+        if (ended or self.is_worker) and self.launch.prints(said):
             say(said, sys.stdout)
         return float(best["valid_loss"])
 
@@ -248,7 +250,7 @@ def _loggers(config: dict[str, Any]) -> list[Logger]:
     for name, logger in zip(on, loggers, strict=True):
         if not isinstance(logger, Logger):
             raise BilevelError(
-                f"`{name}` is a {type(logger).__name__}; a logger is a subclass of bilevel.loggers.records.Logger"
+                f"`{name}` is a {type(logger).__name__}; a logger is a subclass of bilevel.loggers.logger.Logger"
             )
     return loggers
 
@@ -279,7 +281,7 @@ def _show(otherwise: Callable[..., None], launch: Launch) -> Callable[..., None]
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if issubclass(category, TOLD):
-            if launch.says(str(message)):
+            if launch.prints(str(message)):
                 say(f"bilevel: warning: {message}", sys.stderr)
         else:
             otherwise(message, category, *place, **more)

@@ -19,9 +19,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from bilevel.cli.standard_streams import say
-from bilevel.comparison.runs import Run, grouped, read_runs
+from bilevel.comparison.runs import Run, group_runs, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
-from bilevel.loggers.records import Place
+from bilevel.loggers.logger import Place
 from bilevel.run.signals import Interrupts, OutOfTime, of_time_limit
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ def _failure() -> Path | None:
 def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:
     """A table for each problem, with a row for each solver (and ablation): mean ± standard deviation over its runs."""
     return [
-        rich_table(rows(groups, SWEEP), title=problem) for problem, groups in grouped(runs).items()
+        rich_table(rows(groups, SWEEP), title=problem)
+        for problem, groups in group_runs(runs).items()
     ]
 
 

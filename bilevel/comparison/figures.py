@@ -8,24 +8,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bilevel.comparison.curves import LOSS, spans_decades
-from bilevel.comparison.drawing import (
+from bilevel.comparison.curve_plots import (
     Groups,
-    Looks,
-    counted,
-    counted_seeds,
     draw_bands,
     draw_paths,
-    figure,
     hyper_panels,
+    perturbation_band,
+    seeds_label,
+)
+from bilevel.comparison.curves import LOSS, spans_decades
+from bilevel.comparison.plot_style import (
+    Looks,
+    figure,
     legend,
     legend_columns,
-    perturbed,
-    spoken,
+    readable_name,
+    short_count,
     styles,
 )
 from bilevel.comparison.runs import Run
-from bilevel.comparison.statistics import Spread, spread
+from bilevel.comparison.statistics import MeanStd, mean_std
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,12 +76,12 @@ def _drawn(groups: Groups) -> tuple[Groups, int]:
 
 def _loss(runs: Sequence[Run]) -> float:
     """The mean best validation loss; infinite where no run has one."""
-    told = spread(run.at_best(LOSS) for run in runs)
+    told = mean_std(run.at_best(LOSS) for run in runs)
     return math.inf if told is None else told.mean
 
 
 def _is_perturbed(runs: Sequence[Run], name: str) -> bool:
-    return any(perturbed(run, name) is not None for run in runs)
+    return any(perturbation_band(run, name) is not None for run in runs)
 
 
 def _grid(
@@ -140,7 +142,7 @@ def _curves(groups: Groups, x: str, looks: Looks, best_so_far: bool) -> Picture 
 
     png = _grid([panel(name) for name in names], labels=list(groups))
     caption = (
-        f"{_list(spoken(name) for name in names)} against {_axis(x)}{', the best so far' if best_so_far else ''}. "
+        f"{_list(readable_name(name) for name in names)} against {_axis(x)}{', the best so far' if best_so_far else ''}. "
         "Lines are means over seeds, bands one standard deviation on either side, both where all runs of a group are still "
         "going; beyond that each of those that are is a thin line of its own. A cross ends a run that diverged."
     )
@@ -182,7 +184,7 @@ def _perturbations(groups: Groups, x: str, looks: Looks) -> Picture | None:
     def panel(label: str, name: str, entry: int | None) -> Callable[["Axes"], None]:
         def draw(ax: "Axes") -> None:
             draw_paths(ax, {label: groups[label]}, name, x, entry=entry, sigma=True, looks=looks)
-            ax.set_title(fill(f"{label} ({counted_seeds(groups[label])})", 36))
+            ax.set_title(fill(f"{label} ({seeds_label(groups[label])})", 36))
 
         return draw
 
@@ -200,7 +202,7 @@ def _pareto(groups: Groups, looks: Looks) -> Picture | None:
     quality = {
         label: told
         for label, runs in groups.items()
-        if (told := spread(run.at_best(LOSS) for run in runs))
+        if (told := mean_std(run.at_best(LOSS) for run in runs))
     }
 
     def panel(title: str, name: str) -> Callable[["Axes"], None]:
@@ -208,7 +210,7 @@ def _pareto(groups: Groups, looks: Looks) -> Picture | None:
             cost = {
                 label: told
                 for label in quality
-                if (told := spread(run.total(name) for run in groups[label]))
+                if (told := mean_std(run.total(name) for run in groups[label]))
             }
             _scatter(ax, groups, cost, quality, looks, name)
             ax.set_xlabel(title)
@@ -230,8 +232,8 @@ def _pareto(groups: Groups, looks: Looks) -> Picture | None:
 def _scatter(
     ax: "Axes",
     groups: Groups,
-    cost: dict[str, Spread],
-    quality: dict[str, Spread],
+    cost: dict[str, MeanStd],
+    quality: dict[str, MeanStd],
     looks: Looks,
     name: str,
 ) -> None:
@@ -289,7 +291,7 @@ def _scatter(
         if spans_decades([numbers]):
             scale("log")
     if name == "examples":
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: counted(value)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
 
 
 def _axis(x: str) -> str:

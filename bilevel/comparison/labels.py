@@ -28,7 +28,7 @@ def label(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
         ...        ("ridge", "fixed", {"seed": 1, "solver": {"clip_norm": 3.0}})])
         ['stn inner_steps=1', 'stn inner_steps=5', 'fixed']
     """
-    settings = [flattened(config) for _, _, config in runs]
+    settings = [flatten(config) for _, _, config in runs]
     varied: dict[tuple[str, str], list[str]] = {}
     for problem in dict.fromkeys(problem for problem, _, _ in runs):
         here = [index for index, run in enumerate(runs) if run[0] == problem]
@@ -51,11 +51,11 @@ def label(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
     return labels
 
 
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings that can change a number, by dotted key.
 
     Example:
-        >>> flattened({"seed": 0, "lr": {"inner": 0.1}, "runner": {"epochs": 3, "progress": "none"}})
+        >>> flatten({"seed": 0, "lr": {"inner": 0.1}, "runner": {"epochs": 3, "progress": "none"}})
         {'lr.inner': 0.1, 'runner.epochs': 3}
     """
     leaves: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if any(name == ignored or name.startswith(f"{ignored}.") for ignored in IGNORED):
             continue
         if isinstance(value, Mapping):
-            leaves |= flattened(value, f"{name}.")
+            leaves |= flatten(value, f"{name}.")
         else:
             leaves[name] = value
     return leaves

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bilevel.comparison import html_page
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.figures import Picture, pictures
-from bilevel.comparison.runs import Run, Tell, grouped
+from bilevel.comparison.runs import Run, Warn, group_runs
 from bilevel.comparison.statistics import Paired, paired
 from bilevel.comparison.table import (
     COST,
@@ -22,7 +22,7 @@ from bilevel.comparison.table import (
     targeted,
 )
 from bilevel.errors import BilevelError
-from bilevel.loggers.records import write_atomically
+from bilevel.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,7 +81,7 @@ def sections(
         best_so_far: curves of the running minimum.
     """
     made = []
-    for problem, groups in grouped(runs).items():
+    for problem, groups in group_runs(runs).items():
         goal = common_target(groups) if target is None else target
         tests = {}
         everyone = True
@@ -127,7 +127,7 @@ def printed(section: Section) -> list["RenderableType"]:
 
 
 def write_report(
-    made: Sequence[Section], out: Path, *, faults: Sequence[str] = (), tell: Tell
+    made: Sequence[Section], out: Path, *, faults: Sequence[str] = (), warn: Warn
 ) -> Path | None:
     """Write `report.html` and the pictures into `out`; the report's place, or None where it could not be written.
 
@@ -135,18 +135,18 @@ def write_report(
         made: the sections.
         out: a directory, made where it is missing.
         faults: what could not be read, told on the page too.
-        tell: hears of what cannot be written; the rest still is.
+        warn: hears of what cannot be written; the rest still is.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        tell(f"cannot make {out}: {error.strerror or error}; choose another directory with --out")
+        warn(f"cannot make {out}: {error.strerror or error}; choose another directory with --out")
         return None
     for section, stem in zip(made, _stems([section.problem for section in made]), strict=True):
         for picture in section.pictures:
-            _write(out / f"{stem}-{picture.name}.png", picture.png, tell)
+            _write(out / f"{stem}-{picture.name}.png", picture.png, warn)
     text = html_page.page(_title(made), _document(made, faults))
-    return out / REPORT if _write(out / REPORT, text.encode(), tell) else None
+    return out / REPORT if _write(out / REPORT, text.encode(), warn) else None
 
 
 def _document(made: Sequence[Section], faults: Sequence[str]) -> list[str]:
@@ -241,11 +241,11 @@ def _notes(groups: Mapping[str, Sequence[Run]]) -> list[str]:
     return notes
 
 
-def _write(path: Path, content: bytes, tell: Tell) -> bool:
+def _write(path: Path, content: bytes, warn: Warn) -> bool:
     try:
         write_atomically(path, lambda file: file.write(content), mode="wb")
     except BilevelError as error:
-        tell(str(error))
+        warn(str(error))
         return False
     return True
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.comparison.columns import Array, columns_of, finite
 from bilevel.comparison.labels import label
+from bilevel.comparison.record_columns import Array, columns_of, finite
 from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
 
 CONFIG = "config.yaml"
 
-Tell = Callable[[str], None]
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +100,11 @@ class Run:
         ]
 
 
-def read_runs(*places: str | os.PathLike[str], tell: Tell = lambda sentence: None) -> list[Run]:
-    """All runs in the directories, at any depth, in the order of their names; `tell` hears of what cannot be read.
+def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: None) -> list[Run]:
+    """All runs in the directories, at any depth, in the order of their names; `warn` hears of what cannot be read.
 
     Example:
-        >>> read_runs("no/such/place", tell=print)
+        >>> read_runs("no/such/place", warn=print)
         no/such/place does not exist; give the directory of a run, or one with runs in it
         []
     """
@@ -112,48 +112,48 @@ def read_runs(*places: str | os.PathLike[str], tell: Tell = lambda sentence: Non
     for place in map(Path, places):
         if not place.is_dir():
             fault = "is a file" if place.exists() else "does not exist"
-            tell(f"{place} {fault}; give the directory of a run, or one with runs in it")
+            warn(f"{place} {fault}; give the directory of a run, or one with runs in it")
             continue
-        found = list(_find(place, tell))
+        found = list(_find(place, warn))
         if not found:
-            tell(f"{place} holds no run: there is no {METRICS} in it, nor below it")
+            warn(f"{place} holds no run: there is no {METRICS} in it, nor below it")
         directories |= {directory.resolve(): directory for directory in found}
     runs = [
         run
         for directory in directories.values()
-        if (run := read_run(directory, tell=tell)) is not None
+        if (run := read_run(directory, warn=warn)) is not None
     ]
     without = [run for run in runs if not run.config]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        tell(
+        warn(
             f"{without[0].directory}{more}: no settings in {CONFIG}; such runs are told apart by problem and solver alone"
         )
-    return labelled(runs)
+    return label_runs(runs)
 
 
-def read_run(directory: Path, *, tell: Tell = lambda sentence: None) -> Run | None:
-    """The run in `directory`; None, with a sentence to `tell`, where nothing of it can be used."""
+def read_run(directory: Path, *, warn: Warn = lambda sentence: None) -> Run | None:
+    """The run in `directory`; None, with a sentence to `warn`, where nothing of it can be used."""
     records: list[Record] = []
     try:
         records, skipped = _parsed(directory / METRICS)
         if skipped:
-            tell(
+            warn(
                 f"{directory / METRICS}: {skipped} of its lines {'is' if skipped == 1 else 'are'} damaged and left out"
             )
     except OSError as error:
-        tell(
+        warn(
             f"cannot read {directory / METRICS}: {error.strerror or error}; what its summary says is used"
         )
-    summary, description = (_object(directory / name, tell) for name in (SUMMARY, DESCRIPTION))
-    config = _config(directory / CONFIG, tell)
+    summary, description = (_object(directory / name, warn) for name in (SUMMARY, DESCRIPTION))
+    config = _config(directory / CONFIG, warn)
     columns = columns_of(records)
     usable = np.isfinite(columns["valid_loss"]).any() if "valid_loss" in columns else False
     if not records and not summary:
-        tell(f"{directory}: {METRICS} has no evaluation yet; this run is left out")
+        warn(f"{directory}: {METRICS} has no evaluation yet; this run is left out")
         return None
     if not usable and not summary:
-        tell(f"{directory}: no evaluation has a finite validation loss; its row has no loss")
+        warn(f"{directory}: no evaluation has a finite validation loss; its row has no loss")
     names = config.get("names") if isinstance(config.get("names"), dict) else {}
     known = {**{"seed": config.get("seed")}, **(names or {}), **description, **(summary or {})}
     return Run(
@@ -170,14 +170,14 @@ def read_run(directory: Path, *, tell: Tell = lambda sentence: None) -> Run | No
     )
 
 
-def labelled(runs: Iterable[Run]) -> list[Run]:
+def label_runs(runs: Iterable[Run]) -> list[Run]:
     """The runs with labels that tell their groups apart, in the order in which they were given."""
     runs = list(runs)
     labels = label([(run.problem, run.solver, run.config) for run in runs])
     return [replace(run, label=text) for run, text in zip(runs, labels, strict=True)]
 
 
-def grouped(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
+def group_runs(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
     """The runs by problem, and by label within it."""
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
@@ -185,11 +185,11 @@ def grouped(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
     return groups
 
 
-def _find(place: Path, tell: Tell) -> Iterator[Path]:
+def _find(place: Path, warn: Warn) -> Iterator[Path]:
     """Run directories at or below `place`; what lies within a run belongs to it."""
 
     def unreadable(error: OSError) -> None:
-        tell(
+        warn(
             f"cannot look into {error.filename}: {error.strerror or error}; what lies there is left out"
         )
 
@@ -228,7 +228,7 @@ def _parsed(path: Path) -> tuple[list[Record], int]:
     return records, len(lines) - len(records)
 
 
-def _object(path: Path, tell: Tell) -> Record:
+def _object(path: Path, warn: Warn) -> Record:
     """A JSON object; {} where there is no such file, or, with a sentence, where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -236,15 +236,15 @@ def _object(path: Path, tell: Tell) -> Record:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no JSON"
-        tell(f"cannot use {path}: {reason}; the run is read without it")
+        warn(f"cannot use {path}: {reason}; the run is read without it")
         return {}
     if isinstance(found, dict):
         return found
-    tell(f"cannot use {path}: it holds no object; the run is read without it")
+    warn(f"cannot use {path}: it holds no object; the run is read without it")
     return {}
 
 
-def _config(path: Path, tell: Tell) -> dict[str, Any]:
+def _config(path: Path, warn: Warn) -> dict[str, Any]:
     import yaml
 
     try:
@@ -253,11 +253,11 @@ def _config(path: Path, tell: Tell) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no YAML"
-        tell(f"cannot use {path}: {reason}; the run is read without it")
+        warn(f"cannot use {path}: {reason}; the run is read without it")
         return {}
     if isinstance(found, dict):
         return {str(key): value for key, value in found.items()}
-    tell(f"cannot use {path}: it holds no settings; the run is read without it")
+    warn(f"cannot use {path}: it holds no settings; the run is read without it")
     return {}
 
 

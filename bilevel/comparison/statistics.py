@@ -12,7 +12,7 @@ MANY = 10
 """Groups beyond which each is compared with the best alone: pairs would fill pages, and Holm's correction would eat them."""
 
 
-class Spread(NamedTuple):
+class MeanStd(NamedTuple):
     """Mean and standard deviation (0 of a single value) of the `n` values that are known `of` so many."""
 
     mean: float
@@ -44,18 +44,18 @@ class Paired(NamedTuple):
     adjusted: float | None = None
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
+def mean_std(values: Iterable[float | None]) -> MeanStd | None:
     """Mean and sample standard deviation of the values that are known; None where none is.
 
     Example:
-        >>> spread([1.0, 3.0, None])
-        Spread(mean=2.0, std=1.4142135623730951, n=2, of=3)
+        >>> mean_std([1.0, 3.0, None])
+        MeanStd(mean=2.0, std=1.4142135623730951, n=2, of=3)
     """
     given = list(values)
     known = [value for value in given if value is not None]
     if not known:
         return None
-    return Spread(
+    return MeanStd(
         statistics.fmean(known),
         statistics.stdev(known) if len(known) > 1 else 0.0,
         len(known),
@@ -123,7 +123,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 def _compare(first: str, second: str, a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
     differences = [a[seed] - b[seed] for seed in a if seed in b]
-    told = spread(differences)
+    told = mean_std(differences)
     if told is None:
         return Paired(first, second, 0, math.nan, math.nan, None, None)
     # differences that agree to rounding have no spread to hold their mean against

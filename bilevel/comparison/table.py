@@ -9,7 +9,7 @@ import numpy as np
 
 from bilevel.comparison.curves import LOSS, reached
 from bilevel.comparison.runs import Run, finite
-from bilevel.comparison.statistics import Paired, spread
+from bilevel.comparison.statistics import Paired, mean_std
 from bilevel.loggers.tables import duration, number
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def rows(groups: Mapping[str, Sequence[Run]], columns: Sequence[Column]) -> Rows
         if any(column.of(run) is not None for runs in groups.values() for run in runs)
     ]
     cells = [
-        [label, str(len(runs)), *(_cell(column, runs) for column in kept), trouble(runs)]
+        [label, str(len(runs)), *(_cell(column, runs) for column in kept), failures(runs)]
         for label, runs in groups.items()
     ]
     titles = ["solver", "n", *(column.title for column in kept), ""]
@@ -93,7 +93,7 @@ def rich_table(told: Rows, title: str | None = None) -> "Table":
     return table
 
 
-def trouble(runs: Sequence[Run]) -> str:
+def failures(runs: Sequence[Run]) -> str:
     """How many of the runs did not end in order."""
     words = {"diverged": "diverged", "interrupted": "interrupted", "running": "not ended"}
     return ", ".join(
@@ -211,7 +211,7 @@ def _probability(p: float | None) -> str:
 
 
 def _cell(column: Column, runs: Sequence[Run]) -> str:
-    told = spread(column.of(run) for run in runs)
+    told = mean_std(column.of(run) for run in runs)
     if told is None:
         return ""
     text = column.form(told.mean, told.std if told.n > 1 else None)

@@ -24,9 +24,9 @@ class Stream(ABC):
     size: int
     steps_per_epoch: int
 
-    # Where a `Borrowed` found this stream, and which one has it now.
+    # Where a `StreamView` found this stream, and which one has it now.
     _start: dict[str, Any] | None = None
-    _holder: "Borrowed | None" = None
+    _holder: "StreamView | None" = None
 
     @abstractmethod
     def next(self) -> Batch:
@@ -56,7 +56,7 @@ class Stream(ABC):
         """Continue at the position of `state`."""
 
 
-class Borrowed(Stream):
+class StreamView(Stream):
     """A user's stream for one run: from where it stood when it was first handed over, with its batches on `device`.
 
     One stream may serve many runs, and more than one split. Each has a position and a count of its own, and the stream is moved
@@ -69,16 +69,16 @@ class Borrowed(Stream):
         self.stream, self.device = stream, device
         self.size, self.steps_per_epoch = stream.size, stream.steps_per_epoch
         self._state = stream._start
-        self.examples = self._held().examples
+        self.examples = self._at_own_position().examples
 
     def next(self) -> Batch:
-        stream = self._held()
+        stream = self._at_own_position()
         batch = to_device(stream.next(), self.device)
         self.examples = stream.examples
         return batch
 
     def count(self, examples: int) -> None:
-        stream = self._held()
+        stream = self._at_own_position()
         stream.count(examples)
         self.examples = stream.examples
 
@@ -90,14 +90,14 @@ class Borrowed(Stream):
             yield to_device(batch, self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._held().state_dict()
+        return self._at_own_position().state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        stream = self._held()
+        stream = self._at_own_position()
         stream.load_state_dict(state)
         self.examples = stream.examples
 
-    def _held(self) -> Stream:
+    def _at_own_position(self) -> Stream:
         """The stream, at this run's position."""
         stream, other = self.stream, self.stream._holder
         if other is not self:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel.data.loader_stream import LoaderStream
-from bilevel.data.stream import Borrowed, Stream
+from bilevel.data.stream import Stream, StreamView
 from bilevel.errors import BilevelError
 from bilevel.params import Batch, count_examples, to_device
 
@@ -173,7 +173,7 @@ def stream(
         BilevelError: an empty split, a batch larger than it, or something that is none of the three.
     """
     if isinstance(split, Stream):
-        return Borrowed(split, device)
+        return StreamView(split, device)
     leaves = pytree.tree_leaves(split)
     if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
         return TensorStream(split, batch_size, generator, device=device, name=name)

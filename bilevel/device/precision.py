@@ -12,14 +12,14 @@ from torch.utils import _pytree as pytree
 from bilevel.errors import BilevelError, Refused, SpeedWarning
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
-from bilevel.problem_wrapper import Wrapped
+from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.solver import Solver
 from bilevel.text import near
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-class Autocast(Wrapped):
+class Autocast(ProblemWrapper):
     """`problem`, with the products of `predict` in bfloat16 (`torch.autocast`).
 
     w, λ and the carry stay as they are, and predictions come back in float32, so that both objectives, all penalties on w and
@@ -108,7 +108,7 @@ def check_precision(precision: str) -> None:
 
 
 @contextmanager
-def products(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     """Within it, CUDA multiplies float32 as TensorFloat-32 if `precision` is `tf32`, and as float32 otherwise.
 
     PyTorch's own default is neither: matrix products are exact there and convolutions are not.

@@ -33,11 +33,11 @@ def sections(record: Record) -> dict[str, Any]:
     }
 
 
-def compared(record: Record) -> dict[str, Any]:
+def comparison_metrics(record: Record) -> dict[str, Any]:
     """The numbers by which solvers are compared at equal cost: of the validation split, and the regret and its like.
 
     Example:
-        >>> compared({"step": 3, "train_loss": 0.4, "valid_loss": 0.5, "exact.regret": 0.1})
+        >>> comparison_metrics({"step": 3, "train_loss": 0.4, "valid_loss": 0.5, "exact.regret": 0.1})
         {'valid_loss': 0.5, 'regret': 0.1}
     """
     return {
@@ -48,11 +48,11 @@ def compared(record: Record) -> dict[str, Any]:
     }
 
 
-def outcome(summary: Record) -> dict[str, Any]:
+def flat_summary(summary: Record) -> dict[str, Any]:
     """A summary in one level: `best/valid_loss`, `best/test_loss`, `best/regret`, `last/…`, `examples`, `stopped` and so on.
 
     Example:
-        >>> outcome({"best": {"valid_loss": 0.5, "exact.regret": 0.1, "test_loss": None}, "seconds": 2.0})
+        >>> flat_summary({"best": {"valid_loss": 0.5, "exact.regret": 0.1, "test_loss": None}, "seconds": 2.0})
         {'best/valid_loss': 0.5, 'best/regret': 0.1, 'seconds': 2.0}
     """
     told: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def outcome(summary: Record) -> dict[str, Any]:
     return told
 
 
-def sheet(pictures: Tensor) -> Tensor:
+def picture_grid(pictures: Tensor) -> Tensor:
     """Pictures [n, C, H, W] in [0, 1] side by side, eight to a row, as bytes [3, height, width]; small ones are magnified."""
     from torchvision.utils import make_grid
 

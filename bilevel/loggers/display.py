@@ -6,7 +6,8 @@ from abc import abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from bilevel.loggers.records import Logger, Progress, Record, RunInfo
+from bilevel.loggers.logger import Logger, Progress, RunInfo
+from bilevel.loggers.records import Record
 from bilevel.loggers.tables import (
     duration,
     final_tables,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.errors import BilevelError
-from bilevel.loggers.records import METRICS, SUMMARY, read_metrics, strict_json, write_atomically
+from bilevel.files import strict_json, write_atomically
+from bilevel.loggers.records import METRICS, SUMMARY, read_metrics
 
 SCHEDULE = "schedule.json"
 
@@ -85,7 +86,7 @@ class HyperSchedule:
         return {name: values[self.index(step)] for name, values in self.hypers.items()}
 
 
-def of_run(run: str | Path) -> HyperSchedule:
+def from_run(run: str | Path) -> HyperSchedule:
     """The schedule of the run in a directory, from its `metrics.jsonl`; it may still be going on.
 
     Raises:
@@ -123,9 +124,9 @@ def export(run: str | Path, path: str | Path | None = None) -> Path:
     """Write the schedule of the run in a directory as JSON, by default to its `schedule.json`; where it is.
 
     Raises:
-        BilevelError: see `of_run`; or the file cannot be written.
+        BilevelError: see `from_run`; or the file cannot be written.
     """
-    schedule = of_run(run)
+    schedule = from_run(run)
     path = Path(run) / SCHEDULE if path is None else Path(path)
     content = {"origin": schedule.origin or {}, "steps": schedule.steps, "hypers": schedule.hypers}
     write_atomically(path, lambda file: file.write(strict_json(content, indent=1) + "\n"))
@@ -140,7 +141,7 @@ def read(path: str | Path) -> HyperSchedule:
     """
     path = Path(path)
     if path.is_dir():
-        return of_run(path)
+        return from_run(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -7,17 +7,10 @@ from contextlib import suppress
 from typing import Any
 
 from bilevel.errors import BilevelError, FaultWarning, Unwritable
-from bilevel.loggers.records import (
-    DESCRIPTION,
-    METRICS,
-    SUMMARY,
-    Logger,
-    Record,
-    RunInfo,
-    strict_json,
-    write_atomically,
-)
-from bilevel.loggers.space_json import describe
+from bilevel.files import strict_json, write_atomically
+from bilevel.loggers.logger import Logger, RunInfo
+from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
+from bilevel.loggers.space_json import space_to_json
 
 
 class JsonLines(Logger):
@@ -59,7 +52,7 @@ class JsonLines(Logger):
                 "seed": run.seed,
                 "epochs": run.epochs,
             }
-            told |= {"warmup_epochs": run.warmup_epochs, "space": describe(run.space)}
+            told |= {"warmup_epochs": run.warmup_epochs, "space": space_to_json(run.space)}
             write_atomically(
                 run.directory / DESCRIPTION,
                 lambda file: file.write(strict_json(told, indent=2) + "\n"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bilevel.loggers.records import METRICS, Logger, Record, RunInfo, read_metrics
+from bilevel.loggers.logger import Logger, RunInfo
+from bilevel.loggers.records import METRICS, Record, read_metrics
 from bilevel.space import Space
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ TRAIN, VALID, PATH = (
 PATHS = (PATH, "#CC79A7", "#56B4E9", "#D55E00")
 
 
-class Picture(Logger):
+class CurvesPlot(Logger):
     """Draws `curves.png` when a run ends."""
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:

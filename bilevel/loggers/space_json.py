@@ -12,21 +12,21 @@ LARGE = 64
 """A hyperparameter of more entries is recorded by its mean, min and max."""
 
 
-def describe(space: Space) -> dict[str, Any]:
+def space_to_json(space: Space) -> dict[str, Any]:
     """The domains of a space in JSON's types; without large ones, and without those of a user's own class.
 
     Example:
-        >>> describe(Space(decay=domains.Positive(init=0.1, scale=0.5)))
+        >>> space_to_json(Space(decay=domains.Positive(init=0.1, scale=0.5)))
         {'decay': {'domain': 'Positive', 'init': 0.1, 'scale': 0.5}}
     """
     return {name: _fields(domain) for name, domain in space.items() if _is_plain(domain)}
 
 
-def described(description: Any) -> Space:
+def space_from_json(description: Any) -> Space:
     """The space that was described; what is no description of a domain is left out.
 
     Example:
-        >>> described(describe(Space(p=domains.Interval(init=0.1, low=0.0, high=0.9, shape=(2,)))))["p"].shape
+        >>> space_from_json(space_to_json(Space(p=domains.Interval(init=0.1, low=0.0, high=0.9, shape=(2,)))))["p"].shape
         (2,)
     """
     known: dict[str, Domain] = {}

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.errors import BilevelError
-from bilevel.loggers.dashboard import compared, outcome, sections, sheet
-from bilevel.loggers.records import Logger, Record, RunInfo, strict_json
+from bilevel.files import strict_json
+from bilevel.loggers.dashboard import comparison_metrics, flat_summary, picture_grid, sections
+from bilevel.loggers.logger import Logger, RunInfo
+from bilevel.loggers.records import Record
 
 FOLDER = "tensorboard"
 SETTINGS = ("problem", "solver", "response", "lr", "trial", "runner")
@@ -65,21 +67,23 @@ class TensorBoard(Logger):
             )
 
     def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
-        self._pictures = {f"pictures/{name}": sheet(shown) for name, shown in pictures.items()}
+        self._pictures = {
+            f"pictures/{name}": picture_grid(shown) for name, shown in pictures.items()
+        }
 
     def log(self, record: Record) -> None:
         step, now = record["step"], self.began + record["seconds"]
         for name, value in sections(record).items():
             if name != "step":
                 self._writer.add_scalar(name, value, step, now)
-        for name, value in compared(record).items():
+        for name, value in comparison_metrics(record).items():
             self._writer.add_scalar(f"by_examples/{name}", value, record["examples"], now)
         for name, picture in self._pictures.items():
             self._writer.add_image(name, picture, step, now)
         self._pictures = {}
 
     def finish(self, summary: Record) -> None:
-        told = outcome(
+        told = flat_summary(
             {
                 name: summary[name]
                 for name in ("best", "seconds", "examples", "outer_steps", "peak_memory_bytes")
@@ -90,7 +94,7 @@ class TensorBoard(Logger):
             for name, value in told.items()
             if isinstance(value, (int, float))
         }
-        settings = outcome({name: self.info.config.get(name) for name in SETTINGS})
+        settings = flat_summary({name: self.info.config.get(name) for name in SETTINGS})
         plain = {
             name: value
             for name, value in settings.items()

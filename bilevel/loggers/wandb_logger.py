@@ -12,8 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from bilevel.errors import BilevelError
-from bilevel.loggers.dashboard import SECTIONS, compared, outcome, sections, sheet
-from bilevel.loggers.records import METRICS, Logger, Record, RunInfo, read_metrics
+from bilevel.loggers.dashboard import (
+    SECTIONS,
+    comparison_metrics,
+    flat_summary,
+    picture_grid,
+    sections,
+)
+from bilevel.loggers.logger import Logger, RunInfo
+from bilevel.loggers.records import METRICS, Record, read_metrics
 from bilevel.loggers.wandb_offline import last_step
 from bilevel.text import near
 
@@ -133,7 +140,8 @@ class WandB(Logger):
 
         if self.run is not None:
             sheets = {
-                name: sheet(shown).permute(1, 2, 0).numpy() for name, shown in pictures.items()
+                name: picture_grid(shown).permute(1, 2, 0).numpy()
+                for name, shown in pictures.items()
             }
             self._pictures = {
                 f"pictures/{name}": wandb.Image(pixels) for name, pixels in sheets.items()
@@ -145,7 +153,7 @@ class WandB(Logger):
             self.run is None or record["step"] <= self._logged
         ):  # logged by a run that was killed after its last checkpoint
             return
-        measured = compared(record)
+        measured = comparison_metrics(record)
         again = {
             f"{section}/{name}": value
             for section in AT_EQUAL_COST
@@ -158,7 +166,7 @@ class WandB(Logger):
 
     def finish(self, summary: Record) -> None:
         if self.run is not None:
-            self.run.summary.update(outcome(summary))
+            self.run.summary.update(flat_summary(summary))
         self._exit_code = int(summary["diverged"])
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Batch normalization by the statistics of the whole batch, of which a rank has a share."""
+"""Batch normalization by the statistics of the whole batch, of which a rank has a shard."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel.parallel.collectives import enter, leave
-from bilevel.parallel.process_group import Several
-from bilevel.parallel.shards import Share
+from bilevel.parallel.process_group import ProcessGroup
+from bilevel.parallel.shards import Shard
 
 
 class BatchStatistics:
@@ -21,12 +21,12 @@ class BatchStatistics:
     loses nothing that float32 has. Running statistics come out alike on all ranks.
     """
 
-    def __init__(self, ranks: Several) -> None:
+    def __init__(self, ranks: ProcessGroup) -> None:
         self.ranks = ranks
 
     def __call__(
         self,
-        share: Share,
+        shard: Shard,
         input: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
@@ -40,7 +40,7 @@ class BatchStatistics:
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, False, momentum, eps
             )
-        items = input.numel() // input.shape[1] * share.whole / share.size
+        items = input.numel() // input.shape[1] * shard.whole / shard.size
         if items <= 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {input.shape}"
@@ -50,7 +50,7 @@ class BatchStatistics:
         own_mean = x.mean(axes, keepdim=True)
         own_var = (x - own_mean).square().mean(axes)
         own_mean = own_mean.reshape(-1).double()
-        moments = share.weight * torch.stack([own_mean, own_var.double() + own_mean.square()])
+        moments = shard.weight * torch.stack([own_mean, own_var.double() + own_mean.square()])
         mean, square = leave(self.ranks, [moments])[0]
         mean, var = enter(self.ranks, [mean.to(x.dtype), (square - mean.square()).to(x.dtype)])
         if running_mean is not None and running_var is not None:
@@ -64,7 +64,7 @@ class BatchStatistics:
 
 
 def without_statistics(
-    share: Share,
+    shard: Shard,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,

@@ -4,23 +4,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel.checks.equality import close
-from bilevel.checks.first_batch import Trial
-from bilevel.checks.laws import told
+from bilevel.checks.equality import nearly_equal
+from bilevel.checks.first_batch import FirstBatch
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.parallel.batch_norm import without_statistics
-from bilevel.parallel.per_example_draws import Lengths, Shared
+from bilevel.parallel.per_example_draws import DrawLengths, WholeBatchDraws
 from bilevel.parallel.process_group import bits
-from bilevel.parallel.sharded_problem import Parallel
-from bilevel.parallel.shards import Share, shares
+from bilevel.parallel.sharded_problem import ShardedProblem
+from bilevel.parallel.shards import Shard, even_shards
 from bilevel.params import Batch, Carry, count_examples
+from bilevel.text import describe
 
 FEW = 5
 """Examples that the rehearsal begins with: shares of three and two."""
 
 
-def rehearse(problem: Parallel, data: Data, device: torch.device) -> None:
+def dry_run_shards(problem: ShardedProblem, data: Data, device: torch.device) -> None:
     """Learn what `problem` needs to know of the wrapped one, and refuse that if it cannot be shared.
 
     Everything is computed by every rank on its own, on a few examples and on the first batches; what one refuses, all refuse.
@@ -32,12 +32,12 @@ def rehearse(problem: Parallel, data: Data, device: torch.device) -> None:
     batches = [stream.peek() for stream in (data.train, data.valid)]
     refusal: BilevelError | None = None
     try:
-        _rehearse(problem, Trial(problem.problem, data, device), *map(count_examples, batches))
+        _dry_run(problem, FirstBatch(problem.problem, data, device), *map(count_examples, batches))
     except BilevelError as error:
         refusal = error
     except Exception as error:  # whatever a user's own code raises
         refusal = Refused(
-            f"the problem cannot be computed on a part of a batch, {told(error)}; {_REMEDY}"
+            f"the problem cannot be computed on a part of a batch, {describe(error)}; {_REMEDY}"
         )
     seen = [int(bits(leaf)) for leaf in pytree.tree_leaves(batches) if isinstance(leaf, Tensor)]
     for others, refused in problem.ranks.gather((seen, refusal)):
@@ -50,7 +50,7 @@ def rehearse(problem: Parallel, data: Data, device: torch.device) -> None:
             )
 
 
-def _rehearse(problem: Parallel, trial: Trial, size: int, valid_size: int) -> None:
+def _dry_run(problem: ShardedProblem, case: FirstBatch, size: int, valid_size: int) -> None:
     world = problem.ranks.world
     if any(1 < n < world for n in (size, valid_size)):
         raise BilevelError(
@@ -59,50 +59,52 @@ def _rehearse(problem: Parallel, trial: Trial, size: int, valid_size: int) -> No
         )
     if size < 2:
         return
-    few = first(trial.batch, FEW)
+    few = first(case.batch, FEW)
     fewer = first(few, count_examples(few) - 1)
-    problem.state_axes = state_axes(trial, few, fewer)
-    problem.fixed_lengths = fixed_lengths(trial, few, fewer)
+    problem.state_axes = state_axes(case, few, fewer)
+    problem.fixed_lengths = fixed_lengths(case, few, fewer)
     problem.check_lengths(size)
     clear = [
         n
         for n in range(count_examples(few), size + 1)
-        if problem.fixed_lengths.isdisjoint(s.size for s in shares(n, 2))
+        if problem.fixed_lengths.isdisjoint(s.size for s in even_shards(n, 2))
     ]
     # few, where one example that is seen by others weighs most; and all, since what is rare (padding) may not be among few
-    parts = [(trial.batch, True, n) for n in (clear[:1] + clear[1:][-1:] or [size])]
-    valid = trial.data.valid.peek()
+    parts = [(case.batch, True, n) for n in (clear[:1] + clear[1:][-1:] or [size])]
+    valid = case.data.valid.peek()
     parts += [(valid, False, n) for n in sorted({min(FEW, valid_size), valid_size} - {0, 1})]
     for batch, train, n in parts:
-        hold_shares_against_whole(problem, trial, first(batch, n), train=train)
+        compare_shards_with_whole(problem, case, first(batch, n), train=train)
 
 
-def hold_shares_against_whole(
-    problem: Parallel, trial: Trial, batch: Batch, *, train: bool
+def compare_shards_with_whole(
+    problem: ShardedProblem, case: FirstBatch, batch: Batch, *, train: bool
 ) -> None:
     """Raise where L_T or L_V of two shares, or what is carried on, is not that of the whole; batch norm is left out of both."""
     inner = problem.problem
-    whole = Share(0, count_examples(batch), count_examples(batch))
-    carry = inner.fresh_carry(trial.start[1], batch)
+    whole = Shard(0, count_examples(batch), count_examples(batch))
+    carry = inner.fresh_carry(case.start[1], batch)
     name, objective = ("L_T", inner.inner_objective) if train else ("L_V", inner.outer_objective)
 
-    def passed(share: Share) -> tuple[Tensor, Carry]:
+    def passed(shard: Shard) -> tuple[Tensor, Carry]:
         own, part = (
-            share.of(batch),
-            {key: _narrow(t, problem.state_axes.get(key), share) for key, t in carry.items()},
+            shard.of(batch),
+            {key: _narrow(t, problem.state_axes.get(key), shard) for key, t in carry.items()},
         )
-        generator = torch.Generator(trial.device).manual_seed(0) if train else None
-        with torch.no_grad(), Shared(share, without_statistics):
+        generator = torch.Generator(case.device).manual_seed(0) if train else None
+        with torch.no_grad(), WholeBatchDraws(shard, without_statistics):
             prediction, after = inner.predict(
-                trial.hypers, trial.params, part, own, train=train, generator=generator
+                case.hypers, case.params, part, own, train=train, generator=generator
             )
-            return objective(trial.hypers, trial.params, prediction, own), after
+            return objective(case.hypers, case.params, prediction, own), after
 
-    with torch.random.fork_rng(devices=[trial.device] if trial.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[case.device] if case.device.type == "cuda" else []):
         truth, carried = passed(whole)
-        parts = [(share.weight, *passed(share)) for share in shares(whole.size, 2)]
+        parts = [(shard.weight, *passed(shard)) for shard in even_shards(whole.size, 2)]
     total = torch.stack([weight * loss for weight, loss, _ in parts]).sum()
-    if truth.ndim == 0 and not close(truth, total):  # that it is [] is another check's to see
+    if truth.ndim == 0 and not nearly_equal(
+        truth, total
+    ):  # that it is [] is another check's to see
         raise Refused(
             f"{name} of a batch is {float(truth):.6g}, and {float(total):.6g} on average over its two parts: {_WHY}; {_REMEDY}"
         )
@@ -110,9 +112,9 @@ def hold_shares_against_whole(
         axis = problem.state_axes.get(key)
         afters = [after[key] for _, _, after in parts]
         if (
-            not close(t, torch.cat(afters, axis))
+            not nearly_equal(t, torch.cat(afters, axis))
             if axis is not None
-            else not all(close(t, after) for after in afters)
+            else not all(nearly_equal(t, after) for after in afters)
         ):
             raise Refused(
                 f"`{key}`, which `predict` carries on, differs between parts of a batch: {_WHY}; {_REMEDY}"
@@ -125,12 +127,12 @@ _REMEDY = "run it in one process"
 
 def first(batch: Batch, count: int) -> Batch:
     """The first examples of a batch."""
-    return Share(0, min(count, count_examples(batch)), count_examples(batch)).of(batch)
+    return Shard(0, min(count, count_examples(batch)), count_examples(batch)).of(batch)
 
 
-def state_axes(trial: Trial, few: Batch, fewer: Batch) -> dict[str, int]:
+def state_axes(case: FirstBatch, few: Batch, fewer: Batch) -> dict[str, int]:
     """The axis of every carried tensor that is as long as there are examples: where two fresh ones differ."""
-    ours, theirs = (trial.problem.fresh_carry(trial.start[1], batch) for batch in (few, fewer))
+    ours, theirs = (case.problem.fresh_carry(case.start[1], batch) for batch in (few, fewer))
     axes = {}
     for name, state in ours.items():
         differ = [
@@ -143,21 +145,21 @@ def state_axes(trial: Trial, few: Batch, fewer: Batch) -> dict[str, int]:
     return axes
 
 
-def fixed_lengths(trial: Trial, few: Batch, fewer: Batch) -> frozenset[int]:
+def fixed_lengths(case: FirstBatch, few: Batch, fewer: Batch) -> frozenset[int]:
     """First axes of what is drawn in training that are the same for either number of examples."""
-    with torch.random.fork_rng(devices=[trial.device] if trial.device.type == "cuda" else []):
-        seen = [_lengths(trial, batch) for batch in (few, fewer)]
+    with torch.random.fork_rng(devices=[case.device] if case.device.type == "cuda" else []):
+        seen = [_lengths(case, batch) for batch in (few, fewer)]
     return frozenset(m for m, n in zip(*seen, strict=False) if m == n)
 
 
-def _lengths(trial: Trial, batch: Batch) -> list[int]:
-    carry = trial.problem.fresh_carry(trial.start[1], batch)
-    hypers, params = trial.hypers, trial.params  # which are drawn when they are first asked for
-    lengths, generator = Lengths(), torch.Generator(trial.device).manual_seed(0)
+def _lengths(case: FirstBatch, batch: Batch) -> list[int]:
+    carry = case.problem.fresh_carry(case.start[1], batch)
+    hypers, params = case.hypers, case.params  # which are drawn when they are first asked for
+    lengths, generator = DrawLengths(), torch.Generator(case.device).manual_seed(0)
     with torch.no_grad(), lengths:
-        trial.problem.predict(hypers, params, carry, batch, train=True, generator=generator)
+        case.problem.predict(hypers, params, carry, batch, train=True, generator=generator)
     return lengths.seen
 
 
-def _narrow(state: Tensor, axis: int | None, share: Share) -> Tensor:
-    return state if axis is None else state.narrow(axis, share.start, share.size)
+def _narrow(state: Tensor, axis: int | None, shard: Shard) -> Tensor:
+    return state if axis is None else state.narrow(axis, shard.start, shard.size)

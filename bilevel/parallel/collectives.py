@@ -15,10 +15,10 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from bilevel.parallel.process_group import Several
+from bilevel.parallel.process_group import ProcessGroup
 
 
-def enter(ranks: Several, tensors: Sequence[Tensor]) -> list[Tensor]:
+def enter(ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors, whose cotangents are summed over ranks in the backward pass: in one flat all-reduce for all of them.
 
     What needs no gradient is handed on as it is, and costs nothing.
@@ -26,14 +26,14 @@ def enter(ranks: Several, tensors: Sequence[Tensor]) -> list[Tensor]:
     return _through_duals(lambda parts: _moving(_Enter, ranks, parts), tensors)
 
 
-def leave(ranks: Several, tensors: Sequence[Tensor]) -> list[Tensor]:
+def leave(ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Σ over ranks of every tensor, in one flat all-reduce."""
     return _through_duals(lambda parts: list(_Leave.apply(ranks, *parts)), tensors)
 
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ranks: Several, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, ranks: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.ranks = ranks
         return tuple(t.view_as(t) for t in tensors)
@@ -45,7 +45,7 @@ class _Enter(torch.autograd.Function):
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ranks: Several, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, ranks: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.ranks = ranks
         return tuple(_summed(ranks, tensors))
@@ -56,7 +56,7 @@ class _Leave(torch.autograd.Function):
 
 
 def _some(
-    operator: Any, ranks: Several, cotangents: Sequence[Tensor | None]
+    operator: Any, ranks: ProcessGroup, cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The operator on those that are there: of what a loss does not depend on, there is no cotangent on any rank."""
     present = [g for g in cotangents if g is not None]
@@ -64,7 +64,7 @@ def _some(
     return [None if g is None else next(moved) for g in cotangents]
 
 
-def _moving(operator: Any, ranks: Several, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _moving(operator: Any, ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The operator on those that need a gradient; the others as they are."""
     needed = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
     moving = [t for t, wanted in zip(tensors, needed, strict=True) if wanted]
@@ -91,7 +91,7 @@ def _through_duals(
     ]
 
 
-def _summed(ranks: Several, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _summed(ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Sums over ranks, of one buffer for each type."""
     out: list[Tensor] = list(tensors)
     for dtype in dict.fromkeys(t.dtype for t in tensors):

@@ -8,33 +8,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from bilevel.parallel.shards import Share
+from bilevel.parallel.shards import Shard
 
 Normalize = Callable[..., Tensor]
-"""What stands for `F.batch_norm` in training: called with a share, and with the arguments of that."""
+"""What stands for `F.batch_norm` in training: called with a shard, and with the arguments of that."""
 
 
-class Shared(TorchFunctionMode):
-    """Within it, what is drawn for a first axis of the share's length is drawn for the whole batch, and cut to the share.
+class WholeBatchDraws(TorchFunctionMode):
+    """Within it, what is drawn for a first axis of the shard's length is drawn for the whole batch, and cut to the shard.
 
     The masks are then the rows of those that a single process would have drawn, and the generator's state afterwards is that of
     a single process. A draw of another first axis is the same on all ranks: DropConnect, a word dropped everywhere. Batch norm,
     which looks at all examples, goes by `normalize`.
     """
 
-    def __init__(self, share: Share, normalize: Normalize) -> None:
+    def __init__(self, shard: Shard, normalize: Normalize) -> None:
         super().__init__()
-        self.share, self.normalize = share, normalize
+        self.shard, self.normalize = shard, normalize
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
-            return self.normalize(self.share, *args, **kwargs)
+            return self.normalize(self.shard, *args, **kwargs)
         draw = DRAWS.get(func)
-        return func(*args, **kwargs) if draw is None else draw(self.share, func, args, kwargs)
+        return func(*args, **kwargs) if draw is None else draw(self.shard, func, args, kwargs)
 
 
-class Lengths(TorchFunctionMode):
+class DrawLengths(TorchFunctionMode):
     """Looks on, and notes the first axis of everything that is drawn.
 
     Attributes:
@@ -52,57 +52,57 @@ class Lengths(TorchFunctionMode):
         return result
 
 
-def _created(share: Share, func: Any, args: Any, kwargs: Any) -> Any:
+def _created(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
     """`torch.rand(size)` and its kin; the size is named, or a sequence, or all of the arguments."""
     args = list(args)
     if func in (torch.rand, torch.randn) and args and isinstance(args[0], int):
         args, kwargs = [], {**kwargs, "size": tuple(args)}
     place = next((i for i, a in enumerate(args) if isinstance(a, (tuple, list))), None)
     if place is None and "size" not in kwargs:  # normal with tensors for its mean or deviation
-        return _padded(share, func, args, kwargs)
+        return _padded(shard, func, args, kwargs)
     size = tuple(kwargs["size"] if place is None else args[place])
-    if not size or size[0] != share.size:
+    if not size or size[0] != shard.size:
         return func(*args, **kwargs)
-    size = (share.whole, *size[1:])
+    size = (shard.whole, *size[1:])
     if place is None:
         kwargs = {**kwargs, "size": size}
     else:
         args[place] = size
-    return func(*args, **kwargs)[share.rows]
+    return func(*args, **kwargs)[shard.rows]
 
 
-def _like(share: Share, func: Any, args: Any, kwargs: Any) -> Any:
+def _like(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
     x = args[0]
-    if not _leads(share, x):
+    if not _leads(shard, x):
         return func(*args, **kwargs)
-    return func(_blank(share, x), *args[1:], **kwargs)[share.rows]
+    return func(_blank(shard, x), *args[1:], **kwargs)[shard.rows]
 
 
-def _in_place(share: Share, func: Any, args: Any, kwargs: Any) -> Any:
+def _in_place(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
     x, *rest = args
-    if not _leads(share, x):
+    if not _leads(shard, x):
         return func(*args, **kwargs)
-    return x.copy_(func(_blank(share, x), *(_pad(share, a) for a in rest), **kwargs)[share.rows])
+    return x.copy_(func(_blank(shard, x), *(_pad(shard, a) for a in rest), **kwargs)[shard.rows])
 
 
-def _padded(share: Share, func: Any, args: Any, kwargs: Any) -> Any:
-    """A function of rows that draws as many numbers whatever their values: of the batch, with other rows than the share's made
+def _padded(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
+    """A function of rows that draws as many numbers whatever their values: of the batch, with other rows than the shard's made
     up.
     """
-    if not any(_leads(share, a) for a in (*args, *kwargs.values())):
+    if not any(_leads(shard, a) for a in (*args, *kwargs.values())):
         return func(*args, **kwargs)
     whole = func(
-        *(_pad(share, a) for a in args), **{name: _pad(share, a) for name, a in kwargs.items()}
+        *(_pad(shard, a) for a in args), **{name: _pad(shard, a) for name, a in kwargs.items()}
     )
-    return whole[share.rows]
+    return whole[shard.rows]
 
 
-def _dropout(share: Share, func: Any, args: Any, kwargs: Any) -> Any:
+def _dropout(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
     """X times the function of ones: the same kernel draws the same mask, and no activation is padded."""
     x, p, train, inplace = _dropout_arguments(*args, **kwargs)
-    if not (train and p > 0 and _leads(share, x)):
+    if not (train and p > 0 and _leads(shard, x)):
         return func(*args, **kwargs)
-    noise = func(x.new_ones(share.whole, *x.shape[1:]), p, True)[share.rows]
+    noise = func(x.new_ones(shard.whole, *x.shape[1:]), p, True)[shard.rows]
     return x.mul_(noise) if inplace else x * noise
 
 
@@ -117,24 +117,24 @@ def _dropout_arguments(
     return input, p, training if train is None else train, inplace
 
 
-def _leads(share: Share, x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == share.size
+def _leads(shard: Shard, x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == shard.size
 
 
-def _blank(share: Share, x: Tensor) -> Tensor:
-    return x.new_empty(share.whole, *x.shape[1:])
+def _blank(shard: Shard, x: Tensor) -> Tensor:
+    return x.new_empty(shard.whole, *x.shape[1:])
 
 
-def _pad(share: Share, x: Any) -> Any:
-    if not _leads(share, x):
+def _pad(shard: Shard, x: Any) -> Any:
+    if not _leads(shard, x):
         return x
     before, after = (
-        x.new_full((n, *x.shape[1:]), 0.5) for n in (share.start, share.whole - share.stop)
+        x.new_full((n, *x.shape[1:]), 0.5) for n in (shard.start, shard.whole - shard.stop)
     )
     return torch.cat([before, x, after])
 
 
-DRAWS: dict[Any, Callable[[Share, Any, Any, Any], Any]] = {
+DRAWS: dict[Any, Callable[[Shard, Any, Any, Any], Any]] = {
     **dict.fromkeys((torch.rand, torch.randn, torch.randint, torch.normal), _created),
     **dict.fromkeys((torch.rand_like, torch.randn_like, torch.randint_like), _like),
     **dict.fromkeys(
@@ -167,4 +167,4 @@ DRAWS: dict[Any, Callable[[Share, Any, Any, Any], Any]] = {
         _dropout,
     ),
 }
-"""How each function that draws is called for a share."""
+"""How each function that draws is called for a shard."""

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """A run of one process: it agrees with itself. `Several` are those of a process group."""
+    """A run of one process: it agrees with itself. `ProcessGroup` are those of a process group."""
 
     rank = 0
     world = 1
@@ -28,7 +28,7 @@ class Ranks:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def largest(self, *numbers: float) -> list[float]:
+    def maximum(self, *numbers: float) -> list[float]:
         """The largest of every number over all ranks: what depends on a clock or on a signal is decided together."""
         return list(numbers)
 
@@ -43,14 +43,14 @@ class Ranks:
             BilevelError: naming the first such tensor.
         """
 
-    def together(self, device: torch.device) -> None:
+    def share_rng_state(self, device: torch.device) -> None:
         """Give PyTorch's global generators the state of the first rank's: loaders and modules may draw from them."""
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
-class Several(Ranks):
+class ProcessGroup(Ranks):
     """All processes of `torch.distributed`'s group.
 
     Numbers and decisions travel between the CPUs by a gloo group of their own, so that no one waits for a GPU; tensors by
@@ -80,7 +80,7 @@ class Several(Ranks):
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def largest(self, *numbers: float) -> list[float]:
+    def maximum(self, *numbers: float) -> list[float]:
         values = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.control)
         return values.tolist()
@@ -118,26 +118,26 @@ class Several(Ranks):
                     "the same kind of device"
                 )
 
-    def together(self, device: torch.device) -> None:
+    def share_rng_state(self, device: torch.device) -> None:
         set_rng_state(self.copy(rng_state(device)), device)
 
 
-def are_several() -> bool:
+def is_distributed() -> bool:
     """Whether this is one process of several: of the process group that is initialized, if one is."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
-def ranks_of(device: torch.device) -> Iterator[Ranks]:
+def open_ranks(device: torch.device) -> Iterator[Ranks]:
     """The ranks of a run, which computes on `device` here.
 
     Raises:
         BilevelError: another process has ended meanwhile.
     """
-    if not are_several():
-        yield ALONE
+    if not is_distributed():
+        yield SINGLE_PROCESS
         return
-    ranks = Several(device)
+    ranks = ProcessGroup(device)
     try:
         yield ranks
     except RuntimeError as error:
@@ -151,21 +151,21 @@ def ranks_of(device: torch.device) -> Iterator[Ranks]:
         dist.destroy_process_group(ranks.control)
 
 
-def own_device(name: str) -> str:
+def device_of_rank(name: str) -> str:
     """The device called `name` of this process: of several on one machine, each has a GPU of its own.
 
     Example:
-        >>> own_device("cpu")
+        >>> device_of_rank("cpu")
         'cpu'
 
     Raises:
         BilevelError: there are fewer GPUs than processes, or one is named for all of them.
     """
-    if are_several() and name.startswith("cuda:"):
+    if is_distributed() and name.startswith("cuda:"):
         raise BilevelError(
             f"runner.device={name} is one GPU for all processes; use runner.device=cuda, and each has its own"
         )
-    if not are_several() or name not in ("auto", "cuda") or not torch.cuda.is_available():
+    if not is_distributed() or name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name
     own, there = int(os.environ.get("LOCAL_RANK", dist.get_rank())), torch.cuda.device_count()
     if own >= there:

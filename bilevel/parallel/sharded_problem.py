@@ -8,9 +8,9 @@ from torch import Tensor
 from bilevel.errors import BilevelError
 from bilevel.parallel.batch_norm import BatchStatistics
 from bilevel.parallel.collectives import enter, leave
-from bilevel.parallel.per_example_draws import Shared
-from bilevel.parallel.process_group import Several
-from bilevel.parallel.shards import Share, shares
+from bilevel.parallel.per_example_draws import WholeBatchDraws
+from bilevel.parallel.process_group import ProcessGroup
+from bilevel.parallel.shards import Shard, even_shards
 from bilevel.params import (
     Batch,
     Carry,
@@ -21,27 +21,27 @@ from bilevel.params import (
     Prediction,
     count_examples,
     detached,
+    widen,
 )
 from bilevel.problem import Problem
-from bilevel.problem_wrapper import Wrapped
-from bilevel.run.evaluation import wide
+from bilevel.problem_wrapper import ProblemWrapper
 
 
-class Parallel(Wrapped):
+class ShardedProblem(ProblemWrapper):
     """`problem`, spread over ranks: solvers see the whole batch, losses over all of it, and λ, w and gradients that all hold.
 
         L(λ, w) = Σ_ranks (b_r/B) L_r(λ, w),    ∇L = Σ_ranks (b_r/B) ∇L_r
 
     with L_r the mean over the b_r of B examples that are the rank's own: exact, also where they differ in number. w and λ enter
-    the share (`bilevel.parallel.collectives`), and the loss leaves it; between them all is local, the prediction too. A batch
+    the shard (`bilevel.parallel.collectives`), and the loss leaves it; between them all is local, the prediction too. A batch
     of fewer examples than ranks, that of a closed form say, is computed whole by every rank.
 
     Args:
         problem: any whose objectives are means over examples.
-        ranks: that share it.
+        ranks: that shard it.
     """
 
-    def __init__(self, problem: Problem, ranks: Several) -> None:
+    def __init__(self, problem: Problem, ranks: ProcessGroup) -> None:
         super().__init__(problem)
         self.ranks = ranks
         self.state_axes: dict[str, int] = {}
@@ -55,19 +55,19 @@ class Parallel(Wrapped):
         params, carry = self.ranks.copy(self.problem.init(generator))
         return params, carry
 
-    def share(self, batch: Batch) -> Share | None:
+    def shard(self, batch: Batch) -> Shard | None:
         """The rank's own part; None where the batch is not shared."""
         examples = count_examples(batch)
         return (
             None
             if examples < self.ranks.world
-            else shares(examples, self.ranks.world)[self.ranks.rank]
+            else even_shards(examples, self.ranks.world)[self.ranks.rank]
         )
 
     def check_lengths(self, examples: int) -> None:
         """Raise where a share of a training batch is as long as something else that is drawn."""
         if ambiguous := self.fixed_lengths.intersection(
-            part.size for part in shares(examples, self.ranks.world)
+            part.size for part in even_shards(examples, self.ranks.world)
         ):
             raise BilevelError(
                 f"a batch of {examples} examples gives a rank {min(ambiguous)} of them, and the network draws something else "
@@ -84,20 +84,20 @@ class Parallel(Wrapped):
         train: bool,
         generator: torch.Generator | None,
     ) -> tuple[Prediction, Carry]:
-        if (share := self.share(batch)) is None:
+        if (shard := self.shard(batch)) is None:
             return self.problem.predict(
                 hypers, params, carry, batch, train=train, generator=generator
             )
         if train and self.fixed_lengths:
-            self.check_lengths(share.whole)
+            self.check_lengths(shard.whole)
         self._entered = {}
-        hypers, params = self._localized(hypers, params, share, self._entered)
-        own = {name: self._own_state(name, state, share) for name, state in carry.items()}
-        with Shared(share, self._statistics):
+        hypers, params = self._localized(hypers, params, shard, self._entered)
+        own = {name: self._own_state(name, state, shard) for name, state in carry.items()}
+        with WholeBatchDraws(shard, self._statistics):
             prediction, after = self.problem.predict(
-                hypers, params, own, share.of(batch), train=train, generator=generator
+                hypers, params, own, shard.of(batch), train=train, generator=generator
             )
-        return prediction, self._gathered(after, share)
+        return prediction, self._gathered(after, shard)
 
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
@@ -118,27 +118,27 @@ class Parallel(Wrapped):
         batch: Batch,
     ) -> Tensor:
         """An objective over the whole batch."""
-        if (share := self.share(batch)) is None:
+        if (shard := self.shard(batch)) is None:
             return objective(hypers, params, prediction, batch)
         known, self._entered = (
             self._entered,
             {},
         )  # of no use to any other pass, and they hold its graph
-        hypers, params = self._localized(hypers, params, share, known)
-        loss = objective(hypers, params, prediction, share.of(batch))
-        return leave(self.ranks, [share.weight * loss])[0]
+        hypers, params = self._localized(hypers, params, shard, known)
+        loss = objective(hypers, params, prediction, shard.of(batch))
+        return leave(self.ranks, [shard.weight * loss])[0]
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
         """Of the whole batch, on all ranks: values of one rank after those of another."""
-        if (share := self.share(batch)) is None:
+        if (shard := self.shard(batch)) is None:
             return self.problem.metrics(hypers, params, prediction, batch)
-        hypers, params = self._localized(hypers, params, share, {})
+        hypers, params = self._localized(hypers, params, shard, {})
         own = {
-            name: wide(share.weight * value if value.ndim == 0 else value)
+            name: widen(shard.weight * value if value.ndim == 0 else value)
             for name, value in self.problem.metrics(
-                hypers, params, prediction, share.of(batch)
+                hypers, params, prediction, shard.of(batch)
             ).items()
         }
         found = self.ranks.gather({name: list(value.shape) for name, value in own.items()})
@@ -161,14 +161,14 @@ class Parallel(Wrapped):
         return torch.zeros(shape, dtype=torch.float64, device=self.ranks.device)
 
     def _localized(
-        self, hypers: Hypers, params: Params, share: Share, known: dict[int, tuple[Tensor, Tensor]]
+        self, hypers: Hypers, params: Params, shard: Shard, known: dict[int, tuple[Tensor, Tensor]]
     ) -> tuple[Hypers, Params]:
-        """λ and w as the share sees them; `known` are tensors that have entered it, and gains those that do now.
+        """λ and w as the shard sees them; `known` are tensors that have entered it, and gains those that do now.
 
         λ and w enter apart: where the derivative in one of them is asked for, the other's is not computed and not sent.
         """
         leaves = self._enter(list(hypers.values()), known)
-        own = share.of_hypers(self.space, dict(zip(hypers, leaves, strict=True)))
+        own = shard.of_hypers(self.space, dict(zip(hypers, leaves, strict=True)))
         parts = {
             name: p.parts() if isinstance(p, PerExampleWeight) else (p,)
             for name, p in params.items()
@@ -179,7 +179,7 @@ class Parallel(Wrapped):
             held = [next(moved) for _ in parts[name]]
             if isinstance(p, PerExampleWeight):
                 *shared, varying = held
-                weights[name] = p.with_parts(*shared, varying[share.rows])
+                weights[name] = p.with_parts(*shared, varying[shard.rows])
             else:
                 weights[name] = held[0]
         return own, weights
@@ -187,7 +187,7 @@ class Parallel(Wrapped):
     def _enter(
         self, tensors: list[Tensor], known: dict[int, tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
-        """The tensors in the share; an `id` is that of a tensor which `known` keeps alive."""
+        """The tensors in the shard; an `id` is that of a tensor which `known` keeps alive."""
         fresh = [t for t in tensors if not self._holds(known, t)]
         known |= {
             id(t): (t, entered) for t, entered in zip(fresh, enter(self.ranks, fresh), strict=True)
@@ -200,11 +200,11 @@ class Parallel(Wrapped):
             t.requires_grad and torch.is_grad_enabled()
         )
 
-    def _own_state(self, name: str, state: Tensor, share: Share) -> Tensor:
+    def _own_state(self, name: str, state: Tensor, shard: Shard) -> Tensor:
         axis = self.state_axes.get(name)
-        return state if axis is None else state.narrow(axis, share.start, share.size)
+        return state if axis is None else state.narrow(axis, shard.start, shard.size)
 
-    def _gathered(self, carry: Carry, share: Share) -> Carry:
+    def _gathered(self, carry: Carry, shard: Shard) -> Carry:
         """The carry with the state of all examples, as constants: what is carried is a constant of the next step."""
         names = [name for name in carry if name in self.state_axes]
         if not names:
@@ -212,8 +212,8 @@ class Parallel(Wrapped):
         whole = []
         for name in names:
             state, axis = detached({name: carry[name]})[name], self.state_axes[name]
-            padded = state.new_zeros(*state.shape[:axis], share.whole, *state.shape[axis + 1 :])
-            padded.narrow(axis, share.start, share.size).copy_(state)
+            padded = state.new_zeros(*state.shape[:axis], shard.whole, *state.shape[axis + 1 :])
+            padded.narrow(axis, shard.start, shard.size).copy_(state)
             whole.append(padded)
         with torch.no_grad():
             return carry | dict(zip(names, leave(self.ranks, whole), strict=True))

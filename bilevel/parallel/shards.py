@@ -10,7 +10,7 @@ from bilevel.params import Batch, Hypers
 from bilevel.space import Space
 
 
-class Share(NamedTuple):
+class Shard(NamedTuple):
     """Examples `start` up to `stop` of a batch of `whole`."""
 
     start: int
@@ -50,13 +50,13 @@ class Share(NamedTuple):
         }
 
 
-def shares(examples: int, world: int) -> list[Share]:
+def even_shards(examples: int, world: int) -> list[Shard]:
     """A batch in contiguous parts, whose sizes differ by one at most.
 
     Example:
-        >>> [share.size for share in shares(8, 3)]
+        >>> [shard.size for shard in even_shards(8, 3)]
         [3, 3, 2]
     """
     least, more = divmod(examples, world)
     starts = [rank * least + min(rank, more) for rank in range(world + 1)]
-    return [Share(start, stop, examples) for start, stop in pairwise(starts)]
+    return [Shard(start, stop, examples) for start, stop in pairwise(starts)]

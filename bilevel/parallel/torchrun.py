@@ -30,7 +30,7 @@ class Launch:
         self.rank, self.failed, self._store = rank, False, store
         self._said: Counter[str] = Counter()
 
-    def says(self, sentence: str) -> bool:
+    def prints(self, sentence: str) -> bool:
         """Whether it is this process that prints a sentence: the first that has it to say, of those that say the same."""
         if self._store is None:
             return True
@@ -55,7 +55,7 @@ class Launch:
 
 
 @contextmanager
-def launched() -> Iterator[Launch]:
+def torchrun_launch() -> Iterator[Launch]:
     """The process group of `torchrun`, where that has started several processes; NCCL for tensors on CUDA, else gloo."""
     if world_size() == 1 or dist.is_initialized():
         yield Launch()

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from bilevel.data.tensor_stream import Data
-from bilevel.parallel.check_shards import rehearse
-from bilevel.parallel.process_group import Ranks, Several
-from bilevel.parallel.sharded_problem import Parallel
+from bilevel.parallel.check_shards import dry_run_shards
+from bilevel.parallel.process_group import ProcessGroup, Ranks
+from bilevel.parallel.sharded_problem import ShardedProblem
 from bilevel.problem import Problem
 from bilevel.run.faults import Saving
 
@@ -20,11 +20,11 @@ def spread(problem: Problem, data: Data, device: torch.device, ranks: Ranks) -> 
     Raises:
         Refused: it cannot be shared.
     """
-    if not isinstance(ranks, Several):
+    if not isinstance(ranks, ProcessGroup):
         return problem
-    ranks.together(device)
-    parallel = Parallel(problem, ranks)
-    rehearse(parallel, data, device)
+    ranks.share_rng_state(device)
+    parallel = ShardedProblem(problem, ranks)
+    dry_run_shards(parallel, data, device)
     return parallel
 
 

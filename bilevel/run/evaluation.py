@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bilevel.data.tensor_stream import Stream
 from bilevel.errors import BilevelError
-from bilevel.params import count_examples
+from bilevel.params import count_examples, widen
 from bilevel.problem import Problem
 from bilevel.solver import Solution
 
@@ -34,7 +34,7 @@ def evaluate(
         )
         for name, value in problem.metrics(hypers, params, prediction, batch).items():
             weight = count_examples(batch) if value.ndim == 0 else 1
-            totals[name] = totals.get(name, 0.0) + weight * wide(value).sum()
+            totals[name] = totals.get(name, 0.0) + weight * widen(value).sum()
             items[name] = items.get(name, 0) + weight * value.numel()
     if "loss" not in totals:
         raise BilevelError(
@@ -43,8 +43,3 @@ def evaluate(
     sums = torch.stack(list(totals.values())).tolist()
     means = {name: total / items[name] for name, total in zip(totals, sums, strict=True)}
     return means | problem.derived(means)
-
-
-def wide(value: Tensor) -> Tensor:
-    """The values in float64, which adds up many of them without loss; in float32 on MPS, which has no wider type."""
-    return value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)

@@ -10,7 +10,7 @@ from typing import Any
 
 from bilevel.checkpoint.checkpoints import CHECKPOINT
 from bilevel.errors import FaultWarning, Unwritable
-from bilevel.loggers.records import Logger
+from bilevel.loggers.logger import Logger
 
 GRACE = 3600.0
 """Seconds for which a run goes on though its checkpoints cannot be written: the most that a full disk can cost."""

@@ -82,7 +82,7 @@ def in_coordinates(space: Space, hypers: Hypers, gradient: Tensor) -> Tensor:
         u = space.unconstrain(wide).requires_grad_()
         leaves, weights = (
             space.constrain(u),
-            space.split(gradient.detach().to("cpu", torch.float64)),
+            space.by_name(gradient.detach().to("cpu", torch.float64)),
         )
         total = torch.stack(
             [(leaves[name] * weight).sum() for name, weight in weights.items()]

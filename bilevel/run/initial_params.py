@@ -12,11 +12,11 @@ from bilevel.errors import BilevelError
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import Carry, Params
 from bilevel.problem import Problem
-from bilevel.problem_wrapper import Wrapped
+from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.text import near
 
 
-class StartingFrom(Wrapped):
+class StartingFrom(ProblemWrapper):
     """`problem`, with `init` answering `params` in place of random weights.
 
     Args:

@@ -12,13 +12,14 @@ from torch import Tensor
 from bilevel.data.tensor_stream import Data
 from bilevel.device.device import Meter, rng_state, set_rng_state
 from bilevel.errors import BilevelError
-from bilevel.loggers.records import Logger, Progress, Record, make_record
-from bilevel.parallel.process_group import ALONE, Ranks
-from bilevel.params import Hypers, to_device
+from bilevel.loggers.logger import Logger, Progress
+from bilevel.loggers.records import Record, make_record
+from bilevel.parallel.process_group import SINGLE_PROCESS, Ranks
+from bilevel.params import Hypers, to_device, widen
 from bilevel.problem import Problem
 from bilevel.run.budget import Schedule
 from bilevel.run.divergence import diverged, not_finite
-from bilevel.run.evaluation import evaluate, wide
+from bilevel.run.evaluation import evaluate
 from bilevel.run.faults import Loggers, Saving
 from bilevel.run.hypergradient_error import Probe
 from bilevel.solver import Solution, Solver
@@ -56,7 +57,7 @@ class Loop:
         patience: int | None = None,
         checkpoint_every: int = 1,
         probe: Probe | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.problem, self.solver, self.data, self.device, self.probe = (
             problem,
@@ -120,7 +121,7 @@ class Loop:
     def _ended(self, interrupted: Callable[[], bool]) -> str | None:
         if self.diverged:
             return "diverged"
-        seconds, stop = self.ranks.largest(
+        seconds, stop = self.ranks.maximum(
             self.meter.elapsed(), interrupted()
         )  # which differ between processes
         spent = self.schedule.spent(self.step, seconds, self.examples)
@@ -246,7 +247,7 @@ class Loop:
         if not self._sums:
             return {}
         values = torch.stack(
-            [wide(total.to(self.device)) for total in self._sums.values()]
+            [widen(total.to(self.device)) for total in self._sums.values()]
         ).tolist()
         means = {
             name: value / self._counts[name] for name, value in zip(self._sums, values, strict=True)

@@ -14,13 +14,14 @@ from torch import Tensor
 from bilevel.checkpoint.checkpoints import Checkpoints, Identity, kept
 from bilevel.checks.check_problem import check_setup
 from bilevel.device.device import choose_device, cpu_threads, deterministic
-from bilevel.device.precision import at_precision, check_precision, products
+from bilevel.device.precision import at_precision, check_precision, matmul_precision
 from bilevel.errors import BilevelError
 from bilevel.loggers.display import DISPLAYS, display
 from bilevel.loggers.jsonl import JsonLines
-from bilevel.loggers.plot import Picture
-from bilevel.loggers.records import METRICS, Logger, Place, Record, RunInfo, brief
-from bilevel.parallel.process_group import Ranks, own_device, ranks_of
+from bilevel.loggers.logger import Logger, Place, RunInfo
+from bilevel.loggers.plot import CurvesPlot
+from bilevel.loggers.records import METRICS, Record, brief
+from bilevel.parallel.process_group import Ranks, device_of_rank, open_ranks
 from bilevel.problem import Problem
 from bilevel.run.budget import Schedule
 from bilevel.run.cuda_graph import Capture
@@ -156,11 +157,11 @@ class Runner:
         if solver.inner_count:
             taken = f"this {type(solver).__name__} has {solver.inner_count} steps behind it"
             raise BilevelError(f"{taken}; give every run a solver of its own")
-        device, directory = choose_device(own_device(self.device)), Path(directory)
+        device, directory = choose_device(device_of_rank(self.device)), Path(directory)
         explaining = Explained(problem, solver, device, self.precision)
         with (
             deterministic(self.deterministic),
-            ranks_of(device) as ranks,
+            open_ranks(device) as ranks,
             Alone() as alone,
             explaining as explained,
         ):
@@ -227,7 +228,12 @@ class Runner:
         solver.setup(problem, data, device, draws)
         explained.data = data
         told = (
-            [JsonLines(), *([Picture()] if self.picture else []), *loggers, *display(self.progress)]
+            [
+                JsonLines(),
+                *([CurvesPlot()] if self.picture else []),
+                *loggers,
+                *display(self.progress),
+            ]
             if ranks.first
             else []
         )
@@ -264,13 +270,13 @@ class Runner:
         )
         with ExitStack() as stack:
             interrupts = stack.enter_context(Interrupts())
-            stack.enter_context(products(self.precision))
+            stack.enter_context(matmul_precision(self.precision))
             stack.enter_context(cpu_threads(self.threads, solver.solution().params))
             for logger in loop.loggers:
                 logger.start(info, state.get("loggers", {}).get(type(logger).__name__, {}))
                 stack.callback(loop.loggers.tell_one, logger, "close")
             reason = loop.run(lambda: interrupts.received)
-            [number] = ranks.largest(interrupts.number or 0)  # whichever process was told
+            [number] = ranks.maximum(interrupts.number or 0)  # whichever process was told
             interrupts.number = Signals(int(number)) if number else None
             summary = summarize(loop, info, reason, signal=interrupts.number)
             loop.loggers.tell("finish", summary)

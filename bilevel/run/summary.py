@@ -3,7 +3,8 @@
 from signal import Signals
 from typing import Any
 
-from bilevel.loggers.records import Record, RunInfo
+from bilevel.loggers.logger import RunInfo
+from bilevel.loggers.records import Record
 from bilevel.params import Hypers, to_device
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import Loop

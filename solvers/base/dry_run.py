@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel import Batch, Data, Problem, Refused, Space, Stream
-from bilevel.checks.laws import recomputed
+from bilevel.checks.laws import recomputation_hint
 from bilevel.params import count_examples
 from bilevel.solvers.response.jacobian import Response
 from bilevel.solvers.response.per_example_weight import MissingRule
@@ -86,7 +86,7 @@ def refusals(lacking: str | None) -> Iterator[None]:
         said = str(error).splitlines()[0]
         if lacking is not None and any(sign in said for sign in LACKS_DERIVATIVE):
             raise Refused(lacking.format(said=said)) from None
-        if hint := recomputed(error):
+        if hint := recomputation_hint(error):
             raise Refused(f"a training pass fails, {said}{hint}") from None
         raise
 

@@ -91,7 +91,7 @@ class Belief:
 
     def scales(self) -> Hypers:
         """σ by hyperparameter."""
-        return self.space.split(self.sigma.detach())
+        return self.space.by_name(self.sigma.detach())
 
     def state_dict(self) -> dict[str, Any]:
         """u, s, u₀ and both optimizers."""

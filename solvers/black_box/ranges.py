@@ -93,13 +93,13 @@ class Ranges:
         return torch.cat(
             [
                 _unconstrained(self.space[name], part).reshape(-1)
-                for name, part in self.space.split(z).items()
+                for name, part in self.space.by_name(z).items()
             ]
         )
 
     def drawn(self, u: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
         """z from u: the inverse, but that a whole number forgets how it was rounded."""
-        parts = self.space.split(u.double())
+        parts = self.space.by_name(u.double())
         return torch.cat([_drawn(self.space[name], part) for name, part in parts.items()])
 
 

@@ -16,7 +16,7 @@ from benchmarks.experiments.jobs import ended, expand, job, replaced, run_job
 from benchmarks.experiments.pages import Page, blocks
 from bilevel import BilevelError, Interval, Positive, Space
 from bilevel.comparison.runs import Run
-from bilevel.loggers.space_json import describe
+from bilevel.loggers.space_json import space_to_json
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 EXPERIMENTS = find()
@@ -234,7 +234,9 @@ def made(solver: str, seed: int, losses: list[float], **columns: list[float]) ->
     known |= {name.replace("__", "."): np.array(values) for name, values in columns.items()}
     space = Space(rate=Interval(low=0.0, high=0.5, init=0.1), decay=Positive(init=0.1))
     place = {"directory": Path(), "problem": "p", "solver": solver, "label": solver, "seed": seed}
-    return Run(**place, columns=known, description={"space": describe(space)}, status="finished")
+    return Run(
+        **place, columns=known, description={"space": space_to_json(space)}, status="finished"
+    )
 
 
 def test_the_spike_is_measured_in_the_coordinates_of_the_solver():

@@ -11,7 +11,7 @@ from benchmarks.experiments.question_learning_rate import RATE, refused
 from benchmarks.experiments.reviewers import mean_loss, overshoot, path, spike, told
 from bilevel import Runner, problems, solvers
 from bilevel.comparison.runs import Run
-from bilevel.loggers.space_json import describe
+from bilevel.loggers.space_json import space_to_json
 
 SPACE = problems.digits(hidden=[4]).space
 
@@ -26,7 +26,7 @@ def run_of(u: list[list[float]], status: str = "finished", loss: float = 1.0) ->
         directory=Path(),
         **names,
         columns=columns,
-        description={"space": describe(SPACE)},
+        description={"space": space_to_json(SPACE)},
         status=status,
     )
 

@@ -239,7 +239,7 @@ def test_gradient_reaches_u_through_the_domain(space):
 
 
 def test_split(space):
-    leaves = space.split(torch.arange(6))
+    leaves = space.by_name(torch.arange(6))
     assert leaves["gates"].tolist() == [1, 2]
     assert set(leaves) == {"rate", "gates", "mix"}
 

@@ -22,7 +22,7 @@ from bilevel import (
 )
 from bilevel.cli.app import main
 from bilevel.loggers import hyper_schedule
-from bilevel.loggers.hyper_schedule import HyperSchedule, export, of_run, read
+from bilevel.loggers.hyper_schedule import HyperSchedule, export, from_run, read
 from bilevel.loggers.records import read_metrics
 from bilevel.solvers import Constant, Fixed, Gaussian, Replayed, SelfTuning, Sinusoidal
 from tests.support.device_waits import no_waiting
@@ -112,7 +112,7 @@ def test_the_file_says_what_the_records_say(tmp_path):
     assert len(set(schedule.hypers["rate"])) > 5
     for name in ("rate", "mask", "decay"):
         assert schedule.hypers[name] == [record[f"hypers.{name}"] for record in records]
-    assert schedule == read(tmp_path / "run") == of_run(tmp_path / "run")
+    assert schedule == read(tmp_path / "run") == from_run(tmp_path / "run")
     assert schedule.origin == {"problem": "Net", "solver": "SelfTuning", "seed": 0}
     elsewhere = export(tmp_path / "run", tmp_path / "other.json")
     assert elsewhere.read_text() == path.read_text()
@@ -136,7 +136,7 @@ def test_a_run_evaluated_every_round_is_replayed_at_the_very_values_that_it_had(
     assert len({float(each["rate"]) for each in had}) == 9  # rounds after warm-up
     for step in range(24):
         assert all(torch.equal(problem.seen[step][name], had[step][name]) for name in had[step])
-    final = of_run(tmp_path).at(24)
+    final = from_run(tmp_path).at(24)
     assert all(
         torch.equal(leaf, torch.tensor(final[name]))
         for name, leaf in solver.solution().hypers.items()

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from bilevel import Need, Positive, Refused, Runner, SolverWarning, check_problem
-from bilevel.loggers.records import Logger
+from bilevel.loggers.logger import Logger
 from bilevel.problems import Quadratic, Ridge, digits
 from bilevel.solvers import Dense, Fixed
 from bilevel.solvers.base.descent import Descent

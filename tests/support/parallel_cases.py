@@ -17,9 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from bilevel import BilevelError, ModuleProblem, Positive, Runner, Space, evaluate, squared_norm
-from bilevel.parallel.process_group import Several
-from bilevel.parallel.sharded_problem import Parallel
-from bilevel.parallel.shards import Share
+from bilevel.parallel.process_group import ProcessGroup
+from bilevel.parallel.sharded_problem import ShardedProblem
+from bilevel.parallel.shards import Shard
 from bilevel.problems import MLP, Classification, Language, LossWeights, Quadratic, Ridge
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.few_shot.problem import sinusoid
@@ -116,7 +116,7 @@ def trained(problem, solver, ranks=None, *, rehearsed=True):
     """λ, w, carry, metrics and generator after some rounds, an evaluation, and the hypergradient on the next batches."""
     data = problem.data(CPU, torch.Generator().manual_seed(1))
     if ranks is not None:
-        problem = spread(problem, data, CPU, ranks) if rehearsed else Parallel(problem, ranks)
+        problem = spread(problem, data, CPU, ranks) if rehearsed else ShardedProblem(problem, ranks)
     solver.setup(problem, data, CPU, torch.Generator().manual_seed(2))
     for _ in range(ROUNDS):
         metrics = solver.step()
@@ -144,29 +144,29 @@ def both(make_problem, make_solver, ranks):
 
 def unweighted(ranks):
     """The wrong way: the losses of five and of four examples count alike."""
-    right, Share.weight = Share.weight, property(lambda share: 0.5)
+    right, Shard.weight = Shard.weight, property(lambda shard: 0.5)
     try:
         return trained(mlp(), Fixed(), ranks, rehearsed=False)
     finally:
-        Share.weight = right
+        Shard.weight = right
 
 
 def local_solves(ranks):
-    """The hypergradient of the conjugate gradients that each rank runs on the Hessian of its own share, averaged; the right one
+    """The hypergradient of the conjugate gradients that each rank runs on the Hessian of its own shard, averaged; the right one
     beside it.
     """
     outcomes = []
     for whole in (True, False):
         problem, solver = mlp(), implicit_cg(curvature=GaussNewton(damping=0.01))
         data = problem.data(CPU, torch.Generator().manual_seed(1))
-        solver.setup(Parallel(problem, ranks), data, CPU, torch.Generator().manual_seed(2))
+        solver.setup(ShardedProblem(problem, ranks), data, CPU, torch.Generator().manual_seed(2))
         solver.step()
         if not whole:
             sum_over_ranks, ranks.sum = ranks.sum, lambda tensor: None
         gradient = solver.hypergradient()
         if not whole:
             ranks.sum = sum_over_ranks
-            ranks.sum(gradient)  # each share's loss is weighted already: the mean over ranks
+            ranks.sum(gradient)  # each shard's loss is weighted already: the mean over ranks
         outcomes.append(gradient.detach())
     return tuple(outcomes)
 
@@ -181,7 +181,7 @@ def collectives(make_problem, make_solver, ranks):
 
     problem, solver = make_problem(), make_solver()
     data = problem.data(CPU, torch.Generator().manual_seed(1))
-    solver.setup(Parallel(problem, ranks), data, CPU, torch.Generator().manual_seed(2))
+    solver.setup(ShardedProblem(problem, ranks), data, CPU, torch.Generator().manual_seed(2))
     solver.step()
     dist.all_reduce = counted
     try:
@@ -386,7 +386,7 @@ def main(out, rank, store):
     warnings.simplefilter("ignore")
     out = Path(out)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    ranks, outcomes = Several(CPU), {}
+    ranks, outcomes = ProcessGroup(CPU), {}
     for name, case in (CASES | {"runs": partial(runs, out=out)}).items():
         try:
             outcomes[name] = case(ranks=ranks)

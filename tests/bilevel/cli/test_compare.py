@@ -15,7 +15,7 @@ from bilevel.comparison.report import sections
 from bilevel.comparison.runs import read_runs
 from bilevel.comparison.table import Rows
 from bilevel.domains import Positive
-from bilevel.loggers.space_json import describe
+from bilevel.loggers.space_json import space_to_json
 from bilevel.space import Space
 from tests.support.comparison_runs import records, write_run
 
@@ -47,7 +47,7 @@ class Checked(HTMLParser):
 
 
 def write_runs(place, problem="ridge", solvers=("fixed", "stn"), seeds=3, **more):
-    space = describe(Space(decay=Positive(init=1.0)))
+    space = space_to_json(Space(decay=Positive(init=1.0)))
     for offset, solver in enumerate(solvers):
         for seed in range(seeds):
             losses = [3.0, 1.0 + offset + 0.1 * seed, 2.0 + offset]

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from bilevel.comparison.curve_plots import perturbation_band
 from bilevel.comparison.curves import band, common_target, reached
-from bilevel.comparison.drawing import perturbed
 from bilevel.comparison.labels import label
-from bilevel.comparison.runs import grouped, read_runs
+from bilevel.comparison.runs import group_runs, read_runs
 from bilevel.comparison.statistics import holm, paired
 from bilevel.comparison.table import STEP, milliseconds, plus_minus, rows
 from bilevel.domains import Integer, Interval, Positive, Simplex
-from bilevel.loggers.space_json import describe, described
+from bilevel.loggers.space_json import space_from_json, space_to_json
 from bilevel.space import Space
 from tests.support.comparison_runs import records, write_run
 
@@ -85,11 +85,11 @@ def test_a_line_that_is_half_written_is_passed_over_and_one_that_is_damaged_is_t
     told: list[str] = []
     with open(place / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "valid_l')
-    (run,) = read_runs(place, tell=told.append)
+    (run,) = read_runs(place, warn=told.append)
     assert (run.evaluations, told) == (2, [])
     lines = (place / "metrics.jsonl").read_text().splitlines(keepends=True)
     (place / "metrics.jsonl").write_text(lines[0] + "\0\0garbage\n[1]\n" + lines[1])
-    (run,) = read_runs(place, tell=told.append)
+    (run,) = read_runs(place, warn=told.append)
     assert run.evaluations == 2
     assert len(told) == 1
     assert "2 of its lines are damaged" in told[0]
@@ -207,9 +207,9 @@ def test_the_common_target_is_what_the_worst_reaches_on_average(tmp_path):
         for s, pair in (("a", (1, 3)), ("b", (4, 2)))
         for i, best in enumerate(pair)
     ]
-    groups = grouped(runs)["ridge"]
+    groups = group_runs(runs)["ridge"]
     assert common_target(groups) == 3.0
-    gone = grouped([one(tmp_path / "gone", [9.0, None], solver="c", ended="diverged")])["ridge"]
+    gone = group_runs([one(tmp_path / "gone", [9.0, None], solver="c", ended="diverged")])["ridge"]
     assert common_target({**groups, **gone}) == 3.0
     assert common_target(gone) == 9.0
     assert common_target({}) is None
@@ -228,7 +228,7 @@ def test_paired_tests_are_scipys_over_the_seeds_that_both_have(tmp_path):
         for solver, values in losses.items()
         for seed, loss in enumerate(values)
     ]
-    pairs, everyone = paired(grouped(runs)["ridge"], lambda run: run.at_best("valid_loss"))
+    pairs, everyone = paired(group_runs(runs)["ridge"], lambda run: run.at_best("valid_loss"))
     assert everyone
     assert [(pair.first, pair.second, pair.n) for pair in pairs] == [
         ("a", "b", 6),
@@ -252,7 +252,7 @@ def test_paired_tests_are_scipys_over_the_seeds_that_both_have(tmp_path):
         assert pair.difference == pytest.approx(np.mean(x - y))
     assert [pair.adjusted for pair in pairs] == holm([pair.p for pair in pairs])
     against, everyone = paired(
-        grouped(runs)["ridge"], lambda run: run.at_best("valid_loss"), many=2
+        group_runs(runs)["ridge"], lambda run: run.at_best("valid_loss"), many=2
     )
     assert not everyone
     best = min(losses, key=lambda solver: losses[solver].mean())
@@ -269,7 +269,7 @@ def test_what_cannot_be_tested_is_told_without_a_p(tmp_path):
         one(tmp_path / "c", [5.0], solver="c", seed=0),
         one(tmp_path / "d", [5.0], solver="d", seed=9),
     ]
-    pairs, _ = paired(grouped(runs)["ridge"], lambda run: run.at_best("valid_loss"))
+    pairs, _ = paired(group_runs(runs)["ridge"], lambda run: run.at_best("valid_loss"))
     assert [(pair.first, pair.second, pair.n, pair.p) for pair in pairs] == [
         ("a", "b", 2, None),
         ("a", "c", 1, None),
@@ -282,7 +282,7 @@ def test_runs_of_one_seed_count_once_in_a_paired_test(tmp_path):
         one(tmp_path / f"a{i}", [loss], solver="a", seed=0) for i, loss in enumerate((1.0, 3.0))
     ]
     runs += [one(tmp_path / "b", [1.5], solver="b", seed=0)]
-    ((pair,), _) = paired(grouped(runs)["ridge"], lambda run: run.at_best("valid_loss"))
+    ((pair,), _) = paired(group_runs(runs)["ridge"], lambda run: run.at_best("valid_loss"))
     assert (pair.n, pair.difference) == (1, 0.5)
 
 
@@ -325,13 +325,13 @@ def test_the_range_of_a_perturbation_is_that_of_its_domain(tmp_path):
         hypers__mix=[[0.5, 0.5]] * 2,
         scales__mix=[[1.0, 0.5]] * 2,
     )
-    (run,) = read_runs(write_run(tmp_path / "r", told, space=describe(space)))
-    low, high = perturbed(run, "p")
+    (run,) = read_runs(write_run(tmp_path / "r", told, space=space_to_json(space)))
+    low, high = perturbation_band(run, "p")
     odds, sigma = np.log(np.array([0.1, 0.2]) / np.array([0.4, 0.3])), np.array([1.0, 0.5])
     assert low == pytest.approx(0.5 / (1 + np.exp(sigma - odds)))
     assert high == pytest.approx(0.5 / (1 + np.exp(-sigma - odds)))
-    assert perturbed(run, "mix")[0].shape == (2, 2)
-    assert perturbed(run, "q") is None
+    assert perturbation_band(run, "mix")[0].shape == (2, 2)
+    assert perturbation_band(run, "q") is None
 
 
 def test_a_space_is_described_such_that_it_can_be_made_again():
@@ -341,13 +341,13 @@ def test_a_space_is_described_such_that_it_can_be_made_again():
         lr=Positive(init=0.1, optimizer="lr"),
         large=Positive(init=1.0, shape=(65,)),
     )
-    again = described(json.loads(json.dumps(describe(space))))
+    again = space_from_json(json.loads(json.dumps(space_to_json(space))))
     assert list(again) == ["p", "n", "lr"]
     assert again["p"].initial().tolist() == [0.1, 0.2]
     assert (again["n"].high, again["lr"].optimizer, again["p"].scale) == (9, "lr", 0.5)
     assert (
         list(
-            described(
+            space_from_json(
                 {"p": {"domain": "Nonsense"}, "q": 3, "r": {"domain": "Positive", "init": -1}}
             )
         )

@@ -18,7 +18,7 @@ from bilevel import (
     SpeedWarning,
     squared_norm,
 )
-from bilevel.device.precision import Autocast, at_precision, products
+from bilevel.device.precision import Autocast, at_precision
 from bilevel.problems import Quadratic, augmented_images, digits
 from bilevel.problems.datasets import labelled_images
 from bilevel.problems.networks.dropout import concrete_dropout
@@ -236,7 +236,7 @@ def test_pytorchs_own_settings_come_back(precision):
         assert [flag.allow_tf32 for flag in flags] == [precision == "tf32"] * 2
         raise ValueError("in the middle")
 
-    with pytest.raises(ValueError, match="in the middle"), products(precision):
+    with pytest.raises(ValueError, match="in the middle"), matmul_precision(precision):
         fail()
     assert [flag.allow_tf32 for flag in flags] == before
 
@@ -253,7 +253,7 @@ def test_someone_may_have_set_the_newer_switches(precision):
     try:
         with pytest.raises(RuntimeError, match="mix of the legacy and new"):
             _ = matrices.allow_tf32
-        with products(precision):
+        with matmul_precision(precision):
             wanted = "tf32" if precision == "tf32" else "ieee"
             assert [place.fp32_precision for place in (matrices, cudnn.conv, cudnn.rnn)] == [
                 wanted
@@ -293,7 +293,7 @@ def test_on_cuda_each_precision_rounds_as_it_says(precision):
     narrow = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
     for product in (lambda x, y: x @ y, nn.functional.conv2d):
         x, y = (a, a) if product is not nn.functional.conv2d else (image, kernel)
-        with products(precision), narrow:
+        with matmul_precision(precision), narrow:
             rounded = product(x, y).double()
         exact = product(x.double(), y.double())
         error = float((rounded - exact).norm() / exact.norm())

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from bilevel import Runner, Space
 from bilevel.loggers.display import LiveDisplay, PlainDisplay, display
-from bilevel.loggers.records import Place, Progress, RunInfo, read_metrics
+from bilevel.loggers.logger import Place, Progress, RunInfo
+from bilevel.loggers.records import read_metrics
 from tests.support.fakes import FakeProblem, FakeSolver
 
 INFO = {"problem": "digits", "solver": "delta_stn", "seed": 3, "epochs": 20, "warmup_epochs": 5}

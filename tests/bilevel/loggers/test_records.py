@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from bilevel import BilevelError, Runner, Solution, Space, evaluate, stream
+from bilevel.files import strict_json
 from bilevel.loggers.jsonl import JsonLines
+from bilevel.loggers.logger import RunInfo
 from bilevel.loggers.plot import PICTURE, draw
-from bilevel.loggers.records import RunInfo, make_record, read_metrics, strict_json
+from bilevel.loggers.records import make_record, read_metrics
 from bilevel.run.budget import Schedule
 from tests.support.fakes import FakeProblem, FakeSolver
 

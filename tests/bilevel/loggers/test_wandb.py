@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from bilevel import BilevelError, Runner
-from bilevel.loggers.records import Place, read_metrics
+from bilevel.loggers.logger import Place
+from bilevel.loggers.records import read_metrics
 from bilevel.loggers.wandb_logger import WandB
 from bilevel.problems import Quadratic, digits
 from bilevel.problems.classification.learned_augmentation import augmented_images

@@ -18,12 +18,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from bilevel import BilevelError, Refused
 from bilevel.cli.app import prepared
 from bilevel.parallel.batch_norm import BatchStatistics, without_statistics
-from bilevel.parallel.check_shards import rehearse
+from bilevel.parallel.check_shards import dry_run_shards
 from bilevel.parallel.collectives import enter, leave
-from bilevel.parallel.per_example_draws import DRAWS, Shared
-from bilevel.parallel.process_group import ALONE, ranks_of
-from bilevel.parallel.sharded_problem import Parallel
-from bilevel.parallel.shards import Share, shares
+from bilevel.parallel.per_example_draws import DRAWS, WholeBatchDraws
+from bilevel.parallel.process_group import SINGLE_PROCESS, open_ranks
+from bilevel.parallel.sharded_problem import ShardedProblem
+from bilevel.parallel.shards import Shard, even_shards
 from tests.support.parallel_cases import CASES, CPU, SOLVERS, Decayed, both, exact_run
 from tests.support.solver_cases import Recurrent, all_problems
 
@@ -315,8 +315,8 @@ class Twice:
 
 
 def rehearsed(problem):
-    parallel = Parallel(problem, Twice())
-    rehearse(parallel, problem.data(CPU, torch.Generator().manual_seed(1)), CPU)
+    parallel = ShardedProblem(problem, Twice())
+    dry_run_shards(parallel, problem.data(CPU, torch.Generator().manual_seed(1)), CPU)
     return parallel
 
 
@@ -361,7 +361,7 @@ def test_what_needs_no_gradient_enters_as_it_is():
     ("examples", "world", "sizes"), [(16, 3, [6, 5, 5]), (2, 2, [1, 1]), (9, 2, [5, 4])]
 )
 def test_shares_are_contiguous_and_nearly_equal(examples, world, sizes):
-    parts = shares(examples, world)
+    parts = even_shards(examples, world)
     assert [part.size for part in parts] == sizes
     assert torch.equal(
         torch.cat([part.of(torch.arange(examples)) for part in parts]), torch.arange(examples)
@@ -415,17 +415,17 @@ def calls(x, generator):
 def test_a_share_draws_its_rows_of_what_the_batch_draws(name):
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(1))
 
-    def drawn(share):
+    def drawn(shard):
         generator = torch.Generator().manual_seed(2)
         torch.manual_seed(3)
-        with Shared(share, without_statistics):
-            draw = calls(share.of(x), generator)[name]()
+        with WholeBatchDraws(shard, without_statistics):
+            draw = calls(shard.of(x), generator)[name]()
         return draw, generator.get_state(), torch.get_rng_state()
 
-    whole, *states = drawn(Share(0, 9, 9))
-    for share in shares(9, 2):
-        part, *after = drawn(share)
-        torch.testing.assert_close(part, share.of(whole))
+    whole, *states = drawn(Shard(0, 9, 9))
+    for shard in even_shards(9, 2):
+        part, *after = drawn(shard)
+        torch.testing.assert_close(part, shard.of(whole))
         assert all(torch.equal(one, other) for one, other in zip(after, states, strict=True))
 
 
@@ -451,7 +451,7 @@ def test_batch_norm_in_shares_is_that_of_the_batch():
     own = [t.clone() for t in running]
     both = torch.cat([x, x])
     expected = F.batch_norm(both, *running, weight, bias, True, 0.3)
-    out = BatchStatistics(Twice())(Share(0, 4, 8), x, *own, weight, bias, True, 0.3)
+    out = BatchStatistics(Twice())(Shard(0, 4, 8), x, *own, weight, bias, True, 0.3)
     torch.testing.assert_close(out, expected[:4], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(own, running)
 
@@ -516,9 +516,9 @@ def test_draws_per_example_after_a_fused_layer_can_be_cut():
 
 
 def test_one_process_is_alone():
-    with ranks_of(CPU) as ranks:
-        assert ranks is ALONE
-    assert ALONE.largest(1.5, True) == [1.5, True]
-    assert ALONE.on_first(lambda: 3) == 3
-    with pytest.raises(RuntimeError, match="gloo"), ranks_of(CPU):
+    with open_ranks(CPU) as ranks:
+        assert ranks is SINGLE_PROCESS
+    assert SINGLE_PROCESS.maximum(1.5, True) == [1.5, True]
+    assert SINGLE_PROCESS.on_first(lambda: 3) == 3
+    with pytest.raises(RuntimeError, match="gloo"), open_ranks(CPU):
         raise RuntimeError("of gloo, where there is no other process")

@@ -9,7 +9,8 @@ from torch.utils import _pytree as pytree
 
 from bilevel import Runner, SolverWarning
 from bilevel.checkpoint.checkpoints import load
-from bilevel.loggers.records import Logger, read_metrics
+from bilevel.loggers.logger import Logger
+from bilevel.loggers.records import read_metrics
 from bilevel.problems import Quadratic, digits
 from bilevel.run.hypergradient_error import Probe
 from bilevel.solvers import (

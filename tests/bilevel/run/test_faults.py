@@ -23,7 +23,8 @@ from bilevel.cli.app import main
 from bilevel.device import device as devices
 from bilevel.errors import FaultWarning, Unwritable
 from bilevel.loggers.jsonl import JsonLines
-from bilevel.loggers.records import Logger, read_metrics
+from bilevel.loggers.logger import Logger
+from bilevel.loggers.records import read_metrics
 from bilevel.loggers.wandb_logger import WandB
 from bilevel.problems import Quadratic, digits
 from bilevel.run import faults, signals
@@ -117,7 +118,7 @@ def test_lines_that_are_held_are_in_the_checkpoint(tmp_path, disk):
             "space": space,
             "resumed": resumed,
         }
-        from bilevel.loggers.records import RunInfo
+        from bilevel.loggers.logger import RunInfo
 
         found.start(RunInfo(**info), state)
         return found

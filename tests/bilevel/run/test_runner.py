@@ -12,7 +12,8 @@ import torch
 from bilevel import BilevelError, Runner, evaluate
 from bilevel.checkpoint import file_format
 from bilevel.checkpoint.checkpoints import best_solution, load
-from bilevel.loggers.records import read_metrics, write_atomically
+from bilevel.files import write_atomically
+from bilevel.loggers.records import read_metrics
 from tests.support.fakes import BATCH, STEPS_PER_EPOCH, FakeProblem, FakeSolver
 from tests.support.runs import comparable, run, same_weights
 

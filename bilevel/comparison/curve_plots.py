@@ -1,77 +1,27 @@
-"""Curves of groups of runs on matplotlib's axes: bands over seeds, paths of hyperparameters, quality against cost."""
+"""Curves of groups of runs on matplotlib axes: bands over seeds and paths of hyperparameters."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bilevel.comparison.curves import AXES, LOSS, POINTS, Band, band, spans_decades
+from bilevel.comparison.plot_style import Looks, cost_axis, logarithmic, readable_name, styles
 from bilevel.comparison.runs import Array, Run
-from bilevel.loggers.plot import STYLE, sigma_band
-from bilevel.loggers.space_json import described
+from bilevel.loggers.plot import sigma_band
+from bilevel.loggers.space_json import space_from_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
 
 Groups = Mapping[str, Sequence[Run]]
 """Runs by label, a seed each."""
-Looks = Mapping[str, Mapping[str, Any]]
-"""Colour, dash and marker of each label."""
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, without the yellow that white paper swallows."""
-LINES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""One more than colours, so that the two do not come round together."""
 FEW = 4
 """A hyperparameter of more entries is drawn by the mean of them."""
 SEEDS = 8
 """Runs of a group whose own paths are drawn; more would hide each other."""
-DPI = 160
-
-
-def styles(labels: Sequence[str]) -> Looks:
-    """A colour for each label, and where colours come round again another dash, so that no two lines look alike in print.
-
-    Later lines are thinner: of two that coincide both are seen.
-
-    Example:
-        >>> styles(["stn", "fixed"])["fixed"]
-        {'color': '#D55E00', 'linestyle': '-', 'linewidth': 1.2, 'marker': 's'}
-    """
-    widths = np.linspace(2.2, 1.2, len(labels)) if len(labels) > 1 else [1.5]
-    return {
-        label: {
-            "color": COLORS[i % len(COLORS)],
-            "linestyle": LINES[i // len(COLORS) % len(LINES)],
-            "linewidth": round(float(widths[i]), 2),
-            "marker": MARKERS[i % len(MARKERS)],
-        }
-        for i, label in enumerate(labels)
-    }
-
-
-@contextmanager
-def figure(
-    path: str | Path | IO[bytes],
-    rows: int = 1,
-    columns: int = 1,
-    size: tuple[float, float] = (3.4, 2.5),
-) -> Iterator[Any]:
-    """Axes [rows, columns] of a new figure, which is saved at the end to a place or a file; `size` is a panel's, in inches."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        drawn = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(drawn)
-        yield drawn.subplots(rows, columns, squeeze=False)
-        drawn.savefig(path)
 
 
 def draw_bands(
@@ -117,8 +67,8 @@ def draw_bands(
             )
     if log:
         logarithmic(ax)
-    _horizontal(ax, x)
-    ax.set_ylabel(f"best {spoken(y)} so far" if best_so_far else spoken(y))
+    cost_axis(ax, x)
+    ax.set_ylabel(f"best {readable_name(y)} so far" if best_so_far else readable_name(y))
 
 
 def draw_paths(
@@ -150,7 +100,7 @@ def draw_paths(
         for number, run in enumerate(runs[:SEEDS]):
             thin = slice(None, None, max(1, run.evaluations // POINTS))
             at, path = run.column(AXES[x])[thin], _entry(run.column(f"hypers.{name}"), entry)[thin]
-            edges = perturbed(run, name)
+            edges = perturbation_band(run, name)
             if edges is not None:
                 low, high = (_entry(edge, entry)[thin] for edge in edges)
                 ax.fill_between(
@@ -161,7 +111,7 @@ def draw_paths(
                     alpha=0.35 / max(2, len(runs)),
                     linewidth=0,
                 )
-            text = f"{label} ({counted_seeds(runs)})" if number == 0 else None
+            text = f"{label} ({seeds_label(runs)})" if number == 0 else None
             ax.plot(
                 at,
                 path,
@@ -173,30 +123,30 @@ def draw_paths(
             shown.append(path)
     if spans_decades(shown):
         logarithmic(ax)
-    _horizontal(ax, x)
+    cost_axis(ax, x)
     several = entry is None and any(
         run.column(f"hypers.{name}").ndim == 2 for runs in groups.values() for run in runs
     )
     ax.set_ylabel(
-        f"mean of {spoken(name)}"
+        f"mean of {readable_name(name)}"
         if several
-        else spoken(name) + ("" if entry is None else f"[{entry}]")
+        else readable_name(name) + ("" if entry is None else f"[{entry}]")
     )
 
 
-def counted_seeds(runs: Sequence[Run]) -> str:
+def seeds_label(runs: Sequence[Run]) -> str:
     """How many runs have their own path in a picture.
 
     Example:
-        >>> counted_seeds([])
+        >>> seeds_label([])
         'n = 0'
     """
     return f"n = {len(runs)}" if len(runs) <= SEEDS else f"{SEEDS} of {len(runs)} runs"
 
 
-def perturbed(run: Run, name: str) -> tuple[Array, Array] | None:
+def perturbation_band(run: Run, name: str) -> tuple[Array, Array] | None:
     """λ(u − σ) and λ(u + σ) along a run, shaped as its column; None where it has no σ, or its domain is not known."""
-    space = described(run.description.get("space"))
+    space = space_from_json(run.description.get("space"))
     values, scales = run.column(f"hypers.{name}"), run.column(f"scales.{name}")
     if name not in space or not np.isfinite(scales).any() or values.shape != scales.shape:
         return None
@@ -228,55 +178,6 @@ def hyper_panels(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
     return panels
 
 
-def spoken(name: str) -> str:
-    """A column's name as people read it.
-
-    Example:
-        >>> spoken("valid_loss"), spoken("exact.regret"), spoken("hypers.log_decay")
-        ('validation loss', 'regret', 'log decay')
-    """
-    bare = name.removeprefix("exact.").removeprefix("hypers.").removeprefix("scales.")
-    return bare.replace("valid_", "validation ").replace("train_", "training ").replace("_", " ")
-
-
-def counted(value: float) -> str:
-    """A count in the space that an axis has.
-
-    Example:
-        >>> counted(20_000), counted(1.5e6), counted(64)
-        ('20k', '1.5M', '64')
-    """
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
-def legend(drawn: "Figure", ax: "Axes") -> None:
-    """One legend for the whole figure, above it, where it hides nothing."""
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
-        drawn.legend(
-            handles,
-            labels,
-            loc="outside upper center",
-            ncols=legend_columns(labels, drawn.get_figwidth()),
-        )
-
-
-def legend_columns(labels: Sequence[str], width: float) -> int:
-    """How many columns of a legend fit into a figure of so many inches.
-
-    Example:
-        >>> legend_columns(["stn", "fixed", "delta_stn"], 5.0), legend_columns(["stn with many settings" * 3] * 4, 5.0)
-        (3, 1)
-    """
-    each = 0.55 + 0.055 * max(
-        map(len, labels), default=0
-    )  # handle and gaps, and a letter at the style's size
-    return max(1, min(len(labels), int(width / each)))
-
-
 def _draw_band(ax: "Axes", over: Band, look: Mapping[str, Any], text: str) -> None:
     whole = over.whole()
     if whole.x.size > 1:
@@ -306,29 +207,6 @@ def _draw_rest(ax: "Axes", run: Run, own: Band, whole: Band, look: Mapping[str, 
             clip_on=False,
             zorder=4,
         )
-
-
-def logarithmic(ax: "Axes") -> None:
-    """Make the vertical axis logarithmic; one of a decade or two has 0.2, 0.5 and the like for labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    if high < 100 * low and 1e-4 < low < high < 1e5:
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_major_formatter(plain)
-        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high > 10 * low else (2, 3, 4, 6)))
-        ax.yaxis.set_minor_formatter(plain)
-
-
-def _horizontal(ax: "Axes", x: str) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    ax.set_xlabel("training time (s)" if x == "seconds" else x)
-    ax.set_xlim(left=0)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
-    if x == "examples":
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: counted(value)))
 
 
 def _moves(column: Array) -> bool:

@@ -1,0 +1,137 @@
+"""The look of comparison plots: colours, figures, names, legends and axes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from bilevel.loggers.plot import STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Looks = Mapping[str, Mapping[str, Any]]
+"""Colour, dash and marker of each label."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, without the yellow that white paper swallows."""
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""One more than colours, so that the two do not come round together."""
+DPI = 160
+
+
+def styles(labels: Sequence[str]) -> Looks:
+    """A colour for each label, and where colours come round again another dash, so that no two lines look alike in print.
+
+    Later lines are thinner: of two that coincide both are seen.
+
+    Example:
+        >>> styles(["stn", "fixed"])["fixed"]
+        {'color': '#D55E00', 'linestyle': '-', 'linewidth': 1.2, 'marker': 's'}
+    """
+    widths = np.linspace(2.2, 1.2, len(labels)) if len(labels) > 1 else [1.5]
+    return {
+        label: {
+            "color": COLORS[i % len(COLORS)],
+            "linestyle": LINES[i // len(COLORS) % len(LINES)],
+            "linewidth": round(float(widths[i]), 2),
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        for i, label in enumerate(labels)
+    }
+
+
+@contextmanager
+def figure(
+    path: str | Path | IO[bytes],
+    rows: int = 1,
+    columns: int = 1,
+    size: tuple[float, float] = (3.4, 2.5),
+) -> Iterator[Any]:
+    """Axes [rows, columns] of a new figure, which is saved at the end to a place or a file; `size` is a panel's, in inches."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(drawn)
+        yield drawn.subplots(rows, columns, squeeze=False)
+        drawn.savefig(path)
+
+
+def readable_name(name: str) -> str:
+    """A column's name as people read it.
+
+    Example:
+        >>> readable_name("valid_loss"), readable_name("exact.regret"), readable_name("hypers.log_decay")
+        ('validation loss', 'regret', 'log decay')
+    """
+    bare = name.removeprefix("exact.").removeprefix("hypers.").removeprefix("scales.")
+    return bare.replace("valid_", "validation ").replace("train_", "training ").replace("_", " ")
+
+
+def short_count(value: float) -> str:
+    """A count in the space that an axis has.
+
+    Example:
+        >>> short_count(20_000), short_count(1.5e6), short_count(64)
+        ('20k', '1.5M', '64')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def legend(drawn: "Figure", ax: "Axes") -> None:
+    """One legend for the whole figure, above it, where it hides nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        drawn.legend(
+            handles,
+            labels,
+            loc="outside upper center",
+            ncols=legend_columns(labels, drawn.get_figwidth()),
+        )
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of a legend fit into a figure of so many inches.
+
+    Example:
+        >>> legend_columns(["stn", "fixed", "delta_stn"], 5.0), legend_columns(["stn with many settings" * 3] * 4, 5.0)
+        (3, 1)
+    """
+    each = 0.55 + 0.055 * max(
+        map(len, labels), default=0
+    )  # handle and gaps, and a letter at the style's size
+    return max(1, min(len(labels), int(width / each)))
+
+
+def logarithmic(ax: "Axes") -> None:
+    """Make the vertical axis logarithmic; one of a decade or two has 0.2, 0.5 and the like for labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100 * low and 1e-4 < low < high < 1e5:
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_major_formatter(plain)
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high > 10 * low else (2, 3, 4, 6)))
+        ax.yaxis.set_minor_formatter(plain)
+
+
+def cost_axis(ax: "Axes", x: str) -> None:
+    """Label the horizontal axis by the cost that it shows, and place its ticks."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    ax.set_xlabel("training time (s)" if x == "seconds" else x)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    if x == "examples":
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
