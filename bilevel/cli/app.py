@@ -41,7 +41,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     job = Job(traceback_wanted=os.environ.get("HYDRA_FULL_ERROR") == "1")
     try:
         with torchrun_launch() as job.launch, time_limit_raises(), sweep.counted() as failed:
-            user_modules.check_not_hidden()
+            user_modules.check_links()
             user_modules.add_working_directory()
             _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
     except Exception as error:

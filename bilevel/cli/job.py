@@ -80,8 +80,6 @@ class Job:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show(warnings.showwarning, self.launch)
-                if os.getpid() != self.process:
-                    user_modules.check_not_hidden()  # the process may have been started in another way than ours
                 value = self._run(composed)
             sweep.forget_failure()
             return value

@@ -84,8 +84,10 @@ def locate(path: Any, role: str) -> Callable[..., Any]:
         reason = f"{type(error).__name__}: {_first_line(str(error))}"
         package = str(path).split(".")[0]
         own = os.path.join(os.getcwd(), package)
-        if package in ("bilevel", "problems", "solvers") and os.path.isdir(own):
-            reason += f" ({own} has the name of one of bilevel's own packages, and is not looked at; rename it)"
+        if package == "bilevel" and os.path.isdir(own):
+            reason += (
+                f" ({own} has the name of the installed package, and is not looked at; rename it)"
+            )
         advice = "give the dotted path of a class or function"
         raise BilevelError(
             f"`{role}._target_` = {path} cannot be imported: {reason}; {advice}"

@@ -1,6 +1,5 @@
-"""Where imports come from: a user's own modules beside them, and folders of theirs that hide ours."""
+"""Import a user's own modules beside the installed ones, and check the links to our own packages."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -23,26 +22,17 @@ def add_working_directory() -> None:
         sys.meta_path.append(_WorkingDirectory)
 
 
-def check_not_hidden(names: Sequence[str] = ("problems", "solvers")) -> None:
-    """Raise where a folder of the user's own hides an installed package of ours.
+def check_links(package: Path = PACKAGE) -> None:
+    """Raise where the symbolic links to the problems, the solvers or the configuration are broken.
 
     Raises:
-        BilevelError: naming the folder.
+        BilevelError: names the broken link.
     """
-    for name in names:
-        installed = (
-            PACKAGE.parent / name
-        )  # a wheel and an editable install alike put our packages side by side
-        spec = importlib.util.find_spec(name)
-        found = None if spec is None else _folder(spec)
-        if found is None:
+    for name in ("problems", "solvers", "conf"):
+        if not (package / name / "__init__.py").is_file():
             raise BilevelError(
-                f"the package `{name}`, a part of bilevel, is not installed; install bilevel anew with pip"
-            )
-        if found != installed:
-            raise BilevelError(
-                f"{found} hides bilevel's own package `{name}`, installed in {installed.parent}; rename yours or run elsewhere "
-                "(`python -m` and PYTHONPATH put your folders first, the command `bilevel` does not)"
+                f"{package / name} must be a folder or a symbolic link to one; clone again with "
+                "`git clone -c core.symlinks=true`, or install a wheel"
             )
 
 
@@ -52,11 +42,3 @@ class _WorkingDirectory:
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         return PathFinder.find_spec(name, [os.getcwd()]) if path is None else None
-
-
-def _folder(spec: ModuleSpec) -> Path | None:
-    """The folder of a package (the file of a module), regular or namespace."""
-    for place in spec.submodule_search_locations or ():
-        if os.path.isdir(place):  # an editable install lists a placeholder too
-            return Path(place).resolve()
-    return Path(spec.origin).resolve() if spec.origin else None
