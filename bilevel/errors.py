@@ -1,28 +1,28 @@
-"""Errors and warnings that a user can act on: each message is one sentence."""
+"""Errors and warnings that a user can act on; every message is one sentence."""
 
 
 class BilevelError(Exception):
-    """A mistake that its user can mend: the message says what, why and what next.
+    """A mistake that the user can correct; the message has the setting, the reason and the remedy.
 
-    The command line prints the message alone and exits with status 1; a library user sees an ordinary exception.
+    The command line prints the message alone and exits with status 1.
     """
 
 
 class Refused(BilevelError):
-    """A solver cannot tune this problem: raised at set-up, before any work is lost."""
+    """A solver cannot tune this problem; raised at set-up, before any work is lost."""
 
 
-class Taken(BilevelError):
-    """Another process is running where this one was to run."""
-
-
-class SpeedWarning(UserWarning):
-    """An option that would make a run quicker has no effect here; the run goes on without it."""
+class DirectoryLocked(BilevelError):
+    """Another process is running in the run directory."""
 
 
 class Unwritable(BilevelError):
-    """A file cannot be written now: the disk is full, say. It may be possible later, and the runner tries again."""
+    """A file cannot be written now, for example because the disk is full; the runner tries again."""
+
+
+class SpeedWarning(UserWarning):
+    """A setting that would make a run faster has no effect here; the run continues without it."""
 
 
 class FaultWarning(UserWarning):
-    """Something around a run failed, and the run goes on without it."""
+    """Something around a run failed, and the run continues without it."""

@@ -21,7 +21,7 @@ from bilevel.checks.check_problem import ProblemWarning
 from bilevel.cli import input_errors, sweep, targets, user_modules
 from bilevel.cli.resume import AUTO, CONFIG, continued, repeated, stored_config
 from bilevel.cli.standard_streams import say
-from bilevel.errors import BilevelError, FaultWarning, SpeedWarning, Taken
+from bilevel.errors import BilevelError, DirectoryLocked, FaultWarning, SpeedWarning
 from bilevel.files import write_atomically
 from bilevel.loggers.logger import Logger, Place, RunInfo
 from bilevel.loggers.records import Record
@@ -29,7 +29,7 @@ from bilevel.parallel.torchrun import Launch
 from bilevel.problem import Problem
 from bilevel.run.loop import SolverWarning
 from bilevel.run.runner import Runner
-from bilevel.run.signals import SUBMITIT, OutOfTime, of_time_limit, requeue
+from bilevel.run.signals import SUBMITIT, OutOfTime, requeue, time_limit_signals
 from bilevel.solver import Solver
 
 BUILT = ("problem", "solver", "runner")
@@ -91,7 +91,7 @@ class Job:
         except OutOfTime:
             if SUBMITIT in os.environ:
                 signal.raise_signal(
-                    of_time_limit()[-1]
+                    time_limit_signals()[-1]
                 )  # all is saved: submitit's own handler requeues the job
             return self._leave()
         except KeyboardInterrupt:
@@ -133,7 +133,7 @@ class Job:
             if config["runner"].get("requeue"):
                 requeue()
             raise
-        except Taken:  # the directory is another's, however empty it still is
+        except DirectoryLocked:  # the directory belongs to the other run, even while it is empty
             raise
         except Exception:  # whatever it was is raised again
             with suppress(OSError):  # something is in it
@@ -144,7 +144,7 @@ class Job:
         if summary["interrupted"]:
             raise (
                 OutOfTime
-                if summary["signal"] in [s.name for s in of_time_limit()]
+                if summary["signal"] in [s.name for s in time_limit_signals()]
                 else KeyboardInterrupt
             )
         best = summary["best"]

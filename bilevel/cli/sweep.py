@@ -22,7 +22,7 @@ from bilevel.cli.standard_streams import say
 from bilevel.comparison.runs import Run, group_runs, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
 from bilevel.loggers.logger import Place
-from bilevel.run.signals import Interrupts, OutOfTime, of_time_limit
+from bilevel.run.signals import Interrupts, OutOfTime, time_limit_signals
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -100,7 +100,7 @@ class Patience:
     """
 
     def __enter__(self) -> "Patience":
-        self._interrupts = Interrupts(signals=[signal.SIGINT, *of_time_limit()])
+        self._interrupts = Interrupts(signals=[signal.SIGINT, *time_limit_signals()])
         self._interrupts.__enter__()
         return self
 

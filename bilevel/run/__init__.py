@@ -1,1 +1,1 @@
-"""One run: the loop, its budget, evaluation, and everything around it."""
+"""A run: the loop, budgets, evaluation, resuming, signals and failures."""

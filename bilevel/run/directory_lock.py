@@ -1,25 +1,26 @@
-"""One process in a run directory at a time."""
+"""A lock on a run directory, so that one process at a time works in it."""
 
 import os
 from pathlib import Path
 from types import TracebackType
 
-from bilevel.errors import Taken
+from bilevel.errors import DirectoryLocked
 
 _held: set[int] = set()
 
 
-class Alone:
-    """While entered, holds the directory that `take` is given, against every other process.
+class DirectoryLock:
+    """Hold a directory from `take` until the context ends, against every other process.
 
-    The lock is on the directory itself (flock): it leaves no file behind, and ends with the process, whatever ends that. Where
-    there are no such locks (some network file systems, Windows) nothing is held.
+    The lock lies on the directory itself (flock). It leaves no file behind, and it ends with the
+    process, however the process ends. Systems without such locks (Windows, some network file
+    systems) hold nothing.
     """
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def __enter__(self) -> "Alone":
+    def __enter__(self) -> "DirectoryLock":
         return self
 
     def __exit__(
@@ -34,10 +35,10 @@ class Alone:
             self._descriptor = None
 
     def take(self, directory: Path) -> None:
-        """Hold `directory`.
+        """Lock `directory`.
 
         Raises:
-            Taken: another run holds it.
+            DirectoryLocked: another run holds the lock.
         """
         try:
             import fcntl
@@ -45,28 +46,29 @@ class Alone:
             return
         try:
             descriptor = os.open(directory, os.O_RDONLY)
-        except OSError:  # what reads or writes there next says it better
+        except OSError:  # the next access to the directory raises a clearer error
             return
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise Taken(
-                f"another run is going on in {directory}; let it end, stop it, or choose another directory"
+            raise DirectoryLocked(
+                f"{directory} is in use by another run; wait for its end, stop it, or choose "
+                "another directory"
             ) from None
-        except OSError:  # no locks in this file system
+        except OSError:  # this file system has no locks
             os.close(descriptor)
             return
         self._descriptor = descriptor
         _held.add(descriptor)
 
 
-def _let_go() -> None:
-    """In a forked process (a DataLoader's worker), which may outlive a run that is killed, and must not hold its lock."""
+def _release_in_child() -> None:
+    """Close the locks in a forked process (a worker of a DataLoader), which may outlive the run."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_release_in_child)

@@ -1,4 +1,4 @@
-"""What a run does otherwise where it has several ranks."""
+"""What a run does differently with several ranks: it shards the problem and saves once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +11,14 @@ from bilevel.parallel.check_shards import dry_run_shards
 from bilevel.parallel.process_group import ProcessGroup, Ranks
 from bilevel.parallel.sharded_problem import ShardedProblem
 from bilevel.problem import Problem
-from bilevel.run.faults import Saving
+from bilevel.run.faults import CheckpointSaver
 
 
-def spread(problem: Problem, data: Data, device: torch.device, ranks: Ranks) -> Problem:
-    """The problem as solvers meet it: where there are several ranks, shared among them.
+def shard(problem: Problem, data: Data, device: torch.device, ranks: Ranks) -> Problem:
+    """Return the problem sharded over the ranks; with one rank, return it unchanged.
 
     Raises:
-        Refused: it cannot be shared.
+        Refused: the problem cannot be sharded.
     """
     if not isinstance(ranks, ProcessGroup):
         return problem
@@ -28,8 +28,8 @@ def spread(problem: Problem, data: Data, device: torch.device, ranks: Ranks) -> 
     return parallel
 
 
-class SavingTogether(Saving):
-    """The first rank saves; all others learn how that went, and do as it does."""
+class FirstRankSaver(CheckpointSaver):
+    """Save on the first rank; all other ranks take over the outcome."""
 
     def __init__(
         self, save: Callable[[dict[str, Any]], None], directory: Path, ranks: Ranks
@@ -39,7 +39,7 @@ class SavingTogether(Saving):
 
     def __call__(self, state: dict[str, Any], *, last: bool = False) -> None:
         def saved() -> tuple[bool, int | None]:
-            super(SavingTogether, self).__call__(state, last=last)
+            super(FirstRankSaver, self).__call__(state, last=last)
             return self.owed, self.step
 
         self.owed, self.step = self.ranks.on_first(saved)

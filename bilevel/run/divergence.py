@@ -1,4 +1,4 @@
-"""When a run has diverged, and the sentence that says so."""
+"""Divergence: the test for it, and the sentence that reports it."""
 
 import math
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from bilevel.loggers.records import Record
 def diverged(
     bad_step: int | None, values: Mapping[str, float], step: int, good: Record | None
 ) -> str | None:
-    """The sentence, where a loss of training, or one of `values`, is not finite; None where all are.
+    """Return a sentence if a training loss or one of `values` is not finite, else None.
 
     Args:
-        bad_step: the first step whose loss was not.
-        values: by what the sentence calls them.
-        step: at which they were found.
-        good: the record of the last evaluation whose losses were finite.
+        bad_step: the first inner step whose loss was not finite, or None.
+        values: numbers to check, by the name that the sentence gives them.
+        step: the inner step of `values`.
+        good: the record of the last evaluation with finite losses.
 
     Example:
         >>> diverged(None, {"the validation loss": 0.5}, 10, None)
@@ -41,12 +41,18 @@ def diverged(
         listed = ", ".join(
             f"{name.removeprefix('hypers.')}={_short(value)}" for name, value in hypers.items()
         )
-        before = f"at step {good['step']}, the last good evaluation, {listed}; the last good checkpoint is kept"
-    return f"diverged: {bad[0]}; {before}; lower a learning rate, clip gradients, or start from other hyperparameters"
+        before = (
+            f"the last good evaluation, at step {good['step']}, had {listed}; "
+            "the last good checkpoint is kept"
+        )
+    return (
+        f"diverged: {bad[0]}; {before}; "
+        "lower a learning rate, clip gradients, or start from other hyperparameters"
+    )
 
 
 def not_finite(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Those that are not, said to be NaN."""
+    """Return NaN for every tensor with an entry that is not finite, by `kind` and name."""
     bad = [name for name, leaf in tensors.items() if not bool(torch.isfinite(leaf).all())]
     return {f"{kind} `{name}`": math.nan for name in bad}
 
@@ -54,6 +60,6 @@ def not_finite(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, float]:
 def _short(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_short(entry) for entry in value) + "]"
-    if isinstance(value, dict):  # of a large array
+    if isinstance(value, dict):  # mean, min and max of a large array
         return f"{_short(value['min'])}…{_short(value['max'])}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Metrics of a solution over a split."""
+"""Metrics of a solution over a data split."""
 
 import torch
 from torch import Tensor
@@ -10,15 +10,23 @@ from bilevel.problem import Problem
 from bilevel.solver import Solution
 
 
-@torch.no_grad()  # not inference_mode: what a module caches here must still serve training
+# no_grad rather than inference_mode: tensors that a module caches here must still serve training
+@torch.no_grad()
 def evaluate(
     problem: Problem, solution: Solution, stream: Stream, limit: int | None = None
 ) -> dict[str, float]:
-    """`problem.metrics` in evaluation mode, each averaged over the items of the split (its first `limit` examples).
+    """Return `problem.metrics` in evaluation mode, averaged over the items of a split.
 
-    A value of shape [] stands for every example of its batch; any other is one number per item (per token, say). The carry
-    begins fresh, goes from batch to batch, and is dropped at the end. What `problem.derived` makes of the means comes beside
-    them. Waits for the device once.
+    A metric of shape [] stands for every example of its batch. Any other metric holds one number
+    per item (per token, for example). The carry starts fresh, passes from batch to batch, and is
+    dropped at the end. The result also holds what `problem.derived` makes of the means. The
+    function waits for the device once.
+
+    Args:
+        problem: the problem.
+        solution: hyperparameters, weights and carry.
+        stream: the split.
+        limit: the number of examples from the start of the split; None for all.
 
     Raises:
         BilevelError: the problem reports no `loss`.
@@ -38,7 +46,8 @@ def evaluate(
             items[name] = items.get(name, 0) + weight * value.numel()
     if "loss" not in totals:
         raise BilevelError(
-            f"{type(problem).__name__}.metrics reports no `loss`, by which the best step is judged; add it"
+            f"{type(problem).__name__}.metrics reports no `loss`, which selects the best step; "
+            "add it"
         )
     sums = torch.stack(list(totals.values())).tolist()
     means = {name: total / items[name] for name, total in zip(totals, sums, strict=True)}

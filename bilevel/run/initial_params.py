@@ -1,4 +1,4 @@
-"""A problem that starts from weights of one's own."""
+"""A problem with given initial weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,14 @@ from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.text import near
 
 
-class StartingFrom(ProblemWrapper):
-    """`problem`, with `init` answering `params` in place of random weights.
+class WithInitialParams(ProblemWrapper):
+    """`problem`, whose `init` returns given weights in place of random ones.
 
     Args:
-        params: one tensor for every weight, by name; a carried tensor (batch-norm statistics, say) may be among them too, and
-            of tied weights all names, as a module's `state_dict` has them.
+        problem: the problem.
+        params: one tensor for every weight, by name. Carried tensors (such as batch-norm
+            statistics) may be among them. Tied weights may come under all their names, as in the
+            `state_dict` of a module.
 
     Raises:
         BilevelError: tied weights have several values.
@@ -36,32 +38,34 @@ class StartingFrom(ProblemWrapper):
             value = self.params.pop(alias)
             if not _equal(self.params.setdefault(name, value), value):
                 raise BilevelError(
-                    f"`{alias}` and `{name}` are one tied weight of the problem, and the initial weights hold two values; "
-                    "give one, or untie them in the module"
+                    f"`{alias}` and `{name}` are one tied weight, but the initial weights hold two "
+                    "values for it; give one value, or untie the weights in the module"
                 )
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
-        """The given weights, cast to the problem's types.
+        """Return the given weights in the dtypes of the problem.
 
         Raises:
-            BilevelError: a name or a shape does not match the problem's.
+            BilevelError: a name or a shape does not match that of the problem.
         """
         params, carry = self.problem.init(generator)
         known = {**params, **carry}
         if unknown := [name for name in self.params if name not in known]:
             raise BilevelError(
-                f"the initial weights hold `{unknown[0]}`{near(unknown[0], known)}, which the problem has not; "
-                f"give the tensors of its own names: {_some(known)}"
+                f"the initial weights hold `{unknown[0]}`{near(unknown[0], known)}, which the "
+                f"problem does not have; give tensors named {_some(known)}"
             )
         if missing := [name for name in params if name not in self.params]:
             raise BilevelError(
-                f"the initial weights lack `{missing[0]}`; give one tensor for each of {_some(params)}"
+                f"the initial weights lack `{missing[0]}`; give one tensor for each of "
+                f"{_some(params)}"
             )
         for name, value in self.params.items():
             if not isinstance(value, Tensor) or value.shape != known[name].shape:
                 found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise BilevelError(
-                    f"the initial weight `{name}` is {found}; the problem's is {list(known[name].shape)}"
+                    f"the initial weight `{name}` is {found}; give a tensor of shape "
+                    f"{list(known[name].shape)}"
                 )
         start = {
             name: value.detach().to(known[name], copy=True) for name, value in self.params.items()
@@ -72,28 +76,34 @@ class StartingFrom(ProblemWrapper):
 
 
 def read_params(path: str | Path) -> dict[str, Any]:
-    """The state dict in a file that `torch.save` wrote, or the weights and carry of the best evaluation of a run's directory.
+    """Return the state dict in a file, or the weights and carry of a run at its best evaluation.
+
+    Args:
+        path: a file that `torch.save` wrote, or a run directory.
 
     Raises:
-        BilevelError: there is no such file, it holds no state dict, or the directory no run with a checkpoint.
+        BilevelError: the file is missing or holds no state dict, or the directory holds no
+            readable checkpoint.
     """
+    setting = f"initial_params={str(path)!r}"
     if Path(path).is_dir():
         try:
             _, weights, carry = best_solution(path)
         except BilevelError as error:
-            raise BilevelError(f"initial_params={str(path)!r} gives no weights: {error}") from None
+            raise BilevelError(f"{setting} gives no weights: {error}") from None
         return {**weights, **carry}
     try:
         params = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BilevelError(
-            f"cannot read initial_params={str(path)!r}: {error.strerror or error}"
+            f"{setting} cannot be read ({error.strerror or error}); give a file of torch.save, or "
+            "a run directory"
         ) from None
-    except Exception:  # unpickling a file that is something else raises nearly anything
+    except Exception:  # unpickling any other file raises nearly anything
         params = None
     if not isinstance(params, dict):
         raise BilevelError(
-            f"initial_params={str(path)!r} holds no state dict; write one with torch.save(model.state_dict(), path)"
+            f"{setting} holds no state dict; write one with torch.save(model.state_dict(), path)"
         )
     return params
 

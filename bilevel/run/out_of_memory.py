@@ -1,9 +1,10 @@
-"""Memory that runs out, workers that die: named in one sentence, with what lowers the need of this very run."""
+"""Sentences for errors of the machine: no memory left, a dead worker, no deterministic form."""
 
 import gc
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
@@ -14,38 +15,55 @@ from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError
 from bilevel.problem import Problem
 from bilevel.solver import Solver
+from bilevel.text import byte_size, first_line
+
+NO_DETERMINISTIC_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 class OutOfMemory(BilevelError):
-    """The memory of the device, or of the machine, did not suffice."""
+    """The device or the machine has too little memory."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, of a device or of the machine."""
+    """Return whether an error means that a device or the machine has no memory left."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError)
-        and "can't allocate memory" in str(error)  # the CPU's allocator has no class for it
+        and "can't allocate memory" in str(error)  # the CPU allocator has no class for it
     )
 
 
-class Explained:
-    """While entered, an error of the machine's becomes a sentence, and what the failed work held is free again.
+class ExplainedErrors:
+    """Turn an error of the machine into a sentence, and free what the failed work held.
 
-    Attributes:
-        data: once they are there.
+    Args:
+        problem: the problem of the run.
+        solver: the solver of the run.
+        device: the device of the run.
+        precision: the precision of the run.
+        data: returns the streams once the solver is set up, and None before.
 
     Raises:
-        OutOfMemory: with what was in use, and the settings of this problem and solver that lower it.
+        OutOfMemory: no memory is left. The message has what is in use, and the settings of this
+            problem and solver that lower it.
         BilevelError: a worker of a DataLoader died, or an operation has no deterministic form.
     """
 
     def __init__(
-        self, problem: Problem, solver: Solver, device: torch.device, precision: str = "fp32"
+        self,
+        problem: Problem,
+        solver: Solver,
+        device: torch.device,
+        precision: str = "fp32",
+        *,
+        data: Callable[[], Data | None] = lambda: None,
     ) -> None:
-        self.problem, self.solver, self.device, self.precision = problem, solver, device, precision
-        self.data: Data | None = None
+        self.problem = problem
+        self.solver = solver
+        self.device = device
+        self.precision = precision
+        self.data = data
 
-    def __enter__(self) -> "Explained":
+    def __enter__(self) -> "ExplainedErrors":
         return self
 
     def __exit__(
@@ -56,38 +74,40 @@ class Explained:
     ) -> None:
         if not isinstance(error, (RuntimeError, MemoryError)):
             return
-        told: BilevelError | None = None
+        explained: BilevelError | None = None
         if ran_out(error):
-            told = OutOfMemory(self._sentence(error))
+            explained = OutOfMemory(self._sentence(error))
         elif DEAD_WORKER.search(str(error)):
-            told = BilevelError(f"a worker of a DataLoader died ({_first_line(error)}); {LESS}")
-        elif found := NO_DETERMINISTIC_FORM.match(str(error)):
-            told = BilevelError(
-                f"runner.deterministic is on, and {found[1]} has no deterministic form on {self.device.type}; use another "
-                "operation there, another device, or runner.deterministic=false"
+            explained = BilevelError(
+                f"a worker of a DataLoader died ({first_line(error).rstrip('.')}), most often "
+                "because the memory of the machine ran out; lower num_workers, prefetch_factor or "
+                "batch_size of that loader, and continue from the last checkpoint with resume=…"
             )
-        if told is not None:
+        elif found := NO_DETERMINISTIC_FORM.match(str(error)):
+            explained = BilevelError(
+                f"runner.deterministic=true does not allow {found[1]}, which has no deterministic "
+                f"form on {self.device.type}; use another operation, another device, or "
+                "runner.deterministic=false"
+            )
+        if explained is not None:
             free(error, self.device)
-            raise told from None
+            raise explained from None
 
     def _sentence(self, error: BaseException) -> str:
+        data = self.data()
         asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-        wanted = f" ({asked[1]} more were asked for)" if asked else ""
-        where = f"at inner step {self.solver.inner_count}" if self.data is not None else "at set-up"
-        lower = settings(self.problem, self.solver, self.data, self.device, self.precision)
-        later = "; resume=… goes on from the last checkpoint" if self.data is not None else ""
-        return f"out of memory {where}{wanted}: {in_use(self.device)}; to need less: {', '.join(lower)}{later}"
-
-
-NO_DETERMINISTIC_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
-LESS = (
-    "most often the machine's memory ran out: lower num_workers, prefetch_factor or batch_size of that loader; "
-    "resume=… goes on from the last checkpoint"
-)
+        wanted = f" ({asked[1]} more were requested)" if asked else ""
+        where = "at set-up" if data is None else f"at inner step {self.solver.inner_count}"
+        lower = memory_settings(self.problem, self.solver, data, self.device, self.precision)
+        later = "" if data is None else "; continue from the last checkpoint with resume=…"
+        return (
+            f"out of memory {where}{wanted}: {in_use(self.device)}; "
+            f"to need less, choose {', '.join(lower)}{later}"
+        )
 
 
 def free(error: BaseException, device: torch.device) -> None:
-    """Let go of what the frames of a failed computation hold, so that the next run of a sweep finds it free."""
+    """Free what the frames of a failed computation hold, for the next run of a sweep."""
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     if device.type == "cuda":
@@ -95,7 +115,7 @@ def free(error: BaseException, device: torch.device) -> None:
 
 
 def in_use(device: torch.device) -> str:
-    """What the device, or the process on the CPU, holds, and what is free of how much."""
+    """Return what the device (on the CPU: this process) holds, and how much memory is free."""
     if device.type == "cuda":
         free_bytes, total = torch.cuda.mem_get_info(device)
         parts = {
@@ -103,46 +123,39 @@ def in_use(device: torch.device) -> str:
             "reserved": torch.cuda.memory_reserved(device),
             "at most so far in tensors": torch.cuda.max_memory_allocated(device),
         }
-        held = ", ".join(f"{_gib(size)} {what}" for what, size in parts.items())
-        return f"{held}, {_gib(free_bytes)} free of {_gib(total)} on {torch.cuda.get_device_name(device)}"
+        held = ", ".join(f"{byte_size(size)} {what}" for what, size in parts.items())
+        name = torch.cuda.get_device_name(device)
+        return f"{held}, {byte_size(free_bytes)} free of {byte_size(total)} on {name}"
     with suppress(ImportError, OSError, LookupError):  # Windows has none of this, macOS no /proc
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
-        said = f"this process held {_gib(peak)} at most"
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         with open("/proc/meminfo") as file:
             known = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-        return f"{said}, {_gib(known['MemAvailable'])} are free of {_gib(known['MemTotal'])}"
-    return "the machine does not say how much it has"
+        return (
+            f"this process held {byte_size(peak)} at most, {byte_size(known['MemAvailable'])} "
+            f"are free of {byte_size(known['MemTotal'])}"
+        )
+    return "the machine does not report its memory"
 
 
-def settings(
+def memory_settings(
     problem: Problem,
     solver: Solver,
     data: Data | None,
     device: torch.device,
     precision: str = "fp32",
 ) -> list[str]:
-    """What lowers the memory of this solver on this problem, each with its present value."""
+    """Return what lowers the memory of this solver on this problem, each with its present value."""
     batch = None if data is None else getattr(data.train, "batch_size", None)
     lower = ["smaller batches" if batch is None else f"a smaller problem.batch_size (now {batch})"]
     if data is not None and batch is None and data.train.steps_per_epoch == 1:
         lower = [f"minibatches (now all {data.train.size} examples at once)"]
     lower += solver.memory_settings(problem.space)
     if data is not None:
-        lower.append(
-            f"a smaller network (now {sum(p.numel() for p in solver.solution().params.values()):,} weights)"
-        )
+        weights = sum(p.numel() for p in solver.solution().params.values())
+        lower.append(f"a smaller network (now {weights:,} weights)")
     if device.type == "cuda":
         lower += [*(["runner.precision=bf16"] if precision != "bf16" else []), "runner.device=cpu"]
     return lower
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,11 +1,11 @@
-"""Signals as a wish to stop after the current round: Ctrl-C, an end from outside, a time limit ahead."""
+"""Signals that end a run after its current round: Ctrl-C, SIGTERM, and an announced time limit."""
 
 import os
 import signal
 import subprocess
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -13,30 +13,32 @@ from typing import Any
 from bilevel.errors import FaultWarning
 
 EX_TEMPFAIL = 75
-"""The exit status of a command that a time limit ended: the same command goes on (of sysexits.h: "try again later")."""
+"""The exit status after a time limit, named in sysexits.h; the same command continues the run."""
 SUBMITIT = "SUBMITIT_EXECUTOR"
-"""The environment variable by which submitit's jobs know themselves."""
+"""The environment variable that marks a job of submitit."""
 
 
 class OutOfTime(KeyboardInterrupt):
-    """A time limit is ahead, and a signal has said so."""
+    """A signal has announced a time limit."""
 
 
-def of_time_limit() -> list[signal.Signals]:
-    """The signals that announce a time limit: SLURM's USR1 (`--signal=USR1@120`), and submitit's own in its jobs."""
-    names = [
-        "USR1",
-        *([os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2")] if SUBMITIT in os.environ else []),
-    ]
-    return [
-        getattr(signal, f"SIG{name}") for name in names if hasattr(signal, f"SIG{name}")
-    ]  # Windows has neither
+def time_limit_signals() -> list[signal.Signals]:
+    """Return the signals that announce a time limit.
+
+    They are SLURM's USR1 (`--signal=USR1@120`) and, in a job of submitit, the signal of submitit.
+    """
+    names = ["USR1"]
+    if SUBMITIT in os.environ:
+        names.append(os.environ.get("SUBMITIT_PREEMPT_SIGNAL", "USR2"))
+    found = [f"SIG{name}" for name in names]
+    return [getattr(signal, name) for name in found if hasattr(signal, name)]  # none on Windows
 
 
-def of_an_end() -> list[signal.Signals]:
-    """The signals that end a run: Ctrl-C, SIGTERM, and a terminal that is closed, unless `nohup` has that ignored.
+def end_signals() -> list[signal.Signals]:
+    """Return the signals that end a run: Ctrl-C, SIGTERM, and a closed terminal.
 
-    Of submitit's jobs SIGTERM is submitit's: it waits for the signal of the time limit that follows.
+    SIGHUP is left out where `nohup` ignores it. In a job of submitit SIGTERM is left to submitit,
+    which waits for the signal of the time limit.
     """
     hangup = getattr(signal, "SIGHUP", None)
     ignored = hangup is None or signal.getsignal(hangup) is signal.SIG_IGN
@@ -45,12 +47,12 @@ def of_an_end() -> list[signal.Signals]:
 
 
 class Interrupts:
-    """While entered, the first signal is only noted; a second one, of any kind, acts as it would without.
+    """Note the first signal while the context is open; a second signal acts as usual.
 
-    Handlers belong to the main thread: elsewhere nothing is installed, and nothing is received.
+    Signal handlers belong to the main thread. In another thread nothing is installed or received.
 
     Args:
-        signals: those that are noted; by default all that end a run.
+        signals: the signals to note; the default is all that end a run.
 
     Attributes:
         number: the signal that was received, or None.
@@ -63,23 +65,24 @@ class Interrupts:
 
     @property
     def received(self) -> bool:
-        """Whether there was one."""
+        """Return whether a signal was received."""
         return self.number is not None
 
     @property
     def of_time(self) -> bool:
-        """Whether it announced a time limit."""
-        return self.number in of_time_limit()
+        """Return whether the signal announced a time limit."""
+        return self.number in time_limit_signals()
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            signals = [*of_an_end(), *of_time_limit()] if self.signals is None else self.signals
+            every = [*end_signals(), *time_limit_signals()]
+            signals = every if self.signals is None else self.signals
             self._previous = {s: signal.signal(s, self._note) for s in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
-        # None stands for a handler that was not installed from Python and cannot be put back
         for s, handler in self._previous.items():
+            # None is a handler that was not installed from Python; it cannot be put back
             signal.signal(s, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
@@ -90,17 +93,14 @@ class Interrupts:
 
 @contextmanager
 def time_limit_raises() -> Iterator[None]:
-    """Within it, SIGUSR1 raises `OutOfTime` where no run is there to note it: before its first round, and between two."""
+    """Raise `OutOfTime` on SIGUSR1 while no run notes it: before the first round, between runs."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise OutOfTime
 
     usr1 = getattr(signal, "SIGUSR1", None)
-    if (
-        usr1 is None
-        or SUBMITIT in os.environ
-        or threading.current_thread() is not threading.main_thread()
-    ):
+    in_main = threading.current_thread() is threading.main_thread()
+    if usr1 is None or SUBMITIT in os.environ or not in_main:
         yield
         return
     previous = signal.signal(usr1, leave)
@@ -110,11 +110,22 @@ def time_limit_raises() -> Iterator[None]:
         signal.signal(usr1, signal.SIG_DFL if previous is None else previous)
 
 
+@contextmanager
+def requeued(wanted: Callable[[], bool]) -> Iterator[None]:
+    """Requeue the job after the context, if it raised nothing and `wanted` returns true.
+
+    This context is the outermost one: SLURM may end the process at once, so all must be saved.
+    """
+    yield
+    if wanted():
+        requeue()
+
+
 def requeue() -> None:
-    """Ask SLURM to run this job again, `scontrol requeue`; a sentence where that cannot be done."""
+    """Ask SLURM to run this job again (`scontrol requeue`); warn if that fails."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        problem = "this is no job of SLURM (there is no SLURM_JOB_ID)"
+        problem = "this is not a job of SLURM (SLURM_JOB_ID is not set)"
     else:
         try:
             done = subprocess.run(
@@ -125,7 +136,8 @@ def requeue() -> None:
         else:
             if done.returncode == 0:
                 return
-            problem = f"`scontrol requeue {job}` failed: {(done.stderr or done.stdout).strip() or done.returncode}"
+            reason = (done.stderr or done.stdout).strip() or done.returncode
+            problem = f"`scontrol requeue {job}` failed: {reason}"
     warnings.warn(
         f"the job was not requeued: {problem}; start the same command again",
         FaultWarning,

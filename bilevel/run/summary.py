@@ -1,4 +1,4 @@
-"""How a run ended: the content of `summary.json`."""
+"""The end of a run: the content of `summary.json`."""
 
 from signal import Signals
 from typing import Any
@@ -12,32 +12,25 @@ from bilevel.solver import Solution
 
 
 def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = None) -> Record:
-    """The summary of a run that ended for `reason`; looks at the test split unless the run was interrupted.
+    """Return the summary of a run; unless the run was interrupted, evaluate the test split.
 
-    `signal` is the one that interrupted it. `hypers` and `scales` are those of the last step, `initial` those before the first;
-    `best.hypers` go with the best step.
+    `hypers` and `scales` are those of the last step, `initial` those before the first step;
+    `best.hypers` belong to the best step.
+
+    Args:
+        loop: the loop after its last round.
+        run: the names and settings of the run.
+        reason: what ended the run, as `Loop.run` returns it.
+        signal: the signal that interrupted the run, if one did.
     """
     solution, scales = loop.solver.solution(), loop.solver.scales()
     finished = reason not in ("interrupted", "diverged")
     best: Record = {}
     if loop.best is not None:
-        test = (
-            {}
-            if reason == "interrupted"
-            else _test(loop, Solution(**to_device(loop.best["solution"], loop.device)))
-        )
+        held = Solution(**to_device(loop.best["solution"], loop.device))
+        test = {} if reason == "interrupted" else _test(loop, held)
         best = {**loop.best["record"], **test, "hypers": _lists(loop.best["solution"]["hypers"])}
     last = {**(loop.last or {}), **(_test(loop, solution) if finished else {})}
-    told = "" if signal in (None, Signals.SIGINT) else f" by {signal.name}"
-    message = {
-        "diverged": loop.diverged,
-        "interrupted": f"interrupted{told} at step {loop.step}; continue with: bilevel resume={run.directory}",
-    }.get(reason)
-    if message is None and loop.solver.tunes and loop.solver.outer_count == 0:
-        message = (
-            "nothing was tuned: the run ended before a first outer step (a trial, a generation), with "
-            f"a warm-up of {run.warmup_epochs:g} epochs; lower runner.warmup_epochs, or run longer"
-        )
     return {
         "problem": run.problem,
         "solver": run.solver,
@@ -57,34 +50,42 @@ def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = No
         "diverged": reason == "diverged",
         "interrupted": reason == "interrupted",
         "signal": signal.name if reason == "interrupted" and signal is not None else None,
-        "message": message,
+        "message": _message(loop, run, reason, signal),
     }
+
+
+def _message(loop: Loop, run: RunInfo, reason: str, signal: Signals | None) -> str | None:
+    if reason == "diverged":
+        return loop.diverged
+    if reason == "interrupted":
+        by = "" if signal in (None, Signals.SIGINT) else f" by {signal.name}"
+        return (
+            f"the run was interrupted{by} at step {loop.step}; "
+            f"continue with: bilevel resume={run.directory}"
+        )
+    if loop.solver.tunes and loop.solver.outer_count == 0:
+        return (
+            "nothing was tuned: the run ended before its first outer step (trial, generation), "
+            f"with runner.warmup_epochs={run.warmup_epochs:g}; lower it, or run longer"
+        )
+    return None
 
 
 def _test(loop: Loop, solution: Solution) -> dict[str, float]:
     if loop.data.test is None:
         return {}
-    return {
-        f"test_{name}": value
-        for name, value in evaluate(loop.problem, solution, loop.data.test).items()
-    }
+    measured = evaluate(loop.problem, solution, loop.data.test)
+    return {f"test_{name}": value for name, value in measured.items()}
 
 
 def _outcome(record: Record) -> Record:
-    """The part of a record that compares one step with another; what is not known is None."""
+    """Return the part of a record that compares two steps; an unknown value is None."""
     known = dict.fromkeys(("step", "valid_loss", "valid_accuracy", "test_loss", "test_accuracy"))
-    kept = (*known, "epoch", "seconds", "examples", "hypers")
-    return {
-        **known,
-        **{
-            name: value
-            for name, value in record.items()
-            if name in kept or name.startswith(_MEASURED)
-        },
+    names = (*known, "epoch", "seconds", "examples", "hypers")
+    measured = ("train_", "valid_", "test_", "exact.")
+    return known | {
+        name: value for name, value in record.items() if name in names or name.startswith(measured)
     }
-
-
-_MEASURED = ("train_", "valid_", "test_", "exact.")
 
 
 def _lists(hypers: Hypers) -> dict[str, Any]:

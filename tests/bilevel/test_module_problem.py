@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from bilevel import BilevelError, ModuleProblem, Positive, Space, squared_norm
 from bilevel.data import global_rng
-from bilevel.run.initial_params import StartingFrom
+from bilevel.run.initial_params import WithInitialParams
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 3
@@ -182,16 +182,17 @@ def test_a_state_dict_with_tied_weights_and_statistics_is_started_from():
     module(X)  # statistics that are not the initial ones
     state = module.state_dict()
     assert "back.weight" in state
-    params, carry = StartingFrom(problem(Tied), state).init(generator())
+    params, carry = WithInitialParams(problem(Tied), state).init(generator())
     assert torch.equal(params["there.weight"], module.there.weight)
     assert torch.equal(carry["norm.running_mean"], module.norm.running_mean)
     assert carry["norm.num_batches_tracked"] == 1
     only = {name: t for name, t in state.items() if name != "there.weight"}
     assert torch.equal(
-        StartingFrom(problem(Tied), only).init(generator())[0]["there.weight"], module.there.weight
+        WithInitialParams(problem(Tied), only).init(generator())[0]["there.weight"],
+        module.there.weight,
     )
     with pytest.raises(BilevelError, match=r"`back.weight` and `there.weight` are one tied weight"):
-        StartingFrom(problem(Tied), {**state, "back.weight": torch.zeros(4, 4)})
+        WithInitialParams(problem(Tied), {**state, "back.weight": torch.zeros(4, 4)})
 
 
 def test_lstm_runs_with_the_weights_it_is_given():

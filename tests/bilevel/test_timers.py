@@ -9,7 +9,7 @@ from bilevel import Runner, Space, solvers
 from bilevel.domains import Interval, Positive, Real, Simplex
 from bilevel.loggers.records import read_metrics
 from bilevel.problems import Quadratic, Ridge
-from bilevel.run.hypergradient_error import Probe, in_coordinates
+from bilevel.run.hypergradient_error import HypergradientError, in_coordinates
 from bilevel.timers import Phases
 from tests.support.fakes import FakeProblem, FakeSolver
 from tests.support.solver_cases import ready
@@ -205,7 +205,7 @@ def test_the_measures_are_those_of_the_closed_form(shift, damping):
     solve, curvature = solvers.CG(iterations=100, tolerance=1e-12), solvers.Hessian(damping=damping)
     solver = solvers.Implicit(linear_solve=solve, curvature=curvature, stationarity=1e9)
     data = problem.data(CPU, torch.Generator())
-    probe = Probe.of(problem, solver, CPU)
+    probe = HypergradientError.of(problem, solver, CPU)
     solver.setup(problem, data, CPU, torch.Generator().manual_seed(0))
     hypers = solver.solution().hypers
     w = problem.best_response(hypers)["w"]
@@ -233,7 +233,7 @@ def test_the_measures_are_those_of_the_closed_form(shift, damping):
 def test_what_is_told_is_the_solvers_own_on_its_next_validation_batch(name):
     problem = Ridge.synthetic(features=4, batch_size=8, dtype="float64")
     solver = SOLVERS[name]()
-    probe = Probe.of(problem, solver, CPU)
+    probe = HypergradientError.of(problem, solver, CPU)
     ready(problem, solver)
     for _ in range(3):  # away from the first batch, with a response that is no zero
         solver.step()
@@ -295,4 +295,4 @@ def test_a_gradient_in_units_becomes_one_in_coordinates():
 
 def test_a_space_with_more_than_the_truth_knows_is_not_compared():
     problem = Quadratic.random(seed=1, space={"rate": {"optimizer": "lr", "init": 0.01}})
-    assert Probe.of(problem, solvers.Unrolled(), CPU) is None
+    assert HypergradientError.of(problem, solvers.Unrolled(), CPU) is None

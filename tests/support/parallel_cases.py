@@ -24,7 +24,7 @@ from bilevel.problems import MLP, Classification, Language, LossWeights, Quadrat
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.few_shot.problem import sinusoid
 from bilevel.problems.language_modeling.corpus import Corpus
-from bilevel.run.distributed import spread
+from bilevel.run.distributed import shard
 from bilevel.solvers import (
     SAMA,
     Fixed,
@@ -116,7 +116,7 @@ def trained(problem, solver, ranks=None, *, rehearsed=True):
     """λ, w, carry, metrics and generator after some rounds, an evaluation, and the hypergradient on the next batches."""
     data = problem.data(CPU, torch.Generator().manual_seed(1))
     if ranks is not None:
-        problem = spread(problem, data, CPU, ranks) if rehearsed else ShardedProblem(problem, ranks)
+        problem = shard(problem, data, CPU, ranks) if rehearsed else ShardedProblem(problem, ranks)
     solver.setup(problem, data, CPU, torch.Generator().manual_seed(2))
     for _ in range(ROUNDS):
         metrics = solver.step()
@@ -195,7 +195,7 @@ def waiting(make_problem, make_solver, ranks):
     """Whether a round would have the host wait for the device."""
     problem, solver = make_problem(), make_solver()
     data = problem.data(CPU, torch.Generator().manual_seed(1))
-    solver.setup(spread(problem, data, CPU, ranks), data, CPU, torch.Generator().manual_seed(2))
+    solver.setup(shard(problem, data, CPU, ranks), data, CPU, torch.Generator().manual_seed(2))
     solver.step()
     with no_waiting():
         solver.step()
@@ -204,7 +204,7 @@ def waiting(make_problem, make_solver, ranks):
 def refused(make_problem, ranks):
     """The sentence with which a problem is refused, or with which the ranks find that they have parted."""
     problem = make_problem()
-    spread(problem, problem.data(CPU, torch.Generator().manual_seed(1)), CPU, ranks)
+    shard(problem, problem.data(CPU, torch.Generator().manual_seed(1)), CPU, ranks)
 
 
 def parted(ranks):

@@ -13,7 +13,7 @@ from bilevel.loggers.jsonl import JsonLines
 from bilevel.loggers.logger import RunInfo
 from bilevel.loggers.plot import PICTURE, draw
 from bilevel.loggers.records import make_record, read_metrics
-from bilevel.run.budget import Schedule
+from bilevel.run.budget import Budget
 from tests.support.fakes import FakeProblem, FakeSolver
 
 KEYS = {
@@ -182,12 +182,12 @@ def test_a_picture_of_next_to_nothing(tmp_path, records):
 
 
 def test_a_schedule_plans_in_steps():
-    plan = Schedule(steps_per_epoch=10, steps=25, warmup_steps=12, evaluate_every=0.1)
+    plan = Budget(steps_per_epoch=10, steps=25, warmup_steps=12, evaluate_every=0.1)
     assert [plan.limit(step) for step in (0, 11, 12, 24)] == [12, 1, 13, 1]
     assert [plan.evaluations(step) for step in range(4)] == [0, 1, 2, 3]
-    assert Schedule(steps_per_epoch=10).limit(7) is None
+    assert Budget(steps_per_epoch=10).limit(7) is None
     assert (
-        Schedule(steps_per_epoch=10, evaluate_every=0.1 + 0.2).evaluations(3) == 1
+        Budget(steps_per_epoch=10, evaluate_every=0.1 + 0.2).evaluations(3) == 1
     )  # 0.1 + 0.2 > 0.3
     assert plan.spent(5, 1.0, 1) == {"epochs": 0.2}
 

@@ -12,7 +12,7 @@ from bilevel.checkpoint.checkpoints import load
 from bilevel.loggers.logger import Logger
 from bilevel.loggers.records import read_metrics
 from bilevel.problems import Quadratic, digits
-from bilevel.run.hypergradient_error import Probe
+from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.solvers import (
     EvolutionStrategies,
     Unrolled,
@@ -142,7 +142,7 @@ def test_to_ask_for_its_hypergradient_leaves_the_bits_alone(tmp_path, name, monk
     make = partial(Quadratic.random, weights=3, hypers=2)
     asked = run(tmp_path / "asked", name, make(), epochs=12, evaluate_every=2)
     assert "hypergradient.norm" in lines(asked)[-1]
-    monkeypatch.setattr(Probe, "of", classmethod(lambda *_: None))
+    monkeypatch.setattr(HypergradientError, "of", classmethod(lambda *_: None))
     alone = run(tmp_path / "alone", name, make(), epochs=12, evaluate_every=2)
     assert "hypergradient.norm" not in lines(alone)[-1]
     assert_same(end(asked), end(alone))

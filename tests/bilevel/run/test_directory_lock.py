@@ -10,9 +10,9 @@ import pytest
 
 from bilevel import BilevelError, Runner
 from bilevel.cli.app import main
-from bilevel.errors import Taken
+from bilevel.errors import DirectoryLocked
 from bilevel.problems import Quadratic
-from bilevel.run.directory_lock import Alone
+from bilevel.run.directory_lock import DirectoryLock
 from bilevel.solvers import Fixed
 
 pytest.importorskip("fcntl")
@@ -20,10 +20,10 @@ pytest.importorskip("fcntl")
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from bilevel.run.directory_lock import Alone
+from bilevel.run.directory_lock import DirectoryLock
 
-with Alone() as alone:
-    alone.take(Path("."))
+with DirectoryLock() as lock:
+    lock.take(Path("."))
     child = os.fork()
     if child == 0:
         time.sleep(60)
@@ -43,11 +43,11 @@ def test_a_second_run_is_refused_and_the_first_is_left_as_it_is(tmp_path, resume
     if resume:
         run(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with Alone() as alone:
-        alone.take(tmp_path)
+    with DirectoryLock() as lock:
+        lock.take(tmp_path)
         with pytest.raises(
-            Taken,
-            match=r"another run is going on in .*; let it end, stop it, or choose another directory",
+            DirectoryLocked,
+            match=r"is in use by another run; wait for its end, stop it, or choose another directory",
         ):
             run(tmp_path, resume=resume)
         assert sorted(path.name for path in tmp_path.iterdir()) == before
@@ -56,21 +56,21 @@ def test_a_second_run_is_refused_and_the_first_is_left_as_it_is(tmp_path, resume
 
 def test_a_run_lets_its_directory_go_however_it_ends(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("{}\n{}\n")
-    with pytest.raises(BilevelError, match="holds a run already"):
+    with pytest.raises(BilevelError, match="already holds a run"):
         run(tmp_path)
     for path in tmp_path.iterdir():
         path.unlink()
     run(tmp_path)
-    with Alone() as alone:
-        alone.take(tmp_path)
+    with DirectoryLock() as lock:
+        lock.take(tmp_path)
 
 
 def test_the_command_leaves_the_directory_to_the_other_though_it_is_empty(elsewhere, capsys):
     Path("mine").mkdir()
-    with Alone() as alone:
-        alone.take(Path("mine"))
+    with DirectoryLock() as lock:
+        lock.take(Path("mine"))
         assert main(["problem=quadratic", "wandb.mode=disabled", "hydra.run.dir=mine"]) == 1
-    assert "another run is going on in" in capsys.readouterr().err
+    assert "is in use by another run" in capsys.readouterr().err
     assert Path("mine").is_dir()
 
 
@@ -81,13 +81,13 @@ def test_a_killed_run_holds_nothing_though_a_forked_worker_lives_on(tmp_path):
     assert held.stdout is not None
     worker = int(held.stdout.readline())
     try:
-        with Alone() as alone, pytest.raises(Taken):
-            alone.take(tmp_path)
+        with DirectoryLock() as lock, pytest.raises(DirectoryLocked):
+            lock.take(tmp_path)
         held.kill()
         held.wait()
         os.kill(worker, 0)  # it lives
-        with Alone() as alone:
-            alone.take(tmp_path)
+        with DirectoryLock() as lock:
+            lock.take(tmp_path)
     finally:
         os.kill(worker, signal.SIGKILL)
         held.stdout.close()

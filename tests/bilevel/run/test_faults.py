@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace as Namespace
 
@@ -28,8 +28,8 @@ from bilevel.loggers.records import read_metrics
 from bilevel.loggers.wandb_logger import WandB
 from bilevel.problems import Quadratic, digits
 from bilevel.run import faults, signals
-from bilevel.run.faults import Saving
-from bilevel.run.out_of_memory import OutOfMemory, settings
+from bilevel.run.faults import CheckpointSaver
+from bilevel.run.out_of_memory import OutOfMemory, memory_settings
 from bilevel.run.signals import Interrupts
 from bilevel.solvers import (
     SAMA,
@@ -196,8 +196,8 @@ def test_a_run_whose_checkpoints_cannot_be_written_for_long_ends_and_keeps_the_o
     failing(monkeypatch, {14, 18})
     monkeypatch.setattr(faults, "GRACE", 0.0)
     with (
-        pytest.warns(FaultWarning, match="the run goes on"),
-        pytest.raises(Unwritable, match="follows step 6, its last"),
+        pytest.warns(FaultWarning, match="the run continues"),
+        pytest.raises(Unwritable, match="the work since step 6, its last"),
     ):
         run(tmp_path / "run")
     assert load(tmp_path / "run")["step"] == 6
@@ -213,8 +213,8 @@ def test_at_its_end_a_run_waits_for_room(tmp_path, monkeypatch, heals):
     failing(monkeypatch, {24}, lambda: tried.append(0) or (heals and len(tried) > 2))
     monkeypatch.setattr(faults, "AT_THE_END", 10.0 if heals else 0.05)
     monkeypatch.setattr(faults, "PAUSE", 0.02)
-    lost = nullcontext() if heals else pytest.raises(Unwritable, match="what follows step 18")
-    with pytest.warns(FaultWarning, match="the run goes on"), lost:
+    lost = nullcontext() if heals else pytest.raises(Unwritable, match="the work since step 18")
+    with pytest.warns(FaultWarning, match="the run continues"), lost:
         run(tmp_path)
     assert load(tmp_path)["step"] == (24 if heals else 18)
     assert (tmp_path / "summary.json").exists() == heals
@@ -229,18 +229,18 @@ def test_little_room_is_told_once_and_ahead(tmp_path, monkeypatch):
     with pytest.warns(FaultWarning) as caught:
         run(tmp_path)
     (said,) = told(caught)
-    assert "MiB left: free some space" in said
+    assert "KiB left, and a checkpoint takes" in said
 
 
 def test_a_resumed_run_has_a_checkpoint_already(tmp_path):
     def save(state):
         raise Unwritable("full")
 
-    saving = Saving(save, tmp_path)
+    saving = CheckpointSaver(save, tmp_path)
     with pytest.raises(Unwritable):
         saving({"step": 3})
     saving.resumed(3)
-    with pytest.warns(FaultWarning, match="full; the run goes on"):
+    with pytest.warns(FaultWarning, match="full; the run continues"):
         saving({"step": 4})
     assert saving.owed
 
@@ -294,7 +294,8 @@ def test_a_logger_that_fails_is_told_once_and_costs_nothing(tmp_path, undisturbe
             tmp_path / "run", loggers=[Broken("log", "advance", "finish", "close", "state")]
         )
     assert told(caught) == [
-        "Broken failed to log (ConnectionError: no log); the run goes on, and metrics.jsonl has what is missing there"
+        "Broken failed to log (ConnectionError: no log); the run continues, and metrics.jsonl holds "
+        "the missing values"
     ]
     assert same_weights(solver, undisturbed)
     assert comparable(tmp_path / "run") == comparable(tmp_path / "undisturbed")
@@ -348,7 +349,7 @@ def test_wandb_that_fails_to_log_does_not_end_the_run(tmp_path, monkeypatch):
     assert summary["stopped"] == "epochs"
     (said,) = told(caught)
     assert said.startswith(
-        "WandB failed to log (BrokenPipeError: W&B's process is gone); the run goes on"
+        "WandB failed to log (BrokenPipeError: W&B's process is gone); the run continues"
     )
 
 
@@ -448,7 +449,9 @@ def test_out_of_memory_at_set_up_says_so(tmp_path):
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
 def test_every_solver_tells_what_lowers_its_memory(solver, words):
-    assert words in "; ".join(settings(Quadratic.random(), solver, None, torch.device("cpu")))
+    assert words in "; ".join(
+        memory_settings(Quadratic.random(), solver, None, torch.device("cpu"))
+    )
 
 
 @pytest.mark.cuda
@@ -473,7 +476,10 @@ def in_a_fork(work, file):
         try:
             work()
         except Exception as error:
-            file.write_text(f"{type(error).__name__}: {error}")
+            text = f"{type(error).__name__}: {error}"
+            with suppress(RuntimeError):  # the handler may raise once more, here
+                file.write_text(text)
+            file.write_text(text)
         finally:
             os._exit(0)
     os.waitpid(child, 0)
@@ -672,7 +678,7 @@ def test_slurm_is_asked_to_run_the_job_again_when_all_is_saved(tmp_path, scontro
     ):
         run(tmp_path / "d", FakeSolver(hooks=hooks), requeue=True)
     monkeypatch.delenv("SLURM_JOB_ID")
-    with pytest.warns(FaultWarning, match="no job of SLURM"):
+    with pytest.warns(FaultWarning, match="not a job of SLURM"):
         run(tmp_path / "e", FakeSolver(hooks=hooks), requeue=True)
 
 
@@ -768,7 +774,7 @@ def test_what_the_command_cannot_go_on_with(stoppable, capfd):
     )
     for file in Path("mine").glob("checkpoint*"):
         file.unlink()
-    assert "holds a run already" in refused("resume=auto", "hydra.run.dir=mine")
+    assert "already holds a run" in refused("resume=auto", "hydra.run.dir=mine")
     rates = (
         "solver.inner_optimizer.lr=1e4",
         "runner.epochs=300",
@@ -817,7 +823,7 @@ def test_the_strict_option_names_an_operation_without_a_deterministic_form(tmp_p
     problem = Scattered(lambda: torch.nn.Linear(2, 1), space, train=data, valid=data, batch_size=3)
     with pytest.raises(
         BilevelError,
-        match=r"runner\.deterministic is on, and put_ has no deterministic form on cpu",
+        match=r"runner\.deterministic=true does not allow put_, which has no deterministic form",
     ):
         Runner(epochs=1, progress="none", picture=False, deterministic=True).run(
             problem, delta_stn(), directory=tmp_path / "a"

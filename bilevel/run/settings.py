@@ -1,0 +1,103 @@
+"""The settings of a run: its length, and what is measured, shown and saved on the way."""
+
+from dataclasses import dataclass
+
+from bilevel import validate
+from bilevel.device.precision import check_precision
+from bilevel.errors import BilevelError
+from bilevel.loggers.display import DISPLAYS
+from bilevel.run.budget import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The settings that `Runner` takes as keywords.
+
+    The run ends at the first budget that is reached. Epochs are counted in inner steps, so warm-up
+    and the epochs budget end exactly. The other budgets end the run after the round that reaches
+    them.
+
+    Attributes:
+        epochs: budget in passes over the training split.
+        seconds: budget of training time; evaluation, checkpoints and set-up do not count.
+        examples: budget of training and validation examples together.
+        warmup_epochs: epochs before the first outer step (the paper uses 5).
+        evaluate_every: epochs between evaluations. It must be at most 1 if a `ReduceLROnPlateau`
+            should read a validation loss after every epoch.
+        patience: number of evaluations after warm-up without a new lowest validation loss after
+            which the run ends; None never ends it.
+        checkpoint_every: evaluations between checkpoints. The end of a run always writes one,
+            also after Ctrl-C.
+        keep_checkpoints: number of checkpoints to keep, the newest included. An older one replaces
+            a damaged one.
+        device: `auto` (CUDA, else CPU) or a device name of PyTorch. With several processes on one
+            machine, each process takes its own GPU.
+        threads: number of CPU threads. The default is one thread below a million weights, where
+            threads cost more than they save, and PyTorch's own number otherwise.
+        precision: `fp32` or `tf32` products on CUDA, or `bf16` on any device. `bf16` runs
+            `predict` under autocast and everything else in float32.
+        capture: record a training step once as a CUDA graph and replay it, which saves the
+            launches. If this is impossible, a warning gives the reason and the run takes plain
+            steps. Learning-rate schedules are followed.
+        deterministic: refuse operations whose bits may differ between runs. Only CUDA has such
+            operations, and the setting costs time there. An operation without a deterministic
+            form ends the run with an error that names it.
+        requeue: ask SLURM to run the job again after a signal that announces a time limit (USR1).
+            This happens after everything is saved.
+        progress: `live` display, `plain` lines, `none`, or `auto`, which is `live` in a terminal.
+        initial_params: initial weights with the names and shapes of the problem: a file of
+            `torch.save(model.state_dict(), …)`, or a run directory. A run directory gives the
+            weights at its lowest validation loss.
+        picture: draw `curves.png` at the end of the run.
+
+    Raises:
+        BilevelError: there is no budget, or a value is out of its range.
+    """
+
+    epochs: float | None = None
+    seconds: float | None = None
+    examples: int | None = None
+    warmup_epochs: float = 5
+    evaluate_every: float = 1
+    patience: int | None = None
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 3
+    device: str = "auto"
+    threads: int | None = None
+    precision: str = "fp32"
+    capture: bool = False
+    deterministic: bool = False
+    requeue: bool = False
+    progress: str = "auto"
+    initial_params: str | None = None
+    picture: bool = True
+
+    def __post_init__(self) -> None:
+        budgets = ("epochs", "seconds", "examples")
+        if all(getattr(self, name) is None for name in budgets):
+            raise BilevelError(
+                "runner.epochs=None leaves the run without a budget; set epochs, seconds or "
+                "examples"
+            )
+        for name in (*budgets, "patience", "threads"):
+            if getattr(self, name) is not None:
+                validate.positive(**self._named(name))
+        validate.positive(**self._named("evaluate_every"))
+        validate.at_least(0, **self._named("warmup_epochs"))
+        validate.whole(1, **self._named("checkpoint_every", "keep_checkpoints"))
+        check_precision(self.precision)
+        validate.one_of(DISPLAYS, **self._named("progress"))
+
+    def budget(self, steps_per_epoch: int) -> Budget:
+        """Return the budgets and the evaluation times of a run, in inner steps."""
+        return Budget(
+            steps_per_epoch=steps_per_epoch,
+            steps=None if self.epochs is None else max(1, round(self.epochs * steps_per_epoch)),
+            seconds=self.seconds,
+            examples=self.examples,
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            evaluate_every=self.evaluate_every,
+        )
+
+    def _named(self, *names: str) -> dict[str, object]:
+        return {f"runner.{name}": getattr(self, name) for name in names}

@@ -1,0 +1,145 @@
+"""The steps of a run before its summary: claim the directory, build the loop, train."""
+
+import tempfile
+from pathlib import Path
+from signal import Signals
+
+import torch
+
+from bilevel.checkpoint.checkpoints import Checkpoints, kept
+from bilevel.checks.check_problem import check_setup
+from bilevel.errors import BilevelError
+from bilevel.loggers.display import display
+from bilevel.loggers.jsonl import JsonLines
+from bilevel.loggers.logger import Logger, RunInfo
+from bilevel.loggers.plot import CurvesPlot
+from bilevel.loggers.records import METRICS, brief
+from bilevel.run.cuda_graph import Capture
+from bilevel.run.distributed import FirstRankSaver
+from bilevel.run.features import WRAPPERS
+from bilevel.run.hypergradient_error import HypergradientError
+from bilevel.run.initial_params import read_params
+from bilevel.run.loop import Loop
+from bilevel.run.session import Session
+
+
+def claim(run: Session) -> None:
+    """Take the run directory, and read the checkpoint or the weights that the run starts from.
+
+    Raises:
+        BilevelError: the directory cannot be used, or what should be read does not fit.
+    """
+    request, first = run.request, run.ranks.on_first
+    run.directory = first(lambda: request.directory)
+    if not request.resume:
+        first(lambda: _make_directory(run.directory))
+    first(lambda: run.lock.take(run.directory))
+    run.checkpoints = Checkpoints(run.directory, request.identity, run.settings.keep_checkpoints)
+    if request.resume:
+        run.checkpoint = first(run.checkpoints.load)
+    elif request.params is not None:
+        run.params = request.params
+    elif run.settings.initial_params is not None:
+        run.params = read_params(run.settings.initial_params)
+
+
+def build(run: Session) -> None:
+    """Make the data, wrap the problem, set up the solver, and make the loop.
+
+    Raises:
+        BilevelError: the solver refuses the problem, or the checkpoint does not fit.
+    """
+    request, settings, device = run.request, run.settings, run.device
+    problem, solver = request.problem, request.solver
+    for_data, for_solver = generators(request.seed, device)
+    run.data = problem.data(device, for_data)
+    for wrap in WRAPPERS:
+        problem = wrap(problem, run)
+    run.problem = problem
+    check_setup(problem, run.data, device)
+    error = HypergradientError.of(problem, solver, device)
+    solver.setup(problem, run.data, device, for_solver)
+    run.loop = Loop(
+        problem=problem,
+        solver=solver,
+        data=run.data,
+        device=device,
+        budget=settings.budget(run.data.train.steps_per_epoch),
+        loggers=_loggers(run) if run.ranks.first else [],
+        save=FirstRankSaver(run.checkpoints.save, run.directory, run.ranks),
+        patience=settings.patience,
+        checkpoint_every=settings.checkpoint_every,
+        hypergradient_error=error,
+        ranks=run.ranks,
+    )
+    if request.resume:
+        run.loop.load_state_dict(run.checkpoint)
+    solver.capture = (
+        Capture.of(solver, device, for_solver, run.ranks.world) if settings.capture else None
+    )
+    run.info = _info(run)
+
+
+def train(run: Session) -> str:
+    """Train until something ends the run, and return what did."""
+    run.reason = run.loop.run(lambda: run.interrupts.received)
+    # a signal may have reached another rank alone
+    [number] = run.ranks.maximum(run.interrupts.number or 0)
+    run.interrupts.number = Signals(int(number)) if number else None
+    return run.reason
+
+
+def generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+    """Return a generator for the order of the data and one for the draws of the solver.
+
+    The first lies on the CPU and does not depend on device or solver. The second lies on `device`.
+    """
+    seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+    data = torch.Generator().manual_seed(seeds[0])
+    return data, torch.Generator(device=device).manual_seed(seeds[1])
+
+
+def _make_directory(directory: Path) -> None:
+    """Make a directory for a new run, and write a temporary file in it before any work is done."""
+    records = directory / METRICS
+    # a single line is the evaluation before the first step: such a run was killed before its
+    # first checkpoint, and may begin again
+    begun = records.exists() and records.read_bytes().count(b"\n") > 1
+    if kept(directory) or begun:
+        raise BilevelError(
+            f"{directory} already holds a run; continue it with resume, or choose another directory"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise BilevelError(
+            f"{directory} is not writable ({reason}); choose another directory"
+        ) from None
+
+
+def _loggers(run: Session) -> list[Logger]:
+    own = [JsonLines(), *([CurvesPlot()] if run.settings.picture else [])]
+    # the display comes last: its final table appears when everything is saved
+    return [*own, *run.request.loggers, *display(run.settings.progress)]
+
+
+def _info(run: Session) -> RunInfo:
+    request, settings, loop = run.request, run.settings, run.loop
+    return RunInfo(
+        directory=run.directory,
+        problem=request.identity.problem,
+        solver=request.identity.solver,
+        seed=request.seed,
+        space=run.problem.space,
+        config=request.config,
+        epochs=settings.epochs,
+        warmup_epochs=settings.warmup_epochs,
+        initial={name: brief(leaf) for name, leaf in loop.initial.items()},
+        best=loop.best["record"] if loop.best else {},
+        resumed=request.resume,
+        patience=settings.patience,
+        place=request.place,
+    )
