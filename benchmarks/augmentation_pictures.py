@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.experiments.augmentation import pictures
 from bilevel import BilevelError
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
 
 
 def main() -> int:
@@ -25,10 +25,10 @@ def main() -> int:
     options = parser.parse_args()
     archive = options.data / "cifar10_jpeg.npz"
     try:
-        cifar = labelled_images.cifar10(
+        cifar = standard_images.load_cifar10(
             str(options.data), download=False, archive=str(archive) if archive.exists() else None
         )
-        mnist = labelled_images.mnist(str(options.data), download=False)
+        mnist = standard_images.load_mnist(str(options.data), download=False)
     except BilevelError as error:
         print(f"{error}", file=sys.stderr)
         return 1

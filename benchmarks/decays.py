@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.workloads import BATCH
 from bilevel import Batch, Hypers, ModuleProblem, Params, Positive, Prediction, Space
-from bilevel.problems.networks.mlp_cnn import MLP
+from bilevel.problems.networks.mlp import MLP
 
 
 class Decays(ModuleProblem):

@@ -11,7 +11,8 @@ from benchmarks.twin import DoubleBackward
 from bilevel import solvers
 from bilevel.problems.classification.problem import Classification
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.networks.mlp_cnn import MLP, SimpleCNN
+from bilevel.problems.networks.mlp import MLP
+from bilevel.problems.networks.simple_cnn import SimpleCNN
 
 Timed: TypeAlias = solvers.Fixed | solvers.SelfTuning
 

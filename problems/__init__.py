@@ -1,25 +1,22 @@
 """Problems to tune, and to learn from: closed forms first, then real data."""
 
-from bilevel.problems.architecture.problem import (
-    Architecture,
-    architecture_images,
-    architecture_tabular,
-)
-from bilevel.problems.classification.any_network import images
-from bilevel.problems.classification.learned_augmentation import augmented_images
-from bilevel.problems.classification.problem import Classification, digits, mnist
-from bilevel.problems.cleaning import HyperCleaning
+from bilevel.problems.architecture.problem import Architecture
+from bilevel.problems.architecture.recipes import architecture_images, architecture_tabular
+from bilevel.problems.classification.problem import Classification
+from bilevel.problems.classification.recipes import augmented_images, digits, images, mnist
 from bilevel.problems.closed_form.elastic_net import ElasticNet
 from bilevel.problems.closed_form.generalized_ridge import GeneralizedRidge
 from bilevel.problems.closed_form.input_dropout import InputDropout
 from bilevel.problems.closed_form.linear_network import LinearNetwork
 from bilevel.problems.closed_form.quadratic import Quadratic
 from bilevel.problems.closed_form.ridge import Ridge
-from bilevel.problems.dataset_distillation import Distillation, distillation
+from bilevel.problems.dataset_distillation.problem import Distillation, distillation
 from bilevel.problems.few_shot.problem import FewShot
+from bilevel.problems.hyper_cleaning import HyperCleaning
 from bilevel.problems.language_modeling.problem import Language, language
-from bilevel.problems.networks.mlp_cnn import MLP, SimpleCNN
-from bilevel.problems.reweighting import LossWeights
+from bilevel.problems.loss_weights import LossWeights
+from bilevel.problems.networks.mlp import MLP
+from bilevel.problems.networks.simple_cnn import SimpleCNN
 
 __all__ = [
     "MLP",

@@ -320,10 +320,10 @@ MUTANTS = [
     ),
     Mutant(
         "weights of examples by their place in the batch",
-        "problems/cleaning.py",
+        "problems/hyper_cleaning.py",
         'hypers["example_weight"][index]',
         'hypers["example_weight"][: len(index)]',
-        "problems/test_cleaning.py",
+        "problems/test_hyper_cleaning.py",
     ),
     Mutant(
         "t of a paired test without √n",
@@ -397,7 +397,7 @@ MUTANTS = [
     ),
     Mutant(
         "dropout of channels forgets what it drops from",
-        "problems/networks/mlp_cnn.py",
+        "problems/networks/building_blocks.py",
         "return x if drop is keep else x * drop(",
         "return x if drop is keep else x.new_ones(x.shape) * drop(",
         "problems/networks/test_networks.py",

@@ -53,7 +53,7 @@ def test_imports_follow_the_arrows(package):
         ("bilevel.run", "from .. import solvers"),
         ("bilevel.run.loop", "def f():\n    from bilevel.solvers.fixed import Fixed"),
         ("bilevel.run.loop", "import importlib\nimportlib.import_module('bilevel.solvers.fixed')"),
-        ("bilevel.problems.cleaning", "from bilevel.solvers import delta_stn"),
+        ("bilevel.problems.hyper_cleaning", "from bilevel.solvers import delta_stn"),
         ("bilevel.solvers.fixed", "from bilevel.problems.closed_form.quadratic import Quadratic"),
         ("bilevel.solvers.fixed", "from bilevel import problems"),
         ("bilevel.solvers.fixed", "from solvers.base import descent"),
@@ -67,7 +67,7 @@ def test_a_stray_import_is_seen(name, source):
     ("name", "source"),
     [
         ("bilevel.solvers.fixed", "from bilevel.solvers.base.descent import Descent"),
-        ("bilevel.problems.cleaning", "from bilevel.params import Params\nimport torch"),
+        ("bilevel.problems.hyper_cleaning", "from bilevel.params import Params\nimport torch"),
         ("bilevel.run.loop", "from bilevel.checks import laws"),
     ],
 )

@@ -9,9 +9,10 @@ from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.report import spread, table
 from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.runs import Run
-from bilevel.problems.architecture.cell import SKIP, pairs
+from bilevel.problems.architecture.cell import pairs
 from bilevel.problems.architecture.drawing import draw_search
 from bilevel.problems.architecture.genotype import Edge, Genotype, derive, random_genotype
+from bilevel.problems.architecture.operations import SKIP
 
 RANDOM = 3
 """Random cells for each seed of the searches."""

@@ -14,7 +14,7 @@ from bilevel import Space
 from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.runs import Run
 from bilevel.problems.classification.augmentation import OPERATIONS, Augmentation, strengths
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
 from bilevel.problems.datasets.labelled_images import Images
 
 PAGE = "problems/augmentation.md"
@@ -178,7 +178,7 @@ def photograph(size: int = 32) -> Tensor:
 
 def report(context: Context) -> str:
     """The picture of the operations, the tables of the five settings, and the picture of the strengths' paths."""
-    pictures(context.figures / "augmentations.png", photograph(), labelled_images.digits())
+    pictures(context.figures / "augmentations.png", photograph(), standard_images.load_digits())
     return "![Every operation at four strengths](augmentations.png)\n\n" + comparison(
         context, "augmentation_digits"
     )

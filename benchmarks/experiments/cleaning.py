@@ -16,8 +16,8 @@ from bilevel.cli.targets import build
 from bilevel.comparison import curve_plots, plot_style
 from bilevel.comparison.runs import Run
 from bilevel.problems import MLP
-from bilevel.problems.cleaning import HyperCleaning, detection
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
+from bilevel.problems.hyper_cleaning import HyperCleaning, detection
 from bilevel.solvers import Fixed
 
 DETECTION = {"f1": "F1", "precision": "precision", "recall": "recall", "roc_auc": "ROC AUC"}
@@ -106,7 +106,7 @@ def loss_ranking(directory: Path) -> dict[str, float]:
 
 def on_validation_alone(seed: int) -> float:
     """Test accuracy of the same model trained on the right validation labels, for as long."""
-    images = labelled_images.digits(seed)
+    images = standard_images.load_digits(seed)
     problem = HyperCleaning(partial(MLP, [64, 10]), images._replace(train=images.valid), rate=0.0)
     solver = Fixed(inner_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     with TemporaryDirectory() as directory:

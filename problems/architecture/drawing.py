@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel import BilevelError
 from bilevel.loggers.records import METRICS, SUMMARY, read_metrics
-from bilevel.problems.architecture.cell import NONE
 from bilevel.problems.architecture.genotype import Genotype, derive
+from bilevel.problems.architecture.operations import NONE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

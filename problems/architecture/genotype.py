@@ -9,7 +9,8 @@ import torch
 
 from bilevel import BilevelError
 from bilevel.loggers.records import SUMMARY
-from bilevel.problems.architecture.cell import NONE, edge, pairs
+from bilevel.problems.architecture.cell import edge, pairs
+from bilevel.problems.architecture.operations import NONE
 from bilevel.text import near
 
 Weights = Mapping[str, Sequence[float]]

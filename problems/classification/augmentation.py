@@ -10,8 +10,8 @@ from bilevel import BilevelError, Domain, Hypers, Integer, Interval, Space
 from bilevel.problems.classification import image_transforms
 from bilevel.problems.datasets.image_files import ImageFiles
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.datasets.per_channel import PerChannel
-from bilevel.problems.ranges import within
+from bilevel.problems.datasets.standardize import PerChannel
+from bilevel.problems.space_checks import within
 from bilevel.text import near
 
 Operation: TypeAlias = Literal["affine", "colour", "cutout"]
@@ -50,8 +50,8 @@ def strengths(images: Images | ImageFiles, operations: Sequence[Operation]) -> d
         operations: any of `affine`, `colour` and `cutout`.
 
     Example:
-        >>> from bilevel.problems.datasets import labelled_images
-        >>> list(strengths(labelled_images.digits(), ["colour", "cutout"]))
+        >>> from bilevel.problems.datasets import standard_images
+        >>> list(strengths(standard_images.load_digits(), ["colour", "cutout"]))
         ['brightness', 'contrast', 'cutout_holes', 'cutout_length']
 
     Raises:

@@ -1,7 +1,6 @@
 """Image classification whose dropout rates, weight decay (one, or one per weight) and augmentation are tuned."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -25,13 +24,12 @@ from bilevel import (
 )
 from bilevel.data.tensor_stream import streams
 from bilevel.problems.classification.augmentation import Augmentation, Operation, strengths
-from bilevel.problems.datasets import labelled_images, storage
+from bilevel.problems.datasets import image_loaders
 from bilevel.problems.datasets.image_files import ImageFiles
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.datasets.per_channel import Standardize
+from bilevel.problems.datasets.standardize import Standardize
 from bilevel.problems.networks.dropout import Kind, named
-from bilevel.problems.networks.mlp_cnn import MLP
-from bilevel.problems.ranges import within
+from bilevel.problems.space_checks import within
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
 
@@ -50,7 +48,7 @@ class Classification(ModuleProblem):
     own in every pass, so that the two passes of Δ-STN see the batch differently augmented, as in the paper's code.
 
     Args:
-        network: makes a module with `forward(x, drop)`, as in `bilevel.problems.networks.mlp_cnn`.
+        network: makes a module with `forward(x, drop)`, as in `bilevel.problems.networks.building_blocks`.
         images: the data, in memory or in files.
         sites: how many dropout sites the network has.
         weight_decay: whether there is one; or `per_weight`, ½ Σ_i weight_decay_i w_i² with the hyperparameter [m], flat in the
@@ -108,7 +106,7 @@ class Classification(ModuleProblem):
         self._augments, self._white = bool(augment) or flip, images.brightest
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        splits = storage.placed(self._splits, self.batch_size, device)
+        splits = image_loaders.tensors_or_loaders(self._splits, self.batch_size, device)
         return streams(*splits, batch_size=self.batch_size, device=device, generator=generator)
 
     def inputs(
@@ -140,7 +138,7 @@ class Classification(ModuleProblem):
         """`augmented`: a row of training images as they are, and three of the same augmented; nothing without augmentation."""
         if not self._augments:
             return {}
-        x = storage.first(self._splits[0], 8).to(generator.device)
+        x = image_loaders.first_images(self._splits[0], 8).to(generator.device)
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         rows = torch.cat([x, *(self._augment(hypers, x, generator) for _ in range(3))])
         return {"augmented": rows / self._white}
@@ -154,67 +152,3 @@ class Classification(ModuleProblem):
             "loss": F.cross_entropy(prediction, batch[1], reduction="none"),
             "accuracy": correct.to(prediction.dtype),
         }
-
-
-def digits(
-    hidden: Sequence[int] = (256, 256),
-    batch_size: int = 64,
-    split_seed: int = 0,
-    weight_decay: WeightDecay = True,
-    dropout: Kind = "bernoulli",
-    temperature: float | None = None,
-    space: Changes | None = None,
-) -> Classification:
-    """scikit-learn's digits with an MLP; tuned: a dropout rate per layer, and weight decay.
-
-    Example:
-        >>> list(digits(hidden=[32]).space)
-        ['input_dropout', 'dropout1', 'weight_decay']
-        >>> digits(hidden=[32], weight_decay="per_weight").space["weight_decay"].shape
-        (2410,)
-    """
-    sizes = [64, *hidden, 10]
-    return Classification(
-        partial(MLP, sizes),
-        labelled_images.digits(split_seed),
-        sites=len(sizes) - 1,
-        weight_decay=weight_decay,
-        dropout=dropout,
-        temperature=temperature,
-        batch_size=batch_size,
-        space=space,
-    )
-
-
-def mnist(
-    root: str = "data",
-    download: bool = True,
-    hidden: Sequence[int] = (1200, 1200),
-    batch_size: int = 128,
-    valid_fraction: float = 0.15,
-    train_size: int | None = None,
-    valid_size: int | None = None,
-    weight_decay: WeightDecay = False,
-    dropout: Kind = "bernoulli",
-    temperature: float | None = None,
-    space: Changes | None = None,
-) -> Classification:
-    """MNIST with the MLP 784-1200-1200-10 and three tuned dropout rates; without weight decay, unless it is asked for.
-
-    `train_size` and `valid_size` take the first images of either split alone; None takes all.
-
-    Source: Bae & Grosse, NeurIPS 2020, the MNIST experiment of the official code.
-    """
-    sizes = [784, *hidden, 10]
-    return Classification(
-        partial(MLP, sizes),
-        labelled_images.few(
-            labelled_images.mnist(root, download, valid_fraction), train_size, valid_size
-        ),
-        sites=len(sizes) - 1,
-        weight_decay=weight_decay,
-        dropout=dropout,
-        temperature=temperature,
-        batch_size=batch_size,
-        space=space,
-    )

@@ -14,7 +14,7 @@ from bilevel import Batch, Carry, Hypers, Params, Prediction, Real, Space
 from bilevel.problems.closed_form.generalized_ridge import GeneralizedRidge
 from bilevel.problems.closed_form.linear_data import Split
 from bilevel.problems.closed_form.linear_regression import squared_error
-from bilevel.problems.networks.mlp_cnn import check_widths
+from bilevel.problems.networks.building_blocks import check_widths
 
 
 @final

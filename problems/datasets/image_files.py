@@ -4,9 +4,8 @@ import copy
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bilevel import BilevelError
-from bilevel.problems.datasets.per_channel import Level
+from bilevel.problems.datasets.standardize import Level
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -207,44 +206,6 @@ def from_pillow(image: "Image") -> UInt8[Tensor, "channels height width"]:
         torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8),
     )
     return flat.view(height, width, -1).permute(2, 0, 1).contiguous()
-
-
-def listed(folder: Path, extensions: Sequence[str]) -> dict[str, list[str]]:
-    """The images below each class's folder, sorted; a class is a folder.
-
-    Raises:
-        BilevelError: there is no class, or one without an image, or a link by which a folder is read twice.
-    """
-    classes = sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not classes:
-        raise BilevelError(
-            f"{folder} has no folder in it; put the images of each class into a folder of its own, CLASS/x.png"
-        )
-    found: dict[str, list[str]] = {}
-    for name in classes:
-        found[name] = sorted(
-            str(file) for file in _below(folder / name) if file.suffix.lower() in extensions
-        )
-        if not found[name]:
-            raise BilevelError(
-                f"{folder / name} is a class without an image ({', '.join(extensions)}); put some there, or delete the folder"
-            )
-    return found
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """The files at any depth, links followed; a folder that would be read twice, or without end, is an error."""
-    read: dict[str, str] = {}
-    for place, _, names in os.walk(folder, followlinks=True):
-        if (before := read.setdefault(os.path.realpath(place), place)) != place:
-            raise BilevelError(
-                f"{place} is the same folder as {before}, and its images would count twice; delete the link"
-            )
-        yield from (Path(place) / name for name in names)
 
 
 def _said(shape: Any) -> str:

@@ -1,18 +1,24 @@
 """Images of one's own: a folder of folders, one for each class, as torchvision's `ImageFolder` reads it."""
 
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from bilevel import BilevelError
-from bilevel.problems.datasets import validation_split
-from bilevel.problems.datasets.image_files import Files, ImageFiles, listed
+
+if TYPE_CHECKING:
+    pass
+from typing import Literal
+
+from bilevel.problems.datasets import free_memory, validation_split
+from bilevel.problems.datasets.image_files import Files, ImageFiles
 from bilevel.problems.datasets.labelled_images import Images, moments
-from bilevel.problems.datasets.storage import fits, free, said
-from bilevel.problems.datasets.storage import in_memory as decode
 from bilevel.problems.datasets.validation_split import Split
+from bilevel.text import byte_size
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VALID = ("val", "valid", "validation")
@@ -22,7 +28,7 @@ SAMPLE = 2000
 """Training images of which the moments are taken where they do not lie in memory."""
 
 
-def folder(
+def load_image_folder(
     path: str,
     size: int | None = None,
     channels: int | None = None,
@@ -55,12 +61,12 @@ def folder(
         UnreadableImage: an image that is damaged or unlike the others (which one is said): all are looked at beforehand where
             they are decoded at once.
     """
-    root, there = Path(path), free(torch.device("cpu"))
+    root, there = Path(path), free_memory.free_bytes(torch.device("cpu"))
     if workers < 0:
         raise BilevelError(f"workers={workers} is no number of processes; give 0 or more")
-    if size is not None and not fits(one := DECODING * size**2, there):
+    if size is not None and not free_memory.fits(one := DECODING * size**2, there):
         raise BilevelError(
-            f"an image of size={size} takes {said(one)} while it is read, and {said(there)} are free; lower size"
+            f"an image of size={size} takes {byte_size(one)} while it is read, and {byte_size(there or 0)} are free; lower size"
         )
     if not root.is_dir():
         raise BilevelError(
@@ -97,7 +103,7 @@ def folder(
         )
         train, apart["valid"] = train.taken(kept.tolist()), train.taken(aside.tolist())
     valid, test = apart["valid"], apart.get("test")
-    if decode((train, valid, test), in_memory, str(root)):
+    if free_memory.decode_at_once((train, valid, test), in_memory, str(root)):
         decoded = train.decoded()
         mean, std = moments(decoded[0])
         tensors = (decoded, valid.decoded(), None if test is None else test.decoded())
@@ -150,3 +156,41 @@ def _check_classes(
             f"{root / here} has {len(train if here == 'train' else others)} classes and {root / there} "
             f"{len(others if here == 'train' else train)}: `{odd[0]}` is in {here} alone; give all parts the same classes"
         )
+
+
+def listed(folder: Path, extensions: Sequence[str]) -> dict[str, list[str]]:
+    """The images below each class's folder, sorted; a class is a folder.
+
+    Raises:
+        BilevelError: there is no class, or one without an image, or a link by which a folder is read twice.
+    """
+    classes = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
+    if not classes:
+        raise BilevelError(
+            f"{folder} has no folder in it; put the images of each class into a folder of its own, CLASS/x.png"
+        )
+    found: dict[str, list[str]] = {}
+    for name in classes:
+        found[name] = sorted(
+            str(file) for file in _below(folder / name) if file.suffix.lower() in extensions
+        )
+        if not found[name]:
+            raise BilevelError(
+                f"{folder / name} is a class without an image ({', '.join(extensions)}); put some there, or delete the folder"
+            )
+    return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files at any depth, links followed; a folder that would be read twice, or without end, is an error."""
+    read: dict[str, str] = {}
+    for place, _, names in os.walk(folder, followlinks=True):
+        if (before := read.setdefault(os.path.realpath(place), place)) != place:
+            raise BilevelError(
+                f"{place} is the same folder as {before}, and its images would count twice; delete the link"
+            )
+        yield from (Path(place) / name for name in names)

@@ -33,7 +33,7 @@ from bilevel.problems.few_shot.tasks import (
     UnseenStream,
     sinusoids,
 )
-from bilevel.problems.networks.mlp_cnn import MLP
+from bilevel.problems.networks.mlp import MLP
 
 STEPS = (0, 1, 5, 10)
 """Of adaptation, after which the error on an unseen task is reported, as far as there are so many."""

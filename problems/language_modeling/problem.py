@@ -29,7 +29,7 @@ from bilevel.problems.language_modeling.corpus import Corpus, corpus
 from bilevel.problems.language_modeling.windows import Windows
 from bilevel.problems.networks.dropout import Kind, named
 from bilevel.problems.networks.recurrent import RecurrentNetwork, Site
-from bilevel.problems.ranges import shared, within
+from bilevel.problems.space_checks import shared, within
 
 Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
 

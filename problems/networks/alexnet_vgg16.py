@@ -7,13 +7,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bilevel import BilevelError
-from bilevel.problems.networks.mlp_cnn import (
+from bilevel.problems.networks.building_blocks import (
     Drop,
     Norm,
     check_widths,
     drop_channels,
+    he_,
     keep,
     normalization,
+    scaled,
 )
 
 
@@ -88,22 +90,6 @@ class Convolutional(nn.Module):
 def remaining(side: int, stride: int, poolings: int) -> int:
     """Pixels to a side after a convolution of padding 1 with `stride`, and so many poolings by two."""
     return ((side - 1) // stride + 1) >> poolings
-
-
-def scaled(widths: Iterable[int], factor: float) -> list[int]:
-    """Widths times a factor, rounded, and one at least."""
-    return [max(1, round(factor * width)) for width in widths]
-
-
-def he_(convolution: nn.Module) -> None:
-    """Weights N(0, 2/(k·k·out)) and no bias, for a k × k convolution: activations keep their size through ReLUs.
-
-    Source: He et al., ICCV 2015, section 2.2, backward case.
-    """
-    if isinstance(convolution, nn.Conv2d):
-        nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-        if convolution.bias is not None:
-            nn.init.zeros_(convolution.bias)
 
 
 class AlexNet(Convolutional):

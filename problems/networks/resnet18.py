@@ -5,8 +5,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bilevel.problems.networks.alexnet_vgg16 import he_, scaled
-from bilevel.problems.networks.mlp_cnn import Drop, Norm, drop_channels, keep, normalization
+from bilevel.problems.networks.building_blocks import (
+    Drop,
+    Norm,
+    drop_channels,
+    he_,
+    keep,
+    normalization,
+    scaled,
+)
 
 
 class Block(nn.Module):

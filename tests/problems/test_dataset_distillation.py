@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from bilevel import BilevelError, Real, Refused, SolverWarning, Space, check_problem, solvers
-from bilevel.problems.dataset_distillation import Distillation, distillation, starting_images
+from bilevel.problems.dataset_distillation.initial_images import starting_images
+from bilevel.problems.dataset_distillation.problem import Distillation, distillation
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.networks.mlp_cnn import MLP
+from bilevel.problems.networks.mlp import MLP
 from bilevel.solvers.base.dry_run import check_response
 from bilevel.solvers.response.jacobian import Structured
 from tests.support.solver_cases import ready, sgd

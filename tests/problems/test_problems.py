@@ -16,7 +16,7 @@ from bilevel.problems import MLP, Classification, ElasticNet, Quadratic, Ridge
 from bilevel.problems.closed_form import linear_data
 from bilevel.problems.closed_form.input_dropout import InputDropout
 from bilevel.problems.closed_form.linear_network import LinearNetwork
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.dropout import dropout
 
@@ -265,7 +265,7 @@ def test_dropout_has_one_mask_for_value_and_tangent_and_no_derivative_in_its_rat
 
 
 def test_digits_are_split_without_overlap_and_normalized():
-    images = labelled_images.digits()
+    images = standard_images.load_digits()
     assert [len(labels) for _, labels in (images.train, images.valid, images.test)] == [
         1078,
         359,
@@ -280,7 +280,7 @@ def test_digits_are_split_without_overlap_and_normalized():
     x = (images.train[0] - images.mean) / images.std
     assert abs(x.mean()) < 1e-5
     assert abs(x.std() - 1) < 1e-5
-    assert not torch.equal(labelled_images.digits(1).train[1], images.train[1])
+    assert not torch.equal(standard_images.load_digits(1).train[1], images.train[1])
 
 
 @pytest.fixture
@@ -427,7 +427,7 @@ def test_a_part_of_mnist_is_its_first_images(mnist_root):
 
 def test_missing_mnist_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(BilevelError, match=r"download is off; give data\.root=PATH"):
-        labelled_images.mnist(str(tmp_path), download=False)
+        standard_images.load_mnist(str(tmp_path), download=False)
     torchvision = pytest.importorskip("torchvision")
 
     def unreachable(self):
@@ -437,7 +437,7 @@ def test_missing_mnist_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatc
     with pytest.raises(
         BilevelError, match=r"could not be downloaded \(Error downloading.*Tried mirrors\)"
     ) as caught:
-        labelled_images.mnist(str(tmp_path), download=True)
+        standard_images.load_mnist(str(tmp_path), download=True)
     assert "\n" not in str(caught.value)
 
 
@@ -453,7 +453,7 @@ def test_a_split_without_images_is_one_sentence(tmp_path, fraction):
     with pytest.raises(
         BilevelError, match=f"valid_fraction={fraction} leaves a split without images"
     ):
-        labelled_images.mnist(str(tmp_path), download=False, valid_fraction=fraction)
+        standard_images.load_mnist(str(tmp_path), download=False, valid_fraction=fraction)
 
 
 @pytest.mark.parametrize(

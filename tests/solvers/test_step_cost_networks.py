@@ -5,7 +5,7 @@ import torch
 
 from bilevel.problems import Classification
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.networks.by_name import by_name
+from bilevel.problems.networks.registry import image_network
 from bilevel.solvers import Fixed, SelfTuning, centered_stn, delta_stn, stn
 from tests.support.flops import count
 from tests.support.solver_cases import ready
@@ -30,7 +30,7 @@ class Case:
     def __init__(self, label):
         torch.manual_seed(0)
         norm, self.hypers = CASES[label]
-        network = by_name(label.split()[0], (3, 32, 32), 10, norm=norm, width=0.25)
+        network = image_network(label.split()[0], (3, 32, 32), 10, norm=norm, width=0.25)
         split = torch.rand(1, 3, 32, 32), torch.zeros(1, dtype=torch.long)
         images = Images(split, split, split, mean=0.5, std=0.3)
         self.problem = Classification(

@@ -33,7 +33,7 @@ from bilevel.problems import (
     augmented_images,
     digits,
 )
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.solvers import Dense, Fixed, SelfTuning
 
@@ -270,7 +270,7 @@ PROBLEMS = {
     "loss weights": partial(LossWeights.digits, hidden=[8]),
     "augmented images": partial(
         augmented_images,
-        labelled_images.digits(),
+        standard_images.load_digits(),
         channels=[2, 3],
         hidden=5,
         train_size=24,

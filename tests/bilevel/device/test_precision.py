@@ -20,7 +20,7 @@ from bilevel import (
 )
 from bilevel.device.precision import Autocast, at_precision
 from bilevel.problems import Quadratic, augmented_images, digits
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
 from bilevel.problems.networks.dropout import concrete_dropout
 from bilevel.solvers import SAMA, delta_stn, stn
 from tests.support.solver_cases import ready
@@ -162,7 +162,7 @@ def test_batch_norm_statistics_are_near_those_of_float32():
 
 def test_augmentation_stays_in_float32():
     problem = augmented_images(
-        labelled_images.digits(), channels=[4, 8], hidden=16, train_size=48, batch_size=24
+        standard_images.load_digits(), channels=[4, 8], hidden=16, train_size=48, batch_size=24
     )
     augmented, seen = problem._augment, []
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from bilevel import Refused
 from bilevel.problems import Classification, digits
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.networks.mlp_cnn import SimpleCNN
+from bilevel.problems.networks.simple_cnn import SimpleCNN
 from bilevel.solvers import Fixed, Unrolled, delta_stn, stn
 from tests.support.solver_cases import ready
 

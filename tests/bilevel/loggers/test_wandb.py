@@ -23,8 +23,8 @@ from bilevel.loggers.logger import Place
 from bilevel.loggers.records import read_metrics
 from bilevel.loggers.wandb_logger import WandB
 from bilevel.problems import Quadratic, digits
-from bilevel.problems.classification.learned_augmentation import augmented_images
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.classification.recipes import augmented_images
+from bilevel.problems.datasets import standard_images
 from bilevel.solvers import implicit_cg
 from tests.support.fakes import FakeProblem, FakeSolver
 
@@ -239,7 +239,7 @@ def test_pictures_come_at_the_first_second_fourth_evaluation(tmp_path):
 
 
 def test_an_image_problem_shows_what_its_strengths_do():
-    images = labelled_images.digits()
+    images = standard_images.load_digits()
     problem = augmented_images(images, channels=[4, 8], augment=["affine", "colour"])
     hypers = problem.space.constrain(problem.space.init())
 

@@ -11,15 +11,12 @@ import torch.nn.functional as F
 from bilevel import BilevelError, Refused, check_problem, solvers
 from bilevel.cli.app import main
 from bilevel.problems import digits
-from bilevel.problems.architecture.cell import IMAGE, TABLE
 from bilevel.problems.architecture.drawing import draw_cell, draw_search
 from bilevel.problems.architecture.genotype import Genotype, derive, genotype, random_genotype
-from bilevel.problems.architecture.problem import (
-    Architecture,
-    architecture_images,
-    architecture_tabular,
-)
-from bilevel.problems.architecture.tables import TABLES, table
+from bilevel.problems.architecture.operations import IMAGE, TABLE
+from bilevel.problems.architecture.problem import Architecture
+from bilevel.problems.architecture.recipes import architecture_images, architecture_tabular
+from bilevel.problems.architecture.tabular_data import TABLES, load_table
 from bilevel.solvers.first_order import FirstOrder
 from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, ready, sgd
@@ -547,7 +544,7 @@ def test_a_price_turns_a_search_away_from_parameter_free_operations(make):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_standardized_by_their_training_split(name):
-    rows = table(name)
+    rows = load_table(name)
     x, y = rows.train
     assert x.dtype == torch.float32
     assert x.mean(0).abs().max() < 1e-4
@@ -555,18 +552,18 @@ def test_tables_are_standardized_by_their_training_split(name):
     assert set(torch.cat([part[1] for part in rows[:3]]).tolist()) == set(range(rows.classes))
     sizes = [len(part[1]) for part in rows[:3]]
     assert abs(sizes[0] / sum(sizes) - 0.6) < 0.01
-    other = table(name, split_seed=1)
+    other = load_table(name, split_seed=1)
     assert not torch.equal(other.train[1], y)
 
 
 def test_an_unknown_table_is_one_sentence():
     with pytest.raises(BilevelError, match=r"data='wines'.*wine"):
-        table("wines")
+        load_table("wines")
 
 
 def test_no_linear_function_tells_the_classes_of_interactions():
     """Least squares on the labels does no better than guessing; on the products it does."""
-    rows = table("interactions")
+    rows = load_table("interactions")
     (x, y), (x_test, y_test) = rows.train, rows.test
 
     def accuracy(features):

@@ -18,10 +18,10 @@ from bilevel.problems.classification.augmentation import (
     Augmentation,
     strengths,
 )
-from bilevel.problems.classification.learned_augmentation import augmented_images
+from bilevel.problems.classification.recipes import augmented_images
 from bilevel.problems.datasets import labelled_images
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.networks.mlp_cnn import SimpleCNN
+from bilevel.problems.networks.simple_cnn import SimpleCNN
 from bilevel.requirements import check_space
 from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import all_solvers, ready
@@ -254,7 +254,7 @@ def recorded(monkeypatch, images, hypers, n, seed=0, **changes):
     calls = {}
     for name in ("affine", "brightness", "contrast", "saturation", "hue", "cutout"):
         monkeypatch.setattr(
-            augment, name, lambda x, *args, name=name: (calls.update({name: args}), x)[1]
+            image_transforms, name, lambda x, *args, name=name: (calls.update({name: args}), x)[1]
         )
     x = images.train[0][:1].expand(n, -1, -1, -1)
     Augmentation(all_of(images, **changes), images)(hypers, x, generator(seed))

@@ -17,18 +17,26 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
 
-from bilevel import BilevelError, problems, solvers
+from bilevel import BilevelError, Space, problems, solvers
 from bilevel.checks.check_problem import ProblemWarning
 from bilevel.cli import targets
 from bilevel.cli.app import add_resolvers, main
 from bilevel.data.loader_stream import LoaderStream
 from bilevel.problems import MLP, Classification, HyperCleaning, LossWeights
+from bilevel.problems.classification import image_transforms
 from bilevel.problems.classification.augmentation import OPERATIONS, Augmentation, strengths
-from bilevel.problems.datasets import image_files, jpeg_archive, labelled_images, storage
+from bilevel.problems.datasets import (
+    free_memory,
+    image_files,
+    image_loaders,
+    jpeg_archive,
+    labelled_images,
+    standard_images,
+)
 from bilevel.problems.datasets.image_files import Files, ImageFiles, UnreadableImage
-from bilevel.problems.datasets.image_folder import folder
+from bilevel.problems.datasets.image_folder import load_image_folder
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.datasets.per_channel import Standardize
+from bilevel.problems.datasets.standardize import Standardize
 from bilevel.problems.datasets.validation_split import split
 from bilevel.run.evaluation import evaluate
 from bilevel.solver import Solution
@@ -328,20 +336,18 @@ def test_at_one_strength_per_example_each_image_is_as_by_itself(channels, side):
     calls, real = (
         [],
         {
-            name: getattr(augment, name)
+            name: getattr(image_transforms, name)
             for name in ("affine", "brightness", "contrast", "saturation", "hue", "cutout")
         },
     )
     with pytest.MonkeyPatch.context() as patch:
         for name, function in real.items():
             patch.setattr(
-                augment,
+                image_transforms,
                 name,
                 lambda x, *a, f=function, **k: (calls.append((f, a, k)), f(x, *a, **k))[1],
             )
-        together = Augmentation(bilevel.problems.classification.problem.Space(**space), images)(
-            hypers, x, generator()
-        )
+        together = Augmentation(Space(**space), images)(hypers, x, generator())
     for i in range(n):
         one = x[i : i + 1].float()
         for function, arguments, options in calls:
@@ -372,7 +378,7 @@ def save(place, x, suffix="png"):
 
 
 def test_a_folder_is_split_by_class_and_read_bit_for_bit(pngs):
-    images = folder(str(pngs), valid_fraction=0.25, test_fraction=0.2)
+    images = load_image_folder(str(pngs), valid_fraction=0.25, test_fraction=0.2)
     assert isinstance(images, Images)
     counts = [labels.bincount(minlength=3).tolist() for _, labels in images[:3]]
     assert counts == [[12, 7, 5], [4, 2, 2], [4, 3, 1]] or [sum(c) for c in counts] == [24, 8, 8]
@@ -390,29 +396,31 @@ def test_a_folder_is_split_by_class_and_read_bit_for_bit(pngs):
     assert len(read) == len(known) == 40
     assert images.mean == labelled_images.moments(images.train[0])[0]
     assert (images.classes, images.shape, images.brightest) == (3, (3, 10, 10), 255.0)
-    assert not torch.equal(folder(str(pngs), split_seed=1).train[1], folder(str(pngs)).train[1])
+    assert not torch.equal(
+        load_image_folder(str(pngs), split_seed=1).train[1], load_image_folder(str(pngs)).train[1]
+    )
 
 
 def test_folders_of_their_own_are_taken_as_they_are(pngs, tmp_path):
     parted = tmp_path / "parted"
     for part in ("train", "val", "test"):
         shutil.copytree(pngs, parted / part)
-    images = folder(str(parted))
+    images = load_image_folder(str(parted))
     assert [len(labels) for _, labels in images[:3]] == [40, 40, 40]
-    assert len(set(folder(str(parted)).train[1][:12].tolist())) == 3  # in random order
+    assert len(set(load_image_folder(str(parted)).train[1][:12].tolist())) == 3  # in random order
     shutil.rmtree(parted / "val")
     shutil.rmtree(parted / "test")
-    images = folder(str(parted), valid_fraction=0.2)
+    images = load_image_folder(str(parted), valid_fraction=0.2)
     assert ([len(images.train[1]), len(images.valid[1])], images.test) == ([32, 8], None)
-    assert folder(str(pngs), test_fraction=0.0).test is None
+    assert load_image_folder(str(pngs), test_fraction=0.0).test is None
 
 
 def test_images_are_brought_to_a_size(tmp_path):
     save(tmp_path / "wide", pixels(4, 3, 12, 30))
     save(tmp_path / "tall", pixels(4, 3, 20, 15))
     with refused(r"has \d+ × \d+ pixels of 3 channels and .* give size=PIXELS"):
-        folder(str(tmp_path))
-    images = folder(str(tmp_path), size=8, test_fraction=0.0, valid_fraction=0.25)
+        load_image_folder(str(tmp_path))
+    images = load_image_folder(str(tmp_path), size=8, test_fraction=0.0, valid_fraction=0.25)
     assert images.shape == (3, 8, 8)
     import torchvision.transforms.functional as TF
 
@@ -442,7 +450,9 @@ def trained(images, **options):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_both_ways_of_loading_evaluate_alike_and_train_to_the_same_kind_of_result(pngs, workers):
     options = {"split_seed": 2, "valid_fraction": 0.25, "test_fraction": 0.2, "workers": workers}
-    memory, files = (folder(str(pngs), in_memory=choice, **options) for choice in (True, False))
+    memory, files = (
+        load_image_folder(str(pngs), in_memory=choice, **options) for choice in (True, False)
+    )
     assert isinstance(memory, Images)
     assert isinstance(files, ImageFiles)
     assert (memory.mean, memory.std) == (files.mean, files.std)  # so few that all are looked at
@@ -478,15 +488,15 @@ def test_both_ways_of_loading_evaluate_alike_and_train_to_the_same_kind_of_resul
 
 def test_images_that_do_not_fit_on_the_device_are_moved_batch_by_batch(monkeypatch):
     images = random_images(side=4)
-    monkeypatch.setattr(loading, "free", lambda device: 1000)
-    tensors = storage.placed(images[:3], 4, CPU)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 1000)
+    tensors = image_loaders.tensors_or_loaders(images[:3], 4, CPU)
     assert tensors[0] is images.train  # on the CPU they are where they are
     elsewhere = torch.device("cuda", 0)
     with pytest.warns(
         ProblemWarning,
-        match=r"the images take 0\.0 MiB and cuda:0 has 0\.0 MiB free, .* lower problem\.train_size",
+        match=r"the images take 1\.5 KiB, .* 1000 bytes .* on cuda:0, .* lower problem\.train_size",
     ):
-        train, valid, test = storage.placed(images[:3], 4, elsewhere)
+        train, valid, test = image_loaders.tensors_or_loaders(images[:3], 4, elsewhere)
     stream = LoaderStream(valid, generator())
     torch.testing.assert_close(torch.cat([x for x, _ in stream.once()]), images.valid[0])
     batches = [stream.next() for _ in range(2)]
@@ -494,52 +504,50 @@ def test_images_that_do_not_fit_on_the_device_are_moved_batch_by_batch(monkeypat
         map(bytes, images.valid[0].numpy())
     )
     assert (len(train), len(test)) == (3, 2)
-    monkeypatch.setattr(loading, "free", lambda device: 2**30)
-    assert storage.placed(images[:3], 4, elsewhere)[0] is images.train
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 2**30)
+    assert image_loaders.tensors_or_loaders(images[:3], 4, elsewhere)[0] is images.train
 
 
 def test_folders_are_decoded_where_they_fit(pngs, monkeypatch):
     nbytes = 40 * 300
-    monkeypatch.setattr(loading, "free", lambda device: 2 * nbytes)
-    assert isinstance(folder(str(pngs)), Images)
-    monkeypatch.setattr(loading, "free", lambda device: 2 * nbytes - 1)
-    assert isinstance(folder(str(pngs)), ImageFiles)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 2 * nbytes)
+    assert isinstance(load_image_folder(str(pngs)), Images)
+    monkeypatch.setattr(free_memory, "free_bytes", lambda device: 2 * nbytes - 1)
+    assert isinstance(load_image_folder(str(pngs)), ImageFiles)
     with refused(
-        r"the images of .*animals take 0\.0 MiB in memory and .* lower size, or give in_memory"
+        r"in_memory=true needs 11\.7 KiB for the images of .*animals, .* lower size, or set in_memory"
     ):
-        folder(str(pngs), in_memory=True)
-    with refused("in_memory='yes' is none of auto, true and false"):
-        folder(str(pngs), in_memory="yes")
+        load_image_folder(str(pngs), in_memory=True)
+    with refused("in_memory='yes' is unknown; choose auto, true or false"):
+        load_image_folder(str(pngs), in_memory="yes")
 
 
 def test_free_memory_of_the_host_is_known_on_linux():
-    free = storage.free(CPU)
+    free = free_memory.free_bytes(CPU)
     assert free is None if not Path("/proc/meminfo").exists() else 2**20 < free < 2**50
 
 
 def test_a_containers_limit_counts_less_what_it_uses_and_cached_files_as_free(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(loading, "CGROUP", tmp_path)
+    monkeypatch.setattr(free_memory, "CGROUP", tmp_path)
     for name, text in {
         "max": "5000\n",
         "current": "4000\n",
         "stat": "anon 3000\ninactive_file 700\n",
     }.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert storage.free(CPU) == 1700
+    assert free_memory.free_bytes(CPU) == 1700
     (tmp_path / "memory.max").write_text("max\n")  # no limit
-    assert storage.free(CPU) != 1700
+    assert free_memory.free_bytes(CPU) != 1700
 
 
 def test_a_loader_is_refused_what_it_cannot_do(pngs):
-    files = folder(str(pngs), in_memory=False, workers=0)
+    files = load_image_folder(str(pngs), in_memory=False, workers=0)
     make = partial(MLP, [300, 3])
-    with refused("batch_size=null takes all images at every step, and they do not lie in memory"):
+    with refused("batch_size=null needs all images in memory"):
         Classification(make, files, sites=1, batch_size=None).data(CPU, generator())
-    with refused(
-        r"a batch of 27 cannot be drawn from the train split, which has 26 examples; choose"
-    ):
+    with refused(r"batch_size=27 must be between 1 and 26; .* the train split"):
         Classification(make, files, sites=1, batch_size=27).data(CPU, generator())
     few = labelled_images.few(files, 10, 4)
     assert (len(few.train), len(few.valid)) == (10, 4)
@@ -554,32 +562,32 @@ def test_a_bad_folder_is_one_sentence(pngs, tmp_path):
     with refused(
         r"there is no folder .*nowhere; give the path of one that holds a folder for each"
     ):
-        folder(str(tmp_path / "nowhere"))
+        load_image_folder(str(tmp_path / "nowhere"))
     with refused(r"ant has no folder in it; put the images of each class into a folder of its own"):
-        folder(str(pngs / "ant"))
+        load_image_folder(str(pngs / "ant"))
     (pngs / "dog").mkdir()
     with refused(
         r"dog is a class without an image \(\.bmp, .*put some there, or delete the folder"
     ):
-        folder(str(pngs))
+        load_image_folder(str(pngs))
     (pngs / "dog").rmdir()
     with refused("channels=2 is neither 1, grey, nor 3"):
-        folder(str(pngs), channels=2)
+        load_image_folder(str(pngs), channels=2)
     with refused("size=0 is no number of pixels"):
-        folder(str(pngs), size=0)
+        load_image_folder(str(pngs), size=0)
     with refused(r"test_fraction=1.0 leaves a split without images"):
-        folder(str(pngs), test_fraction=1.0)
-    with refused(r"an image of size=1000000 takes 9313\.2 GiB while it is read"):
-        folder(str(pngs), size=10**6)
+        load_image_folder(str(pngs), test_fraction=1.0)
+    with refused(r"an image of size=1000000 takes 9,313\.2 GiB while it is read"):
+        load_image_folder(str(pngs), size=10**6)
     with refused("workers=-1 is no number of processes"):
-        folder(str(pngs), workers=-1)
+        load_image_folder(str(pngs), workers=-1)
     for part in ("train", "test"):
         shutil.copytree(pngs, tmp_path / "parted" / part)
     shutil.rmtree(tmp_path / "parted" / "test" / "bee")
     with refused(
         r"train has 3 classes and .*test 2: `bee` is in train alone; give all parts the same"
     ):
-        folder(str(tmp_path / "parted"))
+        load_image_folder(str(tmp_path / "parted"))
 
 
 def test_what_stands_beside_the_parts_is_no_class(pngs, tmp_path):
@@ -589,12 +597,12 @@ def test_what_stands_beside_the_parts_is_no_class(pngs, tmp_path):
     with refused(
         r"holds train, with a folder for each class, and notes beside it, which is neither val, valid"
     ):
-        folder(str(parted))
+        load_image_folder(str(parted))
     (parted / "notes").rename(parted / "valid")
     with refused(r"holds validation images in val and in valid; keep one"):
-        folder(str(parted))
+        load_image_folder(str(parted))
     shutil.copytree(pngs / "ant", pngs / "train")  # a class that is called so
-    assert folder(str(pngs)).classes == 4
+    assert load_image_folder(str(pngs)).classes == 4
 
 
 @pytest.mark.parametrize(
@@ -604,7 +612,7 @@ def test_a_folder_that_would_be_read_twice_is_one_sentence(pngs, link, target):
     (pngs / "bee" / "more").mkdir()
     (pngs / link).symlink_to(target)
     with refused(r"is the same folder as \S+, and its images would count twice; delete the link"):
-        folder(str(pngs))
+        load_image_folder(str(pngs))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -638,7 +646,7 @@ def test_a_bad_image_is_named(pngs, harm, said, in_memory):
     harm(path)
 
     def run():
-        data = trained(folder(str(pngs), in_memory=in_memory, workers=0))[1].data
+        data = trained(load_image_folder(str(pngs), in_memory=in_memory, workers=0))[1].data
         for part in (data.train, data.valid, data.test):
             list(part.once())
 
@@ -658,7 +666,7 @@ def test_a_worker_of_a_loader_says_it_in_one_sentence_too(pngs):
     with refused(
         r"^/\S+003\.png is damaged or no image \(cannot identify image file it\); mend or de"
     ):
-        list(storage.placed((files, files, None), 4, CPU)[0])
+        list(image_loaders.tensors_or_loaders((files, files, None), 4, CPU)[0])
 
 
 def test_transparency_is_dropped_and_grey_converted(tmp_path):
@@ -670,7 +678,7 @@ def test_transparency_is_dropped_and_grey_converted(tmp_path):
         Image.fromarray(x).convert("P").save(
             tmp_path / kind / "palette.png", transparency=b"\x00\x10"
         )
-    images = folder(str(tmp_path), test_fraction=0.0, valid_fraction=0.25)
+    images = load_image_folder(str(tmp_path), test_fraction=0.0, valid_fraction=0.25)
     assert (
         sum(
             bool((image == torch.from_numpy(x).permute(2, 0, 1)).all())
@@ -679,9 +687,9 @@ def test_transparency_is_dropped_and_grey_converted(tmp_path):
         )
         >= 6
     )
-    assert folder(str(tmp_path), channels=1, test_fraction=0.0).shape == (1, 4, 4)
+    assert load_image_folder(str(tmp_path), channels=1, test_fraction=0.0).shape == (1, 4, 4)
     Image.fromarray(x).convert("L").save(tmp_path / "one" / "grey.png")
-    assert folder(str(tmp_path), channels=3, test_fraction=0.0).shape == (3, 4, 4)
+    assert load_image_folder(str(tmp_path), channels=3, test_fraction=0.0).shape == (3, 4, 4)
     assert image_files.MODES["L"] == 1
 
 
@@ -713,7 +721,7 @@ def archived(path, files, **changes):
 
 def test_an_archive_is_decoded_as_pillow_does(tmp_path):
     files = jpegs(20)
-    images = labelled_images.cifar10(archive=archived(tmp_path / "a.npz", files))
+    images = standard_images.load_cifar10(archive=archived(tmp_path / "a.npz", files))
     assert [len(labels) for _, labels in images[:3]] == [16, 4, 20]
     for file, image in zip(files, images.test[0], strict=True):
         assert np.array_equal(
@@ -721,12 +729,12 @@ def test_an_archive_is_decoded_as_pillow_does(tmp_path):
         )
     assert torch.equal(torch.cat([images.train[0], images.valid[0]]), images.test[0])
     assert (images.mean, images.std) == ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
-    own = labelled_images.cifar10(
+    own = standard_images.load_cifar10(
         archive=str(tmp_path / "a.npz"), normalization="own", split="stratified"
     )
     assert own.mean == labelled_images.moments(own.train[0])[0]
     with refused(r"normalization='papers' \(did you mean `paper`\?\) is neither paper nor own"):
-        labelled_images.cifar10(archive=str(tmp_path / "a.npz"), normalization="papers")
+        standard_images.load_cifar10(archive=str(tmp_path / "a.npz"), normalization="papers")
 
 
 def test_the_shared_archive_is_cifar10(tmp_path):
@@ -750,7 +758,7 @@ def test_the_shared_archive_is_cifar10(tmp_path):
             }
             cut[f"{kind}_labels"] = part[f"{kind}_labels"][:n]
     np.savez(tmp_path / "few.npz", **cut)
-    images = labelled_images.cifar10(archive=str(tmp_path / "few.npz"))
+    images = standard_images.load_cifar10(archive=str(tmp_path / "few.npz"))
     x = Standardize(images.mean, images.std)(images.train[0])
     assert (len(images.train[1]), len(images.valid[1]), len(images.test[1]), images.shape) == (
         400,
@@ -787,7 +795,7 @@ def test_a_bad_archive_is_one_sentence(tmp_path):
         ),
     ):
         with refused(said):
-            labelled_images.cifar10(
+            standard_images.load_cifar10(
                 archive=archived(path, files, **changes), split="random", valid_fraction=0.2
             )
     with refused("train image 4 is damaged"):
@@ -806,7 +814,7 @@ def test_a_bad_archive_is_one_sentence(tmp_path):
     with refused(
         r"training images are \[3, 32, 32\] and test images \[3, 16, 16\]; bring all to one shape"
     ):
-        labelled_images.cifar10(archive=archived(path, files, **small))
+        standard_images.load_cifar10(archive=archived(path, files, **small))
     path.write_bytes(path.read_bytes()[:-200])
     with refused(r"a\.npz is cut off or no \.npz archive"):
         jpeg_archive.read(str(path))
@@ -835,7 +843,11 @@ def small_set(request, tmp_path):
     for part, n in (("train", 40), ("t10k", 20)):
         idx(raw, f"{part}-images-idx3-ubyte", pixels(n, 28, 28, seed=n).numpy())
         idx(raw, f"{part}-labels-idx1-ubyte", np.arange(n) % 10)
-    read = labelled_images.mnist if request.param == "MNIST" else labelled_images.fashion_mnist
+    read = (
+        standard_images.load_mnist
+        if request.param == "MNIST"
+        else standard_images.load_fashion_mnist
+    )
     return partial(read, str(tmp_path), download=False), raw
 
 
@@ -849,7 +861,7 @@ def test_sets_in_mnists_files(small_set):
     )
     x = Standardize(images.mean, images.std)(images.train[0])
     expected = (
-        (0.1307, 0.3081) if read.func is labelled_images.mnist else (0.0, 1.0)
+        (0.1307, 0.3081) if read.func is standard_images.load_mnist else (0.0, 1.0)
     )  # the paper's code: none
     torch.testing.assert_close(
         x, (images.train[0] / 255 - expected[0]) / expected[1], atol=1e-5, rtol=0
@@ -881,7 +893,12 @@ def test_half_downloaded_sets_in_mnists_files(small_set):
 
 
 @pytest.mark.parametrize(
-    "read", [labelled_images.cifar10, labelled_images.cifar100, labelled_images.fashion_mnist]
+    "read",
+    [
+        standard_images.load_cifar10,
+        standard_images.load_cifar100,
+        standard_images.load_fashion_mnist,
+    ],
 )
 def test_no_network(read, tmp_path, monkeypatch):
     def unreachable(*_, **__):
@@ -898,11 +915,11 @@ def test_no_network(read, tmp_path, monkeypatch):
         read(str(tmp_path), download=False)
 
 
-@pytest.mark.parametrize("read", [labelled_images.cifar10, labelled_images.cifar100])
+@pytest.mark.parametrize("read", [standard_images.load_cifar10, standard_images.load_cifar100])
 def test_half_downloaded_cifar(read, tmp_path, monkeypatch):
     make = (
         torchvision.datasets.CIFAR10
-        if read is labelled_images.cifar10
+        if read is standard_images.load_cifar10
         else torchvision.datasets.CIFAR100
     )
     place = tmp_path / make.base_folder
@@ -915,15 +932,18 @@ def test_half_downloaded_cifar(read, tmp_path, monkeypatch):
         read(str(tmp_path), download=False)
 
 
-@pytest.mark.parametrize("read", [labelled_images.cifar10, labelled_images.cifar100])
+@pytest.mark.parametrize("read", [standard_images.load_cifar10, standard_images.load_cifar100])
 def test_cifars_own_files(read, tmp_path, monkeypatch):
     """Small ones, whose checksums stand in for the published."""
     make = (
         torchvision.datasets.CIFAR10
-        if read is labelled_images.cifar10
+        if read is standard_images.load_cifar10
         else torchvision.datasets.CIFAR100
     )
-    place, classes = tmp_path / make.base_folder, 10 if read is labelled_images.cifar10 else 100
+    place, classes = (
+        tmp_path / make.base_folder,
+        10 if read is standard_images.load_cifar10 else 100,
+    )
     place.mkdir()
 
     def written(name, content):
@@ -950,7 +970,7 @@ def test_cifars_own_files(read, tmp_path, monkeypatch):
         classes,
         [i % classes for i in range(30)],
     )
-    if read is labelled_images.cifar100:
+    if read is standard_images.load_cifar100:
         assert images.mean == labelled_images.moments(images.train[0])[0]
         theirs = read(str(tmp_path), download=False, normalization="paper")
         assert theirs.mean == (125.3, 123.0, 113.9)
@@ -963,7 +983,7 @@ def test_other_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
         problems.images(random_images(side=8), "alexnet")
     with refused(r"there is no network 'vgg61' \(did you mean .*`vgg16`"):
         problems.images(random_images(), "vgg61")
-    with refused(r"data='cifar10' is no data; give problems\.datasets\.Images, as data\._target_="):
+    with refused(r"data='cifar10' must hold images; give .* data\._target_="):
         problems.images("cifar10")
     with refused("train_size=13 of 12 images"):
         problems.images(random_images(), train_size=13)

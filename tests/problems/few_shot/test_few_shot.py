@@ -11,7 +11,7 @@ from torch import nn
 from bilevel import BilevelError, SolverWarning, check_problem, evaluate, solvers
 from bilevel.problems.few_shot.problem import FewShot, sinusoid
 from bilevel.problems.few_shot.tasks import Tasks, sinusoids
-from bilevel.problems.networks.mlp_cnn import MLP
+from bilevel.problems.networks.mlp import MLP
 from tests.support.solver_cases import ready, sgd
 
 CPU, F64 = torch.device("cpu"), torch.float64

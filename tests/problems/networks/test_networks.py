@@ -14,11 +14,12 @@ from bilevel import BilevelError, Refused, check_problem
 from bilevel.problems import Classification
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.alexnet_vgg16 import VGG16
-from bilevel.problems.networks.by_name import OURS, by_name
+from bilevel.problems.networks.building_blocks import drop_channels, normalization
 from bilevel.problems.networks.dropout import named
-from bilevel.problems.networks.from_torchvision import TorchvisionNetwork
-from bilevel.problems.networks.mlp_cnn import SimpleCNN, drop_channels, normalization
+from bilevel.problems.networks.registry import OURS, image_network
 from bilevel.problems.networks.resnet18 import Block, ResNet18
+from bilevel.problems.networks.simple_cnn import SimpleCNN
+from bilevel.problems.networks.torchvision_network import TorchvisionNetwork
 from bilevel.solvers import SelfTuning, centered_stn, delta_stn
 from bilevel.solvers.response import per_example_weight
 from tests.support.solver_cases import CPU, B, Dropped, drawn, ready
@@ -35,7 +36,7 @@ def images(shape=COLOUR, n=6):
 
 
 def problem(name, shape=COLOUR, *, n=6, per_example=True, **options):
-    network = by_name(name, shape, 10, **options)
+    network = image_network(name, shape, 10, **options)
     made = partial(
         Classification, network.make, images(shape, n), sites=network.sites, batch_size=n
     )
@@ -99,14 +100,14 @@ def linear(*units):
 def test_weights_are_those_of_the_published_networks(name, shape, weights, millions):
     """ResNet-18 is torchvision's, but for its stem of 3 × 3 instead of 7 × 7."""
     with torch.device("meta"):
-        counted = sum(p.numel() for p in by_name(name, shape, 10).make().parameters())
+        counted = sum(p.numel() for p in image_network(name, shape, 10).make().parameters())
     assert counted == weights
     assert round(counted / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_each_site_is_visited_once_and_in_order(name):
-    network = by_name(name, COLOUR, 10, width=1 / 16)
+    network = image_network(name, COLOUR, 10, width=1 / 16)
     x = torch.randn(2, *COLOUR)
     assert [site for site, _ in visits(network.make(), x)] == list(range(network.sites))
 
@@ -116,7 +117,7 @@ def test_each_site_is_visited_once_and_in_order(name):
     [("simple_cnn", 4, 2), ("alexnet", 8, 5), ("vgg16", 16, 13), ("resnet18", 5, 3)],
 )
 def test_convolutions_are_dropped_by_channel_and_the_rest_by_element(name, sites, whole):
-    network = by_name(name, COLOUR, 10, width=1 / 16)
+    network = image_network(name, COLOUR, 10, width=1 / 16)
     seen = [tuple(x.shape[2:]) for _, x in visits(network.make(), torch.randn(2, *COLOUR))]
     assert network.sites == sites
     assert seen == [(32, 32), *[(1, 1)] * whole, *[()] * (sites - whole - 1)]
@@ -124,14 +125,14 @@ def test_convolutions_are_dropped_by_channel_and_the_rest_by_element(name, sites
 
 def test_no_dropout_is_the_network_itself():
     """The product with ones is left out, and would change nothing."""
-    network, x = by_name("vgg16", COLOUR, 10, width=1 / 16).make(), torch.randn(2, *COLOUR)
+    network, x = image_network("vgg16", COLOUR, 10, width=1 / 16).make(), torch.randn(2, *COLOUR)
     assert torch.equal(network(x), network(x, lambda site, x: x))
 
 
 @pytest.mark.parametrize("name", NORMED)
 @pytest.mark.parametrize("norm", ["none", "batch", "group"])
 def test_a_norm_follows_every_convolution_or_none(name, norm):
-    module = by_name(name, COLOUR, 10, norm, width=1 / 8).make()
+    module = image_network(name, COLOUR, 10, norm, width=1 / 8).make()
     kinds = {"batch": nn.BatchNorm2d, "group": nn.GroupNorm}
     norms = [m for m in module.modules() if isinstance(m, tuple(kinds.values()))]
     convolved = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
@@ -153,7 +154,7 @@ def test_groups_hold_two_channels_at_least_and_no_remainder(channels, groups):
 @pytest.mark.parametrize("width", [1 / 8, 1, 2])
 def test_width_scales_channels_and_units(width):
     with torch.device("meta"):
-        module = by_name("vgg16", COLOUR, 10, width=width).make()
+        module = image_network("vgg16", COLOUR, 10, width=width).make()
     assert module.convolutions[-1].weight.shape == (512 * width, 512 * width, 3, 3)
     assert module.linear[0].weight.shape == (512 * width, 512 * width)
 
@@ -164,18 +165,18 @@ def test_images_of_any_size_and_depth_or_a_sentence(name, shape):
     """VGG16 halves an image five times; torchvision's networks see a grey image three times."""
     if name == "vgg16" and shape == GREY:
         with pytest.raises(BilevelError, match=r"VGG16 halves an image 5 times.*32 × 32 or more"):
-            by_name(name, shape, 10)
+            image_network(name, shape, 10)
         return
     options = {"width": 1 / 16} if name in OURS else {}
-    network = by_name(name, shape, 7, **options)
+    network = image_network(name, shape, 7, **options)
     assert network.make()(torch.zeros(2, *shape)).shape == (2, 7)
 
 
 def test_a_name_costs_no_random_number_and_no_weights():
     """But for a constructor that reads values: RegNet's."""
     before = torch.get_rng_state()
-    by_name("alexnet", COLOUR, 10, width=64)  # 95 billion weights, if they were made
-    by_name("regnet_x_400mf", COLOUR, 10)
+    image_network("alexnet", COLOUR, 10, width=64)  # 95 billion weights, if they were made
+    image_network("regnet_x_400mf", COLOUR, 10)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -215,7 +216,7 @@ def test_a_name_costs_no_random_number_and_no_weights():
 )
 def test_what_makes_no_network_is_said_in_a_sentence(arguments, options, sentence):
     with pytest.raises(BilevelError, match=sentence):
-        by_name(*arguments, **options)
+        image_network(*arguments, **options)
 
 
 # --- initial values ---
@@ -404,7 +405,7 @@ def test_momentum_and_eps_of_norms_are_reported_as_not_tunable():
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
 def test_nothing_but_dropout_is_changed_in_a_network_of_torchvision(name):
-    ours, x = by_name(name, COLOUR, 10).make(), torch.randn(4, *COLOUR)
+    ours, x = image_network(name, COLOUR, 10).make(), torch.randn(4, *COLOUR)
     theirs = models.get_model(name, num_classes=10)
     theirs.load_state_dict(ours.network.state_dict())
     for module in theirs.modules():
@@ -415,7 +416,7 @@ def test_nothing_but_dropout_is_changed_in_a_network_of_torchvision(name):
 
 
 def test_sites_of_torchvision_are_the_input_and_its_own_dropouts():
-    network = by_name("vgg11", (3, 32, 32), 10)
+    network = image_network("vgg11", (3, 32, 32), 10)
     with torch.device("meta"):
         seen = visits(network.make(), torch.empty(2, *COLOUR))
     assert network.sites == 3
@@ -526,7 +527,7 @@ def test_whole_networks_respond_rightly(name, norm):
     """In all tuned hyperparameters at once, augmentation among them."""
     torch.set_default_dtype(torch.float64)
     try:
-        network = by_name(name, COLOUR, 10, norm, width=1 / 16)
+        network = image_network(name, COLOUR, 10, norm, width=1 / 16)
         made = Classification(
             network.make,
             images(n=3),
@@ -549,11 +550,11 @@ def with_prelu():
 
 
 def test_a_layer_without_a_response_rule_is_named_and_can_be_registered(monkeypatch):
-    monkeypatch.setattr(responding, "RULES", dict(per_example_weight.RULES))
+    monkeypatch.setattr(per_example_weight, "RULES", dict(per_example_weight.RULES))
     classified = Classification(with_prelu, images(SMALL), sites=4, batch_size=6)
     with pytest.raises(
         Refused,
-        match=r"response rule for `prelu`, which acts on `norms\.1\.weight`; register one with solvers\.",
+        match=r"response rule for `prelu`, which acts on `norms\.1\.weight`; register one with bilevel\.solvers\.",
     ):
         ready(classified)
 

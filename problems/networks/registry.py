@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from bilevel import BilevelError
-from bilevel.problems.networks.alexnet_vgg16 import VGG16, AlexNet, scaled
-from bilevel.problems.networks.from_torchvision import TorchvisionNetwork, names
-from bilevel.problems.networks.mlp_cnn import MLP, Norm, SimpleCNN, check_norm
+from bilevel.problems.networks.alexnet_vgg16 import VGG16, AlexNet
+from bilevel.problems.networks.building_blocks import Norm, check_norm, scaled
+from bilevel.problems.networks.mlp import MLP
 from bilevel.problems.networks.resnet18 import ResNet18
+from bilevel.problems.networks.simple_cnn import SimpleCNN
+from bilevel.problems.networks.torchvision_network import TorchvisionNetwork, names
 from bilevel.text import near
 
 Shape = tuple[int, int, int]
@@ -31,7 +33,7 @@ class Network(NamedTuple):
     sites: int
 
 
-def by_name(
+def image_network(
     name: str, shape: Shape, classes: int, norm: Norm | None = None, **options: Any
 ) -> Network:
     """The network called `name` for images of `shape`.
@@ -55,9 +57,9 @@ def by_name(
         options: of the network.
 
     Example:
-        >>> by_name("mlp", (1, 28, 28), 10, hidden=[32]).sites
+        >>> image_network("mlp", (1, 28, 28), 10, hidden=[32]).sites
         2
-        >>> sum(p.numel() for p in by_name("vgg16", (3, 32, 32), 10).make().parameters())
+        >>> sum(p.numel() for p in image_network("vgg16", (3, 32, 32), 10).make().parameters())
         15245130
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bilevel.problems.networks.mlp_cnn import Drop, keep
+from bilevel.problems.networks.building_blocks import Drop, keep
 
 
 @cache

@@ -10,8 +10,9 @@ from torch.autograd.functional import jacobian
 import bilevel
 from bilevel import BilevelError
 from bilevel.problems import MLP
+from bilevel.problems.datasets.class_balance import balanced, long_tailed
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.reweighting import LossWeights, at, balanced, long_tailed
+from bilevel.problems.loss_weights import LossWeights, at
 from bilevel.solvers import SAMA, SOBA, Penalty, Unrolled, delta_stn, implicit_cg, stn
 from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import ready, sgd

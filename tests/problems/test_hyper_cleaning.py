@@ -10,9 +10,10 @@ from torch.autograd.functional import hessian, jacobian
 import bilevel
 from bilevel import BilevelError, Refused, Runner
 from bilevel.problems import MLP
-from bilevel.problems.cleaning import HyperCleaning, corrupt, detection
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
+from bilevel.problems.datasets.label_noise import corrupt
 from bilevel.problems.datasets.labelled_images import Images
+from bilevel.problems.hyper_cleaning import HyperCleaning, detection
 from bilevel.solvers import (
     CG,
     SAMA,
@@ -74,11 +75,11 @@ def test_noise_follows_from_its_seed_alone():
     one, same, other = (HyperCleaning.digits(noise_seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.corrupted, same.corrupted)
     assert not torch.equal(one.corrupted, other.corrupted)
-    clean = labelled_images.digits().train[1]
+    clean = standard_images.load_digits().train[1]
     given = one.data(CPU, generator()).train.peek()[1]
     assert torch.equal(given != clean, one.corrupted)
     assert torch.equal(
-        one.data(CPU, generator()).valid.peek()[1], labelled_images.digits().valid[1]
+        one.data(CPU, generator()).valid.peek()[1], standard_images.load_digits().valid[1]
     )
 
 

@@ -50,11 +50,11 @@ TABLES: dict[str, Callable[[], Rows]] = {
 }
 
 
-def table(name: str, split_seed: int = 0) -> Table:
+def load_table(name: str, split_seed: int = 0) -> Table:
     """A table by name, shuffled and split 60/20/20: `interactions`, or scikit-learn's breast_cancer, digits or wine.
 
     Example:
-        >>> table("interactions").train[0].shape
+        >>> load_table("interactions").train[0].shape
         torch.Size([900, 8])
 
     Raises:

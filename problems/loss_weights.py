@@ -25,11 +25,12 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import standard_images
+from bilevel.problems.datasets.class_balance import balanced, long_tailed
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.datasets.per_channel import Standardize
-from bilevel.problems.networks.mlp_cnn import MLP
-from bilevel.problems.ranges import within
+from bilevel.problems.datasets.standardize import Standardize
+from bilevel.problems.networks.mlp import MLP
+from bilevel.problems.space_checks import within
 
 ClassWeights: TypeAlias = Literal["positive", "simplex", False]
 Smoothing: TypeAlias = bool | Literal["per_class"]
@@ -171,7 +172,9 @@ class LossWeights(ModuleProblem):
             split_seed: of the data.
             options: as of the class.
         """
-        return cls(partial(MLP, [64, *hidden, 10]), labelled_images.digits(split_seed), **options)
+        return cls(
+            partial(MLP, [64, *hidden, 10]), standard_images.load_digits(split_seed), **options
+        )
 
     @classmethod
     def mnist(
@@ -187,7 +190,7 @@ class LossWeights(ModuleProblem):
         """MNIST with a long tail; the rest as `digits`."""
         return cls(
             partial(MLP, [784, *hidden, 10]),
-            labelled_images.mnist(root, download, valid_fraction),
+            standard_images.load_mnist(root, download, valid_fraction),
             ratio=ratio,
             **options,
         )
@@ -204,47 +207,3 @@ def at(leaf: Float[Tensor, "*batch classes"], y: Int[Tensor, " batch"]) -> Float
         [2.0, 2.0, 0.5]
     """
     return leaf[y] if leaf.ndim == 1 else leaf.gather(-1, y[:, None])[:, 0]
-
-
-def long_tailed(
-    split: tuple[Tensor, Tensor], ratio: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """As many images of class 0 as of the rarest class before, and of class c a part ratio^(−c/(C − 1)) of that.
-
-    Source: Cui et al., CVPR 2019, section 5.
-
-    Raises:
-        BilevelError: a ratio below 1, or one that leaves a class without images.
-    """
-    counts = split[1].bincount()
-    if not ratio >= 1:
-        raise BilevelError(
-            f"ratio={ratio} is below 1, where classes are equal; give how many times rarer the rarest shall be"
-        )
-    part = ratio ** (-torch.arange(len(counts)).double() / max(1, len(counts) - 1))
-    kept = (int(counts.min()) * part).round().long()
-    if int(kept.min()) < 1:
-        raise BilevelError(
-            f"ratio={ratio} leaves no image of the rarest class; give one of at most {int(counts.min())}"
-        )
-    return drawn(split, kept.tolist(), generator)
-
-
-def balanced(split: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """As many images of every class as there are of the rarest."""
-    counts = split[1].bincount()
-    return drawn(split, [int(counts.min())] * len(counts), generator)
-
-
-def drawn(
-    split: tuple[Tensor, Tensor], counts: Sequence[int], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """So many images of each class, in the order of the split."""
-    x, labels = split
-    order = torch.randperm(len(labels), generator=generator)
-    kept = (
-        torch.cat([order[labels[order] == c][:count] for c, count in enumerate(counts)])
-        .sort()
-        .values
-    )
-    return x[kept], labels[kept]

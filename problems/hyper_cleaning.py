@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bilevel import (
     Batch,
-    BilevelError,
     Hypers,
     Interval,
     Metrics,
@@ -22,14 +21,12 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.datasets import labelled_images, standard_images
+from bilevel.problems.datasets.label_noise import Noise, corrupt
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.datasets.per_channel import Standardize
-from bilevel.problems.networks.mlp_cnn import MLP
-from bilevel.problems.ranges import shared, within
-from bilevel.text import near
-
-Noise: TypeAlias = Literal["uniform", "pairwise"]
+from bilevel.problems.datasets.standardize import Standardize
+from bilevel.problems.networks.mlp import MLP
+from bilevel.problems.space_checks import shared, within
 
 
 @final
@@ -164,7 +161,7 @@ class HyperCleaning(ModuleProblem):
         """
         return cls(
             partial(MLP, [64, *hidden, 10]),
-            labelled_images.digits(split_seed),
+            standard_images.load_digits(split_seed),
             batch_size=batch_size,
             **options,
         )
@@ -184,47 +181,12 @@ class HyperCleaning(ModuleProblem):
         """MNIST with 5,000 training and 5,000 validation images, as in the source; the rest as `digits`."""
         return cls(
             partial(MLP, [784, *hidden, 10]),
-            labelled_images.mnist(root, download),
+            standard_images.load_mnist(root, download),
             train_size=train_size,
             valid_size=valid_size,
             batch_size=batch_size,
             **options,
         )
-
-
-def corrupt(
-    labels: Int[Tensor, " n"], rate: float, noise: Noise, generator: torch.Generator
-) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
-    """The labels with exactly round(rate · n) of them wrong, and which.
-
-    Example:
-        >>> given, wrong = corrupt(torch.tensor([0, 1, 2, 2]), 0.5, "pairwise", torch.Generator().manual_seed(0))
-        >>> given.tolist(), wrong.tolist()
-        ([1, 2, 2, 2], [True, True, False, False])
-
-    Raises:
-        BilevelError: a rate outside [0, 1), an unknown noise, or labels of one class alone.
-    """
-    if not 0 <= rate < 1:
-        raise BilevelError(
-            f"rate={rate} is no part of the labels that can be wrong; give one from 0 up to, but not, 1"
-        )
-    if noise not in (known := ("uniform", "pairwise")):
-        raise BilevelError(
-            f"noise={noise!r}{near(str(noise), known)} is neither uniform nor pairwise; choose one of the two"
-        )
-    if (classes := int(labels.max()) + 1) < 2:
-        raise BilevelError(
-            "the labels are of one class, so that none can be wrong; give data of two classes at least"
-        )
-    wrong = torch.zeros(len(labels), dtype=torch.bool)
-    wrong[torch.randperm(len(labels), generator=generator)[: round(rate * len(labels))]] = True
-    shift = (
-        torch.randint(1, classes, labels.shape, generator=generator)
-        if noise == "uniform"
-        else torch.ones_like(labels)
-    )
-    return torch.where(wrong, (labels + shift) % classes, labels), wrong
 
 
 def detection(

@@ -28,14 +28,14 @@ from bilevel import (
     squared_norm,
 )
 from bilevel.params import to_device
-from bilevel.problems.datasets import labelled_images
+from bilevel.problems.dataset_distillation.initial_images import Start, starting_images
+from bilevel.problems.datasets import standard_images
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.datasets.per_channel import Standardize
-from bilevel.problems.networks.mlp_cnn import MLP
-from bilevel.problems.ranges import shared
+from bilevel.problems.datasets.standardize import Standardize
+from bilevel.problems.networks.mlp import MLP
+from bilevel.problems.space_checks import shared
 from bilevel.text import near
 
-Start: TypeAlias = Literal["real", "mean", "noise"]
 Loss: TypeAlias = Literal["cross_entropy", "squared"]
 
 CONFIDENCE = 0.9
@@ -230,31 +230,6 @@ class Apart(TensorStream):
         return self.held_out.once(limit)
 
 
-def starting_images(
-    images: Images, per_class: int, start: Start, generator: torch.Generator
-) -> Float[Tensor, "n channels height width"]:
-    """The images where λ begins, class by class, in float64 and as the network sees them.
-
-    Raises:
-        BilevelError: more images per class than a class has.
-    """
-    pixels, labels = images.train
-    if start == "noise":
-        count = per_class * (int(labels.max()) + 1)
-        return torch.randn(count, *pixels.shape[1:], generator=generator, dtype=torch.float64)
-    chosen = []
-    for label in range(int(labels.max()) + 1):
-        own = pixels[labels == label].double()
-        if len(own) < per_class:
-            raise BilevelError(
-                f"per_class={per_class} real images of class {label} cannot be drawn from {len(own)}; lower it, or start=noise"
-            )
-        own = own[torch.randperm(len(own), generator=generator)]
-        parts = own[:per_class].split(1) if start == "real" else own.tensor_split(per_class)
-        chosen += [part.mean(0) for part in parts]
-    return Standardize(images.mean, images.std)(torch.stack(chosen))
-
-
 def distillation(
     dataset: Literal["digits", "mnist"] = "digits",
     root: str = "data",
@@ -273,7 +248,9 @@ def distillation(
     """
     _check("dataset", dataset, ("digits", "mnist"))
     images = (
-        labelled_images.digits() if dataset == "digits" else labelled_images.mnist(root, download)
+        standard_images.load_digits()
+        if dataset == "digits"
+        else standard_images.load_mnist(root, download)
     )
     return Distillation(partial(MLP, [images.train[0][0].numel(), *hidden, 10]), images, **options)
 
