@@ -16,7 +16,7 @@ from bilevel import solvers
 from bilevel.device.device import choose_device
 from bilevel.problems.language_modeling.corpus import Corpus
 from bilevel.problems.language_modeling.problem import Language
-from bilevel.solvers.autodiff.decompositions import FORWARD, Composed
+from bilevel.solvers.autodiff.decompositions import FORWARD_MODE, Decomposed
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"words": 1000, "embedding": 64, "hidden": 64, "batch_size": 20, "bptt": 20},
@@ -82,7 +82,7 @@ def unrolled(step: Step) -> Step:
     """The same with every recurrent layer as the cell that a perturbed pass has, step by step."""
 
     def within() -> None:
-        with Composed(FORWARD):
+        with Decomposed(FORWARD_MODE):
             step()
 
     return within

@@ -8,7 +8,7 @@ from bilevel.solvers.black_box.search import Search, gp, random_search, tpe
 from bilevel.solvers.evolution import EvolutionStrategies
 from bilevel.solvers.first_order import FirstOrder
 from bilevel.solvers.fixed import Fixed
-from bilevel.solvers.hyper_schedules import Constant, Gaussian, Given, Replayed, Sinusoidal
+from bilevel.solvers.hyper_schedules import Constant, Gaussian, HyperSchedule, Replayed, Sinusoidal
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.linear_solve.base import Guess, Identity, LinearSolve, Solved
 from bilevel.solvers.linear_solve.conjugate_gradients import CG
@@ -28,7 +28,7 @@ from bilevel.solvers.recipes import (
     unrolled_forward,
 )
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
-from bilevel.solvers.response.per_example_weight import MissingRule, Responding, rule
+from bilevel.solvers.response.per_example_weight import MissingRule, ResponseWeight, rule
 from bilevel.solvers.sama import SAMA
 from bilevel.solvers.self_tuning import SelfTuning
 from bilevel.solvers.soba import SOBA
@@ -52,9 +52,9 @@ __all__ = [
     "Forward",
     "GaussNewton",
     "Gaussian",
-    "Given",
     "Guess",
     "Hessian",
+    "HyperSchedule",
     "Hyperband",
     "Identity",
     "Implicit",
@@ -69,8 +69,8 @@ __all__ = [
     "Pullback",
     "RandomSearch",
     "Replayed",
-    "Responding",
     "Response",
+    "ResponseWeight",
     "Reverse",
     "Search",
     "SelfTuning",

@@ -15,9 +15,9 @@ from bilevel import Batch, Data, Hypers, Metrics, Params, Problem, Space
 from bilevel.params import count_examples, to_device
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.training import above_zero, at_least
-from bilevel.solvers.optim.functional import Moments, Twin
+from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler, descend
-from bilevel.solvers.unroll.trajectory import Point, Trajectory
+from bilevel.solvers.unroll.trajectory import InnerState, Trajectory
 
 LARGE = 100
 """So many times the central loss is more than λ's effect explains."""
@@ -73,9 +73,9 @@ class EvolutionStrategies(Descent):
     tunes_optimizer = True
     perturbs = True
     subtracts = True
-    twin: Twin
+    twin: FunctionalOptimizer
     trajectory: Trajectory
-    particles: list[Point]
+    particles: list[InnerState]
     places: list[Tensor]
     total: Tensor
     age: int
@@ -125,7 +125,7 @@ class EvolutionStrategies(Descent):
 
     def train_by_twin(self, batches: list[Batch]) -> Metrics:
         """The central weights under settings of the optimizer that are tensors: reading them would wait for the device."""
-        point, losses = Point(*self.twin.read(), self.carry), []
+        point, losses = InnerState(*self.twin.read(), self.carry), []
         for batch in batches:
             self.inner_count += 1
             point, loss = self.trajectory.step(point, self.belief.centre, batch, create_graph=False)
@@ -138,7 +138,7 @@ class EvolutionStrategies(Descent):
     def explore(self, batches: list[Batch]) -> None:
         """Every particle trains on `batches` at u₀ ± ε; the generator is left such that the centre has the same masks."""
         if not self.persistent or self.age >= self.horizon or not self.particles:
-            start = Point(*self.twin.read(), self.carry)
+            start = InnerState(*self.twin.read(), self.carry)
             start = start.replaced(
                 t.clone() for t in start.tensors()
             )  # the centre's own change in place
@@ -192,7 +192,9 @@ class EvolutionStrategies(Descent):
                     for u, point in zip(self.places, self.particles, strict=True)
                 ]
             )
-            centre = self.judge(self.belief.centre, Point(*self.twin.read(), self.carry), batch)
+            centre = self.judge(
+                self.belief.centre, InnerState(*self.twin.read(), self.carry), batch
+            )
             self.data.valid.count(len(losses) * count_examples(batch))
             up, down = losses.chunk(2)
             kept = torch.isfinite(up - down)
@@ -207,7 +209,7 @@ class EvolutionStrategies(Descent):
         }
         return centre + gradient @ (self.belief.u - self.belief.u.detach()), metrics
 
-    def judge(self, u: Tensor, point: Point, batch: Batch) -> Tensor:
+    def judge(self, u: Tensor, point: InnerState, batch: Batch) -> Tensor:
         """L_V(λ(u), w) for a particle's w."""
         carry = self.problem.fresh_carry(point.carry, batch)
         return self.problem.outer_loss(self.problem.space.constrain(u), point.params, carry, batch)[
@@ -259,7 +261,7 @@ class EvolutionStrategies(Descent):
         self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
     ) -> None:
         super().build(problem, data, device, generator)
-        self.twin = Twin(self.weights, problem.space)
+        self.twin = FunctionalOptimizer(self.weights, problem.space)
         self.trajectory = Trajectory(problem, self.twin, generator)
         self.total = self.belief.u.new_zeros(self.pairs, problem.space.numel)
         self.particles, self.places, self.age = [], [], 0
@@ -275,7 +277,7 @@ class EvolutionStrategies(Descent):
         super().load_state_dict(state)
         points = to_device(state["particles"], self.device)
         self.particles = [
-            Point(p["params"], Moments(p["slots"], p["steps"]), p["carry"]) for p in points
+            InnerState(p["params"], Moments(p["slots"], p["steps"]), p["carry"]) for p in points
         ]
         self.total.copy_(state["total"])
         self.age, self.places = state["age"], []

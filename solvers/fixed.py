@@ -7,7 +7,7 @@ import torch
 from bilevel import Batch, Data, Metrics, Problem, Solution
 from bilevel.params import count_examples
 from bilevel.solvers.base.training import Training
-from bilevel.solvers.hyper_schedules import Constant, Gaussian, Given
+from bilevel.solvers.hyper_schedules import Constant, Gaussian, HyperSchedule
 from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler
 
 
@@ -27,7 +27,7 @@ class Fixed(Training):
     def __init__(
         self,
         *,
-        hypers: Given | None = None,
+        hypers: HyperSchedule | None = None,
         inner_steps: int = 5,
         inner_optimizer: MakeOptimizer = SGD,
         inner_scheduler: MakeScheduler | None = None,
@@ -50,7 +50,7 @@ class Fixed(Training):
     def inner_step(self, batch: Batch) -> Metrics:
         before = self.inner_count - 1  # this step is counted already
         return self.descend_at(
-            self.hypers.drawn(before, count_examples(batch), self.generator), batch
+            self.hypers.draw(before, count_examples(batch), self.generator), batch
         )
 
     def uncapturable(self) -> str | None:

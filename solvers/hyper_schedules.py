@@ -13,14 +13,14 @@ from torch import Tensor
 
 from bilevel import BilevelError, Hypers, Interval, Positive, Refused, Simplex, Space
 from bilevel.domains import Domain
-from bilevel.loggers.hyper_schedule import HyperSchedule, read
+from bilevel.loggers.hyper_schedule import RecordedSchedule, read
 from bilevel.text import near
 
 MARGIN = 1e-3
 """How near to an edge of its domain a shifted value may come, in widths of an interval, in initial values of a positive one."""
 
 
-class Given(ABC):
+class HyperSchedule(ABC):
     """A rule for λ at every inner step; what it moves are hyperparameters that are not frozen.
 
     Attributes:
@@ -44,7 +44,7 @@ class Given(ABC):
         """λ after `step` inner steps, without randomness: what is recorded, and goes with w."""
 
     @abstractmethod
-    def drawn(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
+    def draw(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
         """λ of the inner step that follows `step` others; a leaf may be one value per example."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,17 +55,17 @@ class Given(ABC):
         """Raise where it did change."""
 
 
-class Constant(Given):
+class Constant(HyperSchedule):
     """The initial values."""
 
     def at(self, step: int) -> Hypers:
         return self.space.constrain(self.u)
 
-    def drawn(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
+    def draw(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
         return self.space.constrain(self.u, generator)
 
 
-class Gaussian(Given):
+class Gaussian(HyperSchedule):
     """The initial values plus noise, drawn at every step and, as self-tuning solvers do it, for every example.
 
         λ = λ₀ + std · n, kept inside the domain;    or, `unconstrained`,  u = u₀ + std · n;    n ~ N(0, I)
@@ -96,7 +96,7 @@ class Gaussian(Given):
     def at(self, step: int) -> Hypers:
         return self.space.constrain(self.u)
 
-    def drawn(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
+    def draw(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
         size = (examples, len(self.u))
         noise = self._std * torch.randn(
             size, generator=generator, device=self.u.device, dtype=self.u.dtype
@@ -106,7 +106,7 @@ class Gaussian(Given):
         )
 
 
-class Sinusoidal(Given):
+class Sinusoidal(HyperSchedule):
     """The initial values plus a sine of the number of inner steps n, kept inside the domain.
 
         λ(n) = λ₀ + amplitude · sin(2π n / period)
@@ -139,14 +139,14 @@ class Sinusoidal(Given):
     def at(self, step: int) -> Hypers:
         return self.space.constrain(self._moved(step))
 
-    def drawn(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
+    def draw(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
         return self.space.constrain(self._moved(step), generator)
 
     def _moved(self, step: int) -> Tensor:
         return self._shift(self._amplitude * math.sin(2 * math.pi * step / self.period))
 
 
-class Replayed(Given):
+class Replayed(HyperSchedule):
     """What another run had at the same step, as `bilevel.loggers.hyper_schedule` tells it; after its end the last value holds.
 
     Frozen hyperparameters must have been constant there, and the same.
@@ -164,7 +164,7 @@ class Replayed(Given):
     def __init__(self, path: str | Path, *, final: bool = False) -> None:
         self.path, self.schedule = path, read(path)
         if final:
-            self.schedule = HyperSchedule(
+            self.schedule = RecordedSchedule(
                 [0], {name: values[-1:] for name, values in self.schedule.hypers.items()}
             )
 
@@ -192,7 +192,7 @@ class Replayed(Given):
     def at(self, step: int) -> Hypers:
         return self._entries[self.schedule.index(step)]
 
-    def drawn(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
+    def draw(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
         return self.at(step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Implicit(Descent):
             self.problem, u, self.weights.detached(), carry, batches, self.generator, self.functions
         )
         norm = pullback.gradient_norm
-        pullback.forget_gradient()
+        pullback.free_gradient()
         solved = self.linear_solve.solve(self.curvature.at(pullback), v, self.guess, self.generator)
         self.guess = Guess(
             solved.x if self.warm_start and self.linear_solve.continues else None,

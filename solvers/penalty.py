@@ -18,7 +18,7 @@ from bilevel.solvers.optim.optimized import (
     SGD,
     MakeOptimizer,
     MakeScheduler,
-    Trained,
+    Optimized,
     descend,
 )
 
@@ -65,7 +65,7 @@ class Penalty(Explicit):
     """
 
     needs = frozenset({Need.INNER_DERIVATIVE})
-    penalized: Trained
+    penalized: Optimized
     """y."""
     penalized_carry: Carry
     sigma: float
@@ -182,7 +182,7 @@ class Penalty(Explicit):
         self.penalized = self.trained_with(self.weights.detached(), self.configured_optimizer)
         self.penalized_carry, self.sigma, self.recent = self.carry, self.weight, None
 
-    def trained(self) -> dict[str, Trained]:
+    def trained(self) -> dict[str, Optimized]:
         return super().trained() | {"penalized": self.penalized}
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from bilevel import Batch, BilevelError, Carry, Data, Metrics, Need, Problem
 from bilevel.params import count_examples
 from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
 from bilevel.solvers.base.explicit import Explicit
-from bilevel.solvers.optim.functional import Moments, Twin, sgd
+from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments, sgd
 from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 
 
@@ -62,7 +62,7 @@ class SAMA(Explicit):
     """
 
     needs = frozenset({Need.INNER_DERIVATIVE})
-    twin: Twin
+    twin: FunctionalOptimizer
     recent: tuple[Batch, Carry] | None = None
     """The last training batch, and the carry that it was met with."""
 
@@ -187,4 +187,4 @@ class SAMA(Explicit):
         self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
     ) -> None:
         super().build(problem, data, device, generator)
-        self.twin, self.recent = Twin(self.weights, problem.space), None
+        self.twin, self.recent = FunctionalOptimizer(self.weights, problem.space), None

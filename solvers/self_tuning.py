@@ -38,7 +38,7 @@ from bilevel.solvers.optim.optimized import (
     SGD,
     MakeOptimizer,
     MakeScheduler,
-    Trained,
+    Optimized,
     descend,
 )
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
@@ -76,7 +76,7 @@ class SelfTuning(Descent):
         BilevelError: `linearize` without `centered`.
     """
 
-    theta: Trained
+    theta: Optimized
     response_carry: Carry
     perturbs = True
 
@@ -278,7 +278,7 @@ class SelfTuning(Descent):
     def uncapturable(self) -> str | None:
         return None
 
-    def trained(self) -> dict[str, Trained]:
+    def trained(self) -> dict[str, Optimized]:
         return super().trained() | {"theta": self.theta}
 
     def state_dict(self) -> dict[str, Any]:

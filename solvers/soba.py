@@ -16,7 +16,7 @@ from bilevel.params import to_device
 from bilevel.solver import on_cpu
 from bilevel.solvers.autodiff.pullback import Pullback, unflat
 from bilevel.solvers.base.descent import Descent
-from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, follow
+from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, apply_gradients
 
 SLOW: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.006)
 """A fifth of what other solvers take, which move λ at every fifth step of w."""
@@ -113,14 +113,14 @@ class SOBA(Descent):
             with self.phase("response"):
                 rate, largest = self.adjoint_rate(at)
                 self.adjoint = self.adjoint - rate * at.q
-            follow(unflat(at.w, self.weights.leaves), self.weights)
+            apply_gradients(unflat(at.w, self.weights.leaves), self.weights)
             self.carry = at.pull.carried
         metrics = at.metrics | {"largest_eigenvalue": largest}
         if warmup:
             return metrics
         self.outer_count += 1
         with self.phase("outer"):
-            follow([at.u], self.belief.mean)
+            apply_gradients([at.u], self.belief.mean)
             self.belief.recentre()
         return metrics | {"hypergradient_norm": at.u.norm()}
 

@@ -13,12 +13,12 @@ from bilevel.params import to_device
 from bilevel.requirements import check_space
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.dry_run import check_response
-from bilevel.solvers.optim.functional import Moments, Twin
+from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 from bilevel.solvers.response.jacobian import Dense
 from bilevel.solvers.unroll.forward import Forward
-from bilevel.solvers.unroll.reverse import Kept, Mode, Reverse, Unroll
-from bilevel.solvers.unroll.trajectory import Point, Trajectory, once_only
+from bilevel.solvers.unroll.reverse import Mode, Reverse, StoredGraph, Unroll
+from bilevel.solvers.unroll.trajectory import InnerState, Trajectory, lacks_second_derivative
 
 REVERSE = Reverse()
 
@@ -54,9 +54,9 @@ class Unrolled(Descent):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES})
     tunes_optimizer: ClassVar[bool] = True
 
-    twin: Twin
+    twin: FunctionalOptimizer
     trajectory: Trajectory
-    start: Point | None = None
+    start: InnerState | None = None
     unroll: Unroll | None = None
 
     def __init__(
@@ -101,7 +101,7 @@ class Unrolled(Descent):
         start, u = self.here() if warmup or self.start is None else self.start, self.belief.centre
         # settings that λ holds are on the device, where the twin takes them without waiting
         self.unroll = unroll = (
-            Kept(self.trajectory, start, u, steps=steps, last=0)
+            StoredGraph(self.trajectory, start, u, steps=steps, last=0)
             if warmup
             else self.mode.begin(self.trajectory, start, u, steps)
         )
@@ -119,10 +119,10 @@ class Unrolled(Descent):
         self.watch(loss)
         return {"inner_loss": loss}
 
-    def here(self) -> Point:
+    def here(self) -> InnerState:
         """Where the last round ended, apart from what the optimizer will change in place."""
         params, moments = self.twin.read()
-        return Point({name: p.clone() for name, p in params.items()}, moments, self.carry)
+        return InnerState({name: p.clone() for name, p in params.items()}, moments, self.carry)
 
     def respond(self, offset: Tensor) -> Params:
         if self.unroll is None:
@@ -159,14 +159,14 @@ class Unrolled(Descent):
         self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
     ) -> None:
         super().build(problem, data, device, generator)
-        self.twin = Twin(self.weights, problem.space)
+        self.twin = FunctionalOptimizer(self.weights, problem.space)
         self.trajectory = Trajectory(problem, self.twin, generator, self.functions)
         self.start = None
         if self.restart:
             fresh = Moments(
                 {name: {} for name in self.weights.tensors}, dict.fromkeys(self.weights.tensors, 0)
             )
-            self.start = Point(self.here().params, fresh, self.carry)
+            self.start = InnerState(self.here().params, fresh, self.carry)
 
     def check(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse besides what has no differentiable twin, and columns that would not fit in memory."""
@@ -188,7 +188,9 @@ class Unrolled(Descent):
         super().rehearse()
         first = self.mode.begin(self.trajectory, self.here(), self.belief.centre, 1)
         lacking = self.lacking()
-        if lacking is not None and once_only(first.slope(self.data.train.peek()).gradients):
+        if lacking is not None and lacks_second_derivative(
+            first.inner_gradient(self.data.train.peek()).gradients
+        ):
             raise Refused(lacking.format(said="a function is marked once_differentiable"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,4 +204,4 @@ class Unrolled(Descent):
         self.unroll = None
         if self.start is not None:
             start = to_device(state["start"], self.device)
-            self.start = Point(start["params"], self.start.moments, start["carry"])
+            self.start = InnerState(start["params"], self.start.moments, start["carry"])

@@ -18,7 +18,7 @@ SCHEDULE = "schedule.json"
 
 
 @dataclass(frozen=True)
-class HyperSchedule:
+class RecordedSchedule:
     """What every hyperparameter was, in its own units, after so many inner steps; it holds until the next entry.
 
         λ(n) = λ_k    for the largest k with steps[k] ≤ n,    and λ_0 before the first
@@ -32,7 +32,7 @@ class HyperSchedule:
         origin: which run it is of: problem, solver, seed; {} where that is not known.
 
     Example:
-        >>> schedule = HyperSchedule([0, 10, 20], {"dropout": [0.1, 0.3, 0.4]})
+        >>> schedule = RecordedSchedule([0, 10, 20], {"dropout": [0.1, 0.3, 0.4]})
         >>> [schedule.at(n)["dropout"] for n in (0, 9, 10, 500)]
         [0.1, 0.1, 0.3, 0.4]
 
@@ -86,7 +86,7 @@ class HyperSchedule:
         return {name: values[self.index(step)] for name, values in self.hypers.items()}
 
 
-def from_run(run: str | Path) -> HyperSchedule:
+def from_run(run: str | Path) -> RecordedSchedule:
     """The schedule of the run in a directory, from its `metrics.jsonl`; it may still be going on.
 
     Raises:
@@ -115,7 +115,7 @@ def from_run(run: str | Path) -> HyperSchedule:
         )
     hypers = {name.removeprefix("hypers."): [record[name] for record in records] for name in names}
     try:
-        return HyperSchedule([record["step"] for record in records], hypers, _origin(run))
+        return RecordedSchedule([record["step"] for record in records], hypers, _origin(run))
     except BilevelError as error:
         raise BilevelError(f"{run / METRICS}: {error}") from None
 
@@ -133,7 +133,7 @@ def export(run: str | Path, path: str | Path | None = None) -> Path:
     return path
 
 
-def read(path: str | Path) -> HyperSchedule:
+def read(path: str | Path) -> RecordedSchedule:
     """The schedule in a file that `export` wrote, or that of a run's directory.
 
     Raises:
@@ -157,7 +157,7 @@ def read(path: str | Path) -> HyperSchedule:
             f"{path} has no `steps` and `hypers`; write one with: python -m bilevel.loggers.hyper_schedule RUN"
         )
     try:
-        return HyperSchedule(content["steps"], content["hypers"], content.get("origin"))
+        return RecordedSchedule(content["steps"], content["hypers"], content.get("origin"))
     except BilevelError as error:
         raise BilevelError(f"{path}: {error}") from None
 

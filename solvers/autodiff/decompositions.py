@@ -16,14 +16,14 @@ from bilevel.solvers.response.rules import affine
 Table = dict[Any, Callable[..., Any]]
 
 
-class Composed(TorchFunctionMode):
+class Decomposed(TorchFunctionMode):
     """Within it, the functions of `table` are replaced, and attention runs on its mathematical kernel."""
 
     def __init__(self, table: Table) -> None:
         super().__init__()
         self.table = table
 
-    def __enter__(self) -> "Composed":
+    def __enter__(self) -> "Decomposed":
         self._attention = ExitStack()
         self._attention.enter_context(sdpa_kernel(SDPBackend.MATH))
         return super().__enter__()
@@ -125,7 +125,7 @@ def _instance_norm(
     return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
 
 
-FORWARD: Table = {
+FORWARD_MODE: Table = {
     torch._VF.lstm: lstm,
     torch._VF.gru: gru,
     F.glu: _glu,
@@ -134,11 +134,11 @@ FORWARD: Table = {
 """What has no forward-mode derivative, or one without a backward pass of its own."""
 
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-"""What needs the mathematical kernel, and `Composed` for that alone."""
+"""What needs the mathematical kernel, and `Decomposed` for that alone."""
 
 RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}
 
-TWICE: Table = FORWARD | {
+DOUBLE_BACKWARD: Table = FORWARD_MODE | {
     torch._weight_norm: _weight_norm,
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
@@ -154,4 +154,8 @@ def twice_differentiable(functions: Set[Any]) -> AbstractContextManager[Any]:
     Args:
         functions: the torch functions that the network calls (`Descent.functions`).
     """
-    return nullcontext() if functions.isdisjoint(TWICE.keys() | ATTENTION) else Composed(TWICE)
+    return (
+        nullcontext()
+        if functions.isdisjoint(DOUBLE_BACKWARD.keys() | ATTENTION)
+        else Decomposed(DOUBLE_BACKWARD)
+    )

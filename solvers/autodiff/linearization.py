@@ -11,7 +11,12 @@ from torch.utils import _pytree as pytree
 
 from bilevel import Carry, Params, Prediction
 from bilevel.params import detached
-from bilevel.solvers.autodiff.decompositions import ATTENTION, FORWARD, TWICE, Composed
+from bilevel.solvers.autodiff.decompositions import (
+    ATTENTION,
+    DOUBLE_BACKWARD,
+    FORWARD_MODE,
+    Decomposed,
+)
 
 Predict: TypeAlias = Callable[[Params], tuple[Prediction, Carry]]
 Weights: TypeAlias = Callable[..., Params]
@@ -30,12 +35,14 @@ def forward_mode(
         predict: f, from weights to a prediction and carry.
         weights: from an offset to duals (w₀, Θ·offset).
         offset: ε, [h] or [B, h].
-        functions: what f calls; those without a forward-mode derivative are composed.
+        functions: what f calls; those without a forward-mode derivative are decomposed.
     """
-    composed: AbstractContextManager[Any] = (
-        nullcontext() if functions.isdisjoint(FORWARD.keys() | ATTENTION) else Composed(FORWARD)
+    decomposed: AbstractContextManager[Any] = (
+        nullcontext()
+        if functions.isdisjoint(FORWARD_MODE.keys() | ATTENTION)
+        else Decomposed(FORWARD_MODE)
     )
-    with forward_ad.dual_level(), composed:
+    with forward_ad.dual_level(), decomposed:
         dual, carry = predict(weights(offset, tangent=True))
         return pytree.tree_map(_linear_value, dual), {
             name: forward_ad.unpack_dual(t).primal for name, t in carry.items()
@@ -51,7 +58,7 @@ def double_backward(predict: Predict, weights: Weights, offset: Tensor) -> tuple
         offset: ε, [h] or [B, h].
     """
     zero = torch.zeros_like(offset, requires_grad=True)
-    with Composed(TWICE):
+    with Decomposed(DOUBLE_BACKWARD):
         y, carry = predict(weights(zero, tangent=False))
     leaves, spec = pytree.tree_flatten(y)
     moved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]

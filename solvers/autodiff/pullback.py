@@ -77,7 +77,7 @@ class Pullback:
             self._gradients: Sequence[Tensor] = torch.autograd.grad(
                 loss, self._w, create_graph=True, materialize_grads=True
             )
-        self._edges = edges(self._gradients)
+        self._edges = gradient_edges(self._gradients)
         self.loss, self.carried = loss.detach(), carries[1]
 
     @property
@@ -98,22 +98,22 @@ class Pullback:
         moving = [g for g in self._gradients if g.requires_grad]
         torch.autograd.backward(moving, [torch.zeros_like(g) for g in moving], retain_graph=True)
 
-    def forget_gradient(self) -> None:
+    def free_gradient(self) -> None:
         """Free g itself; the products do without."""
         self._gradients = ()
 
     def hessian(self, q: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         """The product H q."""
-        return gathered(list(pulled(self._edges, self._w, self.unflat(q))))
+        return flatten_and_free(list(vjp(self._edges, self._w, self.unflat(q))))
 
     def cross(self, q: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
         """(∂²L_T/∂u∂w)ᵀ q."""
-        return pulled(self._edges, [self._u], self.unflat(q))[0]
+        return vjp(self._edges, [self._u], self.unflat(q))[0]
 
     def both(self, q: Float[Tensor, " m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " h"]]:
         """H q and (∂²L_T/∂u∂w)ᵀ q, for the price of one."""
-        *products, cross = pulled(self._edges, [*self._w, self._u], self.unflat(q))
-        return gathered(products), cross
+        *products, cross = vjp(self._edges, [*self._w, self._u], self.unflat(q))
+        return flatten_and_free(products), cross
 
     def unflat(self, q: Float[Tensor, " m"]) -> list[Tensor]:
         """The vector in the shapes of w."""
@@ -128,12 +128,12 @@ class Pullback:
             yield
 
 
-def edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
-    """What `pulled` needs of tensors, without their values: a solve may have no room for them; None of a constant."""
+def gradient_edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """What `vjp` needs of tensors, without their values: a solve may have no room for them; None of a constant."""
     return [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
 
 
-def pulled(
+def vjp(
     outputs: Sequence[Tensor] | Sequence[GradientEdge | None],
     inputs: Sequence[Tensor],
     q: Sequence[Tensor],
@@ -160,7 +160,7 @@ def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def gathered(tensors: list[Tensor]) -> Float[Tensor, " m"]:
+def flatten_and_free(tensors: list[Tensor]) -> Float[Tensor, " m"]:
     """`flat`, which frees the tensors one by one: there is little room for a second copy of what is as large as w."""
     vector = tensors[0].new_empty(sum(t.numel() for t in tensors))
     end = vector.numel()

@@ -16,7 +16,7 @@ from bilevel.solvers.base.dry_run import peeking, refusals
 from bilevel.solvers.base.search_distribution import Belief
 from bilevel.solvers.base.training import Training, at_least
 from bilevel.solvers.optim.optimized import MakeOptimizer, MakeScheduler, descend
-from bilevel.solvers.response.jacobian import Calls
+from bilevel.solvers.response.jacobian import CallRecorder
 
 
 class Descent(Training):
@@ -166,7 +166,7 @@ class Descent(Training):
             problem.space.constrain(self.belief.centre),
             torch.Generator(generator.device).manual_seed(0),
         )
-        self.calls = Calls(
+        self.calls = CallRecorder(
             problem, hypers, self.weights.detached(), self.carry, data.train.peek(), draws
         )
         self.functions, self.recurrent = (

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bilevel import Batch, Metrics, Params
 from bilevel.solvers.base.descent import Descent
-from bilevel.solvers.optim.optimized import follow
+from bilevel.solvers.optim.optimized import apply_gradients
 
 
 class Explicit(Descent):
@@ -19,7 +19,7 @@ class Explicit(Descent):
     def outer_step(self, batch: Batch) -> Metrics:
         loss, gradient, metrics = self.differentiate(batch)
         self.watch(loss)
-        follow([gradient], self.belief.mean)
+        apply_gradients([gradient], self.belief.mean)
         return metrics | {"outer_loss": loss, "hypergradient_norm": gradient.norm()}
 
     def outer_loss(self, batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel import Hypers, Space
 from bilevel.domains import softplus_inverse
-from bilevel.solvers.optim.optimized import MakeOptimizer, Trained
+from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized
 
 
 class Belief:
@@ -36,13 +36,15 @@ class Belief:
         like: Tensor,
     ) -> None:
         self.space = space
-        self.mean = Trained({"u": space.init(like.dtype).to(like)}, optimizer)
+        self.mean = Optimized({"u": space.init(like.dtype).to(like)}, optimizer)
         self.u = self.mean.tensors["u"]
         self.centre = self.u.detach().clone()
         self.tune_scale = scale_optimizer is not None
         self._fixed_s = softplus_inverse(space.initial_scales()).to(like)
         self.spread = (
-            Trained({"s": self._fixed_s}, scale_optimizer) if scale_optimizer is not None else None
+            Optimized({"s": self._fixed_s}, scale_optimizer)
+            if scale_optimizer is not None
+            else None
         )
         self._per_example = (
             space.per_example.to(like.device)
@@ -81,7 +83,7 @@ class Belief:
         """H[N(u, diag σ²)] = Σ_k log(σ_k √(2πe)), in nats."""
         return torch.log(self.sigma).sum() + 0.5 * self.u.numel() * math.log(2 * math.pi * math.e)
 
-    def trained(self) -> list[Trained]:
+    def trained(self) -> list[Optimized]:
         """What an outer step descends."""
         return [self.mean] if self.spread is None else [self.mean, self.spread]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel import Batch, BilevelError, Carry, Data, Hypers, Metrics, Params, Problem, Solver
 from bilevel.params import detached, to_device
 from bilevel.solvers.optim.functional import configured, optimizer_settings
-from bilevel.solvers.optim.optimized import MakeOptimizer, MakeScheduler, Trained, descend
+from bilevel.solvers.optim.optimized import MakeOptimizer, MakeScheduler, Optimized, descend
 
 
 class Training(Solver):
@@ -27,7 +27,7 @@ class Training(Solver):
     data: Data
     device: torch.device
     generator: torch.Generator
-    weights: Trained
+    weights: Optimized
     carry: Carry
 
     def __init__(
@@ -81,13 +81,13 @@ class Training(Solver):
         """What follows the inner steps of a round after warm-up; nothing, unless a subclass tunes λ."""
         return {}
 
-    def trained(self) -> dict[str, Trained]:
+    def trained(self) -> dict[str, Optimized]:
         """What the inner phase trains, by name: scheduled and saved."""
         return {"weights": self.weights}
 
-    def trained_with(self, tensors: Params, optimizer: MakeOptimizer) -> Trained:
+    def trained_with(self, tensors: Params, optimizer: MakeOptimizer) -> Optimized:
         """`tensors` under `optimizer`, with the schedule and the clipping of the inner phase."""
-        return Trained(tensors, optimizer, self.inner_scheduler, self.clip_norm)
+        return Optimized(tensors, optimizer, self.inner_scheduler, self.clip_norm)
 
     def setup(
         self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator

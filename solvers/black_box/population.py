@@ -27,14 +27,14 @@ from bilevel.solver import on_cpu
 from bilevel.solvers.base.training import above_zero, at_least, check_clip_norm
 from bilevel.solvers.black_box.ranges import ranges_of
 from bilevel.solvers.optim.functional import apply_settings, configured, optimizer_settings
-from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, Trained, descend
+from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, Optimized, descend
 
 
 @dataclass
 class Member:
     """One training of the population; `score` is its last loss on the validation split."""
 
-    weights: Trained
+    weights: Optimized
     carry: Carry
     u: Tensor
     steps: int = 0
@@ -167,7 +167,7 @@ class PopulationBased(Solver):
             next(iter(params.values()))
         )
         optimizer = configured(self.inner_optimizer, optimizer_settings(space, space.constrain(u)))
-        return Member(Trained(params, optimizer, self.inner_scheduler, self.clip_norm), carry, u)
+        return Member(Optimized(params, optimizer, self.inner_scheduler, self.clip_norm), carry, u)
 
     def memory_settings(self, space: Space) -> list[str]:
         return [f"a smaller solver.population (now {self.population}, each with a copy of w)"]
@@ -311,7 +311,9 @@ class PopulationBased(Solver):
         self.inner_count, self.outer_count = state["inner_count"], state["outer_count"]
 
 
-def set_settings(trained: Trained, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+def set_settings(
+    trained: Optimized, before: Mapping[str, float], after: Mapping[str, float]
+) -> None:
     """Move the optimizer's tuned settings from `before` to `after`; a learning rate keeps the factor of its schedule."""
     for group in trained.optimizer.param_groups:
         factor = group["lr"] / before["lr"] if "lr" in before else 1.0

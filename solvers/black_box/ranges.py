@@ -56,7 +56,7 @@ class Ranges:
         drawn = torch.floor(low + part * (high + 1 - low)).minimum(
             high
         )  # each whole number as often as any other
-        return self.unconstrained(torch.where(whole, drawn, low + part * (high - low)))
+        return self.to_u(torch.where(whole, drawn, low + part * (high - low)))
 
     def distributions(self) -> dict[str, Any]:
         """Optuna's, by the names of the coordinates."""
@@ -88,19 +88,19 @@ class Ranges:
             for name, value, whole in zip(self.names, z.tolist(), self.whole, strict=True)
         }
 
-    def unconstrained(self, z: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
+    def to_u(self, z: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
         """u from z."""
         return torch.cat(
             [
-                _unconstrained(self.space[name], part).reshape(-1)
+                _to_u(self.space[name], part).reshape(-1)
                 for name, part in self.space.by_name(z).items()
             ]
         )
 
-    def drawn(self, u: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
+    def to_z(self, u: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
         """z from u: the inverse, but that a whole number forgets how it was rounded."""
         parts = self.space.by_name(u.double())
-        return torch.cat([_drawn(self.space[name], part) for name, part in parts.items()])
+        return torch.cat([_to_z(self.space[name], part) for name, part in parts.items()])
 
 
 def ranges_of(space: Space, ranges: Mapping[str, Sequence[float]] | None = None) -> Ranges:
@@ -149,12 +149,12 @@ def ranges_of(space: Space, ranges: Mapping[str, Sequence[float]] | None = None)
     for name in space.tuned:
         domain, init = (
             space[name],
-            _drawn(space[name], space[name].unconstrain(space[name].initial())),
+            _to_z(space[name], space[name].unconstrain(space[name].initial())),
         )
         low, high = (
-            _default(domain, init)
+            _default_range(domain, init)
             if given.get(name) is None
-            else _given(name, domain, init, given[name])
+            else _user_range(name, domain, init, given[name])
         )
         lows.append(low.expand_as(init))
         highs.append(high.expand_as(init))
@@ -163,7 +163,7 @@ def ranges_of(space: Space, ranges: Mapping[str, Sequence[float]] | None = None)
     return Ranges(space, torch.cat(lows), torch.cat(highs), tuple(names), tuple(whole))
 
 
-def _default(domain: Domain, init: Tensor) -> tuple[Tensor, Tensor]:
+def _default_range(domain: Domain, init: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(domain, Integer):
         return init.new_tensor(domain.low), init.new_tensor(domain.high)
     if isinstance(domain, Interval):
@@ -179,7 +179,7 @@ def _default(domain: Domain, init: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _given(name: str, domain: Domain, init: Tensor, value: Any) -> tuple[Tensor, Tensor]:
+def _user_range(name: str, domain: Domain, init: Tensor, value: Any) -> tuple[Tensor, Tensor]:
     """A range of the user's, as the box of z."""
     if isinstance(domain, Simplex):
         raise BilevelError(
@@ -224,7 +224,7 @@ def _given(name: str, domain: Domain, init: Tensor, value: Any) -> tuple[Tensor,
     return init.clamp(max=low), init.clamp(min=high)  # what rounding has left outside
 
 
-def _drawn(domain: Domain, u: Tensor) -> Tensor:
+def _to_z(domain: Domain, u: Tensor) -> Tensor:
     """z from u, flat."""
     if isinstance(domain, (Positive, Integer, Interval)):
         value = domain.constrain(u, None)
@@ -234,7 +234,7 @@ def _drawn(domain: Domain, u: Tensor) -> Tensor:
     return u.reshape(-1)
 
 
-def _unconstrained(domain: Domain, z: Tensor) -> Tensor:
+def _to_u(domain: Domain, z: Tensor) -> Tensor:
     if isinstance(domain, Positive):
         return softplus_inverse(torch.exp(z))
     if isinstance(domain, Simplex):

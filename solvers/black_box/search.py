@@ -16,7 +16,7 @@ from bilevel.solvers.black_box.ranges import Ranges, ranges_of
 from bilevel.solvers.black_box.samplers import GP, TPE, Pruner, RandomSearch, Sampler
 from bilevel.solvers.black_box.trials import Trials
 from bilevel.solvers.optim.functional import configured, optimizer_settings
-from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, Trained, descend
+from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, Optimized, descend
 
 
 class Search(Training):
@@ -201,13 +201,11 @@ class Search(Training):
             number
         ]  # the next generator's would be the next run's
         z = self.trials.begin(
-            int(seed), None if number else self.ranges.drawn(self.problem.space.init(torch.float64))
+            int(seed), None if number else self.ranges.to_z(self.problem.space.init(torch.float64))
         )
         like = self.weights.leaves[0]
         self._train_at(
-            self.ranges.unconstrained(z).to(like)
-            if number
-            else self._initial_u(self.weights.tensors)
+            self.ranges.to_u(z).to(like) if number else self._initial_u(self.weights.tensors)
         )
 
     def _train_at(self, u: Tensor) -> None:
@@ -215,7 +213,7 @@ class Search(Training):
         params, self.carry = self.initial(self.problem, self.device, self.generator)
         self.u, self.hypers = u, self.problem.space.constrain(u)
         settings = optimizer_settings(self.problem.space, self.hypers)
-        self.weights: Trained = self.trained_with(
+        self.weights: Optimized = self.trained_with(
             params, configured(self.inner_optimizer, settings)
         )
         self.epoch_steps, self.failing = 0, torch.zeros((), dtype=torch.bool, device=self.device)

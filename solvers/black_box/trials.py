@@ -58,7 +58,7 @@ class Trials:
         """The z of a new trial: as given, or as the sampler proposes it."""
         with quiet():
             z = (
-                self.ranges.suggest(self._told(seed).ask())
+                self.ranges.suggest(self._study_of_record(seed).ask())
                 if z is None
                 else z.clamp(self.ranges.low, self.ranges.high)
             )
@@ -127,7 +127,7 @@ class Trials:
                     self._study.ask()
                 )  # for its scores alone: pruners do not look at parameters
 
-    def _told(self, seed: int) -> "optuna.Study":
+    def _study_of_record(self, seed: int) -> "optuna.Study":
         """A study of the trials so far, with a fresh sampler."""
         import optuna
 

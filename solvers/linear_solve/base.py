@@ -116,13 +116,13 @@ class Identity(LinearSolve):
         square, curvature, left = v.dot(v), v.dot(image), self.scale * image - v
         return Solved(
             self.scale * v,
-            relative(left.dot(left), square),
+            relative_norm(left.dot(left), square),
             torch.zeros_like(square),
             curvature < 0,
         )
 
 
-def begin(product: Product, v: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor]:
+def warm_start(product: Product, v: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor]:
     """x₀ and v − A x₀: the guess, scaled so that the residual is least (an exact guess keeps its scale); 0 where v is 0."""
     if guess is None:
         return torch.zeros_like(v), v.clone()
@@ -133,7 +133,7 @@ def begin(product: Product, v: Tensor, guess: Tensor | None) -> tuple[Tensor, Te
     return guess.mul_(scale), r
 
 
-def relative(residual: Tensor, square: Tensor) -> Tensor:
+def relative_norm(residual: Tensor, square: Tensor) -> Tensor:
     """‖r‖/‖v‖ from the squares."""
     return torch.where(square > 0, (residual / square).sqrt(), 0)
 

@@ -14,9 +14,9 @@ from bilevel.solvers.linear_solve.base import (
     LinearSolve,
     Product,
     Solved,
-    begin,
     check_positive,
-    relative,
+    relative_norm,
+    warm_start,
 )
 
 
@@ -59,7 +59,7 @@ class CG(LinearSolve):
         generator: torch.Generator | None = None,
     ) -> Solved:
         square = v.dot(v)
-        x, r = begin(product, v, guess.x)
+        x, r = warm_start(product, v, guess.x)
         p, rr = r.clone(), r.dot(r)
         negative = torch.zeros_like(square, dtype=torch.bool)
         eps = torch.finfo(v.dtype).eps
@@ -83,4 +83,4 @@ class CG(LinearSolve):
             torch.addcmul(r, p, turn, out=p)
             iterations, rr, pp = iterations + active, after, after + turn * turn * pp  # r ⊥ p
             active = active & (rr > bound)
-        return Solved(x, relative(rr, square), iterations, negative)
+        return Solved(x, relative_norm(rr, square), iterations, negative)

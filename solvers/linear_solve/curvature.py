@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel import Batch, BilevelError, Prediction
-from bilevel.solvers.autodiff.pullback import Pullback, edges, gathered, pulled
+from bilevel.solvers.autodiff.pullback import Pullback, flatten_and_free, gradient_edges, vjp
 from bilevel.solvers.linear_solve.base import Product
 
 
@@ -63,7 +63,9 @@ class GaussNewton(Curvature):
         _check(self.damping)
 
     def at(self, pullback: Pullback) -> Product:
-        parts = [_Linearized(pullback, batch, prediction) for batch, prediction in pullback.passes]
+        parts = [
+            _GaussNewtonBatch(pullback, batch, prediction) for batch, prediction in pullback.passes
+        ]
 
         def product(q: Tensor) -> Tensor:
             products = [part.product(q) for part in parts]
@@ -72,7 +74,7 @@ class GaussNewton(Curvature):
         return _damped(product, self.damping)
 
 
-class _Linearized:
+class _GaussNewtonBatch:
     """One batch: q ↦ the Hessian of q ↦ inner_objective(λ, w₀ + q, y₀ + J q) at 0, times q.
 
     J q comes of double backward, since not every layer has a forward mode: p(v) = Jᵀv is linear in v, and (∂p/∂v)ᵀ q = J q.
@@ -110,21 +112,21 @@ class _Linearized:
             slopes = torch.autograd.grad(
                 loss, self.inputs, create_graph=True, materialize_grads=True
             )
-        self.p, self.slopes = edges(p), edges(slopes)
+        self.p, self.slopes = gradient_edges(p), gradient_edges(slopes)
 
     def product(self, q: Tensor) -> Float[Tensor, " m"]:
         """The Gauss–Newton matrix of this batch times q."""
         parts = self.unflat(q)
-        tangents = pulled(self.p, self.v, parts) if self.y else []
-        curved = pulled(self.slopes, self.inputs, [*parts, *tangents])
+        tangents = vjp(self.p, self.v, parts) if self.y else []
+        curved = vjp(self.slopes, self.inputs, [*parts, *tangents])
         own, through = list(curved[: len(self.w)]), curved[len(self.w) :]
         del curved
         if self.y:
-            for i, part in enumerate(pulled(self.y, self.w, through)):
+            for i, part in enumerate(vjp(self.y, self.w, through)):
                 own[i] = (
                     own[i] + part
                 )  # not in place: what autograd returns may be expanded, or q itself
-        return gathered(own)
+        return flatten_and_free(own)
 
 
 def _damped(product: Product, damping: float) -> Product:

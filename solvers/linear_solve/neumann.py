@@ -15,9 +15,9 @@ from bilevel.solvers.linear_solve.base import (
     LinearSolve,
     Product,
     Solved,
-    begin,
     check_positive,
-    relative,
+    relative_norm,
+    warm_start,
 )
 
 COLD, WARM = 20, 1
@@ -78,7 +78,7 @@ class Richardson(LinearSolve):
             )
         return Solved(
             x,
-            relative(r.dot(r), square),
+            relative_norm(r.dot(r), square),
             torch.full_like(square, count),
             negative,
             largest,
@@ -164,7 +164,7 @@ class FixedPoint(Richardson):
         generator: torch.Generator | None = None,
     ) -> Solved:
         return self._iterate(
-            product, v, *begin(product, v, guess.x), self.iterations, guess.eigenvector
+            product, v, *warm_start(product, v, guess.x), self.iterations, guess.eigenvector
         )
 
 

@@ -14,7 +14,7 @@ from bilevel.solvers.linear_solve.base import (
     Product,
     Solved,
     check_positive,
-    relative,
+    relative_norm,
 )
 
 
@@ -83,7 +83,7 @@ class Nystrom(LinearSolve):
         negative = values.min() < -cutoff
         return Solved(
             x,
-            relative(left.dot(left), square),
+            relative_norm(left.dot(left), square),
             torch.full_like(square, rank),
             negative,
             spectrum.max(),

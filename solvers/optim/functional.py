@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import BilevelError, Hypers, Params, Refused, Space
 from bilevel.domains import OPTIMIZER_SETTINGS
-from bilevel.solvers.optim.optimized import MakeOptimizer, Trained
+from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized
 
 Settings: TypeAlias = Mapping[str, Any]
 """Of an optimizer, by PyTorch's names: numbers, or [] tensors that carry a derivative; of `betas`, `beta1` and `beta2`."""
@@ -98,14 +98,14 @@ UNKNOWN = ("amsgrad", "maximize", "capturable", "fused", DECOUPLED)
 """Options of PyTorch's optimizers that change what is computed, or where the number of steps lies (on the device)."""
 
 
-class Twin:
-    """The optimizer of a `Trained` as a function: its clipping, its settings as its schedule has left them, and its memory.
+class FunctionalOptimizer:
+    """The optimizer of an `Optimized` as a function: its clipping, its settings as its schedule has left them, and its memory.
 
     A learning rate that is tuned follows its schedule all the same: the schedule multiplies it by the factor by which it has
     changed the learning rate that it began with.
 
     Args:
-        trained: weights and their optimizer.
+        optimized: weights and their optimizer.
         space: of the problem; its settings of the optimizer take the place of the optimizer's own.
 
     Attributes:
@@ -115,8 +115,8 @@ class Twin:
         Refused: an optimizer (or an option of one) without a differentiable twin, or without a setting that the space tunes.
     """
 
-    def __init__(self, trained: Trained, space: Space) -> None:
-        kind, group = type(trained.optimizer), trained.optimizer.param_groups[0]
+    def __init__(self, optimized: Optimized, space: Space) -> None:
+        kind, group = type(optimized.optimizer), optimized.optimizer.param_groups[0]
         if kind not in UPDATES:
             known = ", ".join(f"torch.optim.{k.__name__}" for k in UPDATES)
             raise Refused(
@@ -130,11 +130,11 @@ class Twin:
             raise Refused(
                 f"the differentiable twin of {kind.__name__} has no {odd[0]}=true; leave it out of inner_optimizer"
             )
-        if len(trained.optimizer.param_groups) > 1:
+        if len(optimized.optimizer.param_groups) > 1:
             raise Refused(
                 "the differentiable twin has one group of parameters; give inner_optimizer the same settings for all"
             )
-        self.trained, self.space, self.update = trained, space, UPDATES[kind]
+        self.optimized, self.space, self.update = optimized, space, UPDATES[kind]
         self.base_lr = group.get(
             "initial_lr", group["lr"]
         )  # a schedule writes the first, and has changed the second already
@@ -152,19 +152,19 @@ class Twin:
     def read(self) -> tuple[Params, Moments]:
         """The weights and the memory as they are, as constants; views, which an optimizer's own step changes in place."""
         states = {
-            name: self.trained.optimizer.state.get(leaf, {})
-            for name, leaf in self.trained.tensors.items()
+            name: self.optimized.optimizer.state.get(leaf, {})
+            for name, leaf in self.optimized.tensors.items()
         }
         steps = {
             name: int(state.get("step", 0)) for name, state in states.items()
         }  # they lie on the host
-        return self.trained.detached(), Moments(self.slots(), steps)
+        return self.optimized.detached(), Moments(self.slots(), steps)
 
     def slots(self) -> dict[str, Slots]:
         """What the optimizer remembers of each weight, but for the number of its steps."""
         states = {
-            name: self.trained.optimizer.state.get(leaf, {})
-            for name, leaf in self.trained.tensors.items()
+            name: self.optimized.optimizer.state.get(leaf, {})
+            for name, leaf in self.optimized.tensors.items()
         }
         return {
             name: {
@@ -176,8 +176,8 @@ class Twin:
     @torch.no_grad()
     def write(self, params: Params, moments: Moments) -> None:
         """Leave weights and memory as if the optimizer itself had come here."""
-        self.trained.optimizer.step()  # leaves have no gradients to follow; a schedule warns of an optimizer that never stepped
-        for name, leaf in self.trained.tensors.items():
+        self.optimized.optimizer.step()  # leaves have no gradients to follow; a schedule warns of an optimizer that never stepped
+        for name, leaf in self.optimized.tensors.items():
             leaf.copy_(params[name])
             # new tensors: a graph may still hold the old ones, and what autograd returns may share its memory
             state = {
@@ -188,11 +188,11 @@ class Twin:
                 state["step"] = torch.full(
                     (), moments.steps[name], dtype=torch.float32, device="cpu"
                 )
-            self.trained.optimizer.state[leaf] = state
+            self.optimized.optimizer.state[leaf] = state
 
     def settings(self, hypers: Hypers) -> Settings:
         """The optimizer's, with λ's in their place."""
-        own = _settings(group := self.trained.optimizer.param_groups[0])
+        own = _settings(group := self.optimized.optimizer.param_groups[0])
         own |= {setting: hypers[name] for name, setting in self.tuned.items()}
         if "lr" in self.tuned.values() and group["lr"] != self.base_lr:
             own["lr"] = own["lr"] * (group["lr"] / self.base_lr)
@@ -216,12 +216,12 @@ class Twin:
         return after, Moments(slots, steps)
 
     def _clipped(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        if self.trained.clip_norm is None:
+        if self.optimized.clip_norm is None:
             return gradients
         squares = torch.stack(
             [g.reshape(-1).dot(g.reshape(-1)) for g in gradients if g is not None]
         )
-        factor = (self.trained.clip_norm / (_root(squares.sum()) + 1e-6)).clamp(max=1.0)
+        factor = (self.optimized.clip_norm / (_root(squares.sum()) + 1e-6)).clamp(max=1.0)
         return [None if g is None else g * factor for g in gradients]
 
 

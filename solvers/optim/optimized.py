@@ -19,7 +19,7 @@ SGD: MakeOptimizer = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 RMSPROP: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.03)
 
 
-class Trained:
+class Optimized:
     """Named leaf tensors and the optimizer that updates them in place.
 
     Raises:
@@ -88,7 +88,7 @@ class Trained:
             self.scheduler.load_state_dict(state["schedule"])
 
 
-def descend(loss: Tensor, *groups: Trained) -> list[Tensor | None]:
+def descend(loss: Tensor, *groups: Optimized) -> list[Tensor | None]:
     """One optimizer step of each group along the gradient of `loss`; no gradient is formed for anything else.
 
     Returns:
@@ -96,11 +96,11 @@ def descend(loss: Tensor, *groups: Trained) -> list[Tensor | None]:
     """
     leaves = [leaf for group in groups for leaf in group.leaves]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    follow(gradients, *groups)
+    apply_gradients(gradients, *groups)
     return list(gradients)
 
 
-def follow(gradients: Sequence[Tensor | None], *groups: Trained) -> None:
+def apply_gradients(gradients: Sequence[Tensor | None], *groups: Optimized) -> None:
     """One optimizer step of each group along `gradients`, in the order of all their leaves; None leaves a leaf where it is."""
     leaves = [leaf for group in groups for leaf in group.leaves]
     for leaf, gradient in zip(leaves, gradients, strict=True):

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel import Params, Problem
 from bilevel.params import Batch, Carry, Hypers
-from bilevel.solvers.response.per_example_weight import Responding
+from bilevel.solvers.response.per_example_weight import ResponseWeight
 
 
 class Response(ABC):
@@ -76,7 +76,7 @@ class Structured(Response):
         for name, w in base.items():
             response, scale, axis = tensors[f"weights.{name}"], scales[name], self.axes[name]
             if offset.ndim == 2:
-                out[name] = Responding.of(w, response, scale, axis, tangent=tangent, label=name)
+                out[name] = ResponseWeight.of(w, response, scale, axis, tangent=tangent, label=name)
             else:
                 shape = [1] * max(w.ndim, 1)
                 shape[axis] = -1
@@ -114,7 +114,7 @@ def displaced(base: Tensor, change: Tensor, *, tangent: bool) -> Tensor:
     return forward_ad.make_dual(base, change) if tangent else base + change
 
 
-class Calls(TorchFunctionMode):
+class CallRecorder(TorchFunctionMode):
     """What a network does with its weights: looks on while `predict` runs once, in training.
 
     Attributes:

@@ -21,7 +21,7 @@ RULES: dict[Any, Callable[..., Any]] = {}
 
 
 def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register how `functions` act when one of their arguments is a `Responding` weight.
+    """Register how `functions` act when one of their arguments is a `ResponseWeight`.
 
     The rule takes the function's own arguments. It answers with `responding` where the function is linear in its weight, or
     works on the dense `per_example` weights where those are small.
@@ -32,8 +32,8 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         ... def bilinear(x, z, weight, bias=None):
         ...     first, second = primal(x), primal(z)
         ...     out = F.bilinear(x, z, weight.base, None if bias is None else bias.base)
-        ...     out = weight.respond(out, F.bilinear(first, second, weight.response), weight.scale)
-        ...     return out if bias is None else bias.respond(out, bias.response, bias.scale)
+        ...     out = weight.add_response(out, F.bilinear(first, second, weight.response), weight.scale)
+        ...     return out if bias is None else bias.add_response(out, bias.response, bias.scale)
     """
 
     def register(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +77,7 @@ _METADATA = getters(
 }
 
 
-class Responding(PerExampleWeight, Tensor):
+class ResponseWeight(PerExampleWeight, Tensor):
     """W₀ + diag(s_b) W₁ for every example b, along `axis` of the weight.
 
     Its shape is the weight's own, so that a module takes it for its parameter. Functions act on it by the rules of `RULES`;
@@ -107,9 +107,9 @@ class Responding(PerExampleWeight, Tensor):
         *,
         tangent: bool = False,
         label: str = "a weight",
-    ) -> "Responding":
+    ) -> "ResponseWeight":
         """Make one; `label` is what errors call it."""
-        self = base.detach().as_subclass(Responding)
+        self = base.detach().as_subclass(ResponseWeight)
         self.base, self.response, self.scale = base, response, scale
         self.axis, self.tangent, self.label = axis, tangent, label
         return self
@@ -129,9 +129,9 @@ class Responding(PerExampleWeight, Tensor):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # its stub names no argument
-        return f"Responding({self.label}, {tuple(self.base.shape)}, scale={tuple(self.scale.shape)}, tangent={self.tangent})"
+        return f"ResponseWeight({self.label}, {tuple(self.base.shape)}, scale={tuple(self.scale.shape)}, tangent={self.tangent})"
 
-    def respond(self, out: Tensor, units: Tensor, scale: Tensor | None = None) -> Tensor:
+    def add_response(self, out: Tensor, units: Tensor, scale: Tensor | None = None) -> Tensor:
         """`out` + scale ∘ units: added to the value itself, or to its tangent alone when this is a linearization.
 
         The primal of a linearization carries no graph of the response: its scale is zero there.
@@ -149,17 +149,17 @@ class Responding(PerExampleWeight, Tensor):
         dot = dot + units if scale is None else torch.addcmul(dot, scale, units)
         return forward_ad.make_dual(value, dot)
 
-    def spread(self, ndim: int, axis: int) -> Tensor:
+    def broadcast_scale(self, ndim: int, axis: int) -> Tensor:
         """s as a view that broadcasts over an output of `ndim` axes: examples first, the scaled units at `axis`."""
         shape = [1] * ndim
         shape[0], shape[axis] = self.scale.shape
         return self.scale.reshape(shape)
 
-    def per_example(self) -> Tensor:
+    def dense(self) -> Tensor:
         """The weights in full, [B, *shape] (a dual when linearized): for elementwise weights, which are small."""
         ndim = self.base.ndim + 1
         change = (
-            self.spread(ndim, 1 + self.axis) * self.response
+            self.broadcast_scale(ndim, 1 + self.axis) * self.response
             if self.base.ndim
             else self.scale[:, 0] * self.response
         )
@@ -171,15 +171,15 @@ class Responding(PerExampleWeight, Tensor):
     def parts(self) -> tuple[Tensor, ...]:
         return self.base, self.response, self.scale
 
-    def with_parts(self, *parts: Tensor) -> "Responding":
+    def with_parts(self, *parts: Tensor) -> "ResponseWeight":
         base, response, scale = parts
-        return Responding.of(
+        return ResponseWeight.of(
             base, response, scale, self.axis, tangent=self.tangent, label=self.label
         )
 
-    def transposed(self) -> "Responding":
+    def transposed(self) -> "ResponseWeight":
         """The transpose of a matrix: the scale moves to the other axis."""
-        return Responding.of(
+        return ResponseWeight.of(
             self.base.t(),
             self.response.t(),
             self.scale,
@@ -188,9 +188,9 @@ class Responding(PerExampleWeight, Tensor):
             label=self.label,
         )
 
-    def masked(self, mask: Tensor) -> "Responding":
+    def masked(self, mask: Tensor) -> "ResponseWeight":
         """M ∘ W for a mask [*shape] that all examples share (DropConnect): W₀ and W₁ are masked alike."""
-        return Responding.of(
+        return ResponseWeight.of(
             self.base * mask,
             self.response * mask,
             self.scale,
@@ -225,4 +225,4 @@ def _labels(args: Any, kwargs: Any) -> str:
         for part in (*args, *kwargs.values())
         for a in (part if isinstance(part, (list, tuple)) else [part])
     ]
-    return " and ".join(f"`{a.label}`" for a in leaves if isinstance(a, Responding))
+    return " and ".join(f"`{a.label}`" for a in leaves if isinstance(a, ResponseWeight))

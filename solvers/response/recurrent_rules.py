@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel import BilevelError
-from bilevel.solvers.response.per_example_weight import Responding, primal, rule, tangent
+from bilevel.solvers.response.per_example_weight import ResponseWeight, primal, rule, tangent
 from bilevel.solvers.response.rules import base_of
 
 States = tuple[Tensor, ...]
@@ -140,7 +140,7 @@ def recurrent(cell: Cell, x: Tensor, state: Any, weights: Any, *options: Any) ->
         )
     biases, layers, dropout, train, bidirectional, batch_first = options
     if not batch_first:
-        if any(isinstance(w, Responding) for w in weights):
+        if any(isinstance(w, ResponseWeight) for w in weights):
             raise BilevelError(
                 f"an {name} perturbed per example needs batch_first=True: the example axis comes first"
             )
@@ -193,7 +193,11 @@ def along_time(
 ) -> tuple[Tensor, States]:
     """One direction of one layer: h at every step, [B, T, n], and the states after the last."""
     order = -1 if reverse else 1
-    dual = any(tangent(t) is not None for t in (from_input, *start)) or moves(weight) or moves(bias)
+    dual = (
+        any(tangent(t) is not None for t in (from_input, *start))
+        or has_tangent(weight)
+        or has_tangent(bias)
+    )
     constant = not any(
         primal(base_of(t)).requires_grad
         for t in (from_input, *start, weight, bias)
@@ -201,7 +205,7 @@ def along_time(
     )
     if dual and constant:
         return linearized(cell, from_input, start, weight, bias, order)
-    hidden_gates = product(weight, bias)
+    hidden_gates = hidden_product(weight, bias)
     states, outputs = start, []
     for gates in from_input.unbind(1)[::order]:
         states, _ = cell.step(gates, hidden_gates(states[0]), states)
@@ -223,7 +227,7 @@ def linearized(
             seen.append(parts)
         factors = cell.factors(tuple(torch.stack(part, dim=1) for part in zip(*seen, strict=True)))
         before = torch.stack([states[0] for states in visited[:-1]], dim=1)
-    known = change(before, weight, bias)
+    known = weight_tangent(before, weight, bias)
     moved = tangent(from_input)
     zeros = torch.zeros_like(before[:, :1, :1]).expand(
         before.shape[0], before.shape[1], base.shape[0]
@@ -242,39 +246,39 @@ def linearized(
     return forward_ad.make_dual(values, torch.stack(outputs[::order], dim=1)), ends
 
 
-def moves(weight: Tensor | None) -> bool:
+def has_tangent(weight: Tensor | None) -> bool:
     """Whether a weight is a linearization: a dual, or a responding one that is read as such."""
     return (
         weight.tangent
-        if isinstance(weight, Responding)
+        if isinstance(weight, ResponseWeight)
         else weight is not None and tangent(weight) is not None
     )
 
 
-def change(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+def weight_tangent(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """X Ẇᵀ + ḃ, the part of a linear map's tangent that comes of its weights; None where they do not move."""
     parts = []
-    if isinstance(weight, Responding):
-        parts.append(weight.spread(x.ndim, -1) * F.linear(x, weight.response))
+    if isinstance(weight, ResponseWeight):
+        parts.append(weight.broadcast_scale(x.ndim, -1) * F.linear(x, weight.response))
     elif (dot := tangent(weight)) is not None:
         parts.append(F.linear(x, dot))
-    if isinstance(bias, Responding):
-        parts.append(bias.spread(x.ndim, -1) * bias.response)
+    if isinstance(bias, ResponseWeight):
+        parts.append(bias.broadcast_scale(x.ndim, -1) * bias.response)
     elif bias is not None and (dot := tangent(bias)) is not None:
         parts.append(dot)
     return sum(parts[1:], start=parts[0]) if parts else None
 
 
-def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def hidden_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """H ↦ W h + b for every step: of a responding weight, W₀h and W₁h come of one multiplication."""
     if (
-        not isinstance(weight, Responding)
+        not isinstance(weight, ResponseWeight)
         or weight.tangent
-        or not (bias is None or isinstance(bias, Responding))
+        or not (bias is None or isinstance(bias, ResponseWeight))
     ):
         return lambda h: F.linear(h, weight, bias)
     both, scale = torch.cat([weight.base, weight.response]), weight.scale
-    shift = torch.zeros_like(scale) if bias is None else bias.per_example()
+    shift = torch.zeros_like(scale) if bias is None else bias.dense()
 
     def apply(h: Tensor) -> Tensor:
         weight.check_examples(h)

@@ -15,15 +15,21 @@ from torch import Tensor
 
 from bilevel import BilevelError, squared_norm
 from bilevel.params import squared_norm_of
-from bilevel.solvers.response.per_example_weight import Responding, getters, primal, rule, tangent
+from bilevel.solvers.response.per_example_weight import (
+    ResponseWeight,
+    getters,
+    primal,
+    rule,
+    tangent,
+)
 
 
 def base_of(weight: Any) -> Any:
     """W₀ of a responding weight; anything else as it is."""
-    return weight.base if isinstance(weight, Responding) else weight
+    return weight.base if isinstance(weight, ResponseWeight) else weight
 
 
-def through_base(
+def apply_base(
     f: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """f(x, W₀, b₀), with the tangent f(ẋ, W₀) written out: PyTorch's own formula would multiply zeros by W₀ for Ẇ."""
@@ -33,42 +39,46 @@ def through_base(
     return forward_ad.make_dual(f(primal(x), weight, bias), f(dx, weight, None))
 
 
-def weighted(
+def linear_in_weight(
     f: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, unit_axis: int
 ) -> Tensor:
     """f(x, W, b) for f linear in W and in b, either or both responding; the output units lie at `unit_axis` of the output."""
-    out = through_base(f, x, base_of(weight), base_of(bias))
-    if isinstance(weight, Responding):
+    out = apply_base(f, x, base_of(weight), base_of(bias))
+    if isinstance(weight, ResponseWeight):
         weight.check_examples(x)
         if weight.axis == 0:
             units = f(primal(x) if weight.tangent else x, weight.response, None)
-            out = weight.respond(out, units, weight.spread(out.ndim, unit_axis))
+            out = weight.add_response(out, units, weight.broadcast_scale(out.ndim, unit_axis))
         else:  # the scale lies on the inputs: a decoder tied to an embedding
-            inputs = weight.spread(x.ndim, unit_axis) * (primal(x) if weight.tangent else x)
-            out = weight.respond(out, f(inputs, weight.response, None))
-    if isinstance(bias, Responding):
+            inputs = weight.broadcast_scale(x.ndim, unit_axis) * (
+                primal(x) if weight.tangent else x
+            )
+            out = weight.add_response(out, f(inputs, weight.response, None))
+    if isinstance(bias, ResponseWeight):
         bias.check_examples(x)
         shape = [1] * out.ndim
         shape[unit_axis] = -1
-        out = bias.respond(out, bias.spread(out.ndim, unit_axis) * bias.response.reshape(shape))
+        out = bias.add_response(
+            out, bias.broadcast_scale(out.ndim, unit_axis) * bias.response.reshape(shape)
+        )
     return out
 
 
 @rule(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Y = X Wᵀ + b."""
-    return weighted(F.linear, input, weight, bias, -1)
+    return linear_in_weight(F.linear, input, weight, bias, -1)
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm)
-def matmul(input: Tensor, other: Responding) -> Tensor:
+def matmul(input: Tensor, other: ResponseWeight) -> Tensor:
     """X W for a responding matrix, or X w for a responding vector."""
-    if isinstance(input, Responding):
+    if isinstance(input, ResponseWeight):
         raise BilevelError(
             f"`{input.label}` stands on the left of a product; write X @ W.T (or F.linear): examples come first"
         )
     if other.ndim == 1:  # w is the single row of a linear map, and its scale lies on the inputs
-        row = Responding.of(
+        row = ResponseWeight.of(
             other.base[None],
             other.response[None],
             other.scale,
@@ -81,7 +91,7 @@ def matmul(input: Tensor, other: Responding) -> Tensor:
 
 
 @rule(Tensor.t, torch.t, *getters("T", "mT"))
-def transpose(weight: Responding) -> Responding:
+def transpose(weight: ResponseWeight) -> ResponseWeight:
     """Wᵀ: the scale moves to the other axis."""
     return weight.transposed()
 
@@ -99,7 +109,7 @@ def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def f(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return convolve(input, weight, bias, stride, padding, dilation, groups)
 
-        return weighted(f, input, weight, bias, 1)
+        return linear_in_weight(f, input, weight, bias, 1)
 
     return apply
 
@@ -109,7 +119,7 @@ for _convolve in (F.conv1d, F.conv2d, F.conv3d):
 
 
 @rule(F.embedding)
-def embedding(input: Tensor, weight: Responding, *args: Any, **kwargs: Any) -> Tensor:
+def embedding(input: Tensor, weight: ResponseWeight, *args: Any, **kwargs: Any) -> Tensor:
     """E₀[input] + s ∘ E₁[input], with one scale per embedding column."""
     if weight.axis != 1:
         raise BilevelError(
@@ -117,8 +127,10 @@ def embedding(input: Tensor, weight: Responding, *args: Any, **kwargs: Any) -> T
         )
     weight.check_examples(input)
     out = F.embedding(input, weight.base, *args, **kwargs)
-    return weight.respond(
-        out, F.embedding(input, weight.response, *args, **kwargs), weight.spread(out.ndim, -1)
+    return weight.add_response(
+        out,
+        F.embedding(input, weight.response, *args, **kwargs),
+        weight.broadcast_scale(out.ndim, -1),
     )
 
 
@@ -128,10 +140,10 @@ def affine(
     """Normalized x times weight plus bias, each plain or per example; `view` makes [B or 1, *shape] broadcast against x."""
     for p, combine in ((weight, torch.mul), (bias, torch.add)):
         if p is not None:
-            if isinstance(p, Responding):
+            if isinstance(p, ResponseWeight):
                 p.check_examples(x)
             x = combine(
-                x, view(p.per_example() if isinstance(p, Responding) else p[None]).to(x.dtype)
+                x, view(p.dense() if isinstance(p, ResponseWeight) else p[None]).to(x.dtype)
             )
     return x
 
@@ -211,36 +223,42 @@ def add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
 @rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def mul(input: Tensor, other: Tensor) -> Tensor:
     """X ∘ g with a responding g of fewer axes: a gain that is written out; or M ∘ W with a mask M of the shape of W."""
-    weight, mask = (input, other) if isinstance(input, Responding) else (other, input)
-    if isinstance(weight, Responding) and _is_mask(mask, weight):
+    weight, mask = (input, other) if isinstance(input, ResponseWeight) else (other, input)
+    if isinstance(weight, ResponseWeight) and _is_mask(mask, weight):
         return weight.masked(mask)
     return _elementwise(torch.mul, input, other)
 
 
-def _is_mask(mask: Any, weight: Responding) -> bool:
+def _is_mask(mask: Any, weight: ResponseWeight) -> bool:
     """Whether it is one for all examples: a constant of the weight's own shape, which is a matrix at least."""
-    plain = isinstance(mask, Tensor) and not isinstance(mask, Responding) and tangent(mask) is None
+    plain = (
+        isinstance(mask, Tensor) and not isinstance(mask, ResponseWeight) and tangent(mask) is None
+    )
     return plain and weight.ndim >= 2 and mask.shape == weight.shape
 
 
 def _elementwise(f: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
-    weight: Responding = x if isinstance(x, Responding) else y
+    weight: ResponseWeight = x if isinstance(x, ResponseWeight) else y
     other = y if weight is x else x
-    if isinstance(other, Responding) or not isinstance(other, Tensor) or other.ndim <= weight.ndim:
+    if (
+        isinstance(other, ResponseWeight)
+        or not isinstance(other, Tensor)
+        or other.ndim <= weight.ndim
+    ):
         raise BilevelError(
             f"`{weight.label}` varies per example and meets {type(other).__name__} in `{f.__name__}`; only an input with an "
             "example axis can be scaled or shifted by it: use bilevel.squared_norm for penalties, or perturb per batch "
             "(per_example=False)"
         )
     weight.check_examples(other)
-    dense = weight.per_example()
+    dense = weight.dense()
     return f(
         other, dense.reshape(dense.shape[0], *[1] * (other.ndim - dense.ndim), *dense.shape[1:])
     )
 
 
 @rule(squared_norm_of)
-def squared_norm_per_example(weight: Responding, weights: Tensor | None = None) -> Tensor:
+def squared_norm_per_example(weight: ResponseWeight, weights: Tensor | None = None) -> Tensor:
     """‖W₀ + diag(s_b) W₁‖² = ‖W₀‖² + 2 s_b·⟨W₀, W₁⟩_rows + s_b²·‖W₁‖²_rows: [B]; with `weights`, every product is weighted."""
 
     def rows(p: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import Batch, Hypers, Params
-from bilevel.solvers.optim.functional import Twin
-from bilevel.solvers.unroll.reverse import Mode, Unroll, Vectors, pulled
-from bilevel.solvers.unroll.trajectory import Point, Slope, Trajectory
+from bilevel.solvers.optim.functional import FunctionalOptimizer
+from bilevel.solvers.unroll.reverse import Mode, Unroll, Vectors, partial_vjp
+from bilevel.solvers.unroll.trajectory import InnerGradient, InnerState, Trajectory
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Forward(Mode):
     """
 
     def begin(
-        self, trajectory: Trajectory, start: Point, u: Float[Tensor, " h"], steps: int
+        self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"], steps: int
     ) -> Unroll:
-        return Columns(trajectory, start, u)
+        return ForwardUnroll(trajectory, start, u)
 
 
-class Columns(Unroll):
+class ForwardUnroll(Unroll):
     """Steps with their derivatives in each coordinate of u.
 
     Attributes:
         columns: for each coordinate, the derivative of every tensor of the point.
     """
 
-    def __init__(self, trajectory: Trajectory, start: Point, u: Float[Tensor, " h"]) -> None:
+    def __init__(self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"]) -> None:
         super().__init__(trajectory, start, u)
         self.columns: list[Vectors] = [[None] * len(start.tensors()) for _ in u]
         self.directions: list[list[Tensor | None]] = []
@@ -54,21 +54,24 @@ class Columns(Unroll):
                 )
 
     def step(self, batch: Batch) -> Tensor:
-        slope = self.slope(batch)
-        weights = list(slope.params.values())
-        update = Update(self.trajectory.twin, self.point, slope, self.hypers)
+        gradient = self.inner_gradient(batch)
+        weights = list(gradient.params.values())
+        update = UpdateTangents(self.trajectory.optimizer, self.point, gradient, self.hypers)
         for k, direction in enumerate(self.directions):
             column = self.columns[k]
             # the graphs serve every column, and are freed with the last
             keep = k + 1 < len(self.directions)
-            moved = pulled(
-                slope.gradients, [*column[: len(weights)], *direction], weights, retain_graph=keep
+            moved = partial_vjp(
+                gradient.gradients,
+                [*column[: len(weights)], *direction],
+                weights,
+                retain_graph=keep,
             )
-            self.columns[k] = update.pushed(
+            self.columns[k] = update.jvp(
                 column, moved, dict(zip(self.space.tuned, direction, strict=True)), keep=keep
             )
         self.point = update.end
-        return slope.loss
+        return gradient.loss
 
     def respond(self, offset: Float[Tensor, " h"]) -> Params:
         answer = dict(self.point.params)
@@ -79,34 +82,40 @@ class Columns(Unroll):
         return answer
 
 
-class Update:
+class UpdateTangents:
     """A step of the optimizer, and what it makes of tangents: J t is the derivative of v ↦ Jᵀv, which is linear, along t.
 
     The graph of Jᵀv is built once for all columns, where forward-mode duals would repeat the step for each of them.
 
     Args:
-        twin: the optimizer.
+        optimizer: the optimizer.
         point: where the step starts.
-        slope: ∇L_T there.
+        gradient: ∇L_T there.
         hypers: λ, with the settings that it holds.
 
     Attributes:
         end: where the step leads to, as a constant.
     """
 
-    def __init__(self, twin: Twin, point: Point, slope: Slope, hypers: Hypers) -> None:
+    def __init__(
+        self,
+        optimizer: FunctionalOptimizer,
+        point: InnerState,
+        gradient: InnerGradient,
+        hypers: Hypers,
+    ) -> None:
         with torch.enable_grad():
             start = point.replaced(t.detach().requires_grad_() for t in point.tensors())
             gradients = [
                 None if g is None else g.detach().requires_grad_()
-                for g in slope.gradients[: len(point.params)]
+                for g in gradient.gradients[: len(point.params)]
             ]
-            self._settings = list(twin.tuned)
-            settings = {name: hypers[name].detach().requires_grad_() for name in twin.tuned}
-            params, moments = twin.step(
-                start.params, start.moments, gradients, twin.settings(hypers | settings)
+            self._settings = list(optimizer.tuned)
+            settings = {name: hypers[name].detach().requires_grad_() for name in optimizer.tuned}
+            params, moments = optimizer.step(
+                start.params, start.moments, gradients, optimizer.settings(hypers | settings)
             )
-            end = Point(params, moments, slope.carry)
+            end = InnerState(params, moments, gradient.carry)
             inputs = [
                 *start.tensors(),
                 *(g for g in gradients if g is not None),
@@ -121,10 +130,10 @@ class Update:
             )
         self.end = end.constant()
 
-    def pushed(
+    def jvp(
         self, column: Vectors, moved: Vectors, direction: Mapping[str, Tensor | None], *, keep: bool
     ) -> Vectors:
         """The derivative of every tensor of `end` from those of the point, of the gradients and of λ."""
         gradients = [ġ for ġ, moving in zip(moved, self._moving, strict=True) if moving]
         tangents = [*column, *gradients, *(direction[name] for name in self._settings)]
-        return pulled(self._pulled, tangents, self._cotangents, retain_graph=keep)
+        return partial_vjp(self._pulled, tangents, self._cotangents, retain_graph=keep)

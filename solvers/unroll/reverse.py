@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bilevel import Batch, BilevelError, Hypers, Params
-from bilevel.solvers.unroll.trajectory import Point, Slope, Trajectory
+from bilevel.solvers.unroll.trajectory import InnerGradient, InnerState, Trajectory
 
 Vectors: TypeAlias = Sequence[Tensor | None]
 """One for each of some tensors, in its space; None for zeros."""
@@ -31,7 +31,7 @@ class Unroll(ABC):
         hypers: λ, of which the tuned ones are `leaves` of the graph.
     """
 
-    def __init__(self, trajectory: Trajectory, start: Point, u: Float[Tensor, " h"]) -> None:
+    def __init__(self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"]) -> None:
         self.trajectory, self.point, self.u, self.space = (
             trajectory,
             start,
@@ -42,10 +42,15 @@ class Unroll(ABC):
         self.leaves = [hypers[name].detach().requires_grad_() for name in self.space.tuned]
         self.hypers: Hypers = hypers | dict(zip(self.space.tuned, self.leaves, strict=True))
 
-    def slope(self, batch: Batch) -> Slope:
+    def inner_gradient(self, batch: Batch) -> InnerGradient:
         """∇L_T in w and in the leaves of λ where training stands, to be differentiated again in both."""
-        return self.trajectory.slope(
-            self.point, self.hypers, batch, create_graph=True, composed=True, beside=self.leaves
+        return self.trajectory.inner_gradient(
+            self.point,
+            self.hypers,
+            batch,
+            create_graph=True,
+            decomposed=True,
+            extra_inputs=self.leaves,
         )
 
     @abstractmethod
@@ -62,7 +67,7 @@ class Mode(ABC):
 
     @abstractmethod
     def begin(
-        self, trajectory: Trajectory, start: Point, u: Float[Tensor, " h"], steps: int
+        self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"], steps: int
     ) -> Unroll:
         """Before the first of `steps` steps."""
 
@@ -95,18 +100,24 @@ class Reverse(Mode):
             )
 
     def begin(
-        self, trajectory: Trajectory, start: Point, u: Float[Tensor, " h"], steps: int
+        self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"], steps: int
     ) -> Unroll:
         last = steps if self.truncate is None else min(self.truncate, steps)
-        kind = Recomputed if self.checkpoint else Kept
+        kind = Checkpointed if self.checkpoint else StoredGraph
         return kind(trajectory, start, u, steps=steps, last=last)
 
 
-class Backward(Unroll):
+class ReverseUnroll(Unroll):
     """Steps of which the `last` are differentiated by pulling ∂_w L_V back through them."""
 
     def __init__(
-        self, trajectory: Trajectory, start: Point, u: Float[Tensor, " h"], *, steps: int, last: int
+        self,
+        trajectory: Trajectory,
+        start: InnerState,
+        u: Float[Tensor, " h"],
+        *,
+        steps: int,
+        last: int,
     ) -> None:
         super().__init__(trajectory, start, u)
         self.first, self.last, self.taken = steps - last, last, 0
@@ -114,10 +125,10 @@ class Backward(Unroll):
     def step(self, batch: Batch) -> Tensor:
         if self.taken < self.first:
             self.point, loss = self.trajectory.advance(
-                self.point, self.hypers, batch, create_graph=False, composed=False
+                self.point, self.hypers, batch, create_graph=False, decomposed=False
             )
         else:
-            self.point, loss = self.followed(batch)
+            self.point, loss = self.graph_step(batch)
         self.taken += 1
         return loss
 
@@ -130,7 +141,7 @@ class Backward(Unroll):
         return dict(zip(self.point.params, answer, strict=True))
 
     @abstractmethod
-    def followed(self, batch: Batch) -> tuple[Point, Tensor]:
+    def graph_step(self, batch: Batch) -> tuple[InnerState, Tensor]:
         """A step that is differentiated later."""
 
     @abstractmethod
@@ -138,45 +149,51 @@ class Backward(Unroll):
         """(∂w_K/∂λ)ᵀ applied to `cotangents`, one for each weight: one for each leaf of λ."""
 
 
-class Kept(Backward):
+class StoredGraph(ReverseUnroll):
     """All in one graph, which one pull consumes: to retain it would cost a fifth more time."""
 
-    def followed(self, batch: Batch) -> tuple[Point, Tensor]:
+    def graph_step(self, batch: Batch) -> tuple[InnerState, Tensor]:
         return self.trajectory.advance(
-            self.point, self.hypers, batch, create_graph=True, composed=True
+            self.point, self.hypers, batch, create_graph=True, decomposed=True
         )
 
     def pull(self, cotangents: Vectors) -> Vectors:
-        return pulled(list(self.point.params.values()), cotangents, self.leaves)
+        return partial_vjp(list(self.point.params.values()), cotangents, self.leaves)
 
 
 class Segment(NamedTuple):
     """Steps to recompute: where they start, the generator's state there, and their batches."""
 
-    start: Point
+    start: InnerState
     masks: Tensor
     batches: list[Batch]
 
 
-class Recomputed(Backward):
+class Checkpointed(ReverseUnroll):
     """Segments of about √K steps, run without a graph, and once more with one when their turn comes in the backward pass."""
 
     def __init__(
-        self, trajectory: Trajectory, start: Point, u: Float[Tensor, " h"], *, steps: int, last: int
+        self,
+        trajectory: Trajectory,
+        start: InnerState,
+        u: Float[Tensor, " h"],
+        *,
+        steps: int,
+        last: int,
     ) -> None:
         super().__init__(trajectory, start, u, steps=steps, last=last)
         segments = isqrt(last - 1) + 1
         self.length = ceil(last / segments)
         self.segments: list[Segment] = []
 
-    def followed(self, batch: Batch) -> tuple[Point, Tensor]:
+    def graph_step(self, batch: Batch) -> tuple[InnerState, Tensor]:
         if (self.taken - self.first) % self.length == 0:
             self.segments.append(
                 Segment(self.point, self.trajectory.generator.get_state(), [])
             )  # the state lies on the host
         self.segments[-1].batches.append(batch)
         return self.trajectory.advance(
-            self.point, self.hypers, batch, create_graph=False, composed=True
+            self.point, self.hypers, batch, create_graph=False, decomposed=True
         )
 
     def pull(self, cotangents: Vectors) -> Vectors:
@@ -193,10 +210,10 @@ class Recomputed(Backward):
             end = start
             for batch in segment.batches:
                 end, _ = self.trajectory.advance(
-                    end, self.hypers, batch, create_graph=True, composed=True
+                    end, self.hypers, batch, create_graph=True, decomposed=True
                 )
             inputs = [*self.leaves, *(start.tensors() if moving else ())]
-            arrived = pulled(end.tensors(), adjoint, inputs)
+            arrived = partial_vjp(end.tensors(), adjoint, inputs)
             total = [t if g is None else t + g for t, g in zip(total, arrived, strict=False)]
             adjoint = list(arrived[len(self.leaves) :])
         generator.set_state(now)
@@ -221,7 +238,7 @@ class _Answer(torch.autograd.Function):
         return None, None, *arrived, *[None] * (ctx.inputs - len(arrived))
 
 
-def pulled(
+def partial_vjp(
     outputs: Sequence[Tensor | None],
     cotangents: Vectors,
     inputs: Sequence[Tensor],

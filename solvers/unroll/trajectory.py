@@ -10,10 +10,10 @@ from torch import Tensor
 from bilevel import Batch, Carry, Hypers, Problem
 from bilevel.params import Params, detached
 from bilevel.solvers.autodiff.decompositions import twice_differentiable
-from bilevel.solvers.optim.functional import Moments, Twin
+from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 
 
-class Point(NamedTuple):
+class InnerState(NamedTuple):
     """Where training stands: weights, the optimizer's memory, and the carry (a constant of every step)."""
 
     params: Params
@@ -27,21 +27,21 @@ class Point(NamedTuple):
             *(slot for slots in self.moments.slots.values() for slot in slots.values()),
         ]
 
-    def replaced(self, tensors: Iterable[Tensor]) -> "Point":
+    def replaced(self, tensors: Iterable[Tensor]) -> "InnerState":
         """The same with other `tensors`, in that order."""
         new = iter(tensors)
         params = {name: next(new) for name in self.params}
         slots = {
             name: {key: next(new) for key in slots} for name, slots in self.moments.slots.items()
         }
-        return Point(params, Moments(slots, self.moments.steps), self.carry)
+        return InnerState(params, Moments(slots, self.moments.steps), self.carry)
 
-    def constant(self) -> "Point":
+    def constant(self) -> "InnerState":
         """The same, cut from the graph."""
         return self.replaced(t.detach() for t in self.tensors())
 
 
-class Slope(NamedTuple):
+class InnerGradient(NamedTuple):
     """∇_w L_T at a point.
 
     Attributes:
@@ -57,7 +57,7 @@ class Slope(NamedTuple):
     carry: Carry
 
 
-def once_only(gradients: Iterable[Tensor | None]) -> bool:
+def lacks_second_derivative(gradients: Iterable[Tensor | None]) -> bool:
     """Whether a function on the way to `gradients` can be differentiated once alone.
 
     Autograd says so for its own functions; of a custom one that is marked `once_differentiable` it leaves the second derivative
@@ -79,7 +79,7 @@ class Trajectory:
 
     Args:
         problem: whose L_T is descended.
-        twin: the inner optimizer.
+        optimizer: the inner optimizer.
         generator: of the masks.
         functions: what the network calls; what cannot be differentiated twice is composed while a graph is kept.
     """
@@ -87,20 +87,20 @@ class Trajectory:
     def __init__(
         self,
         problem: Problem,
-        twin: Twin,
+        optimizer: FunctionalOptimizer,
         generator: torch.Generator,
         functions: Set[Any] = frozenset(),
     ) -> None:
-        self.problem, self.twin, self.generator, self.functions = (
+        self.problem, self.optimizer, self.generator, self.functions = (
             problem,
-            twin,
+            optimizer,
             generator,
             functions,
         )
 
     def step(
-        self, point: Point, u: Tensor, batch: Batch, *, create_graph: bool
-    ) -> tuple[Point, Tensor]:
+        self, point: InnerState, u: Tensor, batch: Batch, *, create_graph: bool
+    ) -> tuple[InnerState, Tensor]:
         """Φ, and L_T at `point` as a constant; differentiable in `u`, and in `point`, when `create_graph`.
 
         Args:
@@ -110,42 +110,52 @@ class Trajectory:
             create_graph: whether the step shall be differentiated itself.
         """
         hypers = self.problem.space.constrain(u if create_graph else u.detach(), self.generator)
-        return self.advance(point, hypers, batch, create_graph=create_graph, composed=create_graph)
+        return self.advance(
+            point, hypers, batch, create_graph=create_graph, decomposed=create_graph
+        )
 
     def advance(
-        self, point: Point, hypers: Hypers, batch: Batch, *, create_graph: bool, composed: bool
-    ) -> tuple[Point, Tensor]:
-        """`step` at λ itself; `composed` rounds as a differentiable step does, whether or not there is a graph."""
-        slope = self.slope(point, hypers, batch, create_graph=create_graph, composed=composed)
-        with torch.set_grad_enabled(create_graph):
-            after, moments = self.twin.step(
-                slope.params, point.moments, slope.gradients, self.twin.settings(hypers)
-            )
-        end = Point(after, moments, slope.carry)
-        return end if create_graph else end.constant(), slope.loss
-
-    def slope(
         self,
-        point: Point,
+        point: InnerState,
         hypers: Hypers,
         batch: Batch,
         *,
         create_graph: bool,
-        composed: bool,
-        beside: Sequence[Tensor] = (),
-    ) -> Slope:
-        """∇_w L_T, and the derivatives of L_T in the tensors `beside`."""
+        decomposed: bool,
+    ) -> tuple[InnerState, Tensor]:
+        """`step` at λ itself; `decomposed` rounds as a differentiable step does, whether or not there is a graph."""
+        gradient = self.inner_gradient(
+            point, hypers, batch, create_graph=create_graph, decomposed=decomposed
+        )
+        with torch.set_grad_enabled(create_graph):
+            after, moments = self.optimizer.step(
+                gradient.params, point.moments, gradient.gradients, self.optimizer.settings(hypers)
+            )
+        end = InnerState(after, moments, gradient.carry)
+        return end if create_graph else end.constant(), gradient.loss
+
+    def inner_gradient(
+        self,
+        point: InnerState,
+        hypers: Hypers,
+        batch: Batch,
+        *,
+        create_graph: bool,
+        decomposed: bool,
+        extra_inputs: Sequence[Tensor] = (),
+    ) -> InnerGradient:
+        """∇_w L_T, and the derivatives of L_T in the tensors `extra_inputs`."""
         with torch.enable_grad():
             params = {
                 name: p if create_graph and p.requires_grad else p.detach().requires_grad_()
                 for name, p in point.params.items()
             }
-            with twice_differentiable(self.functions) if composed else nullcontext():
+            with twice_differentiable(self.functions) if decomposed else nullcontext():
                 loss, carry = self.problem.inner_loss(
                     hypers, params, point.carry, batch, self.generator
                 )
-            inputs = [*params.values(), *beside]
+            inputs = [*params.values(), *extra_inputs]
             gradients = torch.autograd.grad(
                 loss, inputs, create_graph=create_graph, allow_unused=True
             )
-        return Slope(params, gradients, loss.detach(), detached(carry))
+        return InnerGradient(params, gradients, loss.detach(), detached(carry))

@@ -24,7 +24,7 @@ from bilevel.problems import Quadratic, Ridge, digits
 from bilevel.solvers import Fixed
 from bilevel.solvers.evolution import EvolutionStrategies
 from bilevel.solvers.optim.functional import Moments
-from bilevel.solvers.unroll.trajectory import Point
+from bilevel.solvers.unroll.trajectory import InnerState
 from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, Recurrent, every_domain, normed, ready, set_to, sgd
 
@@ -80,12 +80,12 @@ def quickly(solver):
                 "momentum_buffer", torch.zeros_like(w)
             )
             slots = {"w": {"momentum_buffer": change}}
-        return Point({"w": w - group["lr"] * change}, Moments(slots, steps), {}), None
+        return InnerState({"w": w - group["lr"] * change}, Moments(slots, steps), {}), None
 
     batch, u = solver.data.train.peek(), torch.ones_like(solver.belief.u)
     ends = []
     for how in (step, slow):
-        point = Point(*solver.twin.read(), {})
+        point = InnerState(*solver.twin.read(), {})
         for _ in range(2):
             point, _ = how(point, u, batch, create_graph=False)
         ends.append(point.params["w"])

@@ -22,7 +22,7 @@ from bilevel import (
 )
 from bilevel.cli.app import main
 from bilevel.loggers import hyper_schedule
-from bilevel.loggers.hyper_schedule import HyperSchedule, export, from_run, read
+from bilevel.loggers.hyper_schedule import RecordedSchedule, export, from_run, read
 from bilevel.loggers.records import read_metrics
 from bilevel.solvers import Constant, Fixed, Gaussian, Replayed, SelfTuning, Sinusoidal
 from tests.support.device_waits import no_waiting
@@ -471,5 +471,5 @@ def test_names_that_cannot_be_perturbed():
 
 
 def test_a_schedule_is_held():
-    schedule = HyperSchedule([2, 5], {"a": [1.0, 2.0]})
+    schedule = RecordedSchedule([2, 5], {"a": [1.0, 2.0]})
     assert [schedule.at(n)["a"] for n in (0, 2, 4, 5, 99)] == [1.0, 1.0, 1.0, 2.0, 2.0]

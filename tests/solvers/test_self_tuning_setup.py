@@ -104,7 +104,9 @@ def test_an_operation_whose_forward_derivative_has_no_backward_is_refused_at_set
     """PyTorch has no derivative of `glu_jvp`: composed, it runs; if it were not, set-up would find it, not the first step."""
     network = nn.Sequential(nn.Linear(4, 6), nn.GLU())
     ready(Decayed(network)).step()
-    monkeypatch.delitem(bilevel.solvers.autodiff.decompositions.FORWARD, torch.nn.functional.glu)
+    monkeypatch.delitem(
+        bilevel.solvers.autodiff.decompositions.FORWARD_MODE, torch.nn.functional.glu
+    )
     assert "glu" in refusal(Decayed(network))
 
 

@@ -16,7 +16,7 @@ from bilevel.problems.language_modeling.corpus import Corpus, numbered, prose
 from bilevel.problems.language_modeling.problem import Language
 from bilevel.problems.language_modeling.windows import Windows
 from bilevel.solvers import Fixed, SelfTuning
-from bilevel.solvers.autodiff.decompositions import FORWARD, Composed
+from bilevel.solvers.autodiff.decompositions import FORWARD_MODE, Decomposed
 from bilevel.solvers.optim.lr_schedules import NonMonotone
 from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import CPU, RECIPES, ready, sgd
@@ -466,7 +466,7 @@ def test_the_response_of_an_lstm_costs_five_units():
         * 5
         * sum(p.numel() for name, p in params.items() if p.ndim == 2 and name != "embedding.weight")
     )
-    with Composed(FORWARD):
+    with Decomposed(FORWARD_MODE):
         at = problem.space.constrain(solver.belief.centre)
         plain = count(
             lambda: problem.predict(at, params, solver.carry, window, train=False, generator=None)

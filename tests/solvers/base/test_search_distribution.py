@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from bilevel import Integer, Interval, ModuleProblem, Positive, Real, Simplex, Space
-from bilevel.solvers import Dense, Responding, SelfTuning
+from bilevel.solvers import Dense, ResponseWeight, SelfTuning
 from bilevel.solvers.base.search_distribution import Belief
 from tests.support.solver_cases import all_flags, classifier, ready, sgd
 
@@ -136,7 +136,7 @@ def test_a_mixed_space_is_perturbed_as_each_hyperparameter_asks(decay_per_exampl
     assert hypers["dropout1"].unique().numel() == 8
     assert hypers["weight_decay"].shape == ((8,) if decay_per_example else ())
     assert offset[:, 3].unique().numel() == (8 if decay_per_example else 1)
-    assert all(isinstance(w, Responding) for w in solver.respond(offset).values())
+    assert all(isinstance(w, ResponseWeight) for w in solver.respond(offset).values())
     solver.step()
 
 

@@ -7,8 +7,8 @@ import torch
 
 from bilevel import BilevelError, Positive, Refused, Space
 from bilevel.domains import optimizer_setting
-from bilevel.solvers.optim.functional import Twin, _root, configured
-from bilevel.solvers.optim.optimized import Trained
+from bilevel.solvers.optim.functional import FunctionalOptimizer, _root, configured
+from bilevel.solvers.optim.optimized import Optimized
 
 SGD, Adam, AdamW, RMSprop = (
     torch.optim.SGD,
@@ -68,8 +68,8 @@ def run(twin, point, settings, steps=STEPS, first=0):
 @all_optimizers
 def test_a_twin_takes_the_steps_of_its_optimizer(make, clip_norm):
     """Weights and memory, every one of 20 steps; weights whose gradient is zero, or absent, for a while or for ever."""
-    theirs, ours = (Trained(weights(), make, clip_norm=clip_norm) for _ in range(2))
-    twin = Twin(ours, NOTHING)
+    theirs, ours = (Optimized(weights(), make, clip_norm=clip_norm) for _ in range(2))
+    twin = FunctionalOptimizer(ours, NOTHING)
     point, settings = twin.read(), twin.settings({})
     for step in range(STEPS):
         for leaf, gradient in zip(theirs.leaves, gradients(step, theirs.detached()), strict=True):
@@ -94,8 +94,8 @@ def test_a_twin_takes_the_steps_of_its_optimizer(make, clip_norm):
 @all_optimizers
 def test_steps_of_both_kinds_may_alternate(make):
     """What a twin writes back the optimizer continues from, and the other way round."""
-    theirs, ours = Trained(weights(), make), Trained(weights(), make)
-    twin = Twin(ours, NOTHING)
+    theirs, ours = Optimized(weights(), make), Optimized(weights(), make)
+    twin = FunctionalOptimizer(ours, NOTHING)
     for step in range(12):
         for trained in (theirs, ours):
             if trained is ours and step % 4 < 2:
@@ -111,8 +111,8 @@ def test_steps_of_both_kinds_may_alternate(make):
 
 def test_a_gradient_of_one_number_in_many_places_is_written_back_as_memory_of_its_own():
     """Autograd hands out expanded tensors: in-place steps on them would fail, or change many weights at once."""
-    trained = Trained({"w": torch.zeros(3)}, partial(SGD, lr=1.0, momentum=0.5))
-    twin = Twin(trained, NOTHING)
+    trained = Optimized({"w": torch.zeros(3)}, partial(SGD, lr=1.0, momentum=0.5))
+    twin = FunctionalOptimizer(trained, NOTHING)
     params, moments = twin.read()
     twin.write(*twin.step(params, moments, [torch.ones(()).expand(3)], twin.settings({})))
     trained.leaves[0].grad = torch.tensor([1.0, 2.0, 3.0])
@@ -125,7 +125,7 @@ def test_a_gradient_of_one_number_in_many_places_is_written_back_as_memory_of_it
 
 def final(make, start, settings=None, clip_norm=None):
     """The sum of all weights after 20 steps, to be differentiated in `start` and in the settings."""
-    twin = Twin(Trained(start, make, clip_norm=clip_norm), NOTHING)
+    twin = FunctionalOptimizer(Optimized(start, make, clip_norm=clip_norm), NOTHING)
     point = (dict(start), twin.read()[1])
     params, _ = run(twin, point, {**twin.settings({}), **(settings or {})})
     return sum((p * torch.arange(1.0, 5.0).double()).sum() for p in params.values())
@@ -188,8 +188,8 @@ def test_a_setting_as_a_tensor_changes_no_value(name, settings):
 def test_adam_divides_by_the_root_of_the_second_moment():
     """The trap of a differentiable Adam without its square root: the first step is lr · sign(g), whatever the size of g."""
     for size in (1e-3, 1.0, 1e3):
-        twin = Twin(
-            Trained({"w": torch.zeros(2).double()}, partial(Adam, lr=0.1, eps=0.0)), NOTHING
+        twin = FunctionalOptimizer(
+            Optimized({"w": torch.zeros(2).double()}, partial(Adam, lr=0.1, eps=0.0)), NOTHING
         )
         params, moments = twin.read()
         g = size * torch.tensor([1.0, -1.0]).double()
@@ -206,8 +206,8 @@ def tuning(make, scheduler=None, **settings):
     space = Space(
         **{f"of {name}": optimizer_setting(name, init=value) for name, value in settings.items()}
     )
-    trained = Trained(weights(), configured(make, settings), scheduler)
-    return Twin(trained, space), space
+    trained = Optimized(weights(), configured(make, settings), scheduler)
+    return FunctionalOptimizer(trained, space), space
 
 
 def test_settings_of_lambda_take_the_place_of_the_optimizers():
@@ -221,7 +221,9 @@ def test_settings_of_lambda_take_the_place_of_the_optimizers():
 
 def test_a_frozen_setting_is_the_optimizers_own_number():
     space = Space(rate=Positive(init=0.02, optimizer="lr", frozen=True), decay=Positive(init=1.0))
-    twin = Twin(Trained(weights(), configured(partial(SGD, lr=0.5), {"lr": 0.02})), space)
+    twin = FunctionalOptimizer(
+        Optimized(weights(), configured(partial(SGD, lr=0.5), {"lr": 0.02})), space
+    )
     assert twin.tuned == {}
     assert twin.settings(space.constrain(space.init()))["lr"] == 0.02
 
@@ -239,8 +241,8 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
     moved = space.constrain(space.unconstrain({"of lr": torch.tensor(0.3)}))
     for epoch in range(3):
         torch.testing.assert_close(twin.settings(moved)["lr"], torch.tensor(0.3 * factor(epoch)))
-        twin.trained.optimizer.step()
-        twin.trained.epoch_ended(None)
+        twin.optimized.optimizer.step()
+        twin.optimized.epoch_ended(None)
 
 
 # --- what has no twin ---
@@ -266,15 +268,15 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
 )
 def test_what_has_no_twin_is_refused(make, match):
     with pytest.raises(Refused, match=match):
-        Twin(Trained(weights(), make), NOTHING)
+        FunctionalOptimizer(Optimized(weights(), make), NOTHING)
 
 
 def test_a_setting_that_the_optimizer_has_not_is_refused():
     space = Space(first=optimizer_setting("beta1", init=0.9))
     with pytest.raises(Refused, match="`first` sets `beta1`, which SGD has not"):
-        Twin(Trained(weights(), partial(SGD, lr=0.1)), space)
+        FunctionalOptimizer(Optimized(weights(), partial(SGD, lr=0.1)), space)
     with pytest.raises(BilevelError, match="no setting `beta1`"):
-        Trained(weights(), configured(partial(SGD, lr=0.1), {"beta1": 0.9}))
+        Optimized(weights(), configured(partial(SGD, lr=0.1), {"beta1": 0.9}))
 
 
 def test_a_half_precision_root_is_no_root_of_the_smallest_number():

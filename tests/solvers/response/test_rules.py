@@ -9,8 +9,8 @@ from torch.func import functional_call
 
 import bilevel
 from bilevel import solvers, squared_norm
-from bilevel.solvers.autodiff.decompositions import FORWARD, TWICE, Composed
-from bilevel.solvers.response.per_example_weight import Responding
+from bilevel.solvers.autodiff.decompositions import DOUBLE_BACKWARD, FORWARD_MODE, Decomposed
+from bilevel.solvers.response.per_example_weight import ResponseWeight
 
 B, H = 3, 2
 
@@ -151,7 +151,7 @@ def change(response, scales, axes, b):
 
 def responding(base, response, scales, axes, *, tangent=False):
     return {
-        k: Responding.of(base[k], response[k], scales[k], axes[k], tangent=tangent, label=k)
+        k: ResponseWeight.of(base[k], response[k], scales[k], axes[k], tangent=tangent, label=k)
         for k in base
     }
 
@@ -187,7 +187,7 @@ def test_tangent_rule_equals_forward_mode_of_dense_weights(layer):
     value, dot = linearized(call, responding(base, response, scales, axes, tangent=True))
     pairs = []
     for b in range(B):
-        with forward_ad.dual_level(), Composed(FORWARD):
+        with forward_ad.dual_level(), Decomposed(FORWARD_MODE):
             step = change(response, scales, axes, b)
             y = forward_ad.unpack_dual(
                 call({k: forward_ad.make_dual(base[k], step[k]) for k in base})
@@ -231,8 +231,8 @@ def test_exact_rule_has_second_derivatives(layer):
             sum(g.square().sum() for g in first if g is not None), leaves, allow_unused=True
         )
 
-    with Composed(
-        TWICE
+    with Decomposed(
+        DOUBLE_BACKWARD
     ):  # double backward through a fused training batch norm is not PyTorch's to give
         ours = curvature(call(responding(base, response, scales, axes)))
         oracle = curvature(
@@ -266,8 +266,8 @@ def test_batch_norm_shares_the_statistics_of_responding_inputs(composed):
     x, gain, shift = torch.randn(B, 4), torch.randn(B, 4), torch.randn(B, 4)
     ones, zeros = torch.ones(4), torch.zeros(4)
     running = torch.zeros(4), torch.ones(4)
-    params = Responding.of(ones, ones, gain - 1), Responding.of(zeros, ones, shift)
-    with Composed(TWICE if composed else {}):
+    params = ResponseWeight.of(ones, ones, gain - 1), ResponseWeight.of(zeros, ones, shift)
+    with Decomposed(DOUBLE_BACKWARD if composed else {}):
         ours = F.batch_norm(x, *running, *params, training=True)
     plain = torch.zeros(4), torch.ones(4)
     torch.testing.assert_close(ours, F.batch_norm(x, *plain, training=True) * gain + shift)
@@ -277,7 +277,7 @@ def test_batch_norm_shares_the_statistics_of_responding_inputs(composed):
 
 
 def weight(axis=0):
-    return Responding.of(
+    return ResponseWeight.of(
         torch.randn(4, 4), torch.randn(4, 4), torch.randn(B, 4), axis, label="head.weight"
     )
 
@@ -312,7 +312,7 @@ def test_an_input_without_the_example_axis_first_is_an_error(shape):
 def test_a_recurrent_layer_with_time_first_or_packed_is_an_error(make):
     layer = make(4, 3)
     params = {
-        k: Responding.of(p.detach(), p.detach(), torch.ones(B, p.shape[0]), label=k)
+        k: ResponseWeight.of(p.detach(), p.detach(), torch.ones(B, p.shape[0]), label=k)
         for k, p in layer.named_parameters()
     }
     x = torch.randn(5, B, 4)
