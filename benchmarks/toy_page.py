@@ -60,7 +60,7 @@ def report(context: Context, *, kind: str, name: str) -> str:
     return (
         f"Δ-STN with a dense response after {5 * rounds} inner steps, mean ± standard deviation over {len(seeds)} seeds.\n\n"
         + "\n".join(lines)
-        + f"\n\n![Δ-STN's response and its Jacobian against the exact ones, and the way of λ]({name}.png)"
+        + f"\n\n![Δ-STN's response and its Jacobian against the exact ones, and the path of λ]({name}.png)"
     )
 
 

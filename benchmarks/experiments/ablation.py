@@ -86,7 +86,7 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
         "",
         "n",
         "valid loss",
-        "less STN's, paired",
+        "minus STN's, paired",
         *(plot_style.readable_name(score).replace("validation", "valid") for score in scores),
     ]
     head = [*titles, f"epochs to {target:.4g}", f"seconds to {target:.4g}", "ms a training step"]
@@ -128,9 +128,9 @@ def _paths(groups: Mapping[str, Sequence[Run]]) -> str:
         )
     spoken = [plot_style.readable_name(name) for name in names]
     return (
-        "Spike max_t \\|u_t − u_end\\|, and from start to end \\|u_0 − u_end\\| in brackets:\n\n"
+        "The spike max_t \\|u_t − u_end\\|, and in brackets the distance \\|u_0 − u_end\\|:\n\n"
         + table(["", *(f"{name}, in u" for name in spoken)], inside)
-        + "\n\nThe same in units of λ itself, and λ at the end:\n\n"
+        + "\n\nThe same in the units of λ, and λ at the end:\n\n"
         + table(["", *spoken], own)
     )
 

@@ -84,7 +84,7 @@ def _difference(fixed: Sequence[Run], tuned: Sequence[Run]) -> str:
         less = [None if a is None or b is None else scale * (b - a) for a, b in values]
         said.append(spread(less, form).replace("± +", "± "))
     by_how_much = f"test loss {said[0]}, test accuracy {said[1]} points"
-    return f"Δ-STN less training at the initial strengths, paired by seed: {by_how_much} (n = {len(pairs)})."
+    return f"Δ-STN minus training at the initial strengths, paired by seed: {by_how_much} (n = {len(pairs)})."
 
 
 def _paths(groups: Mapping[str, Sequence[Run]], path: Path) -> list[str]:

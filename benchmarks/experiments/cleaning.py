@@ -135,7 +135,7 @@ def report(context: Context) -> str:
     return "\n\n".join(
         [
             table(HEAD, rows),
-            f"n = {len(context.runs('ones'))} each. SAMA at other rates and kinds of noise:",
+            f"n = {len(context.runs('ones'))} each.\n\nSAMA at other rates and kinds of noise:",
             table(["wrong labels", *HEAD[1:]], others),
             "![learned weights of right and of wrong labels, and F1 along training](cleaning.png)",
         ]

@@ -114,7 +114,7 @@ def report(context: Context) -> str:
         [
             text,
             table(head, rows),
-            "![where the learned images began and what they became](distillation.png)",
+            "![The learned images at the start and at the end](distillation.png)",
         ]
     )
 

@@ -213,7 +213,7 @@ class Context:
                 )
         told = "\n".join(lines)
         if len(lines) > FEW:
-            told = f"<details><summary>{len(lines)} runs did not end in order</summary>\n\n{told}\n\n</details>"
+            told = f"<details><summary>{len(lines)} runs did not finish</summary>\n\n{told}\n\n</details>"
         return "\n\n".join([f"*{self._made()}.*", *([told] if told else [])])
 
     def _made(self) -> str:
@@ -229,7 +229,10 @@ class Context:
             [f"{len(self._outcomes)} runs, {duration(wall)} of one core"] if self._outcomes else []
         )
         parts += (
-            [f"{self._mapped} computations in {duration(self._mapped_seconds)}"]
+            [
+                f"{self._mapped} computation{'s' if self._mapped > 1 else ''} in "
+                f"{duration(self._mapped_seconds)}"
+            ]
             if self._mapped
             else []
         )

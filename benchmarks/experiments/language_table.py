@@ -153,7 +153,7 @@ def block(losses: Mapping[float, float], runs: Mapping[int, Mapping[str, Summary
         for rate, loss in losses.items()
     )
     told = f"Mean ± standard deviation over the seeds {', '.join(map(str, runs))}."
-    told += f" The grid, validation loss on seed {GRID_SEED}: {grid}."
+    told += f"\nValidation losses of the grid on seed {GRID_SEED}: {grid}."
     paired = f"Paired differences in validation perplexity, seed by seed:\n\n{differences(runs)}"
     return f"{table(best, runs)}\n\n{told}\n{paired}"
 

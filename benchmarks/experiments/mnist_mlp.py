@@ -69,7 +69,7 @@ def pairs(groups: Mapping[str, Sequence[Run]]) -> str:
         if "delta_stn" in (pair.first, pair.second):
             p = "" if pair.adjusted is None else f", p = {pair.adjusted:.2g} (paired t, Holm)"
             lines.append(
-                f"- `{pair.first}` less `{pair.second}`: {pair.difference:+.4f} ± {pair.std:.4f}, n = {pair.n}{p}"
+                f"- `{pair.first}` minus `{pair.second}`: {pair.difference:+.4f} ± {pair.std:.4f}, n = {pair.n}{p}"
             )
     return "\n".join(lines)
 

@@ -45,7 +45,7 @@ def report(context: Context) -> str:
         [
             table(HEAD, rows),
             f"n = {len(fixed)} each; the change is against `fixed`, paired by seed.",
-            "What a structured response of Δ-STN to every decay holds, in float32:",
+            "The size of Δ-STN's structured response to every decay, in float32:",
             table(
                 ["hidden layers", "weights = decays", "Θ", "numbers per weight", "Δ-STN"],
                 [*map(response, SIZES)],
@@ -80,7 +80,7 @@ def response(hidden: list[int]) -> list[str]:
     params, _ = problem.init(torch.Generator())
     h, weights = problem.space.numel, sum(p.numel() for p in params.values())
     numbers = Structured().size(params, h)
-    said = "runs, and doubts it" if h > MOST_DIRECTIONS else "runs"
+    said = "runs, with a warning" if h > MOST_DIRECTIONS else "runs"
     if 2 * 4 * numbers > MOST_RESPONSE_BYTES:
         device = torch.device("cpu")
         try:

@@ -53,7 +53,7 @@ def report(context: Context) -> str:
     ends = [
         f"{means[pair]:.4g} at T_train = {pair[0]}, T_valid = {pair[1]}" for pair in (low, high)
     ]
-    return f"{markdown(titles, rows)}\n\nLowest and highest mean: {' and '.join(ends)}, {means[high] / means[low]:.2f} × it."
+    return f"{markdown(titles, rows)}\n\nLowest and highest mean: {' and '.join(ends)}, a ratio of {means[high] / means[low]:.2f}."
 
 
 EXPERIMENT = Experiment(page=PAGE, sweeps={"grid": Sweep(GRID, QUICK)}, report=report)

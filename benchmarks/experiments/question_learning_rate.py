@@ -60,7 +60,7 @@ def report(context: Context) -> str:
         "examples",
         "seconds",
     ]
-    return f"As it is printed:\n\n    $ bilevel {shown}\n    {sentence}\n\n{markdown(titles, rows)}"
+    return f"The command and its error:\n\n    $ bilevel {shown}\n    {sentence}\n\n{markdown(titles, rows)}"
 
 
 EXPERIMENT = Experiment(

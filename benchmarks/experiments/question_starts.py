@@ -98,7 +98,8 @@ def report(context: Context) -> str:
     return "\n\n".join(
         [
             f"Digits:\n\n{markdown(titles, rows)}",
-            f"Lowest and highest mean of the starts, best validation loss: {'; '.join(spreads)}.",
+            "Lowest and highest mean of the starts, best validation loss:",
+            "\n".join(f"- {spread}" for spread in spreads),
             "![Paths of the first hidden layer's dropout rate from five starts](question_starts.png)",
             f"Ridge, λ\\* known: examples until a tenth of the initial regret was left.\n\n{ridge(context)}",
         ]

@@ -10,7 +10,7 @@ import torch
 from benchmarks.experiments.harness import Sweep
 from bilevel.comparison.runs import Array, Run
 from bilevel.comparison.statistics import mean_std
-from bilevel.comparison.table import plus_minus
+from bilevel.comparison.table import failures, plus_minus
 from bilevel.loggers.space_json import space_from_json
 
 PAGE = "experiments/reviewers-questions.md"

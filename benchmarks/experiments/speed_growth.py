@@ -22,12 +22,14 @@ def report(context: Context) -> str:
             growth.table(told["hypers"]),
             growth.table(told["width"]),
             "![Time, multiplications and the size of the response of a step over h and over the width](growth.png)",
-            f"- **h**: least squares give {slopes['gigaflops_slope'] * 1e3:.3f} MFLOP for a hyperparameter, where 6 B · 2 · "
-            f"(all units) = {slopes['counted_per_hyper'] * 1e3:.3f}: that is {slopes['gigaflops_per_hyper']:.3%} of "
-            f"the step's own multiplications, and {slopes['milliseconds_per_hyper']:.3%} of the time.\n"
+            f"- **h**: least squares give {slopes['gigaflops_slope'] * 1e3:.3f} MFLOP per hyperparameter, and "
+            f"6 B · 2 · (all units) = {slopes['counted_per_hyper'] * 1e3:.3f}.\n"
+            f"  This is {slopes['gigaflops_per_hyper']:.3%} of the step's own multiplications and "
+            f"{slopes['milliseconds_per_hyper']:.3%} of the time.\n"
             f"- **Width**: exponents over ×1–×8 are {slopes['milliseconds_by_width']:.2f} of time, "
-            f"{slopes['gigaflops_by_width']:.2f} of multiplications, {slopes['weights_by_width']:.2f} of the number of weights "
-            f"and {slopes['response_by_width']:.2f} of the numbers in Θ.",
+            f"{slopes['gigaflops_by_width']:.2f} of multiplications,\n  "
+            f"{slopes['weights_by_width']:.2f} of the number of weights and"
+            f" {slopes['response_by_width']:.2f} of the numbers in Θ.",
         ]
     )
 
