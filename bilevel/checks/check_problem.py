@@ -10,7 +10,6 @@ import torch
 from bilevel.checks import laws
 from bilevel.checks.first_batch import FirstBatch
 from bilevel.checks.laws import Finding
-from bilevel.checks.norm_settings import norm_settings
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.problem import Problem
@@ -82,7 +81,7 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         report.findings.append(Finding("error", f"`data` raises {describe(error)}"))
         return report
     case = FirstBatch(problem, data, device)
-    for law in (*laws.ALL, norm_settings):
+    for law in laws.ALL:
         try:
             report.findings.extend(law(case))
         except Exception as error:

@@ -21,7 +21,6 @@ from bilevel.loggers.dashboard import (
 )
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.records import METRICS, Record, read_metrics
-from bilevel.loggers.wandb_offline import last_step
 from bilevel.text import near
 
 MODES = ("offline", "online", "disabled")
@@ -31,6 +30,9 @@ REACH_SECONDS = 5.0
 FINISH_SECONDS = 60.0
 """For which the end of an online run is waited for: W&B itself would wait for as long as it is not reached."""
 LONGEST_TAG = 64
+MARK = "last_step"
+"""The file in W&B's folder of a run that holds the last step logged there. Offline it is written when
+W&B has written all, online with every step."""
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,10 @@ class WandB(Logger):
     there again as `by_seconds/…` and `by_examples/…`, so that solvers which spend differently are compared at equal cost. The
     summary has what the run's own has: `best/valid_loss`, `best/test_loss`, `best/regret`, `examples` and so on.
 
-    A run that is resumed goes on under its id, and no step is logged twice. Offline it begins with what W&B's own process had
-    not yet written when the run was killed.
+    A resumed run continues under its id, and no step is logged twice. If an offline run was killed,
+    W&B's own process had not written everything. The resumed run then logs these steps again and
+    renames the incomplete folder to `killed-…`. Pictures of these steps stay in that folder. An online
+    run that was killed can lack its last seconds on the server.
 
     Attributes:
         mode: `offline` (upload it later with `wandb sync`), `online` (offline where that fails) or `disabled`.
@@ -84,6 +88,8 @@ class WandB(Logger):
             return
         import wandb
 
+        if self._id is not None:
+            self._logged = _complete_until(run.directory, self._id)
         settings = wandb.Settings(silent=True, console="off", init_timeout=30)
         names = {"problem": run.problem, "solver": run.solver}
         of_sweep = [] if run.place is None else [f"sweep-{run.place.sweep}"]
@@ -122,8 +128,7 @@ class WandB(Logger):
                     later,
                 )
         self._id = self.run.id
-        self._mark = run.directory / "wandb" / f"{self._id}.step"
-        self._logged = max(_step(self._mark), last_step(run.directory, self._id))
+        self._mark = Path(self.run.dir).parent / MARK
         for axis in ("epoch", *AT_EQUAL_COST.values()):
             self.run.define_metric(axis, hidden=True)
         for section in (*SECTIONS, "pictures"):
@@ -161,7 +166,7 @@ class WandB(Logger):
         }
         self.run.log({**sections(record), **again, **pictures}, step=record["step"], commit=True)
         self._logged = record["step"]
-        if self._online:  # what is there cannot be read back
+        if self._online:
             self._mark.write_text(str(self._logged))
 
     def finish(self, summary: Record) -> None:
@@ -175,6 +180,7 @@ class WandB(Logger):
         run, self.run = self.run, None
         if not self._online:
             run.finish(exit_code=self._exit_code)
+            self._mark.write_text(str(self._logged))  # only now W&B's process has written all
             return
         raised: list[Exception] = []
 
@@ -199,12 +205,16 @@ class WandB(Logger):
         return {"id": self._id} if self._id else {}
 
 
-def _step(mark: Path) -> int:
-    """The step that a mark on disk tells of, -1 where there is none."""
-    try:
-        return int(mark.read_text())
-    except (OSError, ValueError):
-        return -1
+def _complete_until(directory: Path, run_id: str) -> int:
+    """Return the last step that W&B holds of a run, -1 for none; set incomplete offline parts aside.
+
+    W&B's process writes an offline file in blocks. If the run is killed, the last block is missing.
+    """
+    for part in directory.glob(f"wandb/offline-run-*-{run_id}"):
+        if not (part / MARK).exists():
+            part.rename(part.with_name(f"killed-{part.name}"))
+    marks = directory.glob(f"wandb/*run-*-{run_id}/{MARK}")
+    return max((int(mark.read_text() or -1) for mark in marks), default=-1)
 
 
 def _unreachable(wandb: Any, settings: Any) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bilevel.loggers.records import read_metrics
+from tests.support.wandb_files import of_kind, read_file
 
 QUIET = ("runner.progress=none", "runner.picture=false", "runner.device=cpu", "seed=1")
 DIGITS = (
@@ -294,21 +295,12 @@ def unequal(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def wandb_differences(directory: Path) -> list[str]:
-    """Steps that W&B's offline segments lack or have twice, and ids that are not one."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    from bilevel.loggers.wandb_offline import _records
-
+    """Return what W&B's offline parts lack or have twice; parts that a kill cut off do not count."""
     steps, ids = [], set()
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
-        for piece in _records(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(piece)
-            if record.WhichOneof("record_type") == "history":
-                steps.append(record.history.step.num)
-                ids.add(
-                    file.stem
-                )  # a run that ended before its first checkpoint began anew, and left an empty one
+        if rows := of_kind(read_file(file), "history"):  # a run without a checkpoint began anew
+            steps += [row.step.num for row in rows]
+            ids.add(file.stem)
     wanted = [record["step"] for record in read_metrics(directory / "metrics.jsonl")]
     found = [] if steps == wanted else [f"W&B has steps {steps} and not {wanted}"]
     return found if len(ids) == 1 else [*found, f"W&B has runs {sorted(ids)}"]

@@ -54,7 +54,7 @@ def watched(monkeypatch):
     """For every descent of a solver's losses: (parts that the loss depends on, parts that moved)."""
 
     def watch(solver):
-        rows, descend = [], bilevel.solvers.base.descent.descend
+        rows, descend = [], solvers.base.descent.descend
 
         def spy(loss, *groups):
             gradients, before = reached(loss, solver), copies(solver)
@@ -63,7 +63,7 @@ def watched(monkeypatch):
             return result
 
         monkeypatch.setattr(solvers.self_tuning, "descend", spy)
-        monkeypatch.setattr(bilevel.solvers.base.descent, "descend", spy)
+        monkeypatch.setattr(solvers.base.descent, "descend", spy)
         return rows
 
     return watch

@@ -58,7 +58,7 @@ def test_what_is_wrong_is_found(tmp_path, monkeypatch):
     files = fuzz.CheckpointFiles(tmp_path)
     monkeypatch.setattr(
         "bilevel.checkpoint.file_format._verified",
-        lambda file: fuzz.sealed._SEAL.search(file.read()),
+        lambda file: fuzz.file_format._SEAL.search(file.read()),
     )
     with pytest.raises(AssertionError), warnings.catch_warnings():
         fuzz.examples(100, 0, files.strategy(), files.check)

@@ -18,7 +18,7 @@ from bilevel import (
     SpeedWarning,
     squared_norm,
 )
-from bilevel.device.precision import Autocast, at_precision
+from bilevel.device.precision import Autocast, at_precision, matmul_precision
 from bilevel.problems import Quadratic, augmented_images, digits
 from bilevel.problems.datasets import standard_images
 from bilevel.problems.networks.dropout import concrete_dropout

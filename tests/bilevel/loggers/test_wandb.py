@@ -4,8 +4,6 @@ import gzip
 import json
 import logging
 import os
-import shutil
-import struct
 import subprocess
 import sys
 import threading
@@ -21,18 +19,17 @@ from PIL import Image
 from bilevel import BilevelError, Runner
 from bilevel.loggers.logger import Place
 from bilevel.loggers.records import read_metrics
-from bilevel.loggers.wandb_logger import WandB
+from bilevel.loggers.wandb_logger import MARK, WandB
 from bilevel.problems import Quadratic, digits
 from bilevel.problems.classification.recipes import augmented_images
 from bilevel.problems.datasets import standard_images
 from bilevel.solvers import implicit_cg
 from tests.support.fakes import FakeProblem, FakeSolver
+from tests.support.wandb_files import of_kind, read_file
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning"
 )  # third parties: wandb, protobuf
-
-BLOCK = 32768
 
 
 def run(directory, logger, resume=False, problem=None, solver=None, place=None, **settings):
@@ -78,30 +75,6 @@ def read_back(directory):
             time.sleep(0.05)
         records += written
     return records
-
-
-def read_file(path):
-    """LevelDB's log format: a header of 7 bytes, then blocks of 32 KiB."""
-    from wandb.proto import wandb_internal_pb2
-
-    records, content, position, part = [], path.read_bytes(), 7, b""
-    assert content[:4] in (b":W&B", b"")
-    while position + 7 <= len(content):
-        if BLOCK - position % BLOCK < 7:
-            position += BLOCK - position % BLOCK
-            continue
-        _, size, kind = struct.unpack("<IHB", content[position : position + 7])
-        part += content[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4) and position <= len(content):  # the whole of a record, or its end
-            records.append(wandb_internal_pb2.Record())
-            records[-1].ParseFromString(part)
-            part = b""
-    return records
-
-
-def of_kind(records, kind):
-    return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
 
 
 def items(entries):
@@ -470,35 +443,24 @@ def test_online_without_a_network_or_an_account_goes_on_and_says_so_once(
 
 
 def test_what_wandb_had_not_yet_written_is_logged_when_the_run_goes_on(tmp_path):
-    """Its process holds lines back for seconds, and ends with ours: of a run that is killed, the end is not in its files."""
-    run(tmp_path, WandB(), epochs=4)
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    whole = [items(h.item)["step"] for h in of_kind(read_back(tmp_path), "history")]
+    """Its process holds lines back, and ends with ours: the files of a killed run lack their end."""
+    run(tmp_path, WandB(), epochs=2)
+    first = [items(h.item)["step"] for h in of_kind(read_back(tmp_path), "history")]
+    run(tmp_path, WandB(), epochs=5, resume=True)
+    files = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    file = max(files, key=lambda path: path.stat().st_mtime)
     content = file.read_bytes()
     file.write_bytes(content[: int(0.6 * len(content))])  # in the middle of a record
+    (file.parent / MARK).unlink()
     left = [items(h.item)["step"] for h in of_kind(read_file(file), "history")]
-    assert 0 < len(left) < len(whole) - 1
-    shutil.move(file.parent, tmp_path / "aside")
-    run(tmp_path, WandB(), epochs=5, resume=True)
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    history = [items(h.item) for h in of_kind(read_back(tmp_path), "history")]
-    assert [row["step"] for row in history] == [
-        line["step"] for line in lines
-    ]  # all, where nothing is left
+    assert len(first) + len(left) < len(lines) - 1
 
-    (again,) = tmp_path.glob("wandb/offline-run-*")
-    shutil.move(
-        tmp_path / "aside", again.with_name("offline-run-0-" + again.name.rpartition("-")[2])
-    )
-    shutil.rmtree(again)
     run(tmp_path, WandB(), epochs=6, resume=True)
-    shutil.rmtree(next(tmp_path.glob("wandb/offline-run-0-*")))
-    history = [items(h.item) for h in of_kind(read_back(tmp_path), "history")]
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert left + [row["step"] for row in history] == [line["step"] for line in lines]
-    assert [row["valid/loss"] for row in history] == [
-        line["valid_loss"] for line in lines[len(left) :]
-    ]
-    assert [row["hypers/decay"] for row in history] == [
-        line["hypers.decay"] for line in lines[len(left) :]
-    ]
+    history = [items(h.item) for h in of_kind(read_back(tmp_path), "history")]
+    assert [row["step"] for row in history] == [line["step"] for line in lines]
+    assert [row["valid/loss"] for row in history] == [line["valid_loss"] for line in lines]
+    assert [row["hypers/decay"] for row in history] == [line["hypers.decay"] for line in lines]
+    assert len({h.run_id for h in of_kind(read_back(tmp_path), "run")}) == 1
+    assert len(list(tmp_path.glob("wandb/killed-offline-run-*/*.wandb"))) == 1  # nothing is deleted

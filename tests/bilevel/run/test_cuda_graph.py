@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bilevel import Runner, SpeedWarning
+from bilevel.data import global_rng
 from bilevel.data.global_rng import GlobalDraws
 from bilevel.problems import digits
 from bilevel.run.cuda_graph import Capture
@@ -360,13 +361,13 @@ class Device:
     def __init__(self, monkeypatch):
         self.offset, self.seeds, self.capturing = 0, [], False
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        monkeypatch.setattr(global_draws, "_global_state", lambda device: self.offset)
+        monkeypatch.setattr(global_rng, "_global_state", lambda device: self.offset)
         monkeypatch.setattr(
-            global_draws, "_restore_global", lambda device, offset: setattr(self, "offset", offset)
+            global_rng, "_restore_global", lambda device, offset: setattr(self, "offset", offset)
         )
-        monkeypatch.setattr(global_draws, "_seed_global", self.seed)
+        monkeypatch.setattr(global_rng, "_seed_global", self.seed)
         monkeypatch.setattr(
-            global_draws,
+            global_rng,
             "_advance",
             lambda generator: generator.set_offset(generator.get_offset() + 4),
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torchvision import models
 from torchvision.ops import StochasticDepth
 
-from bilevel import BilevelError, Refused, check_problem
+from bilevel import BilevelError, Refused
 from bilevel.problems import Classification
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.alexnet_vgg16 import VGG16
@@ -381,23 +381,6 @@ def test_statistics_are_written_once_a_batch_by_the_pass_that_trains_w0_and_by_n
         solver.perturbed_loss(solver.weights.detached(), solver.response_carry, batch)
         solver.outer_step(solver.data.valid.next())
         assert all(torch.equal(solver.carry[name], after[name]) for name in after)
-
-
-def test_momentum_and_eps_of_norms_are_reported_as_not_tunable():
-    found = {
-        norm: [
-            f.text
-            for f in check_problem(
-                problem("simple_cnn", SMALL, norm=norm, width=1 / 4), solvers={}
-            ).findings
-        ]
-        for norm in ("none", "batch", "group")
-    }
-    assert not [text for text in found["none"] if "tunable" in text]
-    assert any(
-        text.startswith("momentum and eps of batch norm are not tunable") for text in found["batch"]
-    )
-    assert any(text.startswith("the eps of group norm is not tunable") for text in found["group"])
 
 
 # --- torchvision's ---
