@@ -405,6 +405,15 @@ MUTANTS = [
 ]
 
 
+def table() -> str:
+    """Return the table of docs/mutants.md."""
+    lines = ["| error | file | tests that must fail |", "|---|---|---|"]
+    for mutant in MUTANTS:
+        tests = ", ".join(f"`{test}`" for test in mutant.tests.split())
+        lines.append(f"| {mutant.name} | `{mutant.file}` | {tests} |")
+    return "\n".join(lines)
+
+
 def survives(mutant: Mutant | None) -> str | None:
     """Run the tests on a mutated copy (unchanged for None): what is wrong, or None where they came out as they should."""
     with tempfile.TemporaryDirectory() as place:
@@ -458,7 +467,11 @@ def main() -> int:
     )
     parser.add_argument("word", nargs="?", default="")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print the table of docs/mutants.md")
     options = parser.parse_args()
+    if options.table:
+        print(table())
+        return 0
     chosen = [mutant for mutant in MUTANTS if options.word in mutant.name]
     bad = 0
     with ThreadPoolExecutor(options.workers) as pool:
