@@ -409,7 +409,7 @@ def table() -> str:
     """Return the table of docs/mutants.md."""
     lines = ["| error | file | tests that must fail |", "|---|---|---|"]
     for mutant in MUTANTS:
-        tests = ", ".join(f"`{test}`" for test in mutant.tests.split())
+        tests = ", ".join(f"`tests/{test}`" for test in mutant.tests.split())
         lines.append(f"| {mutant.name} | `{mutant.file}` | {tests} |")
     return "\n".join(lines)
 
