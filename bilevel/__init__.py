@@ -1,4 +1,4 @@
-"""Bilevel optimization in PyTorch: the core that problems and solvers meet in."""
+"""Bilevel optimization in PyTorch: the core on which problems and solvers build."""
 
 from bilevel.checkpoint.checkpoints import CheckpointWarning
 from bilevel.checks.check_problem import Report, check_problem

@@ -1,7 +1,6 @@
-"""Where a hyperparameter lives, where it starts, and the map between its own units and unconstrained coordinates."""
+"""Domains of hyperparameters, and the maps to and from unconstrained coordinates."""
 
 import math
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,25 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel.errors import BilevelError
-from bilevel.text import near
+from bilevel.validate import finite, one_of, positive, wrong
 
 OPTIMIZER_SETTINGS = ("lr", "momentum", "beta1", "beta2", "alpha", "eps", "weight_decay")
-"""What may be tuned of the inner optimizer, under PyTorch's names; Adam's `betas` are two."""
+"""Tunable settings of the inner optimizer, by PyTorch's names; Adam's `betas` are two settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Domain(ABC):
-    """One hyperparameter: where it lives, where it starts, how it is perturbed.
+    """One hyperparameter: its domain, its initial value and its perturbation.
 
     Attributes:
-        init: initial value in its own units, a number or nested lists of shape `shape`.
+        init: initial value in the hyperparameter's own units, a number or nested lists of shape
+            `shape`.
         scale: initial σ of the perturbation, in unconstrained coordinates (the paper: 1).
-        shape: of the hyperparameter; () for a number.
-        differentiable: whether ∂L_T/∂λ exists; False where the problem samples with it or rounds it.
-        per_example: whether a perturbed value may differ from example to example within a batch.
-        frozen: a constant; it is no coordinate of u.
-        optimizer: the setting of the inner optimizer that it is (`lr`, `momentum`, …), None for one that the problem reads;
-            such a one is a number for all examples.
+        shape: shape of the hyperparameter; () for a number.
+        differentiable: True where ∂L_T/∂λ exists; False where the problem samples with it or rounds
+            it.
+        per_example: True where a perturbed value may differ from example to example within a batch.
+        frozen: True for a constant, which has no coordinate in u.
+        optimizer: the setting of the inner optimizer that the hyperparameter sets (`lr`,
+            `momentum`, …), or None for a hyperparameter that the problem reads. Such a setting is
+            one number for all examples.
+
+    Raises:
+        BilevelError: a field is invalid, or `init` lies outside the domain.
     """
 
     init: Any
@@ -45,64 +50,60 @@ class Domain(ABC):
         if not isinstance(self.shape, Sequence) or not all(
             type(n) is int and n >= 0 for n in self.shape
         ):
-            raise BilevelError(
-                f"shape={self.shape!r} is no shape; give a tuple of whole numbers, () for a single value"
+            raise wrong(
+                "shape", self.shape, "must be a tuple of whole numbers", "use () for a single value"
             )
         object.__setattr__(self, "shape", tuple(self.shape))
         if self.optimizer is not None:
-            if self.optimizer not in OPTIMIZER_SETTINGS:
-                raise BilevelError(
-                    f"optimizer={self.optimizer!r}{near(str(self.optimizer), OPTIMIZER_SETTINGS)} is no setting of an inner "
-                    f"optimizer; there are {', '.join(OPTIMIZER_SETTINGS)}"
-                )
+            one_of(OPTIMIZER_SETTINGS, optimizer=self.optimizer)
             if self.shape:
-                raise BilevelError(
-                    f"a setting of the inner optimizer is one number, not of shape {self.shape}"
-                )
-            object.__setattr__(self, "per_example", False)  # there is one optimizer for all of them
+                what = "must be () for a setting of the inner optimizer, which is one number"
+                raise wrong("shape", self.shape, what, "leave shape out")
+            object.__setattr__(self, "per_example", False)  # all examples share one optimizer
         for name in ("differentiable", "per_example", "frozen"):
             if not isinstance(getattr(self, name), bool):
-                raise BilevelError(
-                    f"{name}={getattr(self, name)!r} is neither true nor false; give one of the two"
-                )
+                raise wrong(name, getattr(self, name), "must be true or false", "choose one")
+        init = f"init={_brief(self.init)}"
         try:
-            if _holds_truth(self.init):
+            if _contains_bool(self.init):
                 raise TypeError
             value = torch.as_tensor(self.init, dtype=torch.float64)
             value.expand(self.shape)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise BilevelError(
-                f"init={_brief(self.init)} is not a number, or numbers of shape {self.shape}; give one value per entry"
+                f"{init} must be a number, or numbers of shape {self.shape}; give one for each "
+                "entry"
             ) from None
         if not bool(torch.isfinite(value).all()):
-            raise BilevelError(
-                f"init={_brief(self.init)} is not finite; give a finite initial value"
-            )
-        if not (_is_finite(self.scale) and self.scale > 0):
-            raise BilevelError(
-                f"scale={self.scale!r} is no standard deviation; give a positive number (the paper uses 1)"
-            )
+            raise BilevelError(f"{init} must be finite; give a finite initial value")
+        positive("choose a standard deviation above 0 (the paper uses 1)", scale=self.scale)
         self._check(value)
 
     @property
     def numel(self) -> int:
-        """Coordinates in u."""
+        """Return the number of coordinates in u."""
         return math.prod(self.shape)
 
     def initial(self) -> Tensor:
-        """The initial value as a float64 tensor of `shape`."""
+        """Return the initial value as a float64 tensor of `shape`."""
         return torch.as_tensor(self.init, dtype=torch.float64).expand(self.shape).clone()
 
     @abstractmethod
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
-        """From unconstrained coordinates to the hyperparameter's own units, elementwise (over the last axis for a simplex)."""
+        """Map unconstrained coordinates to the hyperparameter's own units.
+
+        The map acts on each entry; that of a simplex acts on the last axis.
+        """
 
     @abstractmethod
     def unconstrain(self, value: Tensor) -> Tensor:
-        """The inverse of `constrain`."""
+        """Apply the inverse of `constrain`."""
 
     def _check(self, value: Tensor) -> None:
-        """Raise where the initial value lies outside; on the edge, where u is infinite, a frozen one may lie."""
+        """Raise where the initial value lies outside the domain.
+
+        On the edge u is infinite, so only a frozen value may lie there.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,33 +119,32 @@ class Real(Domain):
 
 @dataclass(frozen=True, kw_only=True)
 class Positive(Domain):
-    """λ = low + softplus(u), above `low`."""
+    """A number above `low`: λ = low + softplus(u)."""
 
     low: float = 0.0
 
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
-        return self.low + F.softplus(
-            u, threshold=40.0
-        )  # the default, 20, is off by 2e-9 there: too much in float64
+        # the default threshold, 20, is off by 2e-9 there, too much in float64
+        return self.low + F.softplus(u, threshold=40.0)
 
     def unconstrain(self, value: Tensor) -> Tensor:
         return softplus_inverse(value - self.low)
 
     def _check(self, value: Tensor) -> None:
-        _check_bounds(low=self.low)
+        finite(low=self.low)
+        init = f"init={_brief(self.init)}"
         if self.frozen and bool((value < self.low).any()):
-            raise BilevelError(
-                f"init={_brief(self.init)} is below {self.low:g}; choose one that is not"
-            )
+            raise BilevelError(f"{init} must not be below low={self.low:g}; choose a larger value")
         if not self.frozen and bool((value <= self.low).any()):
             raise BilevelError(
-                f"init={_brief(self.init)} is not above {self.low:g}, where u = -∞; choose one a little above it"
+                f"{init} must be above low={self.low:g}, where u = -∞; choose a slightly larger "
+                "value"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval(Domain):
-    """λ = low + (high − low) sigmoid(u), inside (low, high)."""
+    """A number inside (low, high): λ = low + (high − low) sigmoid(u)."""
 
     low: float
     high: float
@@ -156,45 +156,47 @@ class Interval(Domain):
         return torch.log(value - self.low) - torch.log(self.high - value)
 
     def _check(self, value: Tensor) -> None:
-        _check_bounds(low=self.low, high=self.high)
+        finite(low=self.low, high=self.high)
         if not self.low < self.high:
-            raise BilevelError(
-                f"({self.low:g}, {self.high:g}) is no interval; low must be below high"
+            raise wrong(
+                "low", self.low, f"must be below high={self.high}", "swap or move the bounds"
             )
+        init, interval = f"init={_brief(self.init)}", f"({self.low:g}, {self.high:g})"
         if bool(((value < self.low) | (value > self.high)).any()):
-            raise BilevelError(
-                f"init={_brief(self.init)} is outside ({self.low:g}, {self.high:g}); choose one inside"
-            )
+            raise BilevelError(f"{init} lies outside {interval}; choose a value inside")
         if not self.frozen and bool(((value == self.low) | (value == self.high)).any()):
+            inside = self.low + 0.05 * (self.high - self.low)
             raise BilevelError(
-                f"init={_brief(self.init)} lies on the edge of ({self.low:g}, {self.high:g}), where u is infinite; "
-                f"choose one strictly inside, {self.low + 0.05 * (self.high - self.low):g} say"
+                f"{init} lies on the edge of {interval}, where u is infinite; "
+                f"choose a value strictly inside, for example {inside:g}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Integer(Interval):
-    """A whole number in [low, high]: an interval rounded stochastically, up with probability equal to the fraction.
+    """A whole number in [low, high]: an interval that is rounded stochastically.
 
-    The mean of the rounded values is the value itself, so that a value on a whole number does not collapse to the one below
-    (as it does under floor). Without a generator it is rounded to the nearest.
+    A value is rounded up with a probability equal to its fraction, so the mean of the rounded
+    values is the value itself. Rounding down instead would keep a value just below a whole number
+    from reaching it. Without a generator the value is rounded to the nearest whole number.
     """
 
     differentiable: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.low != int(self.low) or self.high != int(self.high):
-            raise BilevelError(
-                f"[{self.low:g}, {self.high:g}] does not begin and end at whole numbers; an Integer needs them"
-            )
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound != int(bound):
+                raise wrong(name, bound, "must be a whole number for an Integer", "round it")
         if self.frozen and bool((self.initial() != self.initial().round()).any()):
             raise BilevelError(
-                f"init={_brief(self.init)} is no whole number, and a frozen Integer is not rounded; give one"
+                f"init={_brief(self.init)} must be a whole number for a frozen Integer, "
+                "which is not rounded; round it"
             )
         if self.differentiable:
             raise BilevelError(
-                "an Integer is rounded and has no derivative; leave differentiable=False, or use an Interval"
+                "differentiable=True is impossible for an Integer, whose rounding has no "
+                "derivative; leave differentiable=False, or use an Interval"
             )
 
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -222,57 +224,51 @@ class Simplex(Domain):
     def _check(self, value: Tensor) -> None:
         value = value.expand(self.shape)
         if not self.shape:
-            raise BilevelError("a Simplex needs shape=(…, n), with n weights that sum to one")
+            raise wrong("shape", self.shape, "must be (…, n) for a Simplex", "give n weights")
         outside = value < 0 if self.frozen else value <= 0
-        if bool(outside.any()) or not torch.allclose(
-            value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-6
-        ):
+        total = value.sum(-1)
+        if bool(outside.any()) or not torch.allclose(total, torch.ones_like(total), atol=1e-6):
             raise BilevelError(
-                f"init={_brief(self.init)} is not inside the simplex; "
-                f"give positive weights that sum to one (1/{self.shape[-1]} each, say)"
+                f"init={_brief(self.init)} must be positive weights that sum to one; "
+                f"give 1/{self.shape[-1]} each, for example"
             )
         if self.per_example:
-            raise BilevelError("a Simplex is perturbed per batch; leave per_example=False")
-
-
-def _check_bounds(**bounds: Any) -> None:
-    for name, bound in bounds.items():
-        if not _is_finite(bound):
-            raise BilevelError(f"{name}={bound!r} is no finite number; give one")
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether it is a number, which true and false are not, that a float holds."""
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -sys.float_info.max <= value <= sys.float_info.max
-    )
+            raise BilevelError(
+                "per_example=True is impossible for a Simplex, which is perturbed per batch; "
+                "leave per_example=False"
+            )
 
 
 def _brief(value: Any) -> str:
-    """What an error says of it: of a large one, its beginning."""
+    """Return the value as text for an error; a long text is cut."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]} …"
 
 
-def _holds_truth(value: Any) -> bool:
-    """Whether true or false stands where a number should: PyTorch would take it for 1 or 0."""
+def _contains_bool(value: Any) -> bool:
+    """Return whether the value contains a bool, which PyTorch would take for 1 or 0."""
     if isinstance(value, (list, tuple)):
-        return any(map(_holds_truth, value))
+        return any(map(_contains_bool, value))
     return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
 def softplus_inverse(y: Tensor) -> Tensor:
-    """log(e^y − 1) for y > 0, in a form that neither overflows for large y nor loses small ones."""
+    """Return log(e^y − 1) for y > 0.
+
+    The form neither overflows for large y nor loses digits for small y.
+    """
     return y + torch.log(-torch.expm1(-y))
 
 
 def optimizer_setting(setting: str, **fields: Any) -> Domain:
-    """The domain of a setting of the inner optimizer: positive where it has no upper bound, else in (0, 1).
+    """Return the domain of a setting of the inner optimizer.
+
+    `lr`, `eps` and `weight_decay` are positive; all other settings lie in (0, 1).
 
     Example:
-        >>> optimizer_setting("lr", init=0.1).optimizer, type(optimizer_setting("momentum", init=0.9)).__name__
+        >>> rate = optimizer_setting("lr", init=0.1)
+        >>> momentum = optimizer_setting("momentum", init=0.9)
+        >>> rate.optimizer, type(momentum).__name__
         ('lr', 'Interval')
     """
     if setting in ("lr", "eps", "weight_decay"):

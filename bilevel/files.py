@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that every parser reads."""
+"""Files that are written completely or not at all, and JSON that every parser reads."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from bilevel.errors import Unwritable
 
 
 def strict_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON that every parser reads: a number that is not finite becomes null.
+    """Return JSON that every parser reads; a number that is not finite becomes null.
 
     Example:
         >>> strict_json({"valid_loss": float("nan")})
@@ -22,7 +22,9 @@ def strict_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
-    """Call `write(file)` such that `path` holds either what it held or all of the new content, a power failure included.
+    """Call `write(file)` so that `path` holds either its old content or all of the new content.
+
+    This holds after a power failure too.
 
     Raises:
         Unwritable: the file cannot be written.
@@ -41,12 +43,11 @@ def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
             finally:
                 os.close(directory)
     except (OSError, RuntimeError) as error:
-        reason = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch.save hides what the file system said
+        # torch.save raises a RuntimeError in place of the error of the file system
+        reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
-        with suppress(OSError):  # what could not be written is said below
+        with suppress(OSError):  # the error below is the one that matters
             temporary.unlink(missing_ok=True)
         raise Unwritable(
             f"cannot write {path}: {reason.strerror or reason}; free some space or move the run"

@@ -16,23 +16,27 @@ from bilevel.space import Space
 
 
 class ModuleProblem(Problem):
-    """A problem around an `nn.Module`; a subclass adds the two objectives, and what λ does to the module's input if anything.
+    """A problem around an `nn.Module`.
 
-    w are the module's trainable parameters; the carry is the rest of its state: buffers (batch-norm statistics) and parameters
-    with `requires_grad=False`. A submodule that is in evaluation mode when it is handed over (a frozen batch norm) stays in it,
-    unless the whole module is. Whatever the module draws from PyTorch's global generator in training (`nn.Dropout`) follows
-    from the generator that `predict` is given, and the global one stays as it was.
+    A subclass adds the two objectives, and `inputs` where λ acts on the input of the module. w
+    holds the module's trainable parameters. The carry holds the rest of its state: buffers
+    (batch-norm statistics) and parameters with `requires_grad=False`. A submodule that is passed in
+    evaluation mode (a frozen batch norm) stays in it, unless the whole module is in evaluation
+    mode. Draws of the module from PyTorch's global generator in training (`nn.Dropout`) follow from
+    the generator that `predict` receives, and the global generator keeps its state.
 
     Args:
-        module: a module, which gives the initial w and is never changed itself, or a function that makes one for every `init`.
+        module: a module with the initial w, which is never changed, or a function that returns a
+            new module for every `init`.
         space: the hyperparameters.
-        train: a pytree of tensors (a tuple of inputs and labels, say), a DataLoader or a `Stream`.
+        train: a pytree of tensors (for example a tuple of inputs and labels), a DataLoader or a
+            `Stream`.
         valid: the same for the outer objective.
-        test: the same for the final report, if there is one.
-        batch_size: for tensors; None takes a whole split at every step.
+        test: the same for the final report; None for no test split.
+        batch_size: batch size for tensors; None takes a whole split at every step.
 
     Attributes:
-        aliases: the further names of tied weights, each with the one that w has.
+        aliases: the further names of tied weights, each with the name that w has.
 
     Example:
         >>> import torch.nn.functional as F
@@ -45,15 +49,18 @@ class ModuleProblem(Problem):
         ...     def outer_objective(self, hypers, params, prediction, batch):
         ...         return F.cross_entropy(prediction, batch[1])
         >>> x, labels = torch.randn(8, 3), torch.arange(8) % 2
+        >>> train, valid = (x[:6], labels[:6]), (x[6:], labels[6:])
         >>> space = Space(decay=Positive(init=1e-3))
-        >>> problem = Decayed(nn.Linear(3, 2), space, train=(x[:6], labels[:6]), valid=(x[6:], labels[6:]))
+        >>> problem = Decayed(nn.Linear(3, 2), space, train=train, valid=valid)
         >>> params, carry = problem.init(torch.Generator())
-        >>> loss, carry = problem.outer_loss(space.constrain(space.init()), params, carry, (x, labels))
+        >>> hypers = space.constrain(space.init())
+        >>> loss, carry = problem.outer_loss(hypers, params, carry, (x, labels))
         >>> sorted(params), loss.shape
         (['bias', 'weight'], torch.Size([]))
 
     Raises:
-        BilevelError: `module` is neither a module nor a function that makes one, or has nothing to train.
+        BilevelError: `module` is neither a module nor a function that returns one, or has no
+            trainable parameter.
     """
 
     def __init__(
@@ -70,15 +77,16 @@ class ModuleProblem(Problem):
         self.batch_size = batch_size
         self._splits = (train, valid, test)
         own = copy.deepcopy(module) if isinstance(module, nn.Module) else None
-        self._make = module if own is None else lambda: own
+        self._build = module if own is None else lambda: own
         with seeded(torch.Generator()):
-            made = self._make() if callable(self._make) else module
+            made = self._build() if callable(self._build) else module
         if not isinstance(made, nn.Module):
             raise BilevelError(
-                f"{made!r} is no module; give an nn.Module or a function that makes one"
+                f"module={made!r} must be an nn.Module, or a function that returns one; pass one "
+                "of the two"
             )
         self._module = _without_weights(made)
-        self._resting = (
+        self._in_evaluation = (
             [m for m in self._module.modules() if not m.training] if made.training else []
         )
         self._switch(train=True)
@@ -88,12 +96,13 @@ class ModuleProblem(Problem):
         self._buffers = frozenset(name for name, _ in made.named_buffers())
         if not self._trained:
             raise BilevelError(
-                f"{type(made).__name__} has no trainable parameter, so there is no w; set requires_grad on some"
+                f"module={type(made).__name__} has no trainable parameter, so w is empty; set "
+                "requires_grad on some parameters"
             )
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         with seeded(generator):
-            module = self._make()
+            module = self._build()
         state = {
             name: t.detach().clone()
             for name, t in (*module.named_parameters(), *module.named_buffers())
@@ -110,9 +119,9 @@ class ModuleProblem(Problem):
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module is called with, positional and by keyword: `batch[0]`, unless a subclass says otherwise.
+        """Return the arguments of the module, positional and by keyword; `batch[0]` by default.
 
-        Augmentation, and dropout whose rate is tuned, belong here, with draws from `generator`.
+        Override it for augmentation and for dropout with a tuned rate, with draws from `generator`.
         """
         return (batch[0],), {}
 
@@ -135,8 +144,8 @@ class ModuleProblem(Problem):
             ), carry
 
         def run() -> tuple[Prediction, Carry]:
-            # batch norm writes its statistics in place, a module's own code may assign new ones: the first hits a clone, and
-            # functional_call leaves the second in `tensors`
+            # batch norm writes its statistics in place, so buffers are cloned; a module that
+            # assigns new ones instead leaves them in `tensors` through functional_call
             tensors = {
                 **params,
                 **{name: t.clone() if name in self._buffers else t for name, t in carry.items()},
@@ -149,15 +158,16 @@ class ModuleProblem(Problem):
     def _switch(self, *, train: bool) -> None:
         self._module.train(train)
         if train:
-            for submodule in self._resting:
+            for submodule in self._in_evaluation:
                 submodule.training = False
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have shapes and no values.
+    """Return a copy whose parameters and buffers have shapes and no values.
 
-    Every call brings its own. Code that outlives the call and would use the module's (`torch.utils.checkpoint`, which
-    recomputes in the backward pass) then fails loudly, where initial weights would have given a wrong gradient in silence.
+    Every call brings its own values. `torch.utils.checkpoint` recomputes after the call and would
+    use the module's own. It then fails, where initial weights would give a wrong gradient without
+    an error.
     """
     memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
@@ -167,7 +177,7 @@ def _without_weights(module: nn.Module) -> nn.Module:
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:
-    """The further names of tied weights and buffers, each with the one that stands for all."""
+    """Return the further names of tied weights and buffers, each with the name that is kept."""
     first: dict[int, str] = {}
     named = (
         *module.named_parameters(remove_duplicate=False),

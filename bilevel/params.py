@@ -1,4 +1,4 @@
-"""Weights and hyperparameters as dictionaries of tensors, and the few functions that both solvers and problems use on them."""
+"""Weights and hyperparameters as dictionaries of tensors, with the functions on them."""
 
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ Hypers: TypeAlias = dict[str, Tensor]
 """λ by name, in its own units; a leaf is [*shape], or [B, *shape] when drawn per example."""
 
 Carry: TypeAlias = dict[str, Tensor]
-"""What `predict` passes on without its being optimized: batch-norm statistics, recurrent state."""
+"""State that `predict` passes on and nobody optimizes: batch-norm statistics, recurrent state."""
 
 Batch: TypeAlias = Any
 """A pytree of tensors whose first axis is the example axis."""
@@ -25,44 +25,54 @@ Prediction: TypeAlias = Any
 """A tensor or a pytree of tensors."""
 
 Metrics: TypeAlias = dict[str, Tensor]
-"""What a step or an evaluation tells, by name."""
+"""Scalars that a step or an evaluation reports, by name."""
 
 
 class PerExampleWeight:
-    """A weight that a solver lets vary from example to example without forming it: a mixin of a subclass of Tensor."""
+    """A weight that varies from example to example without being formed.
+
+    A solver mixes this class into a subclass of Tensor.
+    """
 
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors that it is made of; the last has the example axis, first."""
+        """Return the tensors that make up the weight; the last has the example axis first."""
         raise NotImplementedError
 
     def with_parts(self, *parts: Tensor) -> Tensor:
-        """The same weight of other `parts`, of some of the examples for instance."""
+        """Return the same weight with other `parts`, for instance those of some examples."""
         raise NotImplementedError
 
 
 def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
-    """‖w‖² summed over `params`, or Σ_i c_i w_i²: [] for plain weights, [B] for weights that vary from example to example.
+    """Return ‖w‖² summed over `params`, or Σ_i c_i w_i² with coefficients c.
+
+    The result is [] for plain weights and [B] for weights that vary from example to example.
 
     Args:
-        params: one at least.
+        params: at least one parameter.
         weights: c, one number for each entry of w: [m], flat in the order of `params`.
+
+    Raises:
+        BilevelError: `params` is empty, or `weights` has another size than w.
 
     Example:
         >>> squared_norm({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
         tensor(6.)
-        >>> squared_norm({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, torch.tensor([1.0, 2.0, 4.0]))
+        >>> params = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+        >>> squared_norm(params, torch.tensor([1.0, 2.0, 4.0]))
         tensor(7.)
     """
     if not params:
         raise BilevelError(
-            "squared_norm of no parameters: the selection that was passed is empty; select at least one"
+            "params={} of squared_norm must hold at least one parameter; select some weights"
         )
     if weights is None:
         terms = [squared_norm_of(p) for p in params.values()]
     else:
         if weights.shape != (size := sum(p.numel() for p in params.values()),):
             raise BilevelError(
-                f"weights are {list(weights.shape)} and the parameters have {size} entries; give one for each"
+                f"weights={list(weights.shape)} must have one entry for each of the {size} entries "
+                "of w; flatten the coefficients in the order of params"
             )
         parts = weights.split([p.numel() for p in params.values()])
         terms = [squared_norm_of(p, part) for p, part in zip(params.values(), parts, strict=True)]
@@ -70,13 +80,15 @@ def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
 
 
 def squared_norm_of(p: Tensor, weights: Tensor | None = None) -> Tensor:
-    """‖p‖² of one tensor, or with flat weights; a tensor subclass may answer it its own way (`__torch_function__`)."""
+    """Return ‖p‖² of one tensor, or Σ_i c_i p_i² with flat coefficients.
+
+    A tensor subclass can supply its own result through `__torch_function__`.
+    """
     if has_torch_function_unary(p):
         return handle_torch_function(squared_norm_of, (p,), p, weights)
     flat = p.reshape(-1)
-    return (
-        flat.dot(flat) if weights is None else weights.dot(flat.square())
-    )  # dot: no temporary, unlike (p * p).sum()
+    # dot needs no temporary, unlike (p * p).sum()
+    return flat.dot(flat) if weights is None else weights.dot(flat.square())
 
 
 def along_examples(leaf: Tensor, like: Tensor) -> Tensor:
@@ -90,7 +102,10 @@ def along_examples(leaf: Tensor, like: Tensor) -> Tensor:
 
 
 def count_examples(batch: Batch) -> int:
-    """Length of the example axis: the first axis of the first tensor of the batch; 1 for a batch without tensors."""
+    """Return the length of the example axis.
+
+    It is the first axis of the first tensor of the batch; a batch without tensors counts as 1.
+    """
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim:
             return leaf.shape[0]
@@ -98,12 +113,12 @@ def count_examples(batch: Batch) -> int:
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
-    """The same pytree with its tensors on `device`."""
+    """Return the same pytree with its tensors on `device`."""
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
 
 
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, cut from the graph."""
+    """Return the same tensors, detached from the graph."""
     return {name: t.detach() for name, t in tensors.items()}
 
 

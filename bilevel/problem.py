@@ -1,4 +1,4 @@
-"""What a bilevel problem is: a prediction, two objectives on top of it, a space of hyperparameters, and data."""
+"""The interface of a bilevel problem: prediction, two objectives, hyperparameters and data."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,22 +13,26 @@ from bilevel.space import Space
 
 
 class Problem(ABC):
-    """min_λ L_V(λ, w*(λ)) subject to w*(λ) = argmin_w L_T(λ, w).
+    """A bilevel problem: min_λ L_V(λ, w*(λ)) subject to w*(λ) = argmin_w L_T(λ, w).
 
-    `predict` stands apart from the objectives because solvers work on it: Δ-STN linearizes the prediction and keeps the
-    convex objective and the penalties on w on top; Gauss-Newton products need the same split.
+    `predict` is separate from the objectives because solvers work on it. Δ-STN linearizes the
+    prediction and keeps the convex objective and the penalties on w on top. Gauss–Newton products
+    need the same separation.
     """
 
     space: Space
-    """The hyperparameters λ: domains, initial values, how they are perturbed."""
+    """The hyperparameters λ: domains, initial values and perturbations."""
 
     @abstractmethod
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
-        """Initial w and carry, on the CPU, drawn from `generator` alone."""
+        """Return the initial w and carry on the CPU, drawn from `generator` alone."""
 
     @abstractmethod
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        """Train, valid and test streams on `device`; `generator` (CPU) orders the batches."""
+        """Return the train, valid and test streams on `device`.
+
+        `generator` (CPU) orders the batches.
+        """
 
     @abstractmethod
     def predict(
@@ -41,64 +45,80 @@ class Problem(ABC):
         train: bool,
         generator: torch.Generator | None,
     ) -> tuple[Prediction, Carry]:
-        """f(λ, w; batch): pure, all that it changes is what it returns.
+        """Return f(λ, w; batch) and the next carry.
 
-        `train` switches dropout and augmentation on; their masks come from `generator`, which may be None when `train` is
-        False. A leaf of `hypers` is [*shape], or [B, *shape] when its hyperparameter is drawn per example.
+        The function is pure: it returns everything that it changes. `train` switches dropout and
+        augmentation on; their draws come from `generator`, which may be None when `train` is False.
+        A leaf of `hypers` is [*shape], or [B, *shape] when its hyperparameter is drawn per example.
         """
 
     @abstractmethod
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Tensor:
-        """L_T as [], averaged over examples, convex in `prediction`; holds the penalties on w (`squared_norm`)."""
+        """Return L_T, [], averaged over examples.
+
+        It is convex in `prediction` and holds the penalties on w (`squared_norm`).
+        """
 
     @abstractmethod
     def outer_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Tensor:
-        """L_V as [], averaged over examples."""
+        """Return L_V, [], averaged over examples."""
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
-        """What evaluation reports: values per item, averaged over all items of a split; a [] value stands for its batch.
+        """Return the values that an evaluation averages over the items of a split.
 
-        `loss` must be among them: it is what is minimized over λ, and what "best" means.
+        A value has one entry per item; a value of shape [] stands for its whole batch. `loss` must
+        be among them: λ minimizes it, and it selects the best evaluation.
         """
         return {"loss": self.outer_objective(hypers, params, prediction, batch)}
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """What follows from the means of `metrics` over a split and is no mean itself: perplexity = e^loss, say."""
+        """Return metrics that follow from the means of `metrics` and are not means themselves.
+
+        Perplexity = e^loss is an example.
+        """
         return {}
 
     def exact(self, hypers: Hypers) -> Metrics:
-        """What a closed form knows of λ itself, [] each: `regret` = L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)), say; {} for most."""
+        """Return quantities at λ from a closed form, [] each; {} without a closed form.
+
+        `regret` = L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)) is an example.
+        """
         return {}
 
     def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
-        """dL_V(λ, w*(λ))/dλ where a closed form knows it, [h], in λ's own units and the order of u; None for most.
+        """Return dL_V(λ, w*(λ))/dλ from a closed form, [h]; None without one.
 
-        Records then tell how near to it the solver's own is.
+        It is in the units of λ and the order of u. Records then compare the solver's hypergradient
+        with it.
         """
         return None
 
     def pictures(self, hypers: Hypers, generator: torch.Generator) -> dict[str, Tensor]:
-        """What λ does to the data, by name: [n, C, H, W] in [0, 1], of 1 or 3 channels, eight to a row; {} for most.
+        """Return images of the effect of λ on the data, by name; {} without any.
 
-        Dashboards show them now and then; `generator` is on the device of λ, and in the same state at every call.
+        Each entry is [n, C, H, W] in [0, 1] with 1 or 3 channels; dashboards show eight in a row.
+        `generator` is on the device of λ and has the same state at every call.
         """
         return {}
 
     def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
-        """The carry with which a pass over another split begins at `batch`: statistics kept, recurrent state anew."""
+        """Return the carry with which a pass over another split begins at `batch`.
+
+        Statistics are kept, and recurrent state starts anew.
+        """
         return carry
 
     def outer_carry(self, carry: Carry, last: Carry | None, batch: Batch) -> Carry:
-        """The carry with which L_V of an outer batch begins; `last` is what the batch before it ended with, None at first.
+        """Return the carry with which L_V of an outer batch begins.
 
-        By default that of a pass over another split, `fresh_carry`; a problem whose batches continue each other goes on from
-        `last`.
+        `last` is the carry after the previous outer batch, None for the first one. The default is
+        `fresh_carry`. A problem whose batches continue each other continues from `last`.
         """
         return self.fresh_carry(carry, batch)
 
@@ -111,7 +131,7 @@ class Problem(ABC):
         batch: Batch,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Carry]:
-        """L_T(λ, w) on a batch: `inner_objective` ∘ `predict(train=True)`."""
+        """Return L_T(λ, w), `inner_objective` ∘ `predict(train=True)`, and the next carry."""
         prediction, carry = self.predict(
             hypers, params, carry, batch, train=True, generator=generator
         )
@@ -121,6 +141,6 @@ class Problem(ABC):
     def outer_loss(
         self, hypers: Hypers, params: Params, carry: Carry, batch: Batch
     ) -> tuple[Tensor, Carry]:
-        """L_V(λ, w) on a batch: `outer_objective` ∘ `predict(train=False)`."""
+        """Return L_V(λ, w), `outer_objective` ∘ `predict(train=False)`, and the next carry."""
         prediction, carry = self.predict(hypers, params, carry, batch, train=False, generator=None)
         return self.outer_objective(hypers, params, prediction, batch), carry

@@ -1,4 +1,4 @@
-"""A problem around another, from which a run hides something of its own: other initial weights, another precision, a share."""
+"""The base class of problems that change a part of another problem."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,10 @@ from bilevel.problem import Problem
 
 
 class ProblemWrapper(Problem):
-    """Answers everything as `problem` does; a subclass says what is different."""
+    """A problem that passes every call to `problem`.
+
+    A subclass changes what differs: initial weights, precision, or the examples of one process.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

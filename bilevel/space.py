@@ -1,4 +1,4 @@
-"""The hyperparameter space: domains by name, and λ in its own units from unconstrained coordinates u."""
+"""The hyperparameter space: domains by name, and the map between u and λ."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
@@ -20,7 +20,8 @@ class Space(Mapping[str, Domain]):
 
     Example:
         >>> from bilevel import Interval, Positive
-        >>> space = Space(dropout=Interval(low=0.0, high=0.95, init=0.05), decay=Positive(init=1e-3))
+        >>> rate = Interval(low=0.0, high=0.95, init=0.05)
+        >>> space = Space(dropout=rate, decay=Positive(init=1e-3))
         >>> u = space.init()
         >>> u.shape, round(u[0].item(), 3)
         (torch.Size([2]), -2.89)
@@ -32,13 +33,15 @@ class Space(Mapping[str, Domain]):
         for name, domain in domains.items():
             if not isinstance(domain, Domain):
                 raise BilevelError(
-                    f"hyperparameter `{name}` is a {type(domain).__name__}; give a Real, Positive, Interval, Integer or Simplex"
+                    f"{name}={domain!r} must be a Domain; give a Real, Positive, Interval, Integer "
+                    "or Simplex"
                 )
         setters: dict[str, str] = {}
         for name, domain in domains.items():
             if domain.optimizer is not None and setters.setdefault(domain.optimizer, name) != name:
                 raise BilevelError(
-                    f"`{setters[domain.optimizer]}` and `{name}` both set the inner optimizer's {domain.optimizer}; keep one"
+                    f"hyperparameters `{setters[domain.optimizer]}` and `{name}` both set the "
+                    f"{domain.optimizer} of the inner optimizer; keep one"
                 )
         self._domains = domains
         self._slices: dict[str, slice] = {}
@@ -61,33 +64,40 @@ class Space(Mapping[str, Domain]):
 
     @property
     def numel(self) -> int:
-        """h, the number of unconstrained coordinates."""
+        """Return h, the number of unconstrained coordinates."""
         return max((s.stop for s in self._slices.values()), default=0)
 
     @property
     def tuned(self) -> tuple[str, ...]:
-        """Names of the hyperparameters that are not frozen, in the order of their coordinates."""
+        """Return the names of the hyperparameters that are not frozen, in the order of u."""
         return tuple(self._slices)
 
     @property
     def per_example(self) -> Tensor:
-        """[h] bool: the coordinates whose perturbation may differ from example to example."""
+        """Return the coordinates that are perturbed per example, [h] bool.
+
+        The perturbation of such a coordinate may differ from example to example.
+        """
         return self._per_coordinate([self[name].per_example for name in self.tuned], torch.bool)
 
     def init(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The coordinates u at the initial values: [h], computed in float64 and given in `dtype` (by default PyTorch's)."""
+        """Return the coordinates u at the initial values, [h].
+
+        They are computed in float64 and returned in `dtype`, by default PyTorch's default type.
+        """
         u = self.unconstrain({name: self[name].initial() for name in self.tuned})
         return u.to(torch.get_default_dtype() if dtype is None else dtype)
 
     def initial_scales(self) -> Tensor:
-        """σ of every coordinate at the start: [h] in float64."""
+        """Return the initial σ of every coordinate, [h] in float64."""
         return self._per_coordinate([float(self[name].scale) for name in self.tuned], torch.float64)
 
     def constrain(self, u: Tensor, generator: torch.Generator | None = None) -> Hypers:
-        """λ in its own units from u, [h] or [B, h].
+        """Return λ in its own units from u, [h] or [B, h].
 
-        Given [B, h], a leaf perturbed per example is [B, *shape]; one perturbed per batch is [*shape], taken from the first
-        row. Integers are rounded stochastically with `generator`, to the nearest without.
+        For [B, h], a leaf that is perturbed per example is [B, *shape]. A leaf that is perturbed
+        per batch is [*shape], taken from the first row. Integers are rounded stochastically with
+        `generator`, and to the nearest whole number without.
         """
         hypers: Hypers = {}
         for name, domain in self.items():
@@ -101,14 +111,15 @@ class Space(Mapping[str, Domain]):
         return hypers
 
     def unconstrain(self, hypers: Hypers) -> Tensor:
-        """u: [h] from unbatched hyperparameters; frozen ones are ignored.
+        """Return u, [h], from unbatched hyperparameters; frozen ones are ignored.
 
         Raises:
             BilevelError: a tuned hyperparameter is missing.
         """
         if missing := [name for name in self.tuned if name not in hypers]:
             raise BilevelError(
-                f"no value for hyperparameter `{missing[0]}`; give one for each of {', '.join(self.tuned)}"
+                f"hyperparameter `{missing[0]}` has no value; give one for each of "
+                f"{', '.join(self.tuned)}"
             )
         parts = [
             self[name].unconstrain(hypers[name]).expand(self[name].shape).reshape(-1)
@@ -117,30 +128,35 @@ class Space(Mapping[str, Domain]):
         return torch.cat(parts) if parts else torch.zeros(0)
 
     def by_name(self, v: Tensor) -> Hypers:
-        """A vector over the coordinates, [h], as one leaf of its domain's shape per tuned hyperparameter; no change of
-        units.
+        """Cut a vector over the coordinates, [h], into one leaf for each tuned hyperparameter.
+
+        Leaves have the shapes of their domains, and the values keep their units.
         """
         return {name: v[s].reshape(self[name].shape) for name, s in self._slices.items()}
 
     def override(self, changes: Mapping[str, Mapping[str, Any]]) -> "Space":
-        """The same space with some fields of some hyperparameters changed, as configuration does it.
+        """Return the space with some fields of some hyperparameters changed.
 
-        A new name is a setting of the inner optimizer that shall be tuned too, and says which: `optimizer`, and `init`.
+        Configuration files use this method. A new name adds a setting of the inner optimizer to
+        tune; it needs the fields `optimizer` and `init`.
 
         Example:
             >>> from bilevel import Positive
-            >>> Space(decay=Positive(init=1e-3)).override({"decay": {"init": 0.1}})["decay"].init
+            >>> space = Space(decay=Positive(init=1e-3))
+            >>> space.override({"decay": {"init": 0.1}})["decay"].init
             0.1
-            >>> list(Space(decay=Positive(init=1e-3)).override({"rate": {"optimizer": "lr", "init": 0.01}}))
+            >>> list(space.override({"rate": {"optimizer": "lr", "init": 0.01}}))
             ['decay', 'rate']
 
         Raises:
-            BilevelError: an unknown hyperparameter or field (with the near misses), or a value out of its domain.
+            BilevelError: a hyperparameter or a field is unknown, or a value lies outside its
+                domain.
         """
         domains = dict(self._domains)
         if not isinstance(changes, Mapping):
             raise BilevelError(
-                f"space={changes!r} changes no hyperparameter by its name; write space.NAME.init=… for one"
+                f"space={changes!r} must map names of hyperparameters to changes; write "
+                "space.NAME.init=…"
             )
         for name, change in changes.items():
             if (
@@ -152,29 +168,33 @@ class Space(Mapping[str, Domain]):
                 continue
             if name not in domains:
                 raise BilevelError(
-                    f"there is no hyperparameter `{name}`{near(name, domains)}; there are {', '.join(domains)}"
+                    f"hyperparameter `{name}` is unknown{near(name, domains)}; choose "
+                    f"{', '.join(domains)}"
                 )
-            known = [
-                field.name for field in fields(domains[name]) if field.name != "shape"
-            ]  # that is the problem's own
+            # the shape belongs to the problem
+            known = [field.name for field in fields(domains[name]) if field.name != "shape"]
             if not isinstance(change, Mapping):
                 value = "…" if change is None else change
                 raise BilevelError(
-                    f"hyperparameter `{name}` has several fields; write {name}.init={value} for where it starts"
+                    f"hyperparameter `{name}`={value} must be set through a field; write "
+                    f"{name}.init={value} for its initial value"
                 )
             if change.get("optimizer", domains[name].optimizer) != domains[name].optimizer:
                 raise BilevelError(
-                    f"hyperparameter `{name}` is there already, for something else; a setting of the inner optimizer takes a "
-                    f"new name: write rate.optimizer={change['optimizer']}, say"
+                    f"hyperparameter `{name}` exists, so {name}.optimizer={change['optimizer']} "
+                    "cannot be set; use a new name for the setting of the inner optimizer, for "
+                    f"example rate.optimizer={change['optimizer']}"
                 )
             if "shape" in change:
                 raise BilevelError(
-                    f"hyperparameter `{name}`: its shape {list(domains[name].shape)} comes from the problem; leave it out"
+                    f"hyperparameter `{name}`: shape={change['shape']} cannot be set, since the "
+                    f"problem fixes the shape {list(domains[name].shape)}; leave it out"
                 )
             for field in change:
                 if field not in known:
                     raise BilevelError(
-                        f"hyperparameter `{name}` has no field `{field}`{near(field, known)}; it has {', '.join(known)}"
+                        f"hyperparameter `{name}`: {field}={change[field]!r} is an unknown "
+                        f"field{near(field, known)}; choose {', '.join(known)}"
                     )
             try:
                 domains[name] = replace(domains[name], **change)
@@ -183,10 +203,13 @@ class Space(Mapping[str, Domain]):
         return Space(**domains)
 
     def _constant(self, name: str, like: Tensor) -> Tensor:
-        """The value of a frozen hyperparameter, copied to each device once: a copy waits for the device."""
+        """Return the value of a frozen hyperparameter.
+
+        It is copied to each device once, since every copy waits for the device.
+        """
         key = (name, like.device, like.dtype)
         if key not in self._constants:
-            with torch.inference_mode(False):  # what is made in inference must still serve training
+            with torch.inference_mode(False):  # training must be able to use it too
                 self._constants[key] = self[name].initial().to(like.device, like.dtype)
         return self._constants[key]
 
@@ -196,10 +219,11 @@ class Space(Mapping[str, Domain]):
 
 
 def _added(name: str, change: Mapping[str, Any]) -> Domain:
-    """The setting of the inner optimizer that joins a space as `name`."""
+    """Return the setting of the inner optimizer that joins a space as `name`."""
     if "init" not in change:
         raise BilevelError(
-            f"hyperparameter `{name}` has no initial value; give {name}.init=… beside {name}.optimizer=…"
+            f"hyperparameter `{name}` needs an initial value; give {name}.init=… beside "
+            f"{name}.optimizer=…"
         )
     try:
         return optimizer_setting(
@@ -210,7 +234,7 @@ def _added(name: str, change: Mapping[str, Any]) -> Domain:
         )
     except TypeError as error:
         raise BilevelError(
-            f"hyperparameter `{name}`: {error}; it takes optimizer, init, scale, frozen, low and high"
+            f"hyperparameter `{name}`: {error}; give optimizer, init, scale, frozen, low or high"
         ) from None
     except BilevelError as error:
         raise BilevelError(f"hyperparameter `{name}`: {error}") from None

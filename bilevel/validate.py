@@ -4,7 +4,7 @@ Each function takes settings by keyword, `positive(lr=lr, eps=eps)`, and raises 
 the first one that is wrong. A dotted name is given in a dictionary: `positive(**{"runner.epochs": n})`.
 """
 
-import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +27,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def finite(remedy: str | None = None, /, **settings: Any) -> None:
+    """Require numbers that a float can hold.
+
+    Example:
+        >>> finite(low=float("inf"))
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: low=inf must be a finite number; choose one
+    """
+    for name, value in settings.items():
+        if not (is_number(value) and abs(value) <= sys.float_info.max):
+            raise wrong(name, value, "must be a finite number", remedy or "choose one")
+
+
 def positive(remedy: str | None = None, /, **settings: Any) -> None:
     """Require positive and finite numbers.
 
@@ -37,7 +50,7 @@ def positive(remedy: str | None = None, /, **settings: Any) -> None:
         bilevel.errors.BilevelError: lr=0 must be positive and finite; choose a number above 0
     """
     for name, value in settings.items():
-        if not (is_number(value) and 0 < value < math.inf):
+        if not (is_number(value) and 0 < value <= sys.float_info.max):
             raise wrong(
                 name, value, "must be positive and finite", remedy or "choose a number above 0"
             )
@@ -52,7 +65,7 @@ def at_least(least: float, remedy: str | None = None, /, **settings: Any) -> Non
         bilevel.errors.BilevelError: inner_steps=0 must be at least 1; choose 1 or more
     """
     for name, value in settings.items():
-        if not (is_number(value) and least <= value < math.inf):
+        if not (is_number(value) and least <= value <= sys.float_info.max):
             raise wrong(
                 name, value, f"must be at least {least}", remedy or f"choose {least} or more"
             )

@@ -1,4 +1,4 @@
-"""What a module draws from PyTorch's global generators (`nn.Dropout`): made to follow from a generator of one's own."""
+"""Draws from PyTorch's global generators (`nn.Dropout`), seeded from a given generator."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,10 @@ Result = TypeVar("Result")
 
 @contextmanager
 def seeded(generator: torch.Generator | None) -> Iterator[None]:
-    """Draws from the global generators follow from `generator` inside; afterwards those are as they were before."""
+    """Seed the global generators from `generator` inside; restore them afterwards.
+
+    None leaves them as they are.
+    """
     if generator is None:
         yield
         return
@@ -25,7 +28,8 @@ def seeded(generator: torch.Generator | None) -> Iterator[None]:
     ):
         if on_host:
             seed = int(torch.randint(2**62, (), generator=generator))
-        else:  # reading a number drawn on the device would wait for it; the generator's own state lies on the host
+        else:
+            # a number drawn on the device would have to be waited for; the state lies on the host
             seed = hash(tuple(generator.get_state().view(torch.int64).tolist())) % 2**62
             _advance(generator)
             _seed_global(device, seed)
@@ -34,31 +38,33 @@ def seeded(generator: torch.Generator | None) -> Iterator[None]:
 
 
 class GlobalDraws:
-    """Calls of a module, seeded where it draws from the global generators.
+    """Calls of a module that are seeded if the module draws from the global generators.
 
-    On CUDA seeding takes as long as launching a layer, and a graph cannot hold it. So there the first call is looked at, and a
-    module that drew nothing is called as it is from then on; `generator` moves on as if it had been seeded. Should a later
-    call draw after all, it is made again, seeded, as are all that follow.
+    On CUDA seeding takes as long as launching a layer, and a graph cannot hold it. So the first
+    call there records if the module drew. A module that drew nothing is called without seeding from
+    then on, and `generator` advances as if it had been seeded. If a later call does draw, it is
+    repeated with a seed, and all later calls are seeded.
     """
 
     def __init__(self) -> None:
-        self.drawing: bool | None = None
+        self.draws: bool | None = None
 
     def __call__(self, run: Callable[[], Result], generator: torch.Generator | None) -> Result:
-        """`run()`.
+        """Return `run()`.
 
         Raises:
-            BilevelError: it draws, and is being captured as a graph.
+            BilevelError: the module draws while it is captured as a graph.
         """
         if generator is None or generator.device.type != "cuda":
             with seeded(generator):
                 return run()
         capturing = torch.cuda.is_current_stream_capturing()
-        if capturing and self.drawing is not False:
+        if capturing and self.draws is not False:
             raise BilevelError(
-                "the network draws from PyTorch's global generator, which a graph cannot seed"
+                "the network draws from PyTorch's global generator, which a graph cannot seed; "
+                "draw from the generator of `predict`, or set runner.capture=false"
             )
-        if self.drawing is False:
+        if self.draws is False:
             if capturing:
                 _advance(generator)
                 return run()
@@ -72,20 +78,20 @@ class GlobalDraws:
         with seeded(generator):
             began = _global_state(generator.device), torch.get_rng_state()
             result = run()
-            if self.drawing is not True:
-                self.drawing = _global_state(generator.device) != began[0] or not torch.equal(
+            if self.draws is not True:
+                self.draws = _global_state(generator.device) != began[0] or not torch.equal(
                     torch.get_rng_state(), began[1]
                 )
         return result
 
 
 def _advance(generator: torch.Generator) -> Tensor:
-    """One draw, by which the next seed differs from the last."""
+    """Draw once, so that the next seed differs from the last one."""
     return torch.rand((), generator=generator, device=generator.device)
 
 
 def _global_state(device: torch.device) -> int:
-    """How far the global generator of a CUDA device has been drawn from; lies on the host."""
+    """Return the offset of the global generator of a CUDA device, which lies on the host."""
     return torch.cuda.default_generators[device.index or 0].get_offset()
 
 
@@ -94,7 +100,7 @@ def _restore_global(device: torch.device, offset: int) -> None:
 
 
 def _seed_global(device: torch.device, seed: int) -> None:
-    """Seed the global generator of `device`, which need not be the current one."""
+    """Seed the global generator of `device`, which need not be the current device."""
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     else:

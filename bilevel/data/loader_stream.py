@@ -1,4 +1,4 @@
-"""Batches from a DataLoader or another iterable: reproducible, resumable, and not disturbed by evaluation."""
+"""Batches from a DataLoader or another iterable, reproducible and resumable."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,41 +21,50 @@ from torch.utils.data import (
 from bilevel.data.stream import Stream
 from bilevel.errors import BilevelError
 from bilevel.params import Batch, count_examples
+from bilevel.text import first_line
 
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid.*(exited unexpectedly|is killed by signal)")
-"""What PyTorch says of a worker that is gone."""
-DEATHS = (RuntimeError, ConnectionError, EOFError)
-"""What it raises then: the latter two where the worker was to hand a batch over."""
+DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
+"""Matches PyTorch's message about a worker that has ended."""
+DEAD_WORKER_ERRORS = (RuntimeError, ConnectionError, EOFError)
+"""Errors that PyTorch raises where a worker has ended.
+
+The latter two occur while the worker passes a batch.
+"""
 
 
 class LoaderStream(Stream):
-    """Batches from a `torch.utils.data.DataLoader`, or from any iterable with a length that starts anew at every `iter`.
+    """Batches from a `torch.utils.data.DataLoader`, or from any iterable with a length.
 
-    Each epoch has a seed, drawn from `generator`. What the loader then draws from PyTorch's generators on the CPU (the order,
-    its workers' seeds, transforms in this process) follows from the seed, whether the loader has a generator of its own or
-    not, and those generators are left as they were. A resumed run replays the batches of the epoch that was cut off. Two things
-    are not reproduced: draws from Python's and NumPy's global generators in this process, and random transforms with
-    `persistent_workers`, which seed themselves once (their order of examples is reproduced).
+    Every call of `iter` must start the iterable anew.
 
-    Evaluation never iterates the loader that training is in the middle of. For a DataLoader it is a second one, without
-    workers, over the examples that the sampler may hand out: in the order of the dataset, whatever `shuffle` says, and without
-    loss, whatever `drop_last` says. Examples that only a sampler of one's own knows come in the order of one pass of it. Any
-    other iterable is iterated afresh, in the order that it has.
+    Each epoch has a seed, drawn from `generator`. All draws of the loader from PyTorch's CPU
+    generators follow from this seed: the order, the workers' seeds, and transforms in this process.
+    That holds with and without a generator of the loader's own, and those generators keep their
+    states. A resumed run replays the batches of the unfinished epoch. Two kinds of draws are not
+    reproduced: draws from the global generators of Python and NumPy in this process, and random
+    transforms with `persistent_workers`, whose workers seed themselves once. The order of their
+    examples is reproduced.
+
+    Evaluation never iterates the loader that training uses. For a DataLoader it builds a second
+    one, without workers, over the examples that the sampler may return: in the order of the
+    dataset, without `shuffle` and without `drop_last`. Examples that only a user's own sampler can
+    list come in the order of one pass of it. Any other iterable is iterated anew, in its own order.
 
     Args:
-        loader: what hands out the batches; leaves of a batch that are not tensors stay as they are.
+        loader: source of the batches; leaves of a batch that are not tensors stay as they are.
         generator: on the CPU; seeds every epoch.
-        name: what errors call this split.
+        name: name of the split in errors.
 
     Example:
         >>> from torch.utils.data import TensorDataset
-        >>> loader = DataLoader(TensorDataset(torch.arange(5)), batch_size=2, shuffle=True, drop_last=True)
+        >>> dataset = TensorDataset(torch.arange(5))
+        >>> loader = DataLoader(dataset, batch_size=2, shuffle=True, drop_last=True)
         >>> stream = LoaderStream(loader, torch.Generator().manual_seed(0))
         >>> stream.steps_per_epoch, [x.tolist() for (x,) in stream.once()]
         (2, [[0, 1], [2, 3], [4]])
 
     Raises:
-        BilevelError: the loader has no length, no batch, or cannot be iterated a second time.
+        BilevelError: the loader has no length or no batch, or cannot be iterated a second time.
     """
 
     def __init__(
@@ -67,29 +76,30 @@ class LoaderStream(Stream):
         name: str = "train",
     ) -> None:
         try:
-            self.steps_per_epoch = len(loader)  # type: ignore[arg-type]  # checked just here
+            self.steps_per_epoch = len(loader)  # type: ignore[arg-type]  # the error is caught
         except TypeError:
             raise BilevelError(
-                f"the {name} loader has no length; wrap it so that len() tells its batches per epoch"
+                f"the {name} loader has no length; wrap it so that len() returns its batches per "
+                "epoch"
             ) from None
         if self.steps_per_epoch == 0:
             raise BilevelError(
-                f"the {name} split is empty: its loader has no batch; lower the batch size or give it examples"
+                f"the {name} split is empty, since its loader has no batch; lower the batch size "
+                "or add examples"
             )
-        self.loader, self.generator, self.device, self.name = (
-            loader,
-            generator,
-            torch.device(device),
-            name,
-        )
-        self._own = _generators(loader)
-        # a subclass may do more to a batch in its __iter__ than a second DataLoader would
-        plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
-        self._ordered = _Ordered(loader, self._own) if plain else None  # type: ignore[arg-type]  # it is a DataLoader
+        self.loader = loader
+        self.generator = generator
+        self.device = torch.device(device)
+        self.name = name
+        self._generators = _generators(loader)
+        # the __iter__ of a subclass may change batches, which a second DataLoader would not do
+        self._ordered: _FixedOrder | None = None
+        if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
+            self._ordered = _FixedOrder(loader, self._generators)
         if self._ordered is None and iter(loader) is iter(loader):
             raise BilevelError(
-                f"the {name} loader gives the same iterator at every iter(), so an evaluation would disturb training; "
-                "let __iter__ return a new one"
+                f"the {name} loader returns the same iterator at every iter(), so an evaluation "
+                "would disturb training; return a new one in __iter__"
             )
         first = next(self.once(), None)
         if first is None:
@@ -99,14 +109,14 @@ class LoaderStream(Stream):
         self.size = self.steps_per_epoch * count_examples(first) if known is None else known
         self.examples = 0
         self._seed = 0
-        self._began = False
+        self._started = False
         self._position = self.steps_per_epoch
         self._batches: Iterator[Batch] = iter(())
 
     def next(self) -> Batch:
         if self._position == self.steps_per_epoch:
             self._begin(int(torch.randint(2**62, (), generator=self.generator)))
-        batch = self._moved(self._draw())
+        batch = self._to_device(self._draw())
         self.examples += count_examples(batch)
         return batch
 
@@ -115,18 +125,17 @@ class LoaderStream(Stream):
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         seen = 0
-        batches = _apart(
-            self.loader if self._ordered is None else self._ordered.loader(limit), self._own, 0
-        )
+        loader = self.loader if self._ordered is None else self._ordered.loader(limit)
+        batches = _isolated(loader, self._generators, 0)
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 break
-            except DEATHS as error:
-                self._blame(error)
+            except DEAD_WORKER_ERRORS as error:
+                self._raise_if_worker_died(error)
                 raise
-            yield self._moved(batch)
+            yield self._to_device(batch)
             seen += count_examples(batch)
             if limit is not None and seen >= limit:
                 break
@@ -143,12 +152,11 @@ class LoaderStream(Stream):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["size"] != self.size:
             raise BilevelError(
-                f"the checkpoint's {self.name} split has {state['size']} examples, this one has {self.size}: the data changed"
+                f"the checkpoint has a {self.name} split of {state['size']} examples, but this one "
+                f"has {self.size}; use the same data as before"
             )
         self._begin(state["seed"])
-        if (
-            state["position"] == self.steps_per_epoch
-        ):  # nothing to replay: the next batch begins an epoch
+        if state["position"] == self.steps_per_epoch:  # the next batch begins an epoch
             self._position = self.steps_per_epoch
         while self._position < state["position"]:
             self._draw()
@@ -156,56 +164,59 @@ class LoaderStream(Stream):
         self.generator.set_state(state["generator"])
 
     def _begin(self, seed: int) -> None:
-        if not self._began and getattr(self.loader, "persistent_workers", False):
-            # the pass that starts these workers draws their seed before the order, later passes do not: let none of ours be it
-            next(_apart(self.loader, self._own, seed), None)
-        self._began = True
-        self._seed, self._position, self._batches = seed, 0, _apart(self.loader, self._own, seed)
+        if not self._started and getattr(self.loader, "persistent_workers", False):
+            # the first pass, which starts these workers, also draws their seed; drop that pass
+            next(_isolated(self.loader, self._generators, seed), None)
+        self._started = True
+        self._seed = seed
+        self._position = 0
+        self._batches = _isolated(self.loader, self._generators, seed)
 
     def _draw(self) -> Batch:
         try:
             batch = next(self._batches)
         except StopIteration:
             raise self._ended(self._position) from None
-        except DEATHS as error:
-            self._blame(error)
+        except DEAD_WORKER_ERRORS as error:
+            self._raise_if_worker_died(error)
             raise
         self._position += 1
         return batch
 
-    def _blame(self, error: Exception) -> None:
-        """Raise, of a worker that died, what it was and what to do."""
+    def _raise_if_worker_died(self, error: Exception) -> None:
+        """Raise an error with a remedy where a worker of the loader died."""
         gone = (
             not isinstance(error, RuntimeError)
             and getattr(self.loader, "num_workers", False)
             and "Caught" not in str(error)
         )
         if gone or DEAD_WORKER.search(str(error)):
-            said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(". ")
             raise BilevelError(
-                f"a worker of the {self.name} loader died ({said}); most often the machine's memory ran out: lower the "
-                "loader's num_workers, prefetch_factor or batch_size; resume=… goes on from the last checkpoint"
+                f"a worker of the {self.name} loader died ({first_line(error).rstrip('. ')}), most "
+                "often for lack of memory; lower num_workers, prefetch_factor or batch_size, and "
+                "resume=… continues from the last checkpoint"
             ) from error
 
     def _ended(self, position: int) -> BilevelError:
         return BilevelError(
-            f"the {self.name} loader ended after {position} batches, and its length says {self.steps_per_epoch}; "
-            "let len() tell the batches that it gives in every epoch"
+            f"the {self.name} loader ended after {position} batches, but its length is "
+            f"{self.steps_per_epoch}; return from len() the number of batches of every epoch"
         )
 
-    def _moved(self, batch: Batch) -> Batch:
-        # the copy of a pinned batch need not be waited for; `is True`: an iterable of one's own may mean something else by it
+    def _to_device(self, batch: Batch) -> Batch:
+        # the copy of a pinned batch need not wait; `is True`, since another iterable may use the
+        # name for something else
         pinned = getattr(self.loader, "pin_memory", False) is True
         return pytree.tree_map(
             lambda x: x.to(self.device, non_blocking=pinned) if isinstance(x, Tensor) else x, batch
         )
 
 
-class _Ordered:
+class _FixedOrder:
     """The examples of a DataLoader's split in a fixed order.
 
     Attributes:
-        size: how many there are, or None where the dataset hands out ready-made batches.
+        size: number of examples, or None where the dataset returns ready-made batches.
     """
 
     def __init__(self, loader: DataLoader, generators: Sequence[torch.Generator]) -> None:
@@ -215,7 +226,8 @@ class _Ordered:
         self._streamed = isinstance(loader.dataset, IterableDataset)
         self.size: int | None = None
         if self._streamed:
-            self.size = None if loader.batch_size is None else len(loader.dataset)  # type: ignore[arg-type]  # len(loader) had it
+            sized: Any = loader.dataset
+            self.size = None if loader.batch_size is None else len(sized)
             return
         sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         if type(sampler) is BatchSampler:
@@ -223,11 +235,14 @@ class _Ordered:
             self._examples = _examples(sampler.sampler, generators)
             self.size = len(self._examples)
         else:
-            self._batches = list(islice(_apart(sampler, generators, 0), len(loader)))
+            self._batches = list(islice(_isolated(sampler, generators, 0), len(loader)))
             self.size = None if loader.batch_sampler is None else sum(map(len, self._batches))
 
     def loader(self, limit: int | None) -> DataLoader:
-        """A loader of its own; it stops at `limit` examples where the batches are put together here."""
+        """Return a separate loader.
+
+        It stops at `limit` examples where the batches are put together here.
+        """
         dataset, collate = self._loader.dataset, self._loader.collate_fn
         if self._streamed:
             return DataLoader(dataset, batch_size=self._loader.batch_size, collate_fn=collate)
@@ -244,18 +259,18 @@ class _Ordered:
 
 
 def _examples(sampler: Any, generators: Sequence[torch.Generator]) -> Sequence[Any]:
-    """What a sampler may hand out, each once: it may know only a part of the dataset, the training examples, say."""
+    """Return the examples that a sampler may return, each once."""
     if type(sampler) in (RandomSampler, SequentialSampler):
         return range(len(sampler.data_source))
     if isinstance(sampler, SubsetRandomSampler):
         return [int(i) for i in sampler.indices]
     if isinstance(sampler, WeightedRandomSampler):
         return sampler.weights.nonzero().flatten().tolist()
-    return list(dict.fromkeys(islice(_apart(sampler, generators, 0), len(sampler))))
+    return list(dict.fromkeys(islice(_isolated(sampler, generators, 0), len(sampler))))
 
 
 def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
-    """The generators that iterating `loader` draws from: the global one, its own and its samplers'."""
+    """Return the generators that the loader draws from: the global one, its own, its samplers'."""
     batches = getattr(loader, "batch_sampler", None)
     owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
     own = [getattr(owner, "generator", None) for owner in owners]
@@ -266,13 +281,14 @@ def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
     )
 
 
-def _apart(
+def _isolated(
     batches: Iterable[Any], generators: Sequence[torch.Generator], seed: int
 ) -> Iterator[Any]:
-    """The same items, with what they draw from `generators` following from `seed`; between items those are as they were.
+    """Yield the items of `batches`, with all draws from `generators` following from `seed`.
 
-    Samplers and workers draw no earlier than at the first item, so the seed has to hold then and not at `iter` alone. Not
-    `torch.manual_seed`, which would seed the GPU's generators too.
+    Between items the generators have the states that they had before. Samplers and workers may draw
+    as late as at the first item, so the seed must hold then, not only at `iter`.
+    `torch.manual_seed` would seed the generators of the GPU too.
     """
     states = [torch.Generator(g.device).manual_seed(seed).get_state() for g in generators]
     iterator: Iterator[Any] | None = None

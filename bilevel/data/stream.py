@@ -1,4 +1,4 @@
-"""What a stream of batches is, and a user's own stream in the hands of a run."""
+"""The interface of a stream of batches, and the view that a run has of a user's own stream."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -11,45 +11,46 @@ from bilevel.params import Batch, to_device
 
 
 class Stream(ABC):
-    """One split of the data.
+    """A source of batches from one split of the data.
 
     Attributes:
-        examples: how many examples `next` has handed out.
-        size: examples in the split.
-        steps_per_epoch: batches that `next` hands out per epoch (of tensors, a last, smaller batch is dropped: shapes stay
-            static; a loader's `drop_last` is its own).
+        examples: number of examples that `next` has returned so far.
+        size: number of examples in the split.
+        steps_per_epoch: number of batches that `next` returns per epoch. Streams of tensors drop a
+            last, smaller batch, so that shapes stay static; a loader follows its own `drop_last`.
     """
 
     examples: int
     size: int
     steps_per_epoch: int
 
-    # Where a `StreamView` found this stream, and which one has it now.
+    # the position at which a `StreamView` first found this stream, and the view that drew last
     _start: dict[str, Any] | None = None
     _holder: "StreamView | None" = None
 
     @abstractmethod
     def next(self) -> Batch:
-        """The next training batch, without end."""
+        """Return the next training batch; the stream never ends."""
 
     def count(self, examples: int) -> None:
-        """Count examples that a solver looks at beside `next`: a batch used again, a pass over the split."""
+        """Count examples that a solver uses without `next`, for instance a repeated batch."""
         self.examples += examples
 
     @abstractmethod
     def peek(self) -> Batch:
-        """A batch to look at: nothing is counted, and the order of the batches stays as it is."""
+        """Return a batch without counting it and without moving the stream."""
 
     @abstractmethod
     def once(self, limit: int | None = None) -> Iterator[Batch]:
-        """Every example once, in a fixed order, for evaluation; stops after `limit` examples.
+        """Yield every example once, in a fixed order, for evaluation.
 
-        Where the batches come ready-made, it stops after the batch with which `limit` is reached.
+        Stops after `limit` examples. A stream with ready-made batches stops after the batch in
+        which `limit` is reached.
         """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The position, such that the batches after `load_state_dict` are the ones that would have come."""
+        """Return the position; after `load_state_dict` the same batches follow."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -57,10 +58,12 @@ class Stream(ABC):
 
 
 class StreamView(Stream):
-    """A user's stream for one run: from where it stood when it was first handed over, with its batches on `device`.
+    """The view that one run has of a user's stream.
 
-    One stream may serve many runs, and more than one split. Each has a position and a count of its own, and the stream is moved
-    to the one that draws, so that no run continues another's.
+    It starts at the position that the stream had when it was first passed, and moves batches to
+    `device`. One stream may serve several runs and several splits. Each view has its own position
+    and its own count. The stream is moved to the position of the view that draws, so no run
+    continues another one.
     """
 
     def __init__(self, stream: Stream, device: torch.device | str) -> None:
@@ -98,13 +101,12 @@ class StreamView(Stream):
         self.examples = stream.examples
 
     def _at_own_position(self) -> Stream:
-        """The stream, at this run's position."""
+        """Return the stream, at the position of this view."""
         stream, other = self.stream, self.stream._holder
         if other is not self:
             if other is not None:
                 other._state = copy.deepcopy(stream.state_dict())
-            stream.load_state_dict(
-                copy.deepcopy(self._state)
-            )  # a copy: a stream may keep what it is given
+            # a copy, since a stream may keep the object
+            stream.load_state_dict(copy.deepcopy(self._state))
             stream._holder = self
         return stream

@@ -1,4 +1,4 @@
-"""The three splits of the data as streams of batches: endless for training, once through for evaluation."""
+"""Streams of tensors in memory, and the three splits of the data."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from bilevel.params import Batch, count_examples, to_device
 
 
 class Data(NamedTuple):
-    """The three splits. `test` is looked at when a run ends, never before."""
+    """The three splits as streams; the runner uses `test` only at the end of a run."""
 
     train: Stream
     valid: Stream
@@ -22,13 +22,19 @@ class Data(NamedTuple):
 
 
 class TensorStream(Stream):
-    """Examples that lie in memory as a pytree of tensors, all indexed along their first axis on one device.
+    """A stream of examples that lie in memory.
+
+    The examples are a pytree of tensors on one device, indexed along their first axis.
 
     Args:
         tensors: a pytree of tensors of equal length.
         batch_size: examples per batch; None for the whole split at every step, in its own order.
-        generator: on the CPU; shuffles anew at every epoch.
-        name: what errors call this split.
+        generator: on the CPU; shuffles the examples at every epoch.
+        name: name of the split in errors.
+
+    Raises:
+        BilevelError: the split is empty, its tensors differ in length, or `batch_size` is too
+            large.
 
     Example:
         >>> stream = TensorStream((torch.arange(6.0),), 2, torch.Generator().manual_seed(0))
@@ -52,17 +58,19 @@ class TensorStream(Stream):
         }
         if len(lengths) != 1:
             raise BilevelError(
-                f"the {name} split has tensors of different lengths, {sorted(lengths)}; give one row per example in each"
+                f"the {name} split has tensors of different lengths {sorted(lengths)}; give one "
+                "row per example in each"
             )
         self.size = lengths.pop()
         if self.size == 0:
             raise BilevelError(
-                f"the {name} split is empty; give it at least one example (a larger data set or another split)"
+                f"the {name} split is empty; give at least one example (a larger data set or "
+                "another split)"
             )
         if batch_size is not None and not 1 <= batch_size <= self.size:
             raise BilevelError(
-                f"a batch of {batch_size} cannot be drawn from the {name} split, which has {self.size} examples; "
-                f"choose a batch size between 1 and {self.size}"
+                f"batch_size={batch_size} must be between 1 and the {self.size} examples of the "
+                f"{name} split; choose another batch size"
             )
         self.tensors = to_device(tensors, device)
         self.device = torch.device(device)
@@ -71,7 +79,7 @@ class TensorStream(Stream):
         self.generator = generator
         self.steps_per_epoch = 1 if batch_size is None else self.size // batch_size
         self.examples = 0
-        self._order: Tensor | None = None  # on the device: one transfer an epoch, none a batch
+        self._order: Tensor | None = None  # on the device: one transfer per epoch
         self._position = 0
 
     def next(self) -> Batch:
@@ -80,14 +88,10 @@ class TensorStream(Stream):
             return self.tensors
         if self._order is None or self._position == self.steps_per_epoch:
             order = torch.randperm(self.size, generator=self.generator)
-            on_gpu = (
-                self.device.type == "cuda"
-            )  # where only a copy from pinned memory does not wait
-            self._order = (
-                order.pin_memory().to(self.device, non_blocking=True)
-                if on_gpu
-                else order.to(self.device)
-            )
+            if self.device.type == "cuda":  # only a copy from pinned memory does not wait
+                self._order = order.pin_memory().to(self.device, non_blocking=True)
+            else:
+                self._order = order.to(self.device)
             self._position = 0
         start = self._position * self.batch_size
         self._position += 1
@@ -115,7 +119,8 @@ class TensorStream(Stream):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["order"] is not None and len(state["order"]) != self.size:
             raise BilevelError(
-                f"the checkpoint's split has {len(state['order'])} examples and this one has {self.size}: the data changed"
+                f"the checkpoint has a split of {len(state['order'])} examples, but this one has "
+                f"{self.size}; use the same data as before"
             )
         self.examples, self._position = state["examples"], state["position"]
         self._order = None if state["order"] is None else state["order"].to(self.device)
@@ -131,7 +136,7 @@ class TensorStream(Stream):
 
 
 class FullBatch(Stream):
-    """A problem without examples (a closed form, say): one batch, the same at every step."""
+    """A stream for a problem without examples, such as a closed form: always the same batch."""
 
     def __init__(self, batch: Batch = (), *, device: torch.device | str = "cpu") -> None:
         self.batch = to_device(batch, device)
@@ -164,13 +169,15 @@ def stream(
     device: torch.device | str = "cpu",
     name: str = "train",
 ) -> Stream:
-    """The stream for what a user hands over: a pytree of tensors, a loader, or a `Stream` of one's own.
+    """Return the stream of a split: a pytree of tensors, a loader, or a user's own `Stream`.
 
-    A `Stream` keeps its own order, whatever `generator` says. Every call starts it where it stood when it was handed over for
-    the first time, so that a second run on the same problem sees what the first one saw; its batches are moved to `device`.
+    A `Stream` keeps its own order and ignores `generator`. Every call starts it at the position
+    that it had when it was first passed, so a second run on the same problem sees the same batches.
+    Its batches are moved to `device`.
 
     Raises:
-        BilevelError: an empty split, a batch larger than it, or something that is none of the three.
+        BilevelError: the split is empty, the batch is larger than the split, or the type is none of
+            the three.
     """
     if isinstance(split, Stream):
         return StreamView(split, device)
@@ -180,7 +187,8 @@ def stream(
     if isinstance(split, Iterable) and not isinstance(split, (str, bytes, dict, tuple)):
         return LoaderStream(split, generator, device=device, name=name)
     raise BilevelError(
-        f"the {name} split is a {type(split).__name__}; give a tuple of tensors, a DataLoader or a bilevel Stream"
+        f"the {name} split is a {type(split).__name__}, which cannot be read; give a tuple of "
+        "tensors, a DataLoader or a bilevel Stream"
     )
 
 
@@ -193,25 +201,26 @@ def streams(
     device: torch.device | str,
     generator: torch.Generator,
 ) -> Data:
-    """One `stream` per split, each shuffled by a generator of its own, drawn from `generator`.
+    """Return one `stream` per split, each shuffled by its own generator.
 
-    How often a solver looks at validation batches then leaves the order of its training batches as it is, so that solvers
-    are compared on the same order.
+    The seeds come from `generator`. The number of validation batches that a solver draws then
+    leaves the order of its training batches as it is, so all solvers are compared on the same
+    order.
 
     Raises:
-        BilevelError: as `stream`.
+        BilevelError: `valid` is None, or a split is invalid; see `stream`.
     """
     if valid is None:
         raise BilevelError(
-            "there is no valid split, and λ is fitted on it; set some of the training examples aside"
+            "valid=None leaves no examples on which λ is fitted; set some of the training "
+            "examples aside"
         )
     own = [
         torch.Generator().manual_seed(int(seed))
         for seed in torch.randint(2**62, (3,), generator=generator)
     ]
-    once = (
-        None if batch_size is None else 1
-    )  # nothing is drawn from the test split, so that it may be smaller than a batch
+    # nothing is drawn from the test split, so it may be smaller than a batch
+    once = None if batch_size is None else 1
     return Data(
         stream(train, batch_size, own[0], device=device, name="train"),
         stream(valid, batch_size, own[1], device=device, name="valid"),

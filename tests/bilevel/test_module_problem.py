@@ -256,7 +256,7 @@ def test_data_streams():
     "module", [lambda: "no module", nn.ReLU(), nn.Linear(2, 2).requires_grad_(False)]
 )
 def test_refused(module):
-    with pytest.raises(BilevelError, match=r"no module|no trainable parameter"):
+    with pytest.raises(BilevelError, match=r"must be an nn.Module|no trainable parameter"):
         problem(module)
 
 

@@ -1,4 +1,4 @@
-"""What solvers declare and what follows from it: refusals, settings of the inner optimizer, doubts; exact truths in records."""
+"""Needs of solvers: refused problems, tunable settings of the inner optimizer, warnings."""
 
 import json
 from dataclasses import replace
@@ -107,7 +107,7 @@ def test_a_self_tuning_network_refuses_a_learning_rate():
 def test_a_setting_is_one_number_for_all_examples():
     domain = Positive(init=0.1, optimizer="lr")
     assert not domain.per_example
-    with pytest.raises(BilevelError, match=r"one number, not of shape \(2,\)"):
+    with pytest.raises(BilevelError, match=r"shape=\(2,\) must be \(\) for a setting"):
         Positive(init=0.1, optimizer="lr", shape=(2,))
     with pytest.raises(BilevelError, match="did you mean `momentum`"):
         Interval(low=0.0, high=1.0, init=0.9, optimizer="momentun")
@@ -132,17 +132,17 @@ def test_configuration_adds_a_setting_by_a_new_name():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "words"),
     [
-        ({"init": 0.1}, "there is no hyperparameter `rate`"),
-        ({"optimizer": "lr"}, "has no initial value"),
-        ({"optimizer": "lr", "init": -1.0}, "`rate`: init=-1.0 is not above 0"),
+        ({"init": 0.1}, "hyperparameter `rate` is unknown"),
+        ({"optimizer": "lr"}, "needs an initial value"),
+        ({"optimizer": "lr", "init": -1.0}, "`rate`: init=-1.0 must be above low=0"),
         ({"optimizer": "speed", "init": 1.0}, "`rate`: optimizer='speed'"),
         ({"optimizer": "lr", "init": 1.0, "higher": 2.0}, "`rate`: .*higher"),
     ],
 )
-def test_a_setting_that_cannot_be_added_is_told(change, said):
-    with pytest.raises(BilevelError, match=said):
+def test_a_setting_that_cannot_be_added_is_refused(change, words):
+    with pytest.raises(BilevelError, match=words):
         Space(decay=Real(init=0.0)).override({"rate": change})
 
 
@@ -179,7 +179,7 @@ def test_a_schedule_scales_the_tuned_rate():
     assert solver.weights.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
-def test_an_optimizer_without_the_setting_is_told():
+def test_an_optimizer_without_the_setting_is_refused():
     problem = Quadratic.random(space={"b": {"optimizer": "beta1", "init": 0.7}})
     with pytest.raises(BilevelError, match="no setting `beta1`"):
         ready(problem, Fixed(inner_optimizer=sgd(0.1)))
@@ -201,11 +201,11 @@ seen: list[dict] = []
 
 def test_a_doubt_is_told_once_a_run_from_the_means_since_the_last_evaluation(tmp_path):
     seen.clear()
-    with pytest.warns(SolverWarning, match="the loss is") as told:
+    with pytest.warns(SolverWarning, match="the loss is") as warned:
         Runner(epochs=4, warmup_epochs=1, progress="none", picture=False).run(
             FakeProblem(), Doubting(), directory=tmp_path
         )
-    assert len(told) == 1
+    assert len(warned) == 1
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [m.get("inner_loss") for m in seen] == [r.get("inner_loss") for r in records]
     assert len(records) == 5

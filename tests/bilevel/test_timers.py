@@ -1,4 +1,4 @@
-"""Where time goes, and what is measured at evaluations alone: neither changes a run."""
+"""Timers and measurements at evaluations: neither changes a run."""
 
 import time
 
@@ -73,10 +73,10 @@ def test_on_cuda_the_time_is_the_devices_and_nothing_waits():
     launched = time.perf_counter() - began
     torch.cuda.synchronize()
     passed = time.perf_counter() - began
-    told = phases.read()
+    measured = phases.read()
     assert launched < 0.5 * passed
-    assert sum(told.values()) == pytest.approx(passed, rel=0.2)
-    assert told["inner"] > 20 * told["response"] > 0
+    assert sum(measured.values()) == pytest.approx(passed, rel=0.2)
+    assert measured["inner"] > 20 * measured["response"] > 0
 
 
 def finished(directory, problem, solver, resume=False, **settings):
@@ -136,12 +136,14 @@ def test_waiting_for_batches_is_told_apart_from_training(clock, name):
         stream.next = lambda draw=stream.next: (clock(3), draw())[1]
     drawn = solver.data.train.examples + solver.data.valid.examples
     solver.step()
-    told = solver.phases.read()
+    measured = solver.phases.read()
     drawn = solver.data.train.examples + solver.data.valid.examples - drawn
-    assert told["data"] >= 3
-    assert told["data"] == pytest.approx(sum(told.values()))  # nothing else has moved the clock
+    assert measured["data"] >= 3
+    assert measured["data"] == pytest.approx(
+        sum(measured.values())
+    )  # nothing else has moved the clock
     if name == "delta_stn":
-        assert told["data"] == 3 * drawn  # of one example each
+        assert measured["data"] == 3 * drawn  # of one example each
 
 
 def test_phases_go_on_where_a_resumed_run_left_them(tmp_path):
@@ -217,15 +219,15 @@ def test_the_measures_are_those_of_the_closed_form(shift, damping):
     exact = problem.hypergradient(hypers)
     damped = problem.A + damping * torch.eye(len(w), dtype=torch.float64)
     expected = -problem.B.T @ torch.linalg.solve(damped, problem.M @ (w - problem.w_bar))
-    told = probe.measure(solver, data, hypers)
-    assert told["norm"] == pytest.approx(float(expected.norm()), rel=1e-8)
-    assert told["error"] == pytest.approx(
+    measured = probe.measure(solver, data, hypers)
+    assert measured["norm"] == pytest.approx(float(expected.norm()), rel=1e-8)
+    assert measured["error"] == pytest.approx(
         float((expected - exact).norm() / exact.norm()), rel=1e-6, abs=1e-9
     )
-    assert told["cosine"] == pytest.approx(
+    assert measured["cosine"] == pytest.approx(
         float(expected @ exact / (expected.norm() * exact.norm())), abs=1e-9
     )
-    assert (told["error"] > 0.001) == bool(shift or damping)
+    assert (measured["error"] > 0.001) == bool(shift or damping)
 
 
 @doubting
@@ -237,23 +239,23 @@ def test_what_is_told_is_the_solvers_own_on_its_next_validation_batch(name):
     ready(problem, solver)
     for _ in range(3):  # away from the first batch, with a response that is no zero
         solver.step()
-    told = probe.measure(solver, solver.data, solver.solution().hypers)
+    measured = probe.measure(solver, solver.data, solver.solution().hypers)
     solver.load_state_dict(
         solver.state_dict()
     )  # as a resumed one: an implicit solve looks at the next training batch
-    assert told["norm"] == pytest.approx(
+    assert measured["norm"] == pytest.approx(
         float(solver.hypergradient().norm()), rel=1e-12
     )  # the solver's own batch and draws
 
 
 def test_a_biased_solver_is_told_from_an_unbiased_one(tmp_path):
     """First order follows ∂L_V/∂λ alone, and its error is the part that it leaves out; Δ-STN learns that part."""
-    told = {}
+    measured = {}
     for name in ("first_order", "delta_stn"):
         problem = Quadratic.random(
             seed=1, direct=1.0, dtype=torch.float64, space={"hyper": {"scale": 0.5}}
         )
-        told[name] = finished(
+        measured[name] = finished(
             tmp_path / name,
             problem,
             SOLVERS[name](),
@@ -265,9 +267,9 @@ def test_a_biased_solver_is_told_from_an_unbiased_one(tmp_path):
     exact = problem.hypergradient(hypers)
     left_out = exact - problem.P @ (hypers["hyper"] - problem.lambda_bar)
     expected = float(left_out.norm() / exact.norm())
-    assert told["first_order"]["hypergradient.error"] == pytest.approx(expected, rel=0.05)
-    assert told["first_order"]["hypergradient.cosine"] < 0.8
-    assert told["delta_stn"]["hypergradient.cosine"] > 0.95
+    assert measured["first_order"]["hypergradient.error"] == pytest.approx(expected, rel=0.05)
+    assert measured["first_order"]["hypergradient.cosine"] < 0.8
+    assert measured["delta_stn"]["hypergradient.cosine"] > 0.95
 
 
 def test_a_gradient_of_nothing_has_no_direction(tmp_path):

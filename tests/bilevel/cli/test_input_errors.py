@@ -78,12 +78,12 @@ def refused(capfd, *arguments: str) -> str:
             ["solver._target_=bilevel.solvers.delta_stn", "solver.linearise=false"],
             "did you mean `linearize`",
         ),
-        (["problem.space.hypr.init=1"], "there is no hyperparameter `hypr` (did you mean `hyper`"),
-        (["problem.space.hyper.ini=1"], "no field `ini` (did you mean `init`"),
+        (["problem.space.hypr.init=1"], "hyperparameter `hypr` is unknown (did you mean `hyper`"),
+        (["problem.space.hyper.ini=1"], "ini=1 is an unknown field (did you mean `init`"),
         (["problem.space.hyper=0.5"], "write hyper.init=0.5"),
-        (["problem.space.hyper.shape=3"], "its shape [3] comes from the problem"),
-        (["problem.space.hyper.frozen=maybe"], "frozen='maybe' is neither true nor false"),
-        (["problem.space=0.5"], "changes no hyperparameter by its name"),
+        (["problem.space.hyper.shape=3"], "the problem fixes the shape [3]"),
+        (["problem.space.hyper.frozen=maybe"], "frozen='maybe' must be true or false"),
+        (["problem.space=0.5"], "must map names of hyperparameters to changes"),
         (["foo"], "`foo` is no override; write key=value"),
         (["seed==3"], "`seed==3` is no override"),
         (["seed=1,2"], "add -m to run each"),
@@ -142,7 +142,7 @@ def refused(capfd, *arguments: str) -> str:
         (["runner.epochs=0"], "runner.epochs=0 must be above zero"),
         (["runner.device=abacus"], "abacus"),
         (["wandb.mode=offlin"], "(did you mean `offline`"),
-        (["problem.space.hyper.scale=-1"], "scale=-1 is no standard deviation"),
+        (["problem.space.hyper.scale=-1"], "scale=-1 must be positive"),
         (["problem._target_=bilevel.problems.Quadradic"], "cannot be imported"),
         (["problem._target_=nowhere.Toy"], "No module named 'nowhere'"),
         (["problem._target_=torch.pi"], "is a float; give the dotted path"),
@@ -175,7 +175,7 @@ def test_a_site_that_the_network_has_not(capfd):
     said = refused(
         capfd, "problem=digits", "problem.hidden=[64]", "problem.space.dropout2.init=0.1"
     )
-    assert "there is no hyperparameter `dropout2` (did you mean `dropout1`" in said
+    assert "hyperparameter `dropout2` is unknown (did you mean `dropout1`" in said
 
 
 def test_a_batch_larger_than_the_split(capfd):

@@ -48,14 +48,14 @@ class Streaming(IterableDataset):
 
 
 class Long(list):
-    """Its length says more than it has."""
+    """A list whose length is too large."""
 
     def __len__(self):
         return super().__len__() + 1
 
 
 class Once(list):
-    """An iterable that goes on where it was left."""
+    """An iterable that continues at every `iter`."""
 
     def __iter__(self):
         self.iterator = getattr(self, "iterator", None) or super().__iter__()
@@ -107,7 +107,7 @@ def test_resumed_stream_goes_on_with_the_same_batches(make):
             torch.testing.assert_close(resumed.next()[0], running.next()[0])
 
 
-def test_looking_changes_nothing(make):
+def test_peeking_changes_nothing(make):
     looked, other = make(), make()
     for _ in range(3):
         looked.peek()
@@ -149,7 +149,7 @@ def test_loader_counts():
 def test_checkpoint_of_other_data_is_refused():
     running = TensorStream(tensors(), 4, generator())
     running.next()
-    with pytest.raises(BilevelError, match="data changed"):
+    with pytest.raises(BilevelError, match="use the same data"):
         TensorStream(tensors(9), 4, generator()).load_state_dict(running.state_dict())
 
 
@@ -157,8 +157,8 @@ def test_checkpoint_of_other_data_is_refused():
     ("make", "words"),
     [
         (lambda: stream(tensors(0), 4, generator(), name="valid"), "valid split is empty"),
-        (lambda: stream(tensors(3), 4, generator()), "batch of 4 .* 3 examples"),
-        (lambda: stream(tensors(3), 0, generator()), "batch of 0"),
+        (lambda: stream(tensors(3), 4, generator()), "batch_size=4 .* 3 examples"),
+        (lambda: stream(tensors(3), 0, generator()), "batch_size=0"),
         (lambda: stream((torch.zeros(3), torch.zeros(4)), 2, generator()), "different lengths"),
         (lambda: stream("digits", 4, generator()), "is a str"),
         (lambda: stream(loader(3, 4), None, generator()), "no batch"),
@@ -167,13 +167,13 @@ def test_checkpoint_of_other_data_is_refused():
         (lambda: LoaderStream(Long([]), generator()), "ended after 0 batches"),
         (
             lambda: streams(tensors(), None, batch_size=4, device="cpu", generator=generator()),
-            "no valid split",
+            "valid=None",
         ),
         (
             lambda: streams(
                 tensors(), tensors(3), batch_size=4, device="cpu", generator=generator()
             ),
-            "from the valid split",
+            "of the valid split",
         ),
     ],
 )
@@ -267,23 +267,23 @@ def test_once_of_ready_made_batches_ends_with_the_one_that_reaches_the_limit():
     assert split.size == 10
 
 
-def test_a_loader_that_ends_early_says_so():
+def test_a_loader_that_ends_early_is_refused():
     split = LoaderStream(Long([tensors(4)]), generator(), name="valid")
     split.next()
     with pytest.raises(
-        BilevelError, match="valid loader ended after 1 batches, and its length says 2"
+        BilevelError, match="valid loader ended after 1 batches, but its length is 2"
     ):
         split.next()
 
 
 def test_checkpoint_of_another_loader_is_refused():
-    with pytest.raises(BilevelError, match="data changed"):
+    with pytest.raises(BilevelError, match="use the same data"):
         LoaderStream(loader(9), generator()).load_state_dict(
             LoaderStream(loader(), generator()).state_dict()
         )
 
 
-def test_what_is_no_tensor_passes_through():
+def test_leaves_that_are_not_tensors_pass_through():
     named = DataLoader([(torch.tensor(float(i)), f"image {i}") for i in range(4)], 2)
     for split in (
         LoaderStream(named, generator()),

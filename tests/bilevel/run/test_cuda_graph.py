@@ -452,7 +452,7 @@ def test_a_network_that_begins_to_draw_is_called_again_seeded(gpu):
     draws(run, own)
     assert draws(run, own) == 2  # the call that counts was made after a second seeding
     assert len(calls) == 4
-    assert draws.drawing
+    assert draws.draws
     assert own.offset == 12
     assert gpu.offset == 0
 

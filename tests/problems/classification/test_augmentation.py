@@ -507,7 +507,7 @@ def test_images_that_an_operation_cannot_work_on():
             BilevelError, match="is of images with red, green and blue, and these have 1 channel"
         ):
             ours(torch.zeros(2, 1, 3, 3), torch.tensor(0.1))
-    with pytest.raises(BilevelError, match="there is no hyperparameter `hue`"):
+    with pytest.raises(BilevelError, match="hyperparameter `hue` is unknown"):
         small(pictures(1), ["colour"], space={"hue": {"init": 0.1}})
 
 
