@@ -1,1 +1,1 @@
-"""Checks of a problem: the laws that every solver relies on."""
+"""Checks of a problem before a run: laws, and the solvers that can tune it."""

@@ -1,4 +1,4 @@
-"""What is wrong with a problem of one's own, and which solvers can tune it."""
+"""`check_problem`: find the errors of a problem, and the solvers that can tune it."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 import torch
 
 from bilevel.checks import laws
+from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch
-from bilevel.checks.laws import Finding
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.problem import Problem
@@ -18,18 +18,18 @@ from bilevel.text import describe
 
 
 class ProblemWarning(UserWarning):
-    """Something about a problem that a run survives, and may be wasted by."""
+    """A flaw of a problem that does not end a run and may waste it."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_problem` found; print it.
+    """The result of `check_problem`; print it.
 
     Attributes:
-        problem: its class.
+        problem: class name of the problem.
         findings: errors and notes, in the order of the laws.
         tuned_by: names of the solvers that can tune it.
-        refused_by: for every other solver, its reason.
+        refused_by: the reason of every other solver.
     """
 
     problem: str
@@ -39,7 +39,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether there is no error."""
+        """Return whether there is no error."""
         return all(finding.level != "error" for finding in self.findings)
 
     def __str__(self) -> str:
@@ -51,13 +51,15 @@ class Report:
 
 
 def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None) -> Report:
-    """Hold a problem against what solvers rely on: purity, shapes, gradients that exist, and what each solver can tune.
+    """Check a problem against the laws that solvers rely on, and find the solvers that can tune it.
 
-    Runs on the CPU, on the first batch, at weights near the initial ones.
+    The laws cover purity, shapes, gradients and response rules. The check runs on the CPU, on the
+    first batch, at weights near the initial ones.
 
     Args:
         problem: any problem.
-        solvers: by name; by default all that are installed (the entry points of the group `bilevel.solvers`).
+        solvers: solvers by name; by default all installed ones (entry points of the group
+            `bilevel.solvers`).
 
     Example:
         >>> from bilevel import ModuleProblem, Positive, Space
@@ -66,18 +68,18 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         ...         return prediction.square().mean()
         ...
         ...     outer_objective = inner_objective
-        >>> x = torch.randn(4, 3)
-        >>> problem = Forgetful(torch.nn.Linear(3, 1), Space(decay=Positive(init=0.1)), train=(x,), valid=(x,))
+        >>> x, space = torch.randn(4, 3), Space(decay=Positive(init=0.1))
+        >>> problem = Forgetful(torch.nn.Linear(3, 1), space, train=(x,), valid=(x,))
         >>> print(check_problem(problem, solvers={}))
         Forgetful: there are errors
-          error: the hyperparameter `decay` changes neither objective; use it, or leave it out of the space
+          error: the hyperparameter `decay` changes neither objective; use it, or remove it
           solvers that can tune it: none
     """
     report = Report(type(problem).__name__)
     device = torch.device("cpu")
     try:
         data = problem.data(device, torch.Generator().manual_seed(0))
-    except Exception as error:  # the problem is a user's own code: whatever it raises is a finding
+    except Exception as error:  # the problem is a user's own code
         report.findings.append(Finding("error", f"`data` raises {describe(error)}"))
         return report
     case = FirstBatch(problem, data, device)
@@ -100,22 +102,23 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
 
 
 def check_setup(problem: Problem, data: Data, device: torch.device) -> None:
-    """The few laws that every run would break on, before it begins; and a warning of those that it may be wasted by.
+    """Check the few laws that every run relies on, and warn of others.
 
     Raises:
         BilevelError: the prediction does not depend on w, or an objective is not [].
 
     Warns:
-        ProblemWarning: a weight without a gradient, a hyperparameter that changes nothing or lacks its derivative.
+        ProblemWarning: a weight has no gradient, or a hyperparameter has no effect or no
+            derivative.
     """
     case = FirstBatch(problem, data, device)
     for law in laws.AT_SETUP:
         for finding in law(case):
             raise BilevelError(finding.text)
-    for law in laws.WARNED_OF:
+    for law in laws.WARNINGS:
         try:
             findings = list(law(case))
-        except Exception as error:  # at a λ far off, which the run may never see
+        except Exception as error:  # at a distant λ, which the run may never reach
             findings = [Finding("error", f"a call of the problem raises {describe(error)}")]
         for finding in findings:
             if finding.level == "error":
@@ -123,16 +126,19 @@ def check_setup(problem: Problem, data: Data, device: torch.device) -> None:
 
 
 def _installed(report: Report) -> dict[str, Solver]:
-    """The solvers that the environment offers, at their defaults; one that cannot be made is noted."""
+    """Return the installed solvers with their defaults; note those that cannot be made."""
     made: dict[str, Solver] = {}
     for entry in entry_points(group="bilevel.solvers"):
         try:
             made[entry.name] = entry.load()()
-        except Exception as error:  # another package's solver, another package's errors
+        except Exception as error:  # code of another package
             report.findings.append(
                 Finding(
                     "note",
-                    f"the installed solver `{entry.name}` could not be made: {describe(error)}",
+                    (
+                        f"the installed solver `{entry.name}` cannot be made ({describe(error)}); "
+                        "update its package"
+                    ),
                 )
             )
     return made

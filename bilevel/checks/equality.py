@@ -1,4 +1,4 @@
-"""Whether results agree: to the bit, or as far as rounding lets them."""
+"""Comparison of results: bit for bit, or up to rounding."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch.utils import _pytree as pytree
 
 
 def bitwise_equal(one: Any, other: Any) -> bool:
-    """Whether two pytrees hold the same bits."""
+    """Return whether two pytrees hold the same bits."""
     ours, theirs = pytree.tree_leaves(one), pytree.tree_leaves(other)
     pairs = zip(ours, theirs, strict=False)
     return len(ours) == len(theirs) and all(_equal(a, b) for a, b in pairs)
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two leaves agree; NaN, which marks what is missing, agrees with NaN."""
+    """Return whether two leaves agree; NaN, which marks missing values, agrees with NaN."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return one is other or bool(torch.as_tensor(one == other).all())
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -24,7 +24,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def nearly_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two results of the same computation agree, done in another order."""
+    """Return whether two results of one computation in different orders agree up to rounding."""
     if one.shape != other.shape or not one.is_floating_point():
         return torch.equal(one, other)
     tolerance = max(1e-4, 16 * torch.finfo(one.dtype).eps)

@@ -1,4 +1,4 @@
-"""A problem at its first batch, as the laws look at it."""
+"""A problem at its first batch and near its initial weights, on which the laws are checked."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bilevel.problem import Problem
 
 @dataclass(frozen=True)
 class FirstBatch:
-    """A problem at its first batch, with draws that are the same at every call."""
+    """A problem at its first batch, with the same draws at every call."""
 
     problem: Problem
     data: Data
@@ -22,28 +22,31 @@ class FirstBatch:
 
     @cached_property
     def batch(self) -> Batch:
-        """Of the train split."""
+        """Return the first batch of the train split."""
         return self.data.train.peek()
 
     @cached_property
     def u(self) -> Tensor:
-        """The initial coordinates, in the type of the weights, as solvers hold them."""
+        """Return the initial coordinates in the type of the weights, as in solvers."""
         floating = [p.dtype for p in self.start[0].values() if p.is_floating_point()]
         return self.problem.space.init(floating[0] if floating else None).to(self.device)
 
     @cached_property
     def hypers(self) -> Hypers:
-        """λ at its initial values, as solvers pass it."""
+        """Return λ at its initial values, as solvers pass it."""
         return self.problem.space.constrain(self.u)
 
     @cached_property
     def start(self) -> tuple[Params, Carry]:
-        """Initial w and carry."""
+        """Return the initial w and carry."""
         return to_device(self.problem.init(torch.Generator().manual_seed(0)), self.device)
 
     @cached_property
     def params(self) -> Params:
-        """Weights a little away from the initial ones, at which a layer that begins at zero says nothing; with gradients."""
+        """Return weights near the initial ones, with gradients.
+
+        At the initial weights themselves, layers that start at zero have no effect.
+        """
         generator = torch.Generator().manual_seed(1)
         noise = {
             name: 0.05 * torch.randn(p.shape, generator=generator).to(p)
@@ -54,7 +57,10 @@ class FirstBatch:
         }
 
     def moved(self, name: str) -> Iterator[Hypers]:
-        """λ with one hyperparameter moved far, either way; unevenly, because a simplex does not see a shift."""
+        """Yield λ with one hyperparameter moved far, in both directions.
+
+        Its entries move by different amounts, since a simplex does not change under an equal shift.
+        """
         space = self.problem.space
         step = {
             key: (2 + torch.linspace(0, 1, leaf.numel()).reshape(leaf.shape)) * (key == name)
@@ -72,13 +78,10 @@ class FirstBatch:
         params: Params | None = None,
         batch: Batch = None,
     ) -> tuple[Prediction, Carry]:
-        """The prediction in either mode, on the train batch unless another is given."""
+        """Return the prediction in either mode, by default on the train batch."""
         generator = torch.Generator(self.device).manual_seed(0) if train else None
-        hypers, params, batch = (
-            hypers or self.hypers,
-            params or self.params,
-            self.batch if batch is None else batch,
-        )
+        hypers, params = hypers or self.hypers, params or self.params
+        batch = self.batch if batch is None else batch
         return self.problem.predict(
             hypers, params, self.start[1], batch, train=train, generator=generator
         )
@@ -86,12 +89,22 @@ class FirstBatch:
     def inner_loss(
         self, *, train: bool = True, hypers: Hypers | None = None, params: Params | None = None
     ) -> Tensor:
-        """L_T on the train batch."""
+        """Return L_T on the train batch."""
         hypers, params = hypers or self.hypers, params or self.params
         prediction, _ = self.predict(train=train, hypers=hypers, params=params)
         return self.problem.inner_objective(hypers, params, prediction, self.batch)
 
     def outer_loss(self, *, hypers: Hypers | None = None, params: Params | None = None) -> Tensor:
-        """L_V on the first validation batch."""
+        """Return L_V on the first validation batch."""
         hypers, params = hypers or self.hypers, params or self.params
         return self.problem.outer_loss(hypers, params, self.start[1], self.data.valid.peek())[0]
+
+
+def has_examples(x: object, examples: int) -> bool:
+    """Return whether `x` is a tensor whose first axis has `examples` entries."""
+    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == examples
+
+
+def brief(leaf: Tensor) -> str:
+    """Return a number as text, or the shape of a larger tensor."""
+    return f"{leaf.item():.4g}" if leaf.numel() == 1 else f"a tensor of shape {list(leaf.shape)}"

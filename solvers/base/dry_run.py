@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel import Batch, Data, Problem, Refused, Space, Stream
-from bilevel.checks.laws import recomputation_hint
+from bilevel.checks.prediction_laws import recomputation_hint
 from bilevel.params import count_examples
 from bilevel.solvers.response.jacobian import Response
 from bilevel.solvers.response.per_example_weight import MissingRule

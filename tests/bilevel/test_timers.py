@@ -202,7 +202,7 @@ def test_a_run_is_the_same_whether_it_is_probed_or_not(tmp_path, name, monkeypat
 @pytest.mark.parametrize("shift", [0.0, 0.1])
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_the_measures_are_those_of_the_closed_form(shift, damping):
-    """With H + γ in place of H, and at w* + shift in place of w*, an implicit solve is wrong by what the formulas say."""
+    """An implicit solve with H + γ for H, at w* + shift for w*, has the error of the formulas."""
     problem = Quadratic.random(seed=1, dtype=torch.float64)
     solve, curvature = solvers.CG(iterations=100, tolerance=1e-12), solvers.Hessian(damping=damping)
     solver = solvers.Implicit(linear_solve=solve, curvature=curvature, stationarity=1e9)
@@ -232,24 +232,25 @@ def test_the_measures_are_those_of_the_closed_form(shift, damping):
 
 @doubting
 @pytest.mark.parametrize("name", ["delta_stn", "unrolled", "implicit", "sama"])
-def test_what_is_told_is_the_solvers_own_on_its_next_validation_batch(name):
+def test_the_measured_hypergradient_is_the_solvers_own_on_its_next_validation_batch(name):
     problem = Ridge.synthetic(features=4, batch_size=8, dtype="float64")
     solver = SOLVERS[name]()
     probe = HypergradientError.of(problem, solver, CPU)
     ready(problem, solver)
-    for _ in range(3):  # away from the first batch, with a response that is no zero
+    for _ in range(3):  # away from the first batch, with a response other than zero
         solver.step()
     measured = probe.measure(solver, solver.data, solver.solution().hypers)
-    solver.load_state_dict(
-        solver.state_dict()
-    )  # as a resumed one: an implicit solve looks at the next training batch
-    assert measured["norm"] == pytest.approx(
-        float(solver.hypergradient().norm()), rel=1e-12
-    )  # the solver's own batch and draws
+    # as in a resumed run, where an implicit solve uses the next training batch
+    solver.load_state_dict(solver.state_dict())
+    # the solver's own batch and draws
+    assert measured["norm"] == pytest.approx(float(solver.hypergradient().norm()), rel=1e-12)
 
 
-def test_a_biased_solver_is_told_from_an_unbiased_one(tmp_path):
-    """First order follows ∂L_V/∂λ alone, and its error is the part that it leaves out; Δ-STN learns that part."""
+def test_a_biased_solver_differs_from_an_unbiased_one(tmp_path):
+    """First order follows ∂L_V/∂λ alone, and its error is the missing part.
+
+    Δ-STN learns that part.
+    """
     measured = {}
     for name in ("first_order", "delta_stn"):
         problem = Quadratic.random(

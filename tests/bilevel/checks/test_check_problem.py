@@ -1,4 +1,4 @@
-"""`check_problem` names what is wrong with a problem: one broken problem for each law, and sound ones that pass."""
+"""`check_problem` finds the error of one broken problem per law, and passes sound ones."""
 
 import re
 import warnings
@@ -157,7 +157,7 @@ def make(kind, **space):
 
 
 def beyond_norms(report):
-    """What was found, but for the note that the settings of a norm are not tunable."""
+    """Return the findings without the note on the settings of norms."""
     return [
         finding
         for finding in report.findings
@@ -180,10 +180,10 @@ def test_sound_problems_pass_and_every_installed_solver_tunes_them(problem):
     ("kind", "words"),
     [
         (MovesGlobalState, "`init` moves PyTorch's global random state"),
-        (Unrepeatable, "answers differently at the same generator state"),
+        (Unrepeatable, "returns different results at the same generator state"),
         (DrawsGlobally, "train=True draws from PyTorch's global random state"),
         (WritesCarry, "modifies its carry in place"),
-        (DropsCarry, "a carry of other names or shapes"),
+        (DropsCarry, "a carry with other names or shapes"),
         (IgnoresWeights, "the prediction does not depend on w"),
         (PerExampleLoss, r"`outer_objective` is of shape \[8\]"),
         (
@@ -194,7 +194,7 @@ def test_sound_problems_pass_and_every_installed_solver_tunes_them(problem):
         (LeavesAWeight, "the weight `2.bias` receives no gradient"),
         (ForgetsDecay, "`decay` changes neither objective"),
         (CutsDecay, "∂L_T/∂decay is absent"),
-        (SumsDecay, "`decay` given once for each example makes L_T"),
+        (SumsDecay, "`decay` with one value per example makes L_T"),
         (BranchesOnDecay, "`decay` with one value per example raises RuntimeError"),
         (NamesNoLoss, "`metrics` reports accuracy but no `loss`"),
         (Crashes, "raises RuntimeError: no such layer"),
@@ -255,7 +255,7 @@ def test_a_refusal_is_reported_and_is_no_error():
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [(IgnoresWeights, "does not depend on w"), (PerExampleLoss, "must be a tensor of shape")],
+    [(IgnoresWeights, "does not depend on w"), (PerExampleLoss, "return a tensor of shape")],
 )
 def test_a_run_begins_with_the_laws_that_it_would_break_on(kind, words, tmp_path):
     problem, device = make(kind), torch.device("cpu")
