@@ -136,7 +136,7 @@ def refused(capfd, *arguments: str) -> str:
                 "solver=unrolled",
                 *(f"problem.space.{m}={{optimizer: momentum, init: 0.5}}" for m in "ab"),
             ],
-            "`a` and `b` both set the inner optimizer's momentum",
+            "`a` and `b` both set the momentum of the inner optimizer",
         ),
         (["solver.centered=false"], "linearize=true needs centered=true"),
         (["runner.epochs=0"], "runner.epochs=0 must be above zero"),
@@ -168,7 +168,7 @@ def test_an_initial_value_on_the_edge_of_its_interval(capfd):
 
 def test_a_frozen_value_outside_its_domain(capfd):
     override = "problem.space.dropout1={init: 7, frozen: true}"
-    assert "init=7 is outside (0, 0.95)" in refused(capfd, "problem=digits", override)
+    assert "init=7 lies outside (0, 0.95)" in refused(capfd, "problem=digits", override)
 
 
 def test_a_site_that_the_network_has_not(capfd):
@@ -179,7 +179,7 @@ def test_a_site_that_the_network_has_not(capfd):
 
 
 def test_a_batch_larger_than_the_split(capfd):
-    assert "choose a batch size between 1 and" in refused(
+    assert "batch_size=100000 must be between 1 and" in refused(
         capfd, "problem=digits", "problem.batch_size=100000", *QUICK[:3]
     )
 
