@@ -19,10 +19,11 @@ from bilevel.params import (
     squared_norm,
 )
 from bilevel.problem import Problem
-from bilevel.requirements import Need
+from bilevel.requirements import Need, Trait
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import SolverWarning
 from bilevel.run.runner import Runner
+from bilevel.services import Services
 from bilevel.solver import Solution, Solver
 from bilevel.space import Space
 
@@ -49,6 +50,7 @@ __all__ = [
     "Refused",
     "Report",
     "Runner",
+    "Services",
     "Simplex",
     "Solution",
     "Solver",
@@ -57,6 +59,7 @@ __all__ = [
     "SpeedWarning",
     "Stream",
     "TensorStream",
+    "Trait",
     "along_examples",
     "check_problem",
     "evaluate",

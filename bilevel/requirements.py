@@ -1,4 +1,4 @@
-"""What a solver needs of a problem, and the sentence with which it refuses a hyperparameter that lacks it."""
+"""Needs and traits of solvers, and the refusal of a hyperparameter that does not suit them."""
 
 from collections.abc import Collection
 from enum import Enum
@@ -8,47 +8,66 @@ from bilevel.space import Space
 
 
 class Need(Enum):
-    """Something that a solver relies on; a problem declares the first, the others are seen when it is run."""
+    """A property of a problem that a solver relies on.
+
+    A problem declares the first one. The others show when it runs.
+    """
 
     INNER_DERIVATIVE = "∂L_T/∂λ"
-    """L_T has a derivative in every tuned λ: none of them is sampled or rounded (`Domain.differentiable`)."""
+    """L_T has a derivative in every tuned λ: none is sampled or rounded (`Domain.differentiable`)."""
     SECOND_DERIVATIVES = "second derivatives of L_T"
     """∇_w L_T can be differentiated again."""
     CONVEXITY = "L_T convex near its minimum"
-    """The Hessian (or Gauss–Newton matrix) of L_T in w is positive definite where the solver looks."""
+    """The Hessian (or Gauss–Newton matrix) of L_T in w is positive definite at the iterates."""
     STATIONARITY = "∇_w L_T near zero"
-    """w is near its minimum when λ is moved."""
+    """w is near its minimum when λ moves."""
+
+
+class Trait(Enum):
+    """A fact about a solver that set-up and the runner act on."""
+
+    TUNES_NOTHING = "a baseline, which holds λ"
+    """λ does not move, so that no hyperparameter is refused."""
+    TUNES_OPTIMIZER = "tunes settings of the inner optimizer"
+    """A hyperparameter may be a setting of the inner optimizer (`Domain.optimizer`)."""
+    SUBTRACTS = "follows a difference of nearly equal numbers"
+    """The hypergradient needs all digits, so that bfloat16 is refused."""
 
 
 def check_space(
-    solver: str, space: Space, needs: Collection[Need], *, tunes_optimizer: bool
+    solver: str, space: Space, needs: Collection[Need], traits: Collection[Trait]
 ) -> None:
-    """Refuse a space with nothing to tune, or with a hyperparameter that lacks what the solver needs.
+    """Refuse a space without a tuned hyperparameter, or with one that the solver cannot tune.
 
     Args:
-        solver: its name, for the sentence.
-        space: of the problem.
+        solver: its name, for the message.
+        space: the hyperparameters of the problem.
         needs: of the solver.
-        tunes_optimizer: whether it can tune the inner optimizer's own settings.
+        traits: of the solver; one that tunes nothing refuses nothing.
 
     Raises:
-        Refused: naming the hyperparameter, the reason and the alternatives.
+        Refused: with the hyperparameter, the reason and the alternatives.
     """
+    if Trait.TUNES_NOTHING in traits:
+        return
     if space.numel == 0:
         raise Refused(
-            "every hyperparameter is frozen, so there is nothing to tune; unfreeze one, or use solver=fixed"
+            "every hyperparameter is frozen, so there is nothing to tune; "
+            "unfreeze one, or use solver=fixed"
         )
     for name in space.tuned:
         domain = space[name]
-        if domain.optimizer is not None and not tunes_optimizer:
+        if domain.optimizer is not None and Trait.TUNES_OPTIMIZER not in traits:
             raise Refused(
-                f"{solver} cannot tune `{name}`: it sets the inner optimizer's {domain.optimizer}, which acts on the way to w* "
-                "and not on L_T; tune it with an unrolled, evolution-strategy or black-box solver, or freeze it "
+                f"{solver} cannot tune `{name}`: it sets the inner optimizer's {domain.optimizer}, "
+                "which acts on the way to w* and not on L_T; tune it with an unrolled, "
+                "evolution-strategy or black-box solver, or freeze it "
                 f"(problem.space.{name}.frozen=true)"
             )
         if Need.INNER_DERIVATIVE in needs and not domain.differentiable:
             raise Refused(
-                f"{solver} needs {Need.INNER_DERIVATIVE.value}, but `{name}` is sampled or rounded and has none; tune it with "
-                "a self-tuning, evolution-strategy or black-box solver, relax it where the problem can "
-                f"(problem.dropout=gaussian, say), or freeze it (problem.space.{name}.frozen=true)"
+                f"{solver} needs {Need.INNER_DERIVATIVE.value}, but `{name}` is sampled or rounded "
+                "and has none; tune it with a self-tuning, evolution-strategy or black-box solver, "
+                "relax it where the problem can (for example problem.dropout=gaussian), or freeze "
+                f"it (problem.space.{name}.frozen=true)"
             )

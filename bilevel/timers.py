@@ -1,4 +1,4 @@
-"""Where the time of training goes."""
+"""Timers: the seconds of training by phase."""
 
 import time
 from collections import deque
@@ -9,27 +9,27 @@ from typing import Any
 import torch
 
 
-class Phases:
-    """Seconds by phase; a phase within another stops the clock of the outer one, so that no second counts twice.
+class Timers:
+    """Seconds by phase; a phase within another one stops the timer of the outer phase.
 
-    On CUDA the device's own clock is read, by events that are recorded where a phase begins and ends and looked at once the
-    device has passed them, so that nothing waits for it. On devices that offer neither that nor the host's pace, nothing is
-    measured.
+    So no second counts twice. On CUDA the clock of the device is read: events are recorded where a
+    phase begins and ends, and read after the device has passed them, so that nothing waits. On
+    a device with neither events nor steps that finish on the host, nothing is measured.
 
     Args:
-        device: where the phases compute.
+        device: the device that computes.
 
     Example:
-        >>> phases = Phases(torch.device("cpu"))
-        >>> with phases("inner"):
-        ...     with phases("response"):
+        >>> timers = Timers(torch.device("cpu"))
+        >>> with timers("inner"):
+        ...     with timers("response"):
         ...         pass
-        >>> sorted(phases.read())
+        >>> sorted(timers.read())
         ['inner', 'response']
     """
 
     MOST = 512
-    """Events that wait to be looked at, before the first of them are."""
+    """Events that may wait before the first of them are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,7 +40,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """What happens within it counts as the phase `name`."""
+        """Count the time of the block as that of the phase `name`."""
         self._mark()
         self._open.append(name)
         try:
@@ -50,18 +50,18 @@ class Phases:
             self._open.pop()
 
     def read(self) -> dict[str, float]:
-        """Seconds so far by phase; waits for the device, so it is for evaluation."""
+        """Return the seconds so far by phase; waits for the device, so call it at evaluations."""
         while self._pending:
             self._pending[0][2].synchronize()
             self._count(*self._pending.popleft())
         return dict(self._seconds)
 
     def restore(self, seconds: Mapping[str, float]) -> None:
-        """Go on from what `read` returned."""
+        """Continue from the result of `read`."""
         self._seconds = dict(seconds)
 
     def _mark(self) -> None:
-        """Count the time since the last mark as that of the innermost phase."""
+        """Count the time since the last mark for the innermost phase."""
         if self.device.type == "cpu":
             now: Any = time.perf_counter()
             if self._open:

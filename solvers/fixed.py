@@ -1,69 +1,90 @@
-"""Plain training at hyperparameters that are given, not tuned: the baseline that every method must beat."""
+"""Plain training at given hyperparameters: the baseline of every method."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bilevel import Batch, Data, Metrics, Problem, Solution
+from bilevel import Batch, Data, Metrics, Problem, Solution, Solver
 from bilevel.params import count_examples
-from bilevel.solvers.base.training import Training
+from bilevel.requirements import Trait
+from bilevel.services import Capturable, Services
+from bilevel.solvers.base.core import Core, averaged
+from bilevel.solvers.base.settings import InnerSettings
 from bilevel.solvers.hyper_schedules import Constant, Gaussian, HyperSchedule
-from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler
 
 
-class Fixed(Training):
-    """w descends L_T(λ, ·) at the λ that it was given.
+@dataclass(kw_only=True, eq=False)
+class Fixed(InnerSettings, Solver):
+    """w descends L_T(λ, ·) at a given λ.
 
-    Args:
-        hypers: the rule for λ: its initial values (by default), those `Replayed` of another run, `Gaussian` or `Sinusoidal`.
-        inner_steps: training batches per round.
-        inner_optimizer: for w.
-        inner_scheduler: its learning-rate schedule, stepped every epoch.
-        clip_norm: largest gradient norm.
+    Attributes:
+        hypers: the rule for λ: its initial values (None), the values of another run (`Replayed`),
+            `Gaussian` or `Sinusoidal`.
+        core: problem, data and weights (`core.weights`), after `setup`.
+        rule: `hypers` in use, after `setup`.
     """
 
-    tunes = False
+    traits = frozenset({Trait.TUNES_NOTHING})
+    hypers: HyperSchedule | None = None
 
-    def __init__(
-        self,
-        *,
-        hypers: HyperSchedule | None = None,
-        inner_steps: int = 5,
-        inner_optimizer: MakeOptimizer = SGD,
-        inner_scheduler: MakeScheduler | None = None,
-        clip_norm: float | None = None,
-    ) -> None:
-        super().__init__(
-            inner_steps=inner_steps,
-            inner_optimizer=inner_optimizer,
-            inner_scheduler=inner_scheduler,
-            clip_norm=clip_norm,
-        )
-        self.hypers = Constant() if hypers is None else hypers
+    def __post_init__(self) -> None:
+        self.check_inner()
 
     def setup(
-        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+        self,
+        problem: Problem,
+        data: Data,
+        device: torch.device,
+        generator: torch.Generator,
+        services: Services | None = None,
     ) -> None:
-        super().setup(problem, data, device, generator)
-        self.hypers.setup(problem.space, self.weights.leaves[0])
+        self.services = services or Services()
+        self.core = Core(self, problem, data, device, generator, self.services)
+        self.rule = Constant() if self.hypers is None else self.hypers
+        self.rule.setup(problem.space, self.core.weights.leaves[0])
+
+    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
+        """Take the inner steps of a round, at most `limit`."""
+        steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
+        with self.services.phase("inner"):
+            return averaged(self._next_step() for _ in range(steps))
+
+    def _next_step(self) -> Metrics:
+        self.inner_count += 1
+        self.core.inner_count = self.inner_count
+        return self.services.take(self.inner_step, *self.core.next_batches(["train"]))
 
     def inner_step(self, batch: Batch) -> Metrics:
-        before = self.inner_count - 1  # this step is counted already
-        return self.descend_at(
-            self.hypers.draw(before, count_examples(batch), self.generator), batch
-        )
+        """Take one step of w on a training batch."""
+        before, core = self.inner_count - 1, self.core  # this step is counted already
+        hypers = self.rule.draw(before, count_examples(batch), core.generator)
+        return core.descend_inner(hypers, batch)
 
-    def uncapturable(self) -> str | None:
-        if isinstance(self.hypers, (Constant, Gaussian)):
-            return None
-        return f"{type(self.hypers).__name__} hyperparameters depend on the number of the step, which lies on the host"
+    def capturable(self) -> Capturable | str:
+        if not isinstance(self.rule, (Constant, Gaussian)):
+            name = type(self.rule).__name__
+            return f"{name} hyperparameters depend on the number of the step, a number of the host"
+        owners = [(self.core, ("carry",)), (self.rule, ())]
+        return Capturable([self.core.weights.optimizer], owners)
+
+    def epoch_ended(self, valid_loss: float | None) -> None:
+        self.core.weights.epoch_ended(valid_loss)
 
     def solution(self) -> Solution:
-        return Solution(self.hypers.at(self.inner_count), self.weights.detached(), self.carry)
+        weights = self.core.weights.detached()
+        return Solution(self.rule.at(self.inner_count), weights, self.core.carry)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"hypers": self.hypers.state_dict()}
+        return {
+            "core": self.core.state_dict(),
+            "hypers": self.rule.state_dict(),
+            "inner_count": self.inner_count,
+            "outer_count": self.outer_count,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.hypers.load_state_dict(state["hypers"])
-        super().load_state_dict(state)
+        self.rule.load_state_dict(state["hypers"])
+        self.core.load_state_dict(state["core"])
+        self.inner_count, self.outer_count = state["inner_count"], state["outer_count"]
+        self.core.inner_count = self.inner_count

@@ -1,54 +1,46 @@
-"""Self-tuning networks: STN, centered STN and Δ-STN as three flags of one solver.
+"""Self-tuning networks: STN, centered STN and Δ-STN, as three flags of one solver.
 
-Notation (papers → code): λ in unconstrained coordinates u, held at u₀ (`belief.centre`); ε ~ N(0, diag σ²); w₀ (`weights`) the
-base weights; Θ (`theta`) the best-response Jacobian, ΔW(ε) = Θε.
+The problem is min_λ L_V(λ, w*(λ)), where w*(λ) minimizes L_T(λ, ·). Near the current λ₀ the best
+response w* is approximated by a linear function with trained weights w₀ and a trained Jacobian Θ:
 
-Sources: MacKay et al., ICLR 2019 (STN); Bae & Grosse, NeurIPS 2020 (Δ-STN). Departures from the official code are listed in
-docs/decisions.md.
+    STN             ŵ(λ) = w₀ + Θλ            w₀ and Θ descend E_ε L_T(λ₀ + ε, ŵ(λ₀ + ε)) jointly
+    centered STN    ŵ(λ) = w₀ + Θ(λ − λ₀)     w₀ descends L_T(λ₀, w₀), and Θ the expectation
+    Δ-STN           ŵ(λ) = w₀ + Θ(λ − λ₀)     the same, Θ through the prediction linearized at w₀
+
+In turn, λ and σ descend E_ε L_V(λ + ε, ŵ(λ + ε)) − τ H[N(λ, σ²)], with ε ~ N(0, diag σ²).
+
+From paper to code: λ, λ₀ in unconstrained coordinates are `search.u`, `search.u0`; σ = softplus(s)
+is `search.sigma`; w₀ is `core.weights`; Θ is `theta`, and ΔW(ε) = Θε is `response.weights`.
+
+Sources: MacKay, Vicol, Lorraine, Duvenaud & Grosse, ICLR 2019 (STN); Bae & Grosse, NeurIPS 2020
+(Δ-STN), whose equation numbers stand below. `docs/decisions.md` has the departures from their code.
 """
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import (
-    Batch,
-    BilevelError,
-    Carry,
-    Data,
-    Hypers,
-    Metrics,
-    Params,
-    Prediction,
-    Problem,
-    Space,
-)
+from bilevel import Batch, Carry, Hypers, Metrics, Params, Prediction, Problem, Space
 from bilevel.params import count_examples, detached, to_device
-from bilevel.requirements import check_space
 from bilevel.solver import on_cpu
 from bilevel.solvers.autodiff.linearization import double_backward, forward_mode
+from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
-from bilevel.solvers.base.dry_run import check_response, largest, units, without_last
-from bilevel.solvers.optim.optimized import (
-    RMSPROP,
-    SGD,
-    MakeOptimizer,
-    MakeScheduler,
-    Optimized,
-    descend,
-)
+from bilevel.solvers.base.dry_run import check_response, large_response, without_last
+from bilevel.solvers.base.method import BestResponse
+from bilevel.solvers.optim.optimized import RMSPROP, MakeOptimizer, Optimized, descend
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
-
-MOST_DIRECTIONS = 500
-"""Coordinates of λ above which a response is doubted: each step shows it one of so many directions."""
+from bilevel.validate import at_least, wrong
 
 
+@dataclass(kw_only=True, eq=False)
 class SelfTuning(Descent):
-    """A network that answers how it would have been trained under other hyperparameters, and so tunes them while it trains.
+    """A network trained together with the response of its weights to λ, by which λ is tuned.
 
     | | centered | regularized_w0 | linearize |
     |---|---|---|---|
@@ -56,234 +48,196 @@ class SelfTuning(Descent):
     | centered STN | yes | yes | no |
     | STN | no | no | no |
 
-    Args:
-        centered: the response is taken at ε = u − u₀; otherwise at u.
-        regularized_w0: w₀ takes its own step, unperturbed, and Θ its own, w₀ held; otherwise one joint step under perturbed λ.
-        linearize: Θ is fitted through the prediction linearized at w₀, under the convex objective (needs `centered`).
-        response: how Θ is held; `Structured()` by default.
-        inner_steps: training batches per round (the paper's T_train).
-        outer_steps: validation batches per round (T_valid).
-        inner_optimizer: for w₀.
-        response_optimizer: for Θ; as for w₀ by default.
-        inner_scheduler: learning-rate schedule of both, stepped every epoch.
-        clip_norm: largest gradient norm of w₀, and of Θ.
-        outer_optimizer: for u.
-        scale_optimizer: for s, σ = softplus(s).
-        tune_scale: whether σ is tuned; otherwise the outer phase draws no perturbation.
+    Attributes:
+        centered: take the response at ε = u − u₀; otherwise at u.
+        regularized_w0: w₀ takes its own step, unperturbed, and Θ takes its own while w₀ is held;
+            otherwise both take one joint step at a perturbed λ.
+        linearize: fit Θ through the prediction linearized at w₀, under the convex objective.
+        response: the parametrization of Θ; `Structured()` by default.
+        response_optimizer: for Θ, by default as for w₀, whose schedule and clipping apply.
+        scale_optimizer: for s, where σ = softplus(s).
+        tune_scale: train σ; otherwise the outer steps draw no perturbation.
         entropy_weight: τ.
 
     Raises:
         BilevelError: `linearize` without `centered`.
     """
 
-    theta: Optimized
-    response_carry: Carry
-    perturbs = True
+    centered: bool = True
+    regularized_w0: bool = True
+    linearize: bool = True
+    response: Response | None = None
+    response_optimizer: MakeOptimizer | None = None
+    scale_optimizer: MakeOptimizer = RMSPROP
+    tune_scale: bool = True
+    entropy_weight: float = 1e-3
 
-    def __init__(
-        self,
-        *,
-        centered: bool = True,
-        regularized_w0: bool = True,
-        linearize: bool = True,
-        response: Response | None = None,
-        inner_steps: int = 5,
-        outer_steps: int = 1,
-        inner_optimizer: MakeOptimizer = SGD,
-        response_optimizer: MakeOptimizer | None = None,
-        inner_scheduler: MakeScheduler | None = None,
-        clip_norm: float | None = None,
-        outer_optimizer: MakeOptimizer = RMSPROP,
-        scale_optimizer: MakeOptimizer = RMSPROP,
-        tune_scale: bool = True,
-        entropy_weight: float = 1e-3,
-    ) -> None:
-        if linearize and not centered:
-            raise BilevelError(
-                "linearize=true needs centered=true: the linearization at w₀ is only close where the response is small, and an "
-                "uncentered response is taken at u, however large; set linearize=false or centered=true"
-            )
-        super().__init__(
-            inner_steps=inner_steps,
-            outer_steps=outer_steps,
-            inner_optimizer=inner_optimizer,
-            inner_scheduler=inner_scheduler,
-            clip_norm=clip_norm,
-            outer_optimizer=outer_optimizer,
-            scale_optimizer=scale_optimizer if tune_scale else None,
-            entropy_weight=entropy_weight,
+    def start(self, core: Core) -> "SelfTuningMethod":
+        """Return the method with Θ = 0."""
+        return SelfTuningMethod(self, core)
+
+    def check_settings(self) -> None:
+        at_least(0, entropy_weight=self.entropy_weight)
+        if self.linearize and not self.centered:
+            why = "needs centered=True, because an uncentered response is taken at u, far from w₀"
+            raise wrong("linearize", True, why, "set linearize=false or centered=true")
+
+    def fits(self, problem: Problem, device: torch.device) -> None:
+        check_response(problem, self.response or Structured(), device)
+
+    def lacking(self) -> str | None:
+        sentence = (
+            "linearize=true needs derivatives that PyTorch lacks for a layer of this network "
+            "({error}); compose that layer from elementary operations, or set linearize=false "
+            "(centered STN)"
         )
-        self.centered, self.regularized_w0, self.linearize = centered, regularized_w0, linearize
-        self.response = copy.copy(response) if response is not None else Structured()
-        self.per_example = self.response.per_example
-        self.response_optimizer = response_optimizer or inner_optimizer
-
-    def beside(self) -> Params:
-        return {f"Θ of {name}": tensor for name, tensor in self.theta.detached().items()}
+        return sentence if self.linearize else None
 
     def memory_settings(self, space: Space) -> list[str]:
-        dense = (
-            ["response=null (Dense holds Θ as h copies of w)"]
-            if isinstance(self.response, Dense)
-            else []
-        )
-        return [*dense, f"fewer hyperparameters (now h = {space.numel}, and Θ grows with it)"]
+        dense = ["response=null (Dense holds Θ as h copies of w)"]
+        fewer = f"fewer hyperparameters (now h = {space.numel}, and Θ grows with it)"
+        return [*(dense if isinstance(self.response, Dense) else []), fewer]
 
-    # --- one training batch ---
 
-    def inner_step(self, batch: Batch) -> Metrics:
-        return self.separate_step(batch) if self.regularized_w0 else self.joint_step(batch)
+class SelfTuningMethod(BestResponse):
+    """The base weights w₀ and the response Θ, in training.
 
-    def separate_step(self, batch: Batch) -> Metrics:
-        """w₀ descends L_T(λ₀, w₀); then Θ descends E_ε L_T(λ₀ + ε, w₀ + Θε) with w₀ held where that step left it."""
-        hypers = self.problem.space.constrain(self.belief.centre, self.generator)
-        loss, carry = self.problem.inner_loss(
-            hypers, self.unperturbed_weights(), self.carry, batch, self.generator
-        )
-        descend(loss, self.weights)
-        with self.phase("response"):
-            response_loss, response_carry = self.perturbed_loss(
-                self.weights.detached(), self.response_carry, batch
-            )
-            descend(response_loss, self.theta)
-        self.watch(loss + response_loss.detach())
-        # Statistics are those of the pass that trains w₀; recurrent state is kept apart for the two passes.
-        self.carry, self.response_carry = detached(carry), response_carry
-        return {"inner_loss": loss.detach(), "response_loss": response_loss.detach()}
+    Attributes:
+        settings: the flags.
+        response: maps ε to w₀ + Θε.
+        theta: Θ and its optimizer.
+        response_carry: the carry of the perturbed passes.
+    """
 
-    def joint_step(self, batch: Batch) -> Metrics:
-        """(w₀, Θ) descend E_ε L_T(λ₀ + ε, w₀ + Θ·offset) together."""
-        loss, carry = self.perturbed_loss(self.weights.tensors, self.carry, batch)
-        descend(loss, self.weights, self.theta)
-        self.watch(loss)
-        self.carry = self.response_carry = carry
-        return {"inner_loss": loss.detach()}
+    def __init__(self, settings: SelfTuning, core: Core) -> None:
+        self.settings = settings
+        self.core = core
+        self.space = core.problem.space
+        self.response = copy.copy(settings.response or Structured())
+        self.response_carry = core.carry
+        w0, draws = core.weights.detached(), on_cpu(core.generator, 1)
+        theta = self.response.init(w0, self.space.numel, core.calls.axes, draws)
+        self.theta = core.optimized(theta, settings.response_optimizer or settings.inner_optimizer)
+        if settings.tune_scale:
+            core.search.train_scale(settings.scale_optimizer)
+        if self.response.per_example:
+            core.search.vary_per_example()
 
-    def unperturbed_weights(self) -> Params:
-        """w₀ itself; uncentered, the effective weights φ + Θu₀ with Θ held."""
-        if self.centered:
-            return self.weights.tensors
-        return self.response.weights(
-            self.theta.detached(), self.weights.tensors, self.belief.centre, tangent=False
-        )
-
-    def perturbed_loss(self, base: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
-        """L_T at λ₀ + ε and w₀ + Θ·offset, on the network's prediction or on its linearization at w₀."""
-        noise = self.belief.perturbation(count_examples(batch), self.generator)
-        perturbed = self.belief.centre + noise
-        offset = noise if self.centered else perturbed
-        hypers = self.problem.space.constrain(perturbed, self.generator)
-        params = self.response.weights(self.theta.tensors, base, offset, tangent=False)
-        if self.linearize:
-            prediction, carry = self.linearized(hypers, base, offset, carry, batch)
-        else:
-            prediction, carry = self.problem.predict(
-                hypers, params, carry, batch, train=True, generator=self.generator
-            )
-        return self.problem.inner_objective(hypers, params, prediction, batch), detached(carry)
-
-    def linearized(
-        self, hypers: Hypers, base: Params, offset: Tensor, carry: Carry, batch: Batch
-    ) -> tuple[Prediction, Carry]:
-        """y₀ + ẏ with y₀ = f(x; λ₀ + ε, w₀) and ẏ = J_w f · Θε: in forward mode where w₀ is held, which is cheap."""
-
-        def predict(params: Params) -> tuple[Prediction, Carry]:
-            return self.problem.predict(
-                hypers, params, carry, batch, train=True, generator=self.generator
-            )
-
-        weights = partial(self.response.weights, self.theta.tensors, base)
-        if self.regularized_w0:
-            return forward_mode(predict, weights, offset, self.functions)
-        return double_backward(predict, weights, offset)
-
-    # --- the outer phase ---
+    # --- the best response: ŵ(λ) = w₀ + Θλ (eq. 3.7), or w₀ + Θ(λ − λ₀) (eq. 4.12) ---
 
     def respond(self, offset: Tensor) -> Params:
-        """ŵ = w₀ + Θ(u − u₀ + ε), or φ + Θ(u + ε): never linearized, w₀ and Θ constants."""
-        at = offset if self.centered else self.belief.centre + offset
-        return self.response.weights(
-            self.theta.detached(), self.weights.detached(), at, tangent=False
-        )
+        """Return ŵ(u₀ + offset) for an outer step, in which w₀ and Θ are constants."""
+        at = offset if self.settings.centered else self.core.search.u0 + offset
+        theta, w0 = self.theta.detached(), self.core.weights.detached()
+        return self.response.weights(theta, w0, at, tangent=False)
+
+    def unperturbed_weights(self) -> Params:
+        """Return ŵ(u₀), differentiable in w₀: w₀ itself, or w₀ + Θu₀ uncentered."""
+        w0, theta = self.core.weights.tensors, self.theta.detached()
+        if self.settings.centered:
+            return w0
+        return self.response.weights(theta, w0, self.core.search.u0, tangent=False)
+
+    # --- the inner step, on one training batch ---
+
+    def inner_step(self, *batches: Batch) -> Metrics:
+        step = self.separate_step if self.settings.regularized_w0 else self.joint_step
+        return step(*batches)
+
+    def joint_step(self, batch: Batch) -> Metrics:
+        """STN: w₀ and Θ descend E_ε L_T(λ₀ + ε, ŵ(λ₀ + ε)) together.
+
+        Where λ enters L_T non-linearly, this w₀ is biased (appendix E of the Δ-STN paper).
+        """
+        core = self.core
+        loss, carry = self.perturbed_loss(core.weights.tensors, core.carry, batch)
+        descend(loss, core.weights, self.theta)
+        core.watch(loss)
+        core.carry = self.response_carry = carry
+        return {"inner_loss": loss.detach()}
+
+    def separate_step(self, batch: Batch) -> Metrics:
+        """Δ-STN: w₀ descends L_T(λ₀, w₀); then Θ descends E_ε L_T(λ₀ + ε, w₀ + Θε), w₀ held.
+
+        On a joint quadratic, Θ tends to the exact Jacobian −A⁻¹B from any w₀ (theorem 3). The
+        statistics of batch norm are those of the first pass; recurrent state is kept for each.
+        """
+        core = self.core
+        hypers, w = core.hypers(), self.unperturbed_weights()
+        loss, carry = core.problem.inner_loss(hypers, w, core.carry, batch, core.generator)
+        descend(loss, core.weights)
+        with core.services.phase("response"):
+            w0 = core.weights.detached()
+            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)
+            descend(response_loss, self.theta)
+        core.watch(loss + response_loss.detach())
+        core.carry, self.response_carry = detached(carry), response_carry
+        return {"inner_loss": loss.detach(), "response_loss": response_loss.detach()}
+
+    def perturbed_loss(self, w0: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
+        """Return L_T(λ₀ + ε, ŵ(λ₀ + ε)) at a draw of ε, on the prediction or its linearization."""
+        core, flags = self.core, self.settings
+        noise = core.search.perturbation(count_examples(batch), core.generator)
+        perturbed = core.search.u0 + noise
+        offset = noise if flags.centered else perturbed
+        hypers = self.space.constrain(perturbed, core.generator)
+        params = self.response.weights(self.theta.tensors, w0, offset, tangent=False)
+        if flags.linearize:
+            prediction, carry = self.linearized(hypers, w0, offset, carry, batch)
+        else:
+            prediction, carry = core.predict(hypers, carry, batch, params)
+        return core.problem.inner_objective(hypers, params, prediction, batch), detached(carry)
+
+    def linearized(
+        self, hypers: Hypers, w0: Params, offset: Tensor, carry: Carry, batch: Batch
+    ) -> tuple[Prediction, Carry]:
+        """Return y₀ + ẏ, with y₀ = f(x; λ₀ + ε, w₀) and ẏ = J_w f(x; λ₀ + ε, w₀) · Θε.
+
+        The objective on top stays exact, or it would be linear in Θ and unbounded below. Forward
+        mode is cheap, and right only where w₀ is held.
+        """
+        predict = partial(self.core.predict, hypers, carry, batch)
+        weights = partial(self.response.weights, self.theta.tensors, w0)
+        if self.settings.regularized_w0:
+            return forward_mode(predict, weights, offset, self.core.functions)
+        return double_backward(predict, weights, offset)
+
+    # --- the outer step: u and s descend L_V(λ₀ + δ, ŵ(λ₀ + δ)) − τ H, with δ = u − u₀ + ε ---
+
+    def bonus(self) -> dict[str, tuple[float, Tensor]]:
+        """Return τ and H[N(u, diag σ²)]; `BestResponse.outer_step` has the rest."""
+        search, tau = self.core.search, self.settings.entropy_weight
+        return {"entropy": (tau, search.entropy())} if self.settings.tune_scale else {}
+
+    # --- what the runner asks for ---
 
     def effective_weights(self) -> Params:
         return detached(self.unperturbed_weights())
 
-    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        h, weights = self.problem.space.numel, sum(leaf.numel() for leaf in self.weights.leaves)
-        if h <= MOST_DIRECTIONS:
-            return {}
-        numbers = sum(leaf.numel() for leaf in self.theta.leaves)
-        size = numbers * self.theta.leaves[0].element_size()
-        return {
-            "response": f"SelfTuning: λ has {h:,} coordinates (most of them `{largest(self.problem.space)}`), and the response "
-            f"holds {numbers:,} numbers ({units(size)}), {round(numbers / weights):,} for each weight, of which a "
-            "step learns what one random direction of λ shows; share the hyperparameter, or tune it with a solver whose memory "
-            "does not grow with λ so fast (implicit, SAMA, unrolled)"
-        }
+    def optimized(self) -> dict[str, Optimized]:
+        return {"theta": self.theta}
 
-    # --- set-up and state ---
+    def scales(self) -> Hypers:
+        return self.core.search.scales()
 
-    def build(
-        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
-    ) -> None:
-        super().build(problem, data, device, generator)
-        self.response_carry = self.carry
-        theta = self.response.init(
-            self.weights.detached(), problem.space.numel, self.calls.axes, on_cpu(generator, 1)
-        )
-        self.theta = self.trained_with(theta, self.response_optimizer)
+    def extra_tensors(self) -> Params:
+        return {f"Θ of {name}": tensor for name, tensor in self.theta.detached().items()}
 
-    def check(self, problem: Problem, data: Data, device: torch.device) -> None:
-        """Refuse what has nothing to tune, what would not fit in memory, and a network with a function that cannot respond."""
-        check_space(
-            type(self).__name__, problem.space, self.needs, tunes_optimizer=False
-        )  # before what may not fit is built
-        check_response(problem, self.response, device)
-        super().check(problem, data, device)
+    def rebound(self) -> tuple[str, ...]:
+        return ("response_carry",)
 
-    def lacking(self) -> str | None:
-        if not self.linearize:
-            return None
-        return (
-            "linearize=true needs derivatives that PyTorch lacks for a layer of this network ({said}); compose that layer from "
-            "elementary operations, or set linearize=false (centered STN)"
-        )
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        return large_response(self.space, self.core.weights.leaves, self.theta.leaves)
 
-    def rehearse(self) -> None:
-        train, valid = self.data.train.peek(), self.data.valid.peek()
-        self.rehearse_on(train, valid)
-        if (
-            self.response.per_example
-            and bool(self.problem.space.per_example.any())
-            and not self.carry
-        ):
-            # one example fewer: a network that moves the example axis to one of equal length is then found out
-            self.rehearse_on(without_last(train), without_last(valid))
-
-    def rehearse_on(self, train: Batch, valid: Batch) -> None:
-        """Every pass of a round once; nothing is updated."""
-        hypers = self.problem.space.constrain(self.belief.centre, self.generator)
-        loss, _ = self.problem.inner_loss(
-            hypers, self.unperturbed_weights(), self.carry, train, self.generator
-        )
-        torch.autograd.grad(loss, self.weights.leaves, allow_unused=True)
-        loss, _ = self.perturbed_loss(self.weights.tensors, self.carry, train)
-        trained = (
-            self.theta.leaves if self.regularized_w0 else self.theta.leaves + self.weights.leaves
-        )
-        torch.autograd.grad(loss, trained, allow_unused=True)
-        torch.autograd.grad(self.outer_loss(valid), [self.belief.u], allow_unused=True)
-
-    def uncapturable(self) -> str | None:
-        return None
-
-    def trained(self) -> dict[str, Optimized]:
-        return super().trained() | {"theta": self.theta}
+    def after_dry_run(self) -> None:
+        """Take a round with one example fewer: it finds an axis of equal length mistaken for it."""
+        core, varies = self.core, bool(self.space.per_example.any())
+        if self.response.per_example and varies and not core.carry:
+            self.inner_step(without_last(core.data.train.peek()))
+            self.outer_step(without_last(core.data.valid.peek()))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"response_carry": self.response_carry}
+        return {"response_carry": self.response_carry}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.response_carry = to_device(state["response_carry"], self.device)
+        self.response_carry = to_device(state["response_carry"], self.core.device)

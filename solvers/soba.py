@@ -1,32 +1,94 @@
-"""SOBA: weights, adjoint and hyperparameters move at once, each along a direction that is an average over examples.
+"""SOBA: weights, adjoint and hyperparameters move at once, each along an average over examples.
 
 Source: Dagréou, Ablin, Vaiter & Moreau, NeurIPS 2022 (arXiv 2201.13409).
 """
 
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilevel import Batch, BilevelError, Data, Metrics, Need, Params, Problem
+from bilevel import Batch, Metrics, Need
 from bilevel.params import to_device
 from bilevel.solver import on_cpu
 from bilevel.solvers.autodiff.pullback import Pullback, unflat
+from bilevel.solvers.base.core import Core, Split
 from bilevel.solvers.base.descent import Descent
-from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, apply_gradients
+from bilevel.solvers.base.method import Method
+from bilevel.solvers.optim.optimized import MakeOptimizer, apply_gradients
+from bilevel.validate import positive
 
 SLOW: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.006)
-"""A fifth of what other solvers take, which move λ at every fifth step of w."""
+"""A fifth of the rate of other solvers, which move λ at every fifth step of w."""
 
 MOST_RESIDUAL = 10
-"""Relative, on a batch; the noise of its ∇_w L_V alone makes it 1 or 2, however good q is on average."""
+"""Relative, on a batch. The noise of its ∇_w L_V alone gives 1 or 2, even if q is exact on average."""
+
+
+@dataclass(kw_only=True, eq=False)
+class SOBA(Descent):
+    """A round is one step each of w, of the adjoint q and of λ, all at the same (w_t, q_t, λ_t).
+
+        D_w = ∇_w L_T,    D_q = H q + ∇_w L_V,    D_λ = (∂²L_T/∂λ∂w)ᵀ q + ∂_λ L_V
+
+    These are the derivatives of L_V(λ, w) + qᵀ∇_w L_T(λ, w) in q, w and λ. D_w and D_q vanish at
+    w = w*(λ) and q = −H⁻¹∇_w L_V (the paper's v), where D_λ is the hypergradient. Each is a sum
+    over examples, so it is unbiased on batches, unlike an inverse. A round takes one training and
+    one validation batch. The variance-reduced SABA of the same paper is not implemented.
+
+    Differences from the paper:
+
+    - w and λ move by their own optimizers, so momentum, schedule and clipping apply; the paper has
+      plain SGD. λ moves as often as w, so its learning rate should be a fraction of that of a
+      solver with five inner steps a round.
+    - During warm-up w and q move alone, on batches of both splits, so that q means something when
+      λ begins to move.
+    - The step of q is 1/L. The paper takes the step of w, which is unrelated to L under Adam, and
+      may lie above 2/L with momentum, where w is stable and q is not. L is the larger of two lower
+      bounds: ‖Hv‖, with v from a power iteration of one product a round, and ‖Hq‖/‖q‖, by which
+      ‖(I − H/L)q‖ ≤ 2‖q‖ however poor the first bound still is.
+    - Where q meets negative curvature, κ = qᵀHq/‖q‖² < 0, its equation has no stable solution. H is
+      then replaced by H + 2|κ|I, which along such a q is |H|. Where L_T is convex, as the paper
+      assumes, this never happens.
+
+    Attributes:
+        adjoint_lr: the step of q; None for 1/L.
+
+    Raises:
+        BilevelError: `adjoint_lr` is not positive.
+
+    Example:
+        >>> from bilevel.problems import Quadratic
+        >>> problem, device = Quadratic.random(seed=1), torch.device("cpu")
+        >>> solver = SOBA()
+        >>> data = problem.data(device, torch.Generator())
+        >>> solver.setup(problem, data, device, torch.Generator())
+        >>> sorted(solver.step())
+        ['adjoint_curvature', 'hypergradient_norm', 'inner_gradient_norm', 'inner_loss',
+         'largest_eigenvalue', 'outer_loss', 'residual']
+    """
+
+    needs = frozenset({Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES, Need.CONVEXITY})
+
+    adjoint_lr: float | None = None
+    outer_optimizer: MakeOptimizer = SLOW
+    inner_steps: int = field(init=False, default=1)
+    outer_steps: int = field(init=False, default=1)
+
+    def start(self, core: Core) -> "SOBAMethod":
+        """Return the method with q = 0."""
+        return SOBAMethod(self, core)
+
+    def check_settings(self) -> None:
+        if self.adjoint_lr is not None:
+            positive("set it to null for 1/L", adjoint_lr=self.adjoint_lr)
 
 
 class Directions(NamedTuple):
-    """D_w [m], D_q [m] and D_λ [h] at one (w, q, λ), the graph that they came of, and what was measured there."""
+    """D_w [m], D_q [m] and D_λ [h] at one (w, q, λ), with their graph and metrics."""
 
     w: Tensor
     q: Tensor
@@ -37,102 +99,56 @@ class Directions(NamedTuple):
     metrics: Metrics
 
 
-class SOBA(Descent):
-    """One step of w, of the adjoint q and of λ a round, at the same time, on one training and one validation batch.
+class SOBAMethod(Method):
+    """The adjoint, the power iteration, and the direction of λ between inner and outer step.
 
-        D_w = ∇_w L_T,    D_q = H q + ∇_w L_V,    D_λ = (∂²L_T/∂λ∂w)ᵀ q + ∂_λ L_V,    all at (w_t, q_t, λ_t)
-
-    These are the derivatives of L_V(λ, w) + qᵀ∇_w L_T(λ, w) in q, w and λ. They vanish, but for D_λ, at w = w*(λ) and
-    q = −H⁻¹∇_w L_V (the paper's v), where D_λ is the hypergradient. Each is a sum over examples, hence unbiased on batches, as
-    no inverse is. The variance-reduced SABA of the same paper, which keeps a gradient per example, is not here.
-
-    It differs from the paper in this:
-
-    - w and λ move by their own optimizers: momentum, schedule and clipping apply (the paper's are plain SGD). λ moves as often
-      as w, so that its learning rate should be a fraction of what it is for a solver with five inner steps a round.
-    - During warm-up w and q move alone, on batches of both splits: λ begins with a q that means something.
-    - The step of q is 1/L. The paper's is that of w, which says nothing of L if it is Adam's, and may lie above 2/L with
-      momentum, where w is stable and q is not. L is the larger of two lower bounds: ‖Hv‖, with v from a power iteration of one
-      product a round, and ‖Hq‖/‖q‖, by which (I − H/L)q is never above 2‖q‖, however poor the first still is.
-    - Where q has run into negative curvature, κ = qᵀHq/‖q‖² < 0, its equation has no stable solution, and H is replaced by
-      H + 2|κ|I, which along such a q is |H|. Where L_T is convex, as the paper assumes, this never happens.
-
-    Args:
-        adjoint_lr: the step of q; None for 1/L.
-        inner_optimizer: for w.
-        inner_scheduler: its learning-rate schedule, stepped every epoch.
-        clip_norm: largest gradient norm.
-        outer_optimizer: for u.
-
-    Raises:
-        BilevelError: an `adjoint_lr` that is not positive.
-
-    Example:
-        >>> from bilevel.problems import Quadratic
-        >>> problem, device = Quadratic.random(seed=1), torch.device("cpu")
-        >>> solver = SOBA()
-        >>> solver.setup(problem, problem.data(device, torch.Generator()), device, torch.Generator())
-        >>> sorted(solver.step())
-        ['adjoint_curvature', 'hypergradient_norm', 'inner_gradient_norm', 'inner_loss', 'largest_eigenvalue', 'outer_loss',
-         'residual']
+    Attributes:
+        adjoint: q, [m].
+        top: v, [m], of length 1, near the eigenvector of the largest eigenvalue.
+        direction: D_λ of this round, [h].
     """
 
-    needs = frozenset({Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES, Need.CONVEXITY})
-    adjoint: Tensor
-    """q, [m]."""
-    top: Tensor
-    """v, [m]: of length 1, near the eigenvector of the largest eigenvalue."""
+    inner_takes: ClassVar[tuple[Split, ...]] = ("train", "valid")
+    outer_takes: ClassVar[tuple[Split, ...]] = ()
 
-    def __init__(
-        self,
-        *,
-        adjoint_lr: float | None = None,
-        inner_optimizer: MakeOptimizer = SGD,
-        inner_scheduler: MakeScheduler | None = None,
-        clip_norm: float | None = None,
-        outer_optimizer: MakeOptimizer = SLOW,
-    ) -> None:
-        if adjoint_lr is not None and not 0 < adjoint_lr < math.inf:
-            raise BilevelError(
-                f"adjoint_lr={adjoint_lr} is no step size; choose a positive one, or null for 1/L"
-            )
-        super().__init__(
-            inner_steps=1,
-            inner_optimizer=inner_optimizer,
-            inner_scheduler=inner_scheduler,
-            clip_norm=clip_norm,
-            outer_optimizer=outer_optimizer,
-        )
-        self.adjoint_lr = adjoint_lr
+    def __init__(self, settings: SOBA, core: Core) -> None:
+        self.settings = settings
+        self.core = core
+        like, size = core.weights.leaves[0], sum(leaf.numel() for leaf in core.weights.leaves)
+        self.adjoint = torch.zeros(size, dtype=like.dtype, device=core.device)
+        drawn = torch.randn(size, dtype=like.dtype, generator=on_cpu(core.generator, 1))
+        drawn = drawn.to(core.device)
+        self.top = drawn / drawn.norm()
+        self.direction = torch.zeros_like(core.search.u0)
 
-    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
-        self.inner_count += 1
-        with self.phase("inner"):
-            at = self.directions(self.next_batch(self.data.train), self.next_batch(self.data.valid))
-            self.watch(at.pull.loss + at.outer_loss)
-            with self.phase("response"):
-                rate, largest = self.adjoint_rate(at)
-                self.adjoint = self.adjoint - rate * at.q
-            apply_gradients(unflat(at.w, self.weights.leaves), self.weights)
-            self.carry = at.pull.carried
-        metrics = at.metrics | {"largest_eigenvalue": largest}
-        if warmup:
-            return metrics
-        self.outer_count += 1
-        with self.phase("outer"):
-            apply_gradients([at.u], self.belief.mean)
-            self.belief.recentre()
-        return metrics | {"hypergradient_norm": at.u.norm()}
+    def inner_step(self, *batches: Batch) -> Metrics:
+        """Move w and q, and keep D_λ."""
+        core = self.core
+        at = self.directions(*batches)
+        core.watch(at.pull.loss + at.outer_loss)
+        with core.services.phase("response"):
+            rate, largest = self.adjoint_rate(at)
+            self.adjoint = self.adjoint - rate * at.q
+        apply_gradients(unflat(at.w, core.weights.leaves), core.weights)
+        core.carry = at.pull.carried
+        self.direction = at.u
+        return at.metrics | {"largest_eigenvalue": largest}
+
+    def outer_step(self, *batches: Batch) -> Metrics:
+        """Move u along D_λ of the inner step."""
+        apply_gradients([self.direction], self.core.search.mean)
+        return {"hypergradient_norm": self.direction.norm()}
 
     def directions(self, batch: Batch, valid: Batch) -> Directions:
-        """D_w, D_q and D_λ on a training and a validation batch; nothing moves."""
-        params, q = self.weights.detached(), self.adjoint
-        with self.phase("outer"):
-            outer_loss, outer_gradient, direct = self.outer_gradients(valid, params, self.carry)
+        """Return D_w, D_q and D_λ on a training and a validation batch; nothing moves."""
+        core, q = self.core, self.adjoint
+        params, u = core.weights.detached(), core.search.u
+        with core.services.phase("outer"):
+            outer_loss, outer_gradient, direct = core.outer_gradients(valid, params, core.carry)
         pull = Pullback(
-            self.problem, self.belief.u, params, self.carry, [batch], self.generator, self.functions
+            core.problem, u, params, core.carry, [batch], core.generator, core.functions
         )
-        with self.phase("response"):
+        with core.services.phase("response"):
             Hq, cross = pull.both(q)
         curvature = over(q @ Hq, q @ q)
         metrics = {
@@ -144,21 +160,14 @@ class SOBA(Descent):
             "largest_eigenvalue": over(Hq.norm(), q.norm()),
         }
         shift = 2 * torch.relu(-curvature)
-        return Directions(
-            pull.gradient,
-            Hq + shift * q + outer_gradient,
-            cross + direct,
-            pull,
-            shift,
-            outer_loss,
-            metrics,
-        )
+        D_q = Hq + shift * q + outer_gradient
+        return Directions(pull.gradient, D_q, cross + direct, pull, shift, outer_loss, metrics)
 
     def adjoint_rate(self, at: Directions) -> tuple[Tensor | float, Tensor]:
-        """The step size of q, and a lower bound of L; the power iteration, where it is in use, goes on by one product."""
+        """Return the step size of q and a lower bound of L; take one step of the power iteration."""
         largest = at.metrics["largest_eigenvalue"]
-        if self.adjoint_lr is not None:
-            return self.adjoint_lr, largest
+        if self.settings.adjoint_lr is not None:
+            return self.settings.adjoint_lr, largest
         Hv = at.pull.hessian(self.top)
         length = Hv.norm()
         self.top = torch.where(length == 0, self.top, over(Hv, length))
@@ -166,51 +175,41 @@ class SOBA(Descent):
         return over(torch.ones_like(largest), largest + at.shift), largest
 
     def outer_loss(self, batch: Batch) -> Tensor:
-        """L_V at w, with D_λ as its derivative in u, on a training batch that is looked at alone."""
-        at = self.directions(self.data.train.peek(), batch)
-        return at.outer_loss + at.u @ (self.belief.u - self.belief.u.detach())
+        """Return L_V with D_λ for its derivative in u; the training batch is only peeked at."""
+        at = self.directions(self.core.data.train.peek(), batch)
+        return at.outer_loss + at.u @ (self.core.search.u - self.core.search.u.detach())
 
-    def respond(self, offset: Tensor) -> Params:
-        """The weights, as constants: `outer_loss` adds what they do to the hypergradient."""
-        return self.weights.detached()
+    # --- what the runner asks for ---
 
-    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        found = {}
-        step = (self.adjoint_lr or 0.0) * metrics.get("largest_eigenvalue", 0.0)
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        found, rate = {}, self.settings.adjoint_lr
+        step = (rate or 0.0) * metrics.get("largest_eigenvalue", 0.0)
         if step > 2:
             found["adjoint_lr"] = (
-                f"SOBA: adjoint_lr={self.adjoint_lr:g} is at least {step:.2g}/L, and the adjoint diverges above 2/L; lower it, "
-                "or set it to null for 1/L"
+                f"SOBA: adjoint_lr={rate:g} is at least {step:.2g}/L, and the adjoint diverges "
+                "above 2/L; lower it, or set it to null for 1/L"
             )
         if metrics.get("adjoint_curvature", 0.0) < 0:
             found["curvature"] = (
-                "SOBA: the adjoint lies along negative curvature of L_T, where w is near no minimum, and |H| is taken for H "
-                "there; train longer before λ moves (runner.warmup_epochs), decay weights, or use a self-tuning solver"
+                "SOBA: the adjoint lies along negative curvature of L_T, far from a minimum in w, "
+                "and |H| replaces H there; train longer before λ moves (runner.warmup_epochs), "
+                "decay weights, or use a self-tuning solver"
             )
         if metrics.get("residual", 0.0) > MOST_RESIDUAL:
             found["residual"] = (
-                f"SOBA: the adjoint misses its equation by {metrics['residual']:.2g} ‖∇_w L_V‖ on average, where none at all "
-                "would miss it by 1: batches are too noisy, or w moves too fast; take larger batches or a smaller inner step"
+                f"SOBA: the adjoint misses its equation by {metrics['residual']:.2g} ‖∇_w L_V‖ on "
+                "average, where q = 0 would miss it by 1: batches are too noisy, or w moves too "
+                "fast; take larger batches or a smaller inner step"
             )
         return found
 
-    def build(
-        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
-    ) -> None:
-        super().build(problem, data, device, generator)
-        like, size = self.weights.leaves[0], sum(leaf.numel() for leaf in self.weights.leaves)
-        self.adjoint = torch.zeros(size, dtype=like.dtype, device=device)
-        drawn = torch.randn(size, dtype=like.dtype, generator=on_cpu(generator, 1)).to(device)
-        self.top = drawn / drawn.norm()
-
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"adjoint": self.adjoint, "top": self.top}
+        return {"adjoint": self.adjoint, "top": self.top}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.adjoint, self.top = to_device((state["adjoint"], state["top"]), self.device)
+        self.adjoint, self.top = to_device((state["adjoint"], state["top"]), self.core.device)
 
 
 def over(a: Tensor, b: Tensor) -> Tensor:
-    """a/b for b ≥ 0, and 0 where b is."""
+    """Return a/b for b > 0, and 0 for b = 0."""
     return torch.where(b == 0, 0.0, a / b.clamp_min(torch.finfo(b.dtype).tiny))

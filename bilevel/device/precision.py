@@ -13,6 +13,7 @@ from bilevel.errors import BilevelError, Refused, SpeedWarning
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
+from bilevel.requirements import Trait
 from bilevel.solver import Solver
 from bilevel.text import near
 
@@ -90,7 +91,7 @@ def at_precision(problem: Problem, solver: Solver, precision: str, device: torch
         )
     if precision != "bf16":
         return problem
-    if solver.subtracts:
+    if Trait.SUBTRACTS in solver.traits:
         raise Refused(
             f"{type(solver).__name__} follows the difference of nearly equal numbers, which bfloat16 rounds to 3 digits; "
             "use precision=fp32 or tf32, or a solver that differentiates (of SAMA: finite_difference=false)"

@@ -1,7 +1,7 @@
 """Training steps as CUDA graphs: recorded once, then replayed with one launch each."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -11,26 +11,29 @@ from torch.utils import _pytree as pytree
 
 from bilevel.errors import SpeedWarning
 from bilevel.params import Batch, Metrics
+from bilevel.services import Capturable
 from bilevel.solver import Solver
+from bilevel.text import describe
 
-Step = Callable[[Batch], Metrics]
+Step = Callable[..., Metrics]
 
 
 class Graph(Protocol):
-    """Work of the device that was recorded once, on tensors that stay where they are."""
+    """Work of the device that is recorded once, on tensors that keep their memory."""
 
     def record(self, work: Callable[[], None]) -> None:
-        """Note what `work` launches; nothing is computed."""
+        """Record what `work` launches; nothing is computed."""
 
     def replay(self) -> None:
-        """Do it."""
+        """Launch the recorded work."""
 
 
 class CudaGraph:
-    """PyTorch's; every replay draws anew from `generator` and from the global generator of the device."""
+    """PyTorch's graph; every replay draws anew from `generator` and the device's global generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        self._graph, self._device = torch.cuda.CUDAGraph(), generator.device
+        self._graph = torch.cuda.CUDAGraph()
+        self._device = generator.device
         self._graph.register_generator_state(generator)
 
     def record(self, work: Callable[[], None]) -> None:
@@ -42,162 +45,206 @@ class CudaGraph:
 
 
 class Recorded(NamedTuple):
-    """A step that was recorded: its graph, the tensors through which it is fed and tells, and what it was recorded with."""
+    """A recorded step.
+
+    Attributes:
+        graph: the recording.
+        batches: its input tensors.
+        metrics: its output tensors.
+        settings: the settings of the optimizers that are part of it.
+    """
 
     graph: Graph
-    batch: Batch
+    batches: tuple[Batch, ...]
     metrics: Metrics
     settings: list[Any]
 
 
-class Capture:
-    """Takes the steps of a solver: the first ones as they are, then a recording of them.
+class Cell(NamedTuple):
+    """An attribute that a step binds anew."""
 
-    A recording holds addresses and numbers, so all that changes from step to step must lie in tensors that stay: what a step
-    binds anew to the solver (carries, the note of a bad step) is copied back to where it was before, the batch into a
-    tensor of its own, and the number of the step, which `Solver.watch` notes, to the device. A setting of an optimizer that a
-    schedule has changed, or a state that was loaded, is seen, and the step recorded again. A batch of another shape is taken
-    step by step. What a recording cannot hold ends the recording, with one sentence, and the run goes on step by step.
+    owner: object
+    name: str
+
+    @property
+    def value(self) -> Any:
+        """The present value of the attribute."""
+        return getattr(self.owner, self.name)
+
+
+class Capture:
+    """Takes the steps of a solver: the first ones directly, then by replaying a recording of them.
+
+    A recording holds addresses and numbers, so whatever changes from step to step must lie in
+    tensors that keep their memory. The solver declares the attributes that a step binds anew
+    (`Solver.capturable`); after a step their values are copied back to where they were. The batch
+    is copied into a tensor of its own, and the number of the step lies on the device. A recording
+    fails if a step binds anything else anew.
+
+    A setting of an optimizer that a schedule has changed, or a state that was loaded, is noticed,
+    and the step is recorded again. A batch of another shape is taken directly. If recording fails,
+    the run continues without captures, after one warning.
 
     Args:
-        solver: one that is set up.
+        solver: a solver after its set-up.
         make_graph: makes an empty graph.
-        device: where it computes.
+        device: the device that computes.
 
     Warns:
         SpeedWarning: a step cannot be recorded.
     """
 
     EAGER = 3
-    """Steps of each kind before a recording: optimizers make their state, and libraries what they keep."""
+    """Steps of each kind before a recording: optimizers and libraries make their state in them."""
 
     def __init__(
         self, solver: Solver, make_graph: Callable[[], Graph], device: torch.device
     ) -> None:
-        self.solver, self.make_graph = solver, make_graph
+        self.solver = solver
+        self.services = solver.services
+        self.make_graph = make_graph
         self.recorded: dict[str, Recorded] = {}
-        self.failed, self._recording = False, False
+        self.failed = False
+        declared = solver.capturable()
+        if not isinstance(declared, Capturable):
+            raise ValueError(_reason(solver, declared))
+        self._optimizers = declared.optimizers
+        self._owners = [solver, self.services, *(owner for owner, _ in declared.owners)]
+        self._cells = [Cell(self.services, "first_bad_step")] + [
+            Cell(owner, name) for owner, names in declared.owners for name in names
+        ]
+        self._recording = False
         self._taken: dict[str, int] = {}
-        self._buffers: dict[str, Any] = {}
-        self._count = solver.device_count = torch.zeros((), dtype=torch.int64, device=device)
+        self._buffers: dict[Cell, Any] = {}
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+        self.services.device_count = self._count
 
     @classmethod
     def of(
         cls, solver: Solver, device: torch.device, generator: torch.Generator, processes: int = 1
     ) -> "Capture | None":
-        """For a solver that is set up; None, with a sentence, where nothing can be recorded."""
-        reason = solver.uncapturable()
+        """Return a capture for a solver after its set-up; None, with a warning, if it cannot be."""
+        declared = solver.capturable()
+        reason: str | None = None
         if device.type != "cuda":
             reason = f"{device.type} has no graphs"
         elif processes > 1:
-            reason = "several processes train together, and wait for each other in every step"
-        elif reason is None:
-            reason = _prepare(solver.optimizers())
+            reason = "several processes train together and wait for each other in every step"
+        elif not isinstance(declared, Capturable):
+            reason = _reason(solver, declared)
+        else:
+            reason = _prepare(declared.optimizers)
         if reason is not None:
             _warn(reason)
             return None
         return cls(solver, lambda: CudaGraph(generator), device)
 
-    def __call__(self, step: Step, batch: Batch) -> Metrics:
-        """What `step(batch)` does."""
+    def __call__(self, step: Step, *batches: Batch) -> Metrics:
+        """Return the result of `step(*batches)`."""
         if self.failed:
-            return step(batch)
+            return step(*batches)
         self._count.fill_(self.solver.inner_count)
         self._adopt()
-        name = step.__name__  # type: ignore[attr-defined]  # a bound method
+        name = step.__name__
         self._taken[name] = self._taken.get(name, 0) + 1
         recorded = self.recorded.get(name)
         if self._taken[name] <= self.EAGER:
             if self._taken[name] < self.EAGER or self._count.device.type != "cuda":
-                return self._in_place(step, batch)
-            with _watched() as waited:  # a step that waits would break a recording in the middle
-                metrics = self._in_place(step, batch)
-            if waited:
+                return self._in_place(step, batches)
+            with _watched() as waits:  # a step that waits would break a recording in the middle
+                metrics = self._in_place(step, batches)
+            if waits:
                 self._fail(f"`{name}` waits for the device")
             return metrics
-        if recorded is not None and not _alike(batch, recorded.batch):
-            return self._in_place(step, batch)
+        if recorded is not None and not _alike(batches, recorded.batches):
+            return self._in_place(step, batches)
         settings = self._settings()
         if recorded is None or recorded.settings != settings:
             self.recorded.pop(name, None)  # first, so that its memory can be used again
             try:
-                recorded = self.recorded[name] = self._record(step, batch, settings)
-            except (
-                Exception
-            ) as error:  # whatever the problem's own code raises while nothing is computed
-                self._fail(
-                    f"`{name}` cannot be recorded ({type(error).__name__}: {str(error).splitlines()[0]})"
-                )
-                return step(batch)
-        pytree.tree_map(_copy, recorded.batch, batch)
+                recorded = self.recorded[name] = self._record(step, batches, settings)
+            except Exception as error:  # the problem's own code may raise anything here
+                self._fail(f"`{name}` cannot be recorded ({describe(error)})")
+                return step(*batches)
+        pytree.tree_map(_copy, recorded.batches, batches)
         recorded.graph.replay()
         return {key: value.clone() for key, value in recorded.metrics.items()}
 
-    def _record(self, step: Step, batch: Batch, settings: list[Any]) -> Recorded:
-        """A recording of `step`; the solver is left as it was."""
-        static = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
-        graph, metrics, before = self.make_graph(), {}, dict(vars(self.solver))
-        self.solver.phases = None  # a clock's events belong to no graph
+    def _record(self, step: Step, batches: tuple[Batch, ...], settings: list[Any]) -> Recorded:
+        """Return a recording of `step`; the solver is left as it was."""
+        static = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batches)
+        graph, metrics = self.make_graph(), {}
+        before = [dict(vars(owner)) for owner in self._owners]
+        self.services.timers = None  # the events of a timer belong to no graph
         self._recording = True
         try:
             graph.record(lambda: metrics.update(self._in_place(step, static)))
-            after = dict(vars(self.solver))
+            self._check_declared(before)
         finally:
             self._recording = False
-            vars(self.solver).update(before)
-        if moved := [name for name, value in _numbers(before).items() if after[name] != value]:
-            raise ValueError(f"`{moved[0]}` changes on the host")
+            for owner, state in zip(self._owners, before, strict=True):
+                vars(owner).update(state)
         return Recorded(graph, static, metrics, settings)
 
-    def _in_place(self, step: Step, batch: Batch) -> Metrics:
-        """Take the step; what it binds anew goes back to where it was."""
-        before = _tensors(self.solver)
-        metrics = step(batch)
-        for name, bound in _tensors(self.solver).items():
-            if bound is not before.get(name):
-                self._keep(name, bound)
+    def _check_declared(self, before: list[dict[str, Any]]) -> None:
+        """Raise if a recorded step has bound an attribute that is not declared."""
+        declared = {(id(cell.owner), cell.name) for cell in self._cells}
+        declared.add((id(self.services), "timers"))
+        for owner, old in zip(self._owners, before, strict=True):
+            for name, value in vars(owner).items():
+                then = old.get(name, _ABSENT)
+                same = value is then or (isinstance(value, (int, float, str)) and value == then)
+                if not same and (id(owner), name) not in declared:
+                    raise ValueError(f"`{name}` changes on the host")
+
+    def _in_place(self, step: Step, batches: tuple[Batch, ...]) -> Metrics:
+        """Take the step; what it binds anew is copied back to where it was."""
+        before = [cell.value for cell in self._cells]
+        metrics = step(*batches)
+        for cell, old in zip(self._cells, before, strict=True):
+            if cell.value is not old and cell.value is not None:
+                self._keep(cell, cell.value)
         return metrics
 
-    def _keep(self, name: str, bound: Any) -> None:
-        if name in self._buffers and _alike(bound, self._buffers[name]):
-            pytree.tree_map(_copy, self._buffers[name], bound)
+    def _keep(self, cell: Cell, bound: Any) -> None:
+        if cell in self._buffers and _alike(bound, self._buffers[cell]):
+            pytree.tree_map(_copy, self._buffers[cell], bound)
         elif self._recording:
-            raise ValueError(f"`{name}` changes its shape")
-        else:
-            self._buffers[name] = pytree.tree_map(
-                torch.clone, bound
-            )  # several names may have been bound to one tensor
+            raise ValueError(f"`{cell.name}` changes its shape")
+        else:  # a copy: several names may have been bound to one tensor
+            self._buffers[cell] = pytree.tree_map(torch.clone, bound)
             self.recorded.clear()
-        setattr(self.solver, name, self._buffers[name])
+        setattr(cell.owner, cell.name, self._buffers[cell])
 
     def _adopt(self) -> None:
-        """See that the solver holds the buffers, also after a state was loaded."""
-        for name, buffer in self._buffers.items():
-            if (bound := getattr(self.solver, name)) is not buffer:
-                self._keep(name, bound)
+        """Put the buffers back into the solver, also after a state was loaded."""
+        for cell, buffer in list(self._buffers.items()):
+            if (bound := cell.value) is not buffer:
+                self._keep(cell, bound)
 
     def _settings(self) -> list[Any]:
-        """All that a recording holds as numbers, or by address."""
+        """Return all that a recording holds as numbers, or by address."""
         return [
             (
                 _Same(optimizer.state),
-                [
-                    {key: value for key, value in group.items() if key != "params"}
-                    for group in groups
-                ],
+                [{k: v for k, v in group.items() if k != "params"} for group in groups],
             )
-            for optimizer in self.solver.optimizers()
+            for optimizer in self._optimizers
             for groups in [optimizer.param_groups]
         ]
 
     def _fail(self, reason: str) -> None:
-        self.failed, self.solver.device_count = True, None
+        self.failed = True
+        self.services.device_count = None
         self.recorded.clear()
         _warn(reason)
 
 
+_ABSENT = object()
+
+
 class _Same:
-    """Equal to itself alone, however equal what it holds may be to something else."""
+    """An object that equals another one only if both hold the same object."""
 
     def __init__(self, held: object) -> None:
         self.held = held
@@ -206,8 +253,8 @@ class _Same:
         return isinstance(other, _Same) and self.held is other.held
 
 
-def _prepare(optimizers: list[torch.optim.Optimizer]) -> str | None:
-    """Have the optimizers count their steps on the device; the sentence about one that cannot."""
+def _prepare(optimizers: Sequence[torch.optim.Optimizer]) -> str | None:
+    """Let the optimizers count their steps on the device; return the reason if one cannot."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if "capturable" in group:
@@ -224,51 +271,33 @@ def _prepare(optimizers: list[torch.optim.Optimizer]) -> str | None:
 
 @contextmanager
 def _watched() -> Iterator[list[str]]:
-    """Collects what CUDA says whenever it is waited for; other warnings are handed on."""
-    waited: list[str] = []
+    """Collect the warnings of CUDA about waits for the device; pass other warnings on."""
+    waits: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield waited
+            yield waits
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     for warning in caught:
         if "called a synchronizing" in str(warning.message):
-            waited.append(str(warning.message))
+            waits.append(str(warning.message))
         elif "debug mode is a prototype" not in str(
             warning.message
-        ):  # which PyTorch says of the mode itself, once
+        ):  # PyTorch's own warning about the mode
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
 
 
-def _tensors(solver: Solver) -> dict[str, Any]:
-    """The attributes that hold tensors, bare or by name."""
-    held = {
-        name: value
-        for name, value in vars(solver).items()
-        if isinstance(value, (Tensor, dict)) and name != "device_count"
-    }
-    return {
-        name: value
-        for name, value in held.items()
-        if all(isinstance(x, Tensor) for x in pytree.tree_leaves(value))
-    }
-
-
-def _numbers(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in attributes.items()
-        if value is None or isinstance(value, (int, float, str))
-    }
+def _reason(solver: Solver, declared: str | None) -> str:
+    return declared or f"the steps of {type(solver).__name__} change what lies on the host"
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether two pytrees have the same structure, and their tensors the same shapes and types."""
+    """Return whether two pytrees agree in structure, and their tensors in shape and type."""
     (ours, spec), (theirs, other_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
     return spec == other_spec and all(
         a.shape == b.shape and a.dtype == b.dtype
@@ -285,7 +314,7 @@ def _copy(to: Any, value: Any) -> None:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"capture=true has no effect, since {reason}; the run goes on step by step",
+        f"capture=true has no effect, since {reason}; the run continues without captured steps",
         SpeedWarning,
         stacklevel=3,
     )

@@ -22,9 +22,9 @@ from bilevel.run.divergence import diverged, not_finite
 from bilevel.run.evaluation import evaluate
 from bilevel.run.faults import CheckpointSaver, Loggers
 from bilevel.run.hypergradient_error import HypergradientError
+from bilevel.services import Services
 from bilevel.solver import Solution, Solver
 from bilevel.text import describe
-from bilevel.timers import Phases
 
 
 class SolverWarning(UserWarning):
@@ -55,6 +55,7 @@ class Loop:
         *,
         problem: Problem,
         solver: Solver,
+        services: Services,
         data: Data,
         device: torch.device,
         budget: Budget,
@@ -77,7 +78,7 @@ class Loop:
         self.hypergradient_error = hypergradient_error
         self.ranks = ranks
         self.meter = Meter(device)
-        self.phases = solver.phases = Phases(device)
+        self.services = services
         self.evaluating = 0.0
         self.initial = _copied(solver.solution().hypers)
         self.best: dict[str, Any] | None = None
@@ -178,7 +179,7 @@ class Loop:
             step=self.step,
             epoch=self.step / self.budget.steps_per_epoch,
             seconds=self.meter.seconds,
-            phases={**self.phases.read(), "evaluation": self.evaluating},
+            phases={**self.services.seconds(), "evaluation": self.evaluating},
             examples=self.examples,
             train=train,
             valid=valid,
@@ -191,12 +192,12 @@ class Loop:
         )
         self.evaluations += 1
         bad |= not_finite("the scale of", self.solver.scales())
-        bad |= not_finite("the response", self.solver.beside())
+        bad |= not_finite("the response", self.solver.extra_tensors())
         self._judge({"the validation loss": valid["loss"], **bad})
         self._show_pictures(solution.hypers)
         self.loggers.call("log", self.last)
         # before the return below, since a warning may explain why a run has diverged
-        self._warn(self.solver.doubts(metrics))
+        self._warn(self.solver.warnings(metrics))
         if self.diverged:
             return
         self.good = self.last
@@ -236,7 +237,7 @@ class Loop:
 
     def _judge(self, values: dict[str, float]) -> None:
         """Declare the run diverged if a training loss, or one of `values`, is not finite."""
-        self.diverged = diverged(self.solver.bad_step(), values, self.step, self.good)
+        self.diverged = diverged(self.services.bad_step(), values, self.step, self.good)
 
     def _warn(self, sentences: Mapping[str, str]) -> None:
         """Give each kind of warning once in a run."""
@@ -275,7 +276,7 @@ class Loop:
             "rng": rng_state(self.device),
             "loggers": self.loggers.state(),
             "seconds": self.meter.seconds,
-            "phases": self.phases.read(),
+            "phases": self.services.seconds(),
             "evaluating": self.evaluating,
             "peak_memory": self.meter.peak_memory,
             "sums": self._sums,
@@ -307,7 +308,7 @@ class Loop:
             ) from error
         set_rng_state(state["rng"], self.device)
         self.meter.seconds, self.meter.peak_memory = state["seconds"], state["peak_memory"]
-        self.phases.restore(state["phases"])
+        self.services.restore(state["phases"])
         self.evaluating = state["evaluating"]
         self._sums, self._counts = to_device(state["sums"], self.device), state["counts"]
         for name in _PLAIN:

@@ -21,6 +21,8 @@ from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.run.initial_params import read_params
 from bilevel.run.loop import Loop
 from bilevel.run.session import Session
+from bilevel.services import Services
+from bilevel.timers import Timers
 
 
 def claim(run: Session) -> None:
@@ -58,10 +60,12 @@ def build(run: Session) -> None:
     run.problem = problem
     check_setup(problem, run.data, device)
     error = HypergradientError.of(problem, solver, device)
-    solver.setup(problem, run.data, device, for_solver)
+    services = Services(Timers(device))
+    solver.setup(problem, run.data, device, for_solver, services)
     run.loop = Loop(
         problem=problem,
         solver=solver,
+        services=services,
         data=run.data,
         device=device,
         budget=settings.budget(run.data.train.steps_per_epoch),
@@ -74,9 +78,8 @@ def build(run: Session) -> None:
     )
     if request.resume:
         run.loop.load_state_dict(run.checkpoint)
-    solver.capture = (
-        Capture.of(solver, device, for_solver, run.ranks.world) if settings.capture else None
-    )
+    if settings.capture:
+        services.capture = Capture.of(solver, device, for_solver, run.ranks.world)
     run.info = _info(run)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from bilevel.loggers.logger import RunInfo
 from bilevel.loggers.records import Record
 from bilevel.params import Hypers, to_device
+from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import Loop
 from bilevel.solver import Solution
@@ -63,7 +64,7 @@ def _message(loop: Loop, run: RunInfo, reason: str, signal: Signals | None) -> s
             f"the run was interrupted{by} at step {loop.step}; "
             f"continue with: bilevel resume={run.directory}"
         )
-    if loop.solver.tunes and loop.solver.outer_count == 0:
+    if Trait.TUNES_NOTHING not in loop.solver.traits and loop.solver.outer_count == 0:
         return (
             "nothing was tuned: the run ended before its first outer step (trial, generation), "
             f"with runner.warmup_epochs={run.warmup_epochs:g}; lower it, or run longer"

@@ -1,231 +1,207 @@
-"""The one outer loop: train near λ₀, then descend L_V(λ, ŵ(λ)), with ŵ whatever the solver answers, differentiable in λ."""
+"""The one outer loop: train near λ₀, then descend L_V along the hypergradient of a method."""
 
 import copy
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Carry, Data, Hypers, Metrics, Need, Params, Problem, Solution
-from bilevel.params import count_examples, detached, to_device
-from bilevel.solvers.autodiff.decompositions import RECURRENT
-from bilevel.solvers.autodiff.pullback import Pullback, flat
-from bilevel.solvers.base.dry_run import peeking, refusals
-from bilevel.solvers.base.search_distribution import Belief
-from bilevel.solvers.base.training import Training, at_least
-from bilevel.solvers.optim.optimized import MakeOptimizer, MakeScheduler, descend
-from bilevel.solvers.response.jacobian import CallRecorder
+from bilevel import Batch, Data, Hypers, Metrics, Need, Params, Problem, Solution, Solver
+from bilevel.params import to_device
+from bilevel.services import Capturable, Services
+from bilevel.solvers.autodiff.pullback import Pullback
+from bilevel.solvers.base.core import Core, averaged
+from bilevel.solvers.base.dry_run import lacks_derivative, peeking, refusals
+from bilevel.solvers.base.method import Method
+from bilevel.solvers.base.settings import InnerSettings, OuterSettings
+from bilevel.solvers.optim.optimized import Optimized
 
 
-class Descent(Training):
-    """Rounds of `inner_steps` updates of w (and of what answers ŵ) and `outer_steps` updates of λ.
+@dataclass(kw_only=True, eq=False)
+class Descent(InnerSettings, OuterSettings, Solver):
+    """Rounds of `inner_steps` updates of w, then `outer_steps` updates of λ.
 
-    A subclass answers ŵ(u₀ + offset) in `respond`, and may train more than w in `inner_step`; direct and indirect terms of the
-    hypergradient then add up by autograd itself:
-
-        dL_V/du = ∂_λ L_V · dλ/du + ∂_w L_V · dŵ/du
+    A concrete solver holds settings, and makes the mutable state of its method in `start`. This
+    class is everything else, and a solver overrides nothing of it.
 
     Attributes:
-        belief: u, u₀, σ and their optimizers.
-        functions: the torch functions that the network calls, as one pass at set-up saw them.
-        last_outer_carry: what the last outer batch ended with; a problem may go on from there (`Problem.outer_carry`).
-        recurrent: whether the network has fused recurrent layers, which cuDNN does not differentiate in evaluation mode.
-        per_example: whether ŵ can follow a perturbation that varies within a batch.
-        perturbs: whether it draws λ from the belief at all; σ means nothing to the others.
+        core: problem, data, weights (`core.weights`) and search distribution (`core.search`).
+        method: the state of the method.
     """
 
-    belief: Belief
-    functions: set[Any]
-    last_outer_carry: Carry | None = None
-    recurrent: bool = False
-    per_example: bool = False
-    perturbs: bool = False
-
-    def __init__(
-        self,
-        *,
-        inner_steps: int,
-        inner_optimizer: MakeOptimizer,
-        inner_scheduler: MakeScheduler | None,
-        clip_norm: float | None,
-        outer_optimizer: MakeOptimizer,
-        outer_steps: int = 1,
-        scale_optimizer: MakeOptimizer | None = None,
-        entropy_weight: float = 0.0,
-    ) -> None:
-        super().__init__(
-            inner_steps=inner_steps,
-            inner_optimizer=inner_optimizer,
-            inner_scheduler=inner_scheduler,
-            clip_norm=clip_norm,
-        )
-        at_least(outer_steps=outer_steps, least=1)
-        at_least(entropy_weight=entropy_weight, least=0)
-        self.outer_steps, self.outer_optimizer, self.scale_optimizer = (
-            outer_steps,
-            outer_optimizer,
-            scale_optimizer,
-        )
-        self.entropy_weight = entropy_weight
-
-    def inner_step(self, batch: Batch) -> Metrics:
-        """w descends L_T(λ₀, ·)."""
-        return self.descend_inner(self.belief.centre, batch)
+    core: Core = field(init=False, repr=False)
+    method: Method = field(init=False, repr=False)
 
     @abstractmethod
-    def respond(self, offset: Tensor) -> Params:
-        """ŵ(u₀ + offset), differentiable in offset [h] or [B, h] alone."""
+    def start(self, core: Core) -> Method:
+        """Return the method of this solver at its initial state."""
+
+    # --- hooks for settings and refusals ---
+
+    def check_settings(self) -> None:
+        """Raise if a setting of this solver is wrong."""
+
+    def fits(self, problem: Problem, device: torch.device) -> None:
+        """Raise `Refused` before anything is built, for example for want of memory."""
+
+    def lacking(self) -> str | None:
+        """Return the refusal of a layer without a needed derivative, with {error} in it."""
+        return None
+
+    # --- a round ---
+
+    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
+        """Take the inner steps of a round, at most `limit`, then the outer steps."""
+        steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
+        with self.services.phase("inner"):
+            metrics = self.inner_phase(steps, warmup=warmup)
+        with self.services.phase("outer"):
+            return metrics if warmup else metrics | self.outer_phase()
+
+    def inner_phase(self, steps: int, *, warmup: bool = False) -> Metrics:
+        """Take `steps` inner steps, each on the next batches; return the means of their metrics."""
+        self.method.begin_round(steps, warmup=warmup)
+        return averaged(self._inner_step() for _ in range(steps)) | self.method.inner_ended()
+
+    def _inner_step(self) -> Metrics:
+        self.inner_count += 1
+        self.core.inner_count = self.inner_count
+        batches = self.core.next_batches(self.method.inner_takes)
+        return self.services.take(self.method.inner_step, *batches)
 
     def outer_phase(self) -> Metrics:
+        """Take the outer steps, then set u₀ ← u; return the metrics of the last step."""
         metrics: Metrics = {}
         for _ in range(self.outer_steps):
             self.outer_count += 1
-            metrics = self.take(self.outer_step, self.next_batch(self.data.valid))
-        self.belief.recentre()
-        return metrics
-
-    def outer_step(self, batch: Batch) -> Metrics:
-        """(u, s) descend L_V(λ(u₀ + δ), ŵ(u₀ + δ)) − τ H[N(u, σ²)], with δ = u − u₀ + ε and dropout and augmentation off.
-
-        Where σ is not tuned there is neither ε nor entropy.
-        """
-        loss = self.outer_loss(batch)
-        self.watch(loss)
-        metrics, objective = {"outer_loss": loss.detach()}, loss
-        if self.belief.tune_scale:
-            entropy = self.belief.entropy()
-            metrics["entropy"], objective = entropy.detach(), loss - self.entropy_weight * entropy
-        gradient = descend(objective, *self.belief.trained())[0]
-        return metrics if gradient is None else metrics | {"hypergradient_norm": gradient.norm()}
+            batches = self.core.next_batches(self.method.outer_takes)
+            metrics = self.services.take(self.method.outer_step, *batches)
+        self.core.search.recentre()
+        return metrics | self.method.outer_ended()
 
     def hypergradient(self, batch: Batch | None = None) -> Tensor:
-        """dL_V/du, [h], as an outer step would follow it on `batch` (by default the next one of validation); u stays.
+        """Return dL_V/du, [h], as an outer step on `batch`, or on the next one, would follow it.
+
+        u stays as it is. A method that unrolls takes the inner steps of a round first.
 
         Example:
             >>> from bilevel import solvers
             >>> from bilevel.problems import Quadratic
             >>> problem, device = Quadratic.random(seed=1), torch.device("cpu")
+            >>> data = problem.data(device, torch.Generator())
             >>> solver = solvers.delta_stn()
-            >>> solver.setup(problem, problem.data(device, torch.Generator()), device, torch.Generator())
+            >>> solver.setup(problem, data, device, torch.Generator())
             >>> solver.hypergradient().shape
             torch.Size([3])
         """
-        loss = self.outer_loss(self.data.valid.next() if batch is None else batch)
-        return torch.autograd.grad(loss, self.belief.u, materialize_grads=True)[0]
+        if self.method.unrolls:
+            self.inner_phase(self.inner_steps)
+        loss = self.method.outer_loss(self.core.data.valid.next() if batch is None else batch)
+        gradient = torch.autograd.grad(loss, self.core.search.u, materialize_grads=True)[0]
+        if self.method.unrolls:
+            self.method.outer_ended()
+        return gradient
 
-    def outer_loss(self, batch: Batch) -> Tensor:
-        """L_V(λ(u₀ + δ), ŵ(u₀ + δ)) with a fresh draw of δ."""
-        offset = self.belief.offset(count_examples(batch), self.generator)
-        hypers = self.problem.space.constrain(self.belief.centre + offset)
-        carry = self.problem.outer_carry(self.carry, self.last_outer_carry, batch)
-        with self._without_cudnn():
-            loss, last = self.problem.outer_loss(hypers, self.respond(offset), carry, batch)
-        self.last_outer_carry = detached(last)
-        return loss
+    # --- set-up ---
 
-    def outer_gradients(
-        self, batch: Batch, params: Params, carry: Carry
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """L_V(λ(u), w), ∇_w L_V [m] and ∂_u L_V [h] at `params` and u as they are, for a solver that adds ŵ's part itself."""
-        w = {name: p.detach().requires_grad_() for name, p in params.items()}
-        hypers = self.problem.space.constrain(self.belief.u)
-        with self._without_cudnn():
-            loss, _ = self.problem.outer_loss(
-                hypers, w, self.problem.fresh_carry(carry, batch), batch
-            )
-        *gradients, direct = torch.autograd.grad(
-            loss, [*w.values(), self.belief.u], materialize_grads=True
-        )
-        return loss.detach(), flat(gradients), direct
-
-    def _without_cudnn(self) -> AbstractContextManager[Any]:
-        return torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext()
+    def __post_init__(self) -> None:
+        self.check_inner()
+        self.check_outer()
+        self.check_settings()
 
     def setup(
-        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+        self,
+        problem: Problem,
+        data: Data,
+        device: torch.device,
+        generator: torch.Generator,
+        services: Services | None = None,
     ) -> None:
         self.check(problem, data, device)
-        self.build(problem, data, device, generator)
+        self.build(problem, data, device, generator, services or Services())
 
     def build(
-        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+        self,
+        problem: Problem,
+        data: Data,
+        device: torch.device,
+        generator: torch.Generator,
+        services: Services,
     ) -> None:
-        """All state, without the checks."""
-        super().setup(problem, data, device, generator)
-        like = self.weights.leaves[0]
-        self.belief = Belief(
-            problem.space,
-            self.outer_optimizer,
-            self.scale_optimizer,
-            per_example=self.per_example,
-            like=like,
-        )
-        hypers, draws = (
-            problem.space.constrain(self.belief.centre),
-            torch.Generator(generator.device).manual_seed(0),
-        )
-        self.calls = CallRecorder(
-            problem, hypers, self.weights.detached(), self.carry, data.train.peek(), draws
-        )
-        self.functions, self.recurrent = (
-            self.calls.functions,
-            not self.calls.functions.isdisjoint(RECURRENT),
-        )
+        """Make the core and the method, without any check."""
+        self.services = services
+        self.core = Core(self, problem, data, device, generator, services)
+        self.core.prepare_search(self.outer_optimizer)
+        self.method = self.start(self.core)
 
-    def check(self, problem: Problem, data: Data, device: torch.device) -> None:
-        """Besides what the space says, refuse a problem on which a round cannot run: it is tried, on a copy."""
-        super().check(problem, data, device)
-        trial = copy.copy(self)
-        trial.first_bad_step = None
-        with refusals(self.lacking()):
-            trial.build(problem, peeking(data), device, torch.Generator(device).manual_seed(0))
-            trial.rehearse()
+    def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
+        """Refuse a problem on which a dry run of a round fails; the dry run shares no state."""
+        self.fits(problem, device)
+        second = Need.SECOND_DERIVATIVES in self.needs
+        trial, draws = copy.copy(self), torch.Generator(device).manual_seed(0)
+        with refusals(self.lacking() or (lacks_derivative(self) if second else None)):
+            trial.build(problem, peeking(data), device, draws, Services())
+            trial.method.before_dry_run()
+            trial.step(limit=2)
+            if second:
+                core, batches = trial.core, [data.train.peek()]
+                params, u = core.weights.detached(), core.search.u0
+                Pullback(problem, u, params, core.carry, batches, draws, core.functions).check()
+            trial.method.after_dry_run()
 
-    def rehearse(self) -> None:
-        """What a round does, so that what cannot run fails at set-up."""
-        self.step(limit=2)
-        if Need.SECOND_DERIVATIVES in self.needs:
-            u, params, batch = self.belief.centre, self.weights.detached(), self.data.train.peek()
-            Pullback(
-                self.problem, u, params, self.carry, [batch], self.generator, self.functions
-            ).check()
-
-    def lacking(self) -> str | None:
-        """The sentence for a layer without a derivative that this solver needs, with {said} for what PyTorch says; None where
-        it needs none but the gradient.
-        """
-        if Need.SECOND_DERIVATIVES not in self.needs:
-            return None
-        return (
-            f"{type(self).__name__} needs {Need.SECOND_DERIVATIVES.value}, which PyTorch lacks for a layer of this network "
-            "({said}); compose that layer from elementary operations, or use a solver that needs the gradient alone "
-            "(self-tuning, SAMA, penalty, evolution strategies, black box)"
-        )
+    # --- what the runner asks for ---
 
     def solution(self) -> Solution:
         with torch.no_grad():
-            hypers = self.problem.space.constrain(self.belief.centre)
-            return Solution(hypers, self.effective_weights(), self.carry)
+            hypers = self.core.problem.space.constrain(self.core.search.u0)
+            weights = self.method.effective_weights() or self.core.weights.detached()
+            return Solution(hypers, weights, self.core.carry)
 
-    def effective_weights(self) -> Params:
-        """The weights that go with λ₀."""
-        return self.weights.detached()
+    def optimized(self) -> dict[str, Optimized]:
+        """Return what the inner phase trains, by name."""
+        return {"weights": self.core.weights} | self.method.optimized()
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return super().optimizers() + [group.optimizer for group in self.belief.trained()]
+    def epoch_ended(self, valid_loss: float | None) -> None:
+        for group in self.optimized().values():
+            group.epoch_ended(valid_loss)
+
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        return self.method.warnings(metrics)
 
     def scales(self) -> Hypers:
-        return self.belief.scales() if self.perturbs else {}
+        return self.method.scales()
+
+    def extra_tensors(self) -> Params:
+        return self.method.extra_tensors()
+
+    def capturable(self) -> Capturable | None:
+        if (rebound := self.method.rebound()) is None:
+            return None
+        core, groups = self.core, [*self.optimized().values(), *self.core.search.trained()]
+        owners = [(core, ("carry", "last_outer_carry")), (core.search, ()), (self.method, rebound)]
+        return Capturable([group.optimizer for group in groups], owners)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {
-            "belief": self.belief.state_dict(),
-            "last_outer_carry": self.last_outer_carry,
+        return {
+            "core": self.core.state_dict(),
+            "search": self.core.search.state_dict(),
+            "last_outer_carry": self.core.last_outer_carry,
+            "optimized": {n: group.state_dict() for n, group in self.method.optimized().items()},
+            "method": self.method.state_dict(),
+            "inner_count": self.inner_count,
+            "outer_count": self.outer_count,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.belief.load_state_dict(state["belief"])
-        self.last_outer_carry = to_device(state["last_outer_carry"], self.device)
+        core = self.core
+        core.load_state_dict(state["core"])
+        core.search.load_state_dict(state["search"])
+        core.last_outer_carry = to_device(state["last_outer_carry"], core.device)
+        for name, group in self.method.optimized().items():
+            group.load_state_dict(state["optimized"][name])
+        self.inner_count, self.outer_count = state["inner_count"], state["outer_count"]
+        core.inner_count = self.inner_count
+        self.method.load_state_dict(state["method"])

@@ -1,6 +1,6 @@
-"""What a solver refuses at set-up: a response that would not fit, and a rehearsal of its round whose errors it explains."""
+"""Refusals at set-up: a response that would not fit, and a dry run of a round whose errors it explains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,14 +8,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel import Batch, Data, Problem, Refused, Space, Stream
+from bilevel import Batch, Data, Need, Problem, Refused, Solver, Space, Stream
 from bilevel.checks.prediction_laws import recomputation_hint
 from bilevel.params import count_examples
 from bilevel.solvers.response.jacobian import Response
 from bilevel.solvers.response.per_example_weight import MissingRule
+from bilevel.text import byte_size, first_line
 
 MOST_RESPONSE_BYTES = 8 * 2**30
 """On the CPU; on a GPU a quarter of its memory."""
+
+MANY_COORDINATES = 500
+"""Coordinates of λ above which a warning is due: a step shows the response one direction of λ."""
+
+_SMALLER = (
+    "share the hyperparameter between weights, or tune it with a solver whose memory does not grow "
+    "with λ so fast (implicit, SAMA, unrolled)"
+)
 
 LACKS_DERIVATIVE = (
     "forward AD",
@@ -24,11 +33,11 @@ LACKS_DERIVATIVE = (
     "once_differentiable",
     "differentiate twice",
 )
-"""Parts of what PyTorch says where a derivative does not exist."""
+"""Parts of PyTorch's messages about a derivative that does not exist."""
 
 
 def check_response(problem: Problem, response: Response, device: torch.device) -> None:
-    """Refuse a space to which the response would not fit in memory beside its gradient.
+    """Refuse a space whose response would not fit in memory together with its gradient.
 
     Raises:
         Refused: that, or weights of several types.
@@ -36,9 +45,8 @@ def check_response(problem: Problem, response: Response, device: torch.device) -
     space = problem.space
     params, _ = problem.init(torch.Generator().manual_seed(0))
     if len(dtypes := {str(p.dtype) for p in params.values()}) > 1:
-        raise Refused(
-            f"the weights are of several types, {' and '.join(sorted(dtypes))}; give all of them one"
-        )
+        kinds = " and ".join(sorted(dtypes))
+        raise Refused(f"the weights have several types, {kinds}; give all of them the same type")
     most = (
         torch.cuda.get_device_properties(device).total_memory // 4
         if device.type == "cuda"
@@ -47,56 +55,71 @@ def check_response(problem: Problem, response: Response, device: torch.device) -
     needed = response.size(params, space.numel) * next(iter(params.values())).element_size()
     if 2 * needed > most:
         raise Refused(
-            f"the response to {space.numel:,} hyperparameters (most of them `{largest(space)}`) would need {units(needed)} and "
-            f"as much again for its gradient, and the limit is {units(most)}; share the hyperparameter between weights, or "
-            "tune it with a solver whose memory does not grow with λ so fast (implicit, SAMA, unrolled)"
+            f"the response to {space.numel:,} hyperparameters (most of them `{largest(space)}`) "
+            f"would need {byte_size(needed)} and as much again for its gradient, and the limit is "
+            f"{byte_size(most)}; {_SMALLER}"
         )
 
 
+def large_response(
+    space: Space, weights: Sequence[Tensor], theta: Sequence[Tensor]
+) -> dict[str, str]:
+    """Return a warning if λ has so many coordinates that a step shows Θ too few of them."""
+    if (h := space.numel) <= MANY_COORDINATES:
+        return {}
+    numbers = sum(leaf.numel() for leaf in theta)
+    each = round(numbers / sum(leaf.numel() for leaf in weights))
+    size = byte_size(numbers * theta[0].element_size())
+    return {
+        "response": f"SelfTuning: λ has {h:,} coordinates (most of them `{largest(space)}`), and "
+        f"the response holds {numbers:,} numbers ({size}), {each:,} for each weight, while a step "
+        f"learns from one random direction of λ; {_SMALLER}"
+    }
+
+
 def largest(space: Space) -> str:
-    """The tuned hyperparameter of most coordinates."""
+    """Return the tuned hyperparameter with the most coordinates."""
     return max(space.tuned, key=lambda name: space[name].numel)
 
 
-def units(size: int) -> str:
-    """Bytes as a reader takes them in.
-
-    Example:
-        >>> units(12), units(3 * 2**20), units(5 * 2**30)
-        ('12 bytes', '3.0 MiB', '5.0 GiB')
-    """
-    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= least:
-            return f"{size / least:,.1f} {unit}"
-    return f"{size} bytes"
+def lacks_derivative(solver: Solver) -> str:
+    """Return the refusal of a layer without second derivatives, with {error} in it."""
+    return (
+        f"{type(solver).__name__} needs {Need.SECOND_DERIVATIVES.value}, which PyTorch lacks for a "
+        "layer of this network ({error}); compose that layer from elementary operations, or use a "
+        "solver that needs the gradient alone (self-tuning, SAMA, penalty, evolution strategies, "
+        "black box)"
+    )
 
 
 @contextmanager
 def refusals(lacking: str | None) -> Iterator[None]:
-    """Within it, an error that comes of a network that the solver cannot differentiate is a refusal that says what to do.
+    """Turn an error about a missing derivative or rule within a block into a refusal.
 
     Args:
-        lacking: the sentence for a derivative that PyTorch lacks, with {said} for what it says; None where none is needed.
+        lacking: the message, with {error} for PyTorch's own; None if no derivative is needed.
     """
     try:
         yield
     except MissingRule as error:
         raise Refused(str(error)) from None
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        if lacking is not None and any(sign in said for sign in LACKS_DERIVATIVE):
-            raise Refused(lacking.format(said=said)) from None
+        line = first_line(error)
+        if lacking is not None and any(sign in line for sign in LACKS_DERIVATIVE):
+            raise Refused(lacking.format(error=line)) from None
         if hint := recomputation_hint(error):
-            raise Refused(f"a training pass fails, {said}{hint}") from None
+            raise Refused(f"a training pass fails, {line}{hint}") from None
         raise
 
 
 class Peeking(Stream):
-    """A stream at its first batch, for a trial that must count nothing and leave the order of the batches as it is."""
+    """A stream that stays at its first batch, for a dry run: it counts nothing and moves nothing."""
 
     def __init__(self, stream: Stream) -> None:
-        self.stream, self.examples = stream, 0
-        self.size, self.steps_per_epoch = stream.size, stream.steps_per_epoch
+        self.stream = stream
+        self.examples = 0
+        self.size = stream.size
+        self.steps_per_epoch = stream.steps_per_epoch
 
     def next(self) -> Batch:
         return self.stream.peek()
@@ -111,16 +134,16 @@ class Peeking(Stream):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing moves here."""
+        """Do nothing: the stream never moves."""
 
 
 def peeking(data: Data) -> Data:
-    """The splits as a trial sees them."""
+    """Return the splits for a dry run."""
     return Data(Peeking(data.train), Peeking(data.valid))
 
 
 def without_last(batch: Batch) -> Batch:
-    """The batch without its last example, if it has enough."""
+    """Return the batch without its last example, if it has at least three."""
     examples = count_examples(batch)
     if examples < 3:
         return batch

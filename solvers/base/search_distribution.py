@@ -1,4 +1,4 @@
-"""What is believed of λ: a Gaussian N(u, diag σ²) in unconstrained coordinates, centred at u₀ while an outer phase lasts."""
+"""The search distribution N(u, diag σ²) of λ, in unconstrained coordinates."""
 
 import math
 from typing import Any
@@ -12,97 +12,92 @@ from bilevel.domains import softplus_inverse
 from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized
 
 
-class Belief:
-    """N(u, diag σ²) with σ = softplus(s); u and s are trained, each by an optimizer of its own.
+class SearchDistribution:
+    """N(u, diag σ²) with σ = softplus(s); an outer phase moves u, while u₀ stays where u began.
 
     Args:
         space: the hyperparameters.
         optimizer: for u.
-        scale_optimizer: for s, or None where σ stays as it began; then an outer step draws no perturbation.
-        per_example: whether the response can follow a perturbation that varies within a batch.
         like: a weight, for device and dtype.
 
     Attributes:
-        centre: u₀, [h]: u as it was when the outer phase began.
+        mean: u and its optimizer.
+        u: [h], the mean.
+        u0: [h], u₀: the value of u when the outer phase began.
+        scale: s and its optimizer, after `train_scale`; before, σ stays as it is and an outer step
+            draws no perturbation.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        optimizer: MakeOptimizer,
-        scale_optimizer: MakeOptimizer | None,
-        *,
-        per_example: bool,
-        like: Tensor,
-    ) -> None:
+    def __init__(self, space: Space, optimizer: MakeOptimizer, *, like: Tensor) -> None:
         self.space = space
         self.mean = Optimized({"u": space.init(like.dtype).to(like)}, optimizer)
         self.u = self.mean.tensors["u"]
-        self.centre = self.u.detach().clone()
-        self.tune_scale = scale_optimizer is not None
+        self.u0 = self.u.detach().clone()
+        self.scale: Optimized | None = None
         self._fixed_s = softplus_inverse(space.initial_scales()).to(like)
-        self.spread = (
-            Optimized({"s": self._fixed_s}, scale_optimizer)
-            if scale_optimizer is not None
-            else None
-        )
-        self._per_example = (
-            space.per_example.to(like.device)
-            if per_example and bool(space.per_example.any())
-            else None
-        )
+        self._per_example: Tensor | None = None
+
+    def train_scale(self, optimizer: MakeOptimizer) -> None:
+        """Train s, and so σ, beside u."""
+        self.scale = Optimized({"s": self._fixed_s}, optimizer)
+
+    def vary_per_example(self) -> None:
+        """Draw one perturbation for each example where the space allows that."""
+        if bool(self.space.per_example.any()):
+            self._per_example = self.space.per_example.to(self.u.device)
 
     @property
     def s(self) -> Tensor:
         """[h], σ = softplus(s)."""
-        return self._fixed_s if self.spread is None else self.spread.tensors["s"]
+        return self._fixed_s if self.scale is None else self.scale.tensors["s"]
 
     @property
     def sigma(self) -> Tensor:
-        """Standard deviation of every coordinate: [h]."""
+        """[h], the standard deviation of every coordinate."""
         return F.softplus(self.s)
 
     def noise(self, examples: int, generator: torch.Generator) -> Tensor:
-        """Standard normal, [B, h], with one value for the whole batch in per-batch coordinates; [h] where all are per batch."""
-        rows = 1 if self._per_example is None else examples
-        n = torch.randn(
-            rows, self.u.numel(), generator=generator, device=self.u.device, dtype=self.u.dtype
-        )
+        """Return standard normal numbers, [B, h], or [h] if no coordinate varies within a batch.
+
+        A coordinate that may not vary within a batch has one value for all examples.
+        """
+        size = (1 if self._per_example is None else examples, self.u.numel())
+        n = torch.randn(size, generator=generator, device=self.u.device, dtype=self.u.dtype)
         return n[0] if self._per_example is None else torch.where(self._per_example, n, n[:1])
 
     def perturbation(self, examples: int, generator: torch.Generator) -> Tensor:
-        """ε ~ N(0, diag σ²) as a constant: what the inner phase perturbs λ₀ by."""
+        """Return ε ~ N(0, diag σ²) as a constant, for an inner step."""
         return self.sigma.detach() * self.noise(examples, generator)
 
     def offset(self, examples: int, generator: torch.Generator) -> Tensor:
-        """u − u₀ + ε, differentiable in u and s: where the outer phase looks; ε only where σ is tuned."""
-        moved = self.u - self.centre
-        return moved + self.sigma * self.noise(examples, generator) if self.tune_scale else moved
+        """Return δ = u − u₀ + ε for an outer step, differentiable in u and s; ε = 0 for a fixed σ."""
+        moved = self.u - self.u0
+        return moved if self.scale is None else moved + self.sigma * self.noise(examples, generator)
 
     def entropy(self) -> Tensor:
-        """H[N(u, diag σ²)] = Σ_k log(σ_k √(2πe)), in nats."""
+        """Return H[N(u, diag σ²)] = Σ_k log(σ_k √(2πe)), in nats."""
         return torch.log(self.sigma).sum() + 0.5 * self.u.numel() * math.log(2 * math.pi * math.e)
 
     def trained(self) -> list[Optimized]:
-        """What an outer step descends."""
-        return [self.mean] if self.spread is None else [self.mean, self.spread]
+        """Return what an outer step descends: u, and s where it is trained."""
+        return [self.mean] if self.scale is None else [self.mean, self.scale]
 
     def recentre(self) -> None:
-        """u₀ ← u, at the end of an outer phase."""
-        self.centre.copy_(self.u.detach())
+        """Set u₀ ← u, at the end of an outer phase."""
+        self.u0.copy_(self.u.detach())
 
     def scales(self) -> Hypers:
-        """σ by hyperparameter."""
+        """Return σ by hyperparameter."""
         return self.space.by_name(self.sigma.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        """u, s, u₀ and both optimizers."""
-        spread = None if self.spread is None else self.spread.state_dict()
-        return {"mean": self.mean.state_dict(), "spread": spread, "centre": self.centre}
+        """Return u, s, u₀ and the state of both optimizers."""
+        scale = None if self.scale is None else self.scale.state_dict()
+        return {"mean": self.mean.state_dict(), "scale": scale, "u0": self.u0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
         self.mean.load_state_dict(state["mean"])
-        if self.spread is not None:
-            self.spread.load_state_dict(state["spread"])
-        self.centre.copy_(state["centre"])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["scale"])
+        self.u0.copy_(state["u0"])

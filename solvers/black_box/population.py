@@ -1,4 +1,4 @@
-"""Population-based training: many trainings at once, the worst of which go on from the best under a λ near theirs."""
+"""Population-based training: the worst of many trainings continue from the best, at a λ near it."""
 
 import copy
 import math
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from bilevel import (
-    Batch,
-    BilevelError,
     Carry,
     Data,
     Metrics,
@@ -22,12 +20,15 @@ from bilevel import (
     Space,
 )
 from bilevel.params import detached, to_device
+from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
+from bilevel.services import Services
 from bilevel.solver import on_cpu
-from bilevel.solvers.base.training import above_zero, at_least, check_clip_norm
+from bilevel.solvers.base.settings import InnerSettings
 from bilevel.solvers.black_box.ranges import ranges_of
 from bilevel.solvers.optim.functional import apply_settings, configured, optimizer_settings
-from bilevel.solvers.optim.optimized import SGD, MakeOptimizer, MakeScheduler, Optimized, descend
+from bilevel.solvers.optim.optimized import Optimized, descend
+from bilevel.validate import at_least, between, positive, whole
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Member:
 
 @dataclass
 class Best:
-    """A copy of the member with the lowest score so far, as it was then."""
+    """A copy of the member with the lowest score so far, as it was at that score."""
 
     u: Tensor
     params: Params
@@ -67,100 +68,92 @@ class Best:
     score: float
 
 
-class PopulationBased(Solver):
-    """Members train side by side, each with its own w, optimizer and λ; now and then the worst copy the best.
+@dataclass(kw_only=True, eq=False)
+class PopulationBased(InnerSettings, Solver):
+    """Members train side by side, each with its own w, optimizer and λ; the worst copy the best.
 
-    Every `interval` epochs of each member all are scored by the validation split. Each of the worst quarter then takes the
-    weights, the optimizer's memory and λ of one of the best quarter, drawn at random (exploit), and moves λ (explore): every
-    coordinate is drawn anew from `ranges` with probability `resample`, and else moves by ± `perturbation` of its scale in
-    unconstrained coordinates. There u is log λ for small λ of a Positive or an Interval, so that ± 0.2 is the paper's factor of
-    1.2 or 0.8; a Simplex stays one, and an Integer moves by parts of a whole number, which its rounding makes a probability.
+    Every `interval` epochs of each member, all are scored on the validation split. Each of the
+    worst quarter then takes the weights, the optimizer's memory and λ of one of the best quarter,
+    drawn at random (exploit), and moves λ (explore). Every coordinate is drawn anew from `ranges`
+    with probability `resample`, and otherwise moves by ± `perturbation` of its scale in
+    unconstrained coordinates. There u is log λ for small λ of a Positive or an Interval, so ± 0.2
+    is the paper's factor of 1.2 or 0.8. A Simplex stays one. An Integer moves by parts of a whole
+    number, which its rounding turns into a probability.
 
-    The first member starts at the initial λ and from the initial weights of every solver, the others at λ drawn from `ranges`
-    and from weights of their own. The solution is the best score's member, weights and all, as it was then (the first member
-    before there is a score): the population may lose it, the solution does not.
+    The first member starts at the initial λ and at the initial weights of every solver, the others
+    at λ drawn from `ranges` and at weights of their own. The solution is the member with the best
+    score, weights included, as it was at that score; before there is a score, the first member.
+    The population may lose it, the solution does not.
 
-    A round trains one member, the next in turn, so that a budget ends between rounds, not between generations; all take their
-    batches from the one stream of training data. `inner_count` is the steps of all members together; `outer_count` is the
-    decisions. In warm-up members are scored, and none is replaced. A learning-rate schedule follows the epochs of its member;
-    where the learning rate itself is tuned, the schedule multiplies it.
+    A round trains one member, the next in turn, so a budget ends between rounds, not between
+    generations. All take their batches from the one stream of training data. `inner_count` counts
+    the steps of all members together, `outer_count` the decisions. In warm-up members are scored,
+    and none is replaced. A learning-rate schedule follows the epochs of its member. If the learning
+    rate itself is tuned, the schedule multiplies it.
 
-    A member of which the score is not finite is replaced like one of the worst, and does not end the run; where no score is
-    finite, the run is over. Scoring reads numbers on the host, and waits for the device once per member and interval; no other
-    round does. Memory: `population` copies of weights, gradients of one, memory of each optimizer, and one copy of the best.
+    A member whose score is not finite is replaced like one of the worst. If no score is finite, the
+    run has diverged. Scoring reads numbers on the host, and waits for the device once per member
+    and interval; no other round does. Memory: `population` copies of w and of the optimizer's
+    memory, gradients of one, and one copy of the best.
 
-    Source: Jaderberg et al., 2017 (arXiv:1711.09846), with its truncation selection; here a generation decides together, where
-    the paper's workers decide each for itself, so that a run is the same every time.
+    Source: Jaderberg et al., 2017 (arXiv:1711.09846), with its truncation selection. Here a
+    generation decides together, and in the paper each worker for itself, so that a run is the same
+    every time.
 
-    Args:
-        population: how many members.
+    Attributes:
+        population: the number of members.
         interval: epochs of a member between scores.
-        perturbation: step of a move, as a multiple of each hyperparameter's `scale`.
-        resample: probability of a fresh draw, for each coordinate.
-        ranges: by hyperparameter, [low, high] of the draws in its own units; see `ranges_of` for the others. A move may leave
-            them.
+        perturbation: the step of a move, as a multiple of each hyperparameter's `scale`.
+        resample: the probability of a fresh draw, for each coordinate.
+        ranges: [low, high] of the draws by hyperparameter, in its own units; `ranges_of` gives the
+            others. A move may leave them.
         inner_steps: training batches of one member per round.
-        inner_optimizer: for w.
-        inner_scheduler: its learning-rate schedule.
-        clip_norm: largest gradient norm.
+        members: the trainings, after `setup`.
+        best: the solution, or None before there is a score.
 
     Raises:
         BilevelError: a value out of its range.
     """
 
-    tunes_optimizer = True
+    traits = frozenset({Trait.TUNES_OPTIMIZER})
 
-    def __init__(
-        self,
-        *,
-        population: int = 8,
-        interval: float = 1,
-        perturbation: float = 0.2,
-        resample: float = 0.25,
-        ranges: Mapping[str, Sequence[float]] | None = None,
-        inner_steps: int = 5,
-        inner_optimizer: MakeOptimizer = SGD,
-        inner_scheduler: MakeScheduler | None = None,
-        clip_norm: float | None = None,
-    ) -> None:
-        at_least(population=population, least=2)
-        at_least(inner_steps=inner_steps, least=1)
-        above_zero(interval=interval)
-        check_clip_norm(clip_norm)
-        if not 0 <= perturbation < math.inf:
-            raise BilevelError(
-                f"perturbation={perturbation} moves λ by no distance; choose a finite one, 0 or more"
-            )
-        if not 0 <= resample <= 1:
-            raise BilevelError(f"resample={resample} is no probability; choose one from 0 to 1")
-        self.population, self.interval, self.perturbation, self.resample = (
-            population,
-            interval,
-            perturbation,
-            resample,
-        )
-        self.ranges, self.inner_steps = ranges, inner_steps
-        self.inner_optimizer, self.inner_scheduler, self.clip_norm = (
-            inner_optimizer,
-            inner_scheduler,
-            clip_norm,
-        )
+    population: int = 8
+    interval: float = 1
+    perturbation: float = 0.2
+    resample: float = 0.25
+    ranges: Mapping[str, Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        self.check_inner()
+        whole(2, population=self.population)
+        positive(interval=self.interval)
+        at_least(0, perturbation=self.perturbation)
+        between(0, 1, resample=self.resample)
 
     def setup(
-        self, problem: Problem, data: Data, device: torch.device, generator: torch.Generator
+        self,
+        problem: Problem,
+        data: Data,
+        device: torch.device,
+        generator: torch.Generator,
+        services: Services | None = None,
     ) -> None:
         self.check(problem, data, device)
-        self.problem, self.data, self.device, self.generator = problem, data, device, generator
+        self.problem = problem
+        self.data = data
+        self.device = device
+        self.generator = generator
+        self.services = services or Services()
         self.box = ranges_of(problem.space, self.ranges)
-        self.draws = on_cpu(
-            generator, self.population
-        )  # decisions fall on the host, the same whatever the device
+        # Decisions fall on the host, the same whatever the device.
+        self.draws = on_cpu(generator, self.population)
         self.generation_steps = max(1, round(self.interval * data.train.steps_per_epoch))
         self.generations = 0
         self.best: Best | None = None
         self.members = [self.born(i) for i in range(self.population)]
 
     def born(self, i: int) -> Member:
+        """Return member `i` at its initial weights and λ."""
         space = self.problem.space
         params, carry = to_device(self.problem.init(on_cpu(self.generator, i)), self.device)
         u = (space.init(torch.float64) if i == 0 else self.box.draw(self.draws)).to(
@@ -177,7 +170,7 @@ class PopulationBased(Solver):
     def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
         member = min(self.members, key=lambda m: m.steps)  # the first of those that are behind
         left = (self.generations + 1) * self.generation_steps - member.steps
-        with self.phase("inner"):
+        with self.services.phase("inner"):
             losses = [
                 self.descend(member)
                 for _ in range(min(left, self.inner_steps, left if limit is None else limit))
@@ -185,7 +178,7 @@ class PopulationBased(Solver):
             metrics = {"inner_loss": torch.stack(losses).mean()}
         if all(m.steps == (self.generations + 1) * self.generation_steps for m in self.members):
             self.generations += 1
-            with self.phase("outer"):
+            with self.services.phase("outer"):
                 metrics |= self.score()
                 if not warmup:
                     self.outer_count += 1
@@ -193,8 +186,8 @@ class PopulationBased(Solver):
         return metrics
 
     def descend(self, member: Member) -> Tensor:
-        """One step of a member; returns L_T, [], which is not watched: the member will be replaced."""
-        batch: Batch = self.next_batch(self.data.train)
+        """Take one step of a member; return L_T, [], unwatched, because a bad member is replaced."""
+        batch = self.services.next_batch(self.data.train)
         self.inner_count += 1
         member.steps += 1
         hypers = self.problem.space.constrain(member.u, self.generator)
@@ -210,7 +203,7 @@ class PopulationBased(Solver):
     # --- a generation ends ---
 
     def score(self) -> Metrics:
-        """The loss of every member on the validation split; the best so far is kept."""
+        """Score every member on the validation split, and keep the best so far."""
         scores = []
         for member in self.members:
             solution = self.solution_of(member)
@@ -222,7 +215,8 @@ class PopulationBased(Solver):
                     params, carry = _copied(solution.params), _copied(solution.carry)
                     self.best = Best(member.u.clone(), params, carry, member.score)
         if not scores:
-            self.watch(torch.tensor(math.nan, device=self.device))
+            bad = torch.tensor(math.nan, device=self.device)
+            self.services.watch(bad, self.inner_count)
         named = {
             "lost_members": 1 - len(scores) / len(self.members),
             **(
@@ -234,7 +228,7 @@ class PopulationBased(Solver):
         return {name: torch.tensor(value, device=self.device) for name, value in named.items()}
 
     def decide(self) -> None:
-        """Exploit and explore: the worst quarter, and every member that is lost, go on from the best quarter."""
+        """Let the worst quarter, and every lost member, continue from the best quarter."""
         ranked = sorted(self.members, key=_rank)
         finite = [m for m in ranked if _rank(m) < math.inf]
         quarter = max(1, self.population // 4)
@@ -249,14 +243,14 @@ class PopulationBased(Solver):
             self.explore(member)
 
     def exploit(self, member: Member, donor: Member) -> None:
-        """A copy of weights, memory, schedule, carry and λ."""
+        """Copy weights, memory, schedule, carry and λ of the donor."""
         state = donor.weights.state_dict()
         member.weights.load_state_dict(state | {"schedule": copy.deepcopy(state["schedule"])})
         member.carry = _copied(donor.carry)
         member.u.copy_(donor.u)
 
     def explore(self, member: Member) -> None:
-        """λ moves, and with it the settings of the optimizer that it holds."""
+        """Move λ, and with it the settings of the optimizer that it holds."""
         space, h = self.problem.space, member.u.numel()
         sign = 2.0 * torch.randint(2, (h,), generator=self.draws) - 1
         moved = member.u.cpu().double() + self.perturbation * space.initial_scales() * sign
@@ -265,7 +259,7 @@ class PopulationBased(Solver):
         member.u.copy_(torch.where(anew, self.box.draw(self.draws), moved))
         set_settings(member.weights, before, optimizer_settings(space, space.constrain(member.u)))
 
-    # --- what it found, and its state ---
+    # --- what the runner asks for ---
 
     def solution(self) -> Solution:
         if self.best is None:
@@ -275,18 +269,19 @@ class PopulationBased(Solver):
         )
 
     def solution_of(self, member: Member) -> Solution:
+        """Return λ, w and carry of a member."""
         return Solution(
             self.problem.space.constrain(member.u), member.weights.detached(), member.carry
         )
 
-    def doubts(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Say so where members diverge."""
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         if not metrics.get("lost_members", 0.0) > 0:
             return {}
         return {
             "lost_members": (
-                f"{metrics['lost_members']:.0%} of the members had a loss that is not finite, and are replaced; narrow ranges, "
-                "lower the learning rate or clip gradients, so that their training is not wasted"
+                f"PopulationBased: {metrics['lost_members']:.0%} of the members had a loss that is "
+                "not finite and are replaced, so their training is wasted; narrow ranges, lower "
+                "the learning rate, or clip gradients"
             )
         }
 
@@ -314,7 +309,7 @@ class PopulationBased(Solver):
 def set_settings(
     trained: Optimized, before: Mapping[str, float], after: Mapping[str, float]
 ) -> None:
-    """Move the optimizer's tuned settings from `before` to `after`; a learning rate keeps the factor of its schedule."""
+    """Change tuned settings from `before` to `after`; a learning rate keeps its schedule's factor."""
     for group in trained.optimizer.param_groups:
         factor = group["lr"] / before["lr"] if "lr" in before else 1.0
         apply_settings(group, after)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from bilevel import BilevelError
-from bilevel.solvers.base.training import at_least
+from bilevel.validate import whole
 
 if TYPE_CHECKING:
     import optuna
@@ -64,7 +64,7 @@ class TPE(Sampler):
     learns_from_pruned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        at_least(startup=self.startup, candidates=self.candidates, least=1)
+        whole(1, startup=self.startup, candidates=self.candidates)
 
     def make(self, seed: int) -> "optuna.samplers.BaseSampler":
         import optuna
@@ -92,7 +92,7 @@ class GP(Sampler):
     most: ClassVar[int] = 100
 
     def __post_init__(self) -> None:
-        at_least(startup=self.startup, least=1)
+        whole(1, startup=self.startup)
 
     def make(self, seed: int) -> "optuna.samplers.BaseSampler":
         import optuna
@@ -123,7 +123,7 @@ class Median(Pruner):
     warmup_epochs: int = 0
 
     def __post_init__(self) -> None:
-        at_least(startup=self.startup, warmup_epochs=self.warmup_epochs, least=0)
+        whole(0, startup=self.startup, warmup_epochs=self.warmup_epochs)
 
     def make(self, trial_epochs: int) -> "optuna.pruners.BasePruner":
         import optuna
@@ -148,8 +148,8 @@ class Hyperband(Pruner):
     reduction: int = 3
 
     def __post_init__(self) -> None:
-        at_least(min_epochs=self.min_epochs, least=1)
-        at_least(reduction=self.reduction, least=2)
+        whole(1, min_epochs=self.min_epochs)
+        whole(2, reduction=self.reduction)
 
     def make(self, trial_epochs: int) -> "optuna.pruners.BasePruner":
         import optuna

@@ -19,6 +19,7 @@ from bilevel import (
     Runner,
     SolverWarning,
     Space,
+    Trait,
     check_problem,
 )
 from bilevel.data.tensor_stream import stream
@@ -34,7 +35,7 @@ class Needy(FakeSolver):
 
 
 class Timed(FakeSolver):
-    tunes_optimizer = True
+    traits = frozenset({Trait.TUNES_OPTIMIZER})
 
 
 def refusal(solver, **space):
@@ -166,8 +167,8 @@ def test_plain_training_takes_its_settings_from_lambda(frozen):
     )
     by_lambda.step()
     by_hand.step()
-    assert torch.equal(by_lambda.weights.leaves[0], by_hand.weights.leaves[0])
-    assert by_lambda.weights.optimizer.param_groups[0]["betas"] == (0.7, 0.999)
+    assert torch.equal(by_lambda.core.weights.leaves[0], by_hand.core.weights.leaves[0])
+    assert by_lambda.core.weights.optimizer.param_groups[0]["betas"] == (0.7, 0.999)
 
 
 def test_a_schedule_scales_the_tuned_rate():
@@ -176,7 +177,7 @@ def test_a_schedule_scales_the_tuned_rate():
     solver = ready(problem, Fixed(inner_optimizer=sgd(0.5), inner_scheduler=scheduler))
     solver.step()
     solver.epoch_ended(None)
-    assert solver.weights.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+    assert solver.core.weights.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
 def test_an_optimizer_without_the_setting_is_refused():
@@ -189,7 +190,7 @@ def test_an_optimizer_without_the_setting_is_refused():
 
 
 class Doubting(FakeSolver):
-    def doubts(self, metrics):
+    def warnings(self, metrics):
         seen.append(dict(metrics))
         return (
             {"size": f"the loss is {metrics['inner_loss']:.2f}"} if "inner_loss" in metrics else {}

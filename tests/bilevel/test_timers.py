@@ -10,9 +10,9 @@ from bilevel.domains import Interval, Positive, Real, Simplex
 from bilevel.loggers.records import read_metrics
 from bilevel.problems import Quadratic, Ridge
 from bilevel.run.hypergradient_error import HypergradientError, in_coordinates
-from bilevel.timers import Phases
+from bilevel.timers import Timers
 from tests.support.fakes import FakeProblem, FakeSolver
-from tests.support.solver_cases import ready
+from tests.support.solver_cases import at, ready
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def clock(monkeypatch):
 
 
 def test_no_second_counts_twice(clock):
-    phases = Phases(CPU)
+    phases = Timers(CPU)
     clock(7)
     with phases("inner"):
         clock(1)
@@ -43,7 +43,7 @@ def test_no_second_counts_twice(clock):
 
 
 def test_a_phase_that_raises_ends(clock):
-    phases = Phases(CPU)
+    phases = Timers(CPU)
 
     def fail():
         clock(1)
@@ -61,7 +61,7 @@ def test_a_phase_that_raises_ends(clock):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda_the_time_is_the_devices_and_nothing_waits():
     device = torch.device("cuda")
-    phases, a = Phases(device), torch.randn(4096, 4096, device=device)
+    phases, a = Timers(device), torch.randn(4096, 4096, device=device)
     a @ a
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -131,13 +131,13 @@ def test_phases_make_up_the_time_of_training(tmp_path, name):
 @pytest.mark.parametrize("name", ["delta_stn", "implicit", "es", "penalty", "soba", "pbt"])
 def test_waiting_for_batches_is_told_apart_from_training(clock, name):
     solver = ready(Quadratic.random(seed=1), SOLVERS[name]())
-    solver.phases = Phases(CPU)
-    for stream in (solver.data.train, solver.data.valid):
+    solver.services.timers = Timers(CPU)
+    for stream in (at(solver).data.train, at(solver).data.valid):
         stream.next = lambda draw=stream.next: (clock(3), draw())[1]
-    drawn = solver.data.train.examples + solver.data.valid.examples
+    drawn = at(solver).data.train.examples + at(solver).data.valid.examples
     solver.step()
-    measured = solver.phases.read()
-    drawn = solver.data.train.examples + solver.data.valid.examples - drawn
+    measured = solver.services.timers.read()
+    drawn = at(solver).data.train.examples + at(solver).data.valid.examples - drawn
     assert measured["data"] >= 3
     assert measured["data"] == pytest.approx(
         sum(measured.values())
@@ -215,7 +215,7 @@ def test_the_measures_are_those_of_the_closed_form(shift, damping):
         len(w), generator=torch.Generator().manual_seed(3), dtype=torch.float64
     )
     with torch.no_grad():
-        solver.weights.tensors["w"].copy_(w)
+        solver.core.weights.tensors["w"].copy_(w)
     exact = problem.hypergradient(hypers)
     damped = problem.A + damping * torch.eye(len(w), dtype=torch.float64)
     expected = -problem.B.T @ torch.linalg.solve(damped, problem.M @ (w - problem.w_bar))
@@ -239,7 +239,7 @@ def test_the_measured_hypergradient_is_the_solvers_own_on_its_next_validation_ba
     ready(problem, solver)
     for _ in range(3):  # away from the first batch, with a response other than zero
         solver.step()
-    measured = probe.measure(solver, solver.data, solver.solution().hypers)
+    measured = probe.measure(solver, at(solver).data, solver.solution().hypers)
     # as in a resumed run, where an implicit solve uses the next training batch
     solver.load_state_dict(solver.state_dict())
     # the solver's own batch and draws

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import Data, Interval, Positive, Problem, Solution, Solver, Space, stream
+from bilevel import Data, Interval, Positive, Problem, Services, Solution, Solver, Space, stream
+from bilevel.solver import initial_state
 
 STEPS_PER_EPOCH = 6
 BATCH = 2
@@ -65,9 +66,10 @@ class FakeSolver(Solver):
         self.rounds = []
         self.epochs = []
 
-    def setup(self, problem, data, device, generator):
+    def setup(self, problem, data, device, generator, services=None):
+        self.services = services or Services()
         self.problem, self.data, self.generator, self.device = problem, data, generator, device
-        self.params, self.carry = self.initial(problem, device, generator)
+        self.params, self.carry = initial_state(problem, device, generator)
         self.u = problem.space.init().to(device)
 
     def step(self, *, warmup=False, limit=None):
@@ -81,7 +83,7 @@ class FakeSolver(Solver):
             )
             if self.inner_count == self.poison_at:
                 loss = loss * torch.nan
-            self.watch(loss)
+            self.services.watch(loss, self.inner_count)
             (gradient,) = torch.autograd.grad(loss, w)
             noise = 0.01 * torch.rand(3).to(
                 self.device

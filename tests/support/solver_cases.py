@@ -77,9 +77,8 @@ def ready(problem, solver=None, *, away=0.0, seed=1, device=CPU):
     if away:
         draws = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for leaf in solver.weights.leaves + (
-                solver.theta.leaves if isinstance(solver, SelfTuning) else []
-            ):
+            theta = solver.method.theta.leaves if isinstance(solver, SelfTuning) else []
+            for leaf in solver.core.weights.leaves + theta:
                 leaf.add_(
                     away * torch.randn(leaf.shape, generator=draws, dtype=leaf.dtype).to(device)
                 )
@@ -88,9 +87,10 @@ def ready(problem, solver=None, *, away=0.0, seed=1, device=CPU):
 
 def drawn(solver, batch):
     """The solver's own loss for Θ, with draws that can be repeated."""
-    solver.generator.manual_seed(7)
-    base = solver.weights.detached() if solver.regularized_w0 else solver.weights.tensors
-    return solver.perturbed_loss(base, solver.carry, batch)[0]
+    core = solver.core
+    core.generator.manual_seed(7)
+    base = core.weights.detached() if solver.regularized_w0 else core.weights.tensors
+    return solver.method.perturbed_loss(base, core.carry, batch)[0]
 
 
 def set_to(tensors, value):
@@ -109,12 +109,11 @@ def nodes(h, order=8):
 
 def expected_loss(solver, base=None, order=8):
     """E_ε of the solver's own perturbed loss on its training batch, by quadrature."""
-    base, total = solver.weights.tensors if base is None else base, 0.0
-    for z, weight in zip(*nodes(solver.belief.u.numel(), order), strict=True):
-        solver.belief.perturbation = lambda *_, z=z: solver.belief.sigma.detach() * z
-        total = (
-            total + weight * solver.perturbed_loss(base, solver.carry, solver.data.train.peek())[0]
-        )
+    core, total = solver.core, 0.0
+    base, batch = core.weights.tensors if base is None else base, core.data.train.peek()
+    for z, weight in zip(*nodes(core.search.u.numel(), order), strict=True):
+        core.search.perturbation = lambda *_, z=z: core.search.sigma.detach() * z
+        total = total + weight * solver.method.perturbed_loss(base, core.carry, batch)[0]
     return total
 
 
@@ -284,3 +283,13 @@ PROBLEMS = {
     "every domain": every_domain,
 }
 all_problems = pytest.mark.parametrize("make_problem", PROBLEMS.values(), ids=PROBLEMS)
+
+
+def at(solver):
+    """Return what holds `problem`, `data`, `device` and `generator` of a solver: its core, if any."""
+    return getattr(solver, "core", solver)
+
+
+def groups(solver):
+    """Return what the inner steps of a solver train, by name."""
+    return {"weights": solver.core.weights} if isinstance(solver, Fixed) else solver.optimized()

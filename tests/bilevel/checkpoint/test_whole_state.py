@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from bilevel.problems import digits
-from bilevel.timers import Phases
+from bilevel.timers import Timers
 from tests.soak import kills
-from tests.support.solver_cases import ready
+from tests.support.solver_cases import at, ready
 from tests.support.solver_list import SMALL, SOLVERS, suited
 
 OURS = ("bilevel", "solvers", "problems")
 LEFT_OUT = (
-    Phases,
+    Timers,
     types.FunctionType,
     types.MethodType,
     types.BuiltinFunctionType,
@@ -99,9 +99,11 @@ def settled(name, seed):
 def handed_over(first, second):
     """The state of `first` loaded into `second`, as the loop does it."""
     state = copy.deepcopy(
-        (first.state_dict(), first.data.train.state_dict(), first.data.valid.state_dict())
+        (first.state_dict(), at(first).data.train.state_dict(), at(first).data.valid.state_dict())
     )
-    for part, held in zip((second, second.data.train, second.data.valid), state, strict=True):
+    for part, held in zip(
+        (second, at(second).data.train, at(second).data.valid), state, strict=True
+    ):
         part.load_state_dict(held)
 
 

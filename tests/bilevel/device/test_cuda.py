@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from bilevel.params import to_device
 from bilevel.solvers import SelfTuning
-from tests.support.solver_cases import PROBLEMS, all_problems, all_solvers, ready
+from tests.support.solver_cases import PROBLEMS, all_problems, all_solvers, groups, ready
 
 DEVICE = torch.device("cuda")
 pytestmark = [
@@ -62,13 +62,13 @@ def test_no_round_waits_for_the_device_and_all_of_it_is_there(make_problem, make
     solver = ready(make_problem(), make(inner_steps=1), device=DEVICE)
     solver.step()
     rounds_without_waiting(solver, 2)
-    assert solver.bad_step() is None
+    assert solver.services.bad_step() is None
     assert all(t.is_cuda for t in tree_leaves(solver.solution()))
 
 
 def test_a_step_that_waits_is_found():
     solver = ready(PROBLEMS["quadratic"](), device=DEVICE)
-    solver.watch = lambda loss: loss.item()
+    solver.services.watch = lambda loss, count: loss.item()
     with pytest.raises(RuntimeError, match="synchroniz"):
         rounds_without_waiting(solver, 1)
 
@@ -81,7 +81,8 @@ def test_one_seed_begins_alike_on_every_device(make_problem, make):
         solver = ready(problem, make(), device=device)
         starts.append(
             to_device(
-                [t.detach() for group in solver.trained().values() for t in group.leaves], "cpu"
+                [t.detach() for group in groups(solver).values() for t in group.leaves],
+                "cpu",
             )
         )
     assert_same(*starts)
@@ -99,13 +100,18 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(name, make, monkeypatc
     solver.step()
     file = io.BytesIO()
     torch.save(
-        (solver.state_dict(), solver.data.train.state_dict(), solver.data.valid.state_dict()), file
+        (
+            solver.state_dict(),
+            solver.core.data.train.state_dict(),
+            solver.core.data.valid.state_dict(),
+        ),
+        file,
     )
     file.seek(0)
     state, train, valid = torch.load(file, weights_only=True)
     resumed.load_state_dict(state)
-    resumed.data.train.load_state_dict(train)
-    resumed.data.valid.load_state_dict(valid)
+    resumed.core.data.train.load_state_dict(train)
+    resumed.core.data.valid.load_state_dict(valid)
     for _ in range(2):
         solver.step()
         resumed.step()
@@ -121,9 +127,9 @@ def test_the_outer_loss_and_its_gradient_are_those_of_the_cpu(name):
     for device in (torch.device("cpu"), DEVICE):
         solver = ready(problem, SelfTuning(tune_scale=False), away=0.3, device=device)
         with torch.no_grad():
-            solver.belief.u.add_(0.3)
-        loss = solver.outer_loss(solver.data.valid.peek())
+            solver.core.search.u.add_(0.3)
+        loss = solver.method.outer_loss(solver.core.data.valid.peek())
         results.append(
-            to_device([loss.detach(), *torch.autograd.grad(loss, solver.belief.u)], "cpu")
+            to_device([loss.detach(), *torch.autograd.grad(loss, solver.core.search.u)], "cpu")
         )
     torch.testing.assert_close(*results)

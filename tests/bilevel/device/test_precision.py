@@ -23,7 +23,7 @@ from bilevel.problems import Quadratic, augmented_images, digits
 from bilevel.problems.datasets import standard_images
 from bilevel.problems.networks.dropout import concrete_dropout
 from bilevel.solvers import SAMA, delta_stn, stn
-from tests.support.solver_cases import ready
+from tests.support.solver_cases import at, ready
 from tests.support.solver_list import BLACK_BOX, SOLVERS, suited
 
 CPU = torch.device("cpu")
@@ -92,16 +92,18 @@ def hypergradients(make_problem, make, rounds=4):
     for _ in range(rounds):
         first.step()
     state = copy.deepcopy(
-        (first.state_dict(), first.data.train.state_dict(), first.data.valid.state_dict())
+        (first.state_dict(), at(first).data.train.state_dict(), at(first).data.valid.state_dict())
     )
     gradients = []
     for wrap in (lambda problem: problem, Autocast):
         solver = ready(wrap(make_problem()), make())
         for part, held in zip(
-            (solver, solver.data.train, solver.data.valid), copy.deepcopy(state), strict=True
+            (solver, at(solver).data.train, at(solver).data.valid),
+            copy.deepcopy(state),
+            strict=True,
         ):
             part.load_state_dict(held)
-        gradients.append(solver.hypergradient(solver.data.valid.peek()))
+        gradients.append(solver.hypergradient(at(solver).data.valid.peek()))
     return gradients
 
 
@@ -155,7 +157,7 @@ def test_batch_norm_statistics_are_near_those_of_float32():
         solver = ready(wrap(NETWORKS["batch norm"](per_example=True)), delta_stn())
         solver.step()
         carries.append(
-            torch.cat([t.flatten() for t in solver.carry.values() if t.is_floating_point()])
+            torch.cat([t.flatten() for t in solver.core.carry.values() if t.is_floating_point()])
         )
     assert_near(*carries, within=5)
 

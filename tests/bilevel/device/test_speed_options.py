@@ -12,7 +12,7 @@ from bilevel.problems import Classification, digits
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.simple_cnn import SimpleCNN
 from bilevel.solvers import Fixed, Unrolled, delta_stn, stn
-from tests.support.solver_cases import ready
+from tests.support.solver_cases import groups, ready
 
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
@@ -23,7 +23,7 @@ OPTIMIZERS = {
 
 def flat(solver):
     return torch.cat(
-        [leaf.detach().reshape(-1) for group in solver.trained().values() for leaf in group.leaves]
+        [leaf.detach().reshape(-1) for group in groups(solver).values() for leaf in group.leaves]
     )
 
 
@@ -52,9 +52,12 @@ def test_and_are_resumed_bit_for_bit(name, form, make):
     first, _ = trained(optimizer, make)
     second = ready(digits(hidden=[16]), make(inner_optimizer=optimizer, clip_norm=1.0), seed=2)
     parts = [
-        copy.deepcopy(part.state_dict()) for part in (first, first.data.train, first.data.valid)
+        copy.deepcopy(part.state_dict())
+        for part in (first, first.core.data.train, first.core.data.valid)
     ]
-    for part, state in zip((second, second.data.train, second.data.valid), parts, strict=True):
+    for part, state in zip(
+        (second, second.core.data.train, second.core.data.valid), parts, strict=True
+    ):
         part.load_state_dict(state)
     for _ in range(2):
         first.step()
@@ -115,8 +118,8 @@ def test_the_network_sees_the_layout_in_every_pass(channels_last):
     solver = ready(problem, stn())
     seen = inputs_seen(problem)
     solver.step()
-    solver.problem.predict(
-        *solver.solution(), solver.data.valid.peek(), train=False, generator=None
+    solver.core.problem.predict(
+        *solver.solution(), solver.core.data.valid.peek(), train=False, generator=None
     )
     assert len(seen) == 7  # five training batches, one of validation, one of evaluation
     assert all(x.is_contiguous(memory_format=torch.channels_last) == channels_last for x in seen)

@@ -14,6 +14,7 @@ from bilevel.data import global_rng
 from bilevel.data.global_rng import GlobalDraws
 from bilevel.problems import digits
 from bilevel.run.cuda_graph import Capture
+from bilevel.services import Capturable
 from bilevel.solvers import SOBA, Fixed, Gaussian, SelfTuning, Sinusoidal
 from tests.support.fakes import FakeProblem
 from tests.support.solver_cases import PROBLEMS, RECIPES, Decayed, normed, ready, sgd
@@ -48,7 +49,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def record(self, work):
-        generator = self.solver.generator
+        generator = self.solver.core.generator
         state = generator.get_state()
         try:
             with self:
@@ -97,12 +98,14 @@ def twins(make_problem, make=SelfTuning, **options):
 
 
 def captured(solver):
-    solver.capture = Capture(solver, lambda: Tape(solver), CPU)
+    solver.services.capture = Capture(solver, lambda: Tape(solver), CPU)
     return solver
 
 
 def replays(solver):
-    return {name: recorded.graph.replays for name, recorded in solver.capture.recorded.items()}
+    return {
+        name: recorded.graph.replays for name, recorded in solver.services.capture.recorded.items()
+    }
 
 
 def rounds(solver):
@@ -111,8 +114,14 @@ def rounds(solver):
 
 
 def states(solver):
-    state = {key: value for key, value in solver.state_dict().items() if key != "generator"}
-    return [*tree_leaves((state, tuple(solver.solution()))), solver.bad_step()]
+    return [*tree_leaves((stable(solver), tuple(solver.solution()))), solver.services.bad_step()]
+
+
+def stable(solver):
+    """Return the state of a solver without that of its generator, which is a copy."""
+    state = solver.state_dict()
+    del state["core"]["generator"]
+    return state
 
 
 def assert_same(ours, theirs):
@@ -137,8 +146,8 @@ def assert_steps_are_the_same(make_problem, make, rounds=7, between=lambda solve
         assert_same(states(ours), states(plain))
         for solver in (ours, plain):
             between(solver)
-    assert torch.equal(ours.generator.get_state(), plain.generator.get_state())
-    assert not ours.capture.failed
+    assert torch.equal(ours.core.generator.get_state(), plain.core.generator.get_state())
+    assert not ours.services.capture.failed
     return ours
 
 
@@ -177,12 +186,12 @@ def test_the_first_bad_step_is_noted_by_its_number():
     captured(ours)
     for solver in (plain, ours):
         solver.step(warmup=True)
-        assert solver.bad_step() is None
+        assert solver.services.bad_step() is None
         with torch.no_grad():
-            solver.weights.leaves[0].fill_(torch.nan)
+            solver.core.weights.leaves[0].fill_(torch.nan)
         solver.step(warmup=True)
         solver.step(warmup=True)
-        assert solver.bad_step() == 6
+        assert solver.services.bad_step() == 6
     assert replays(ours)["inner_step"] > 0
 
 
@@ -206,7 +215,7 @@ def test_without_looking_at_settings_a_schedule_would_be_lost(monkeypatch):
 
 def test_without_buffers_carries_would_be_lost(monkeypatch):
     """That the laws above can fail: bound anew, statistics would be read where they no longer are."""
-    monkeypatch.setattr(Capture, "_in_place", lambda self, step, batch: step(batch))
+    monkeypatch.setattr(Capture, "_in_place", lambda self, step, batches: step(*batches))
     with pytest.raises(AssertionError):
         assert_steps_are_the_same(
             PROBLEMS["convolutions with batch norm"], partial(SelfTuning, inner_steps=2)
@@ -214,7 +223,9 @@ def test_without_buffers_carries_would_be_lost(monkeypatch):
 
 
 def test_without_its_count_a_bad_step_would_have_the_number_of_the_recording(monkeypatch):
-    monkeypatch.setattr(Capture, "_adopt", lambda self: setattr(self.solver, "device_count", None))
+    monkeypatch.setattr(
+        Capture, "_adopt", lambda self: setattr(self.services, "device_count", None)
+    )
     with pytest.raises(AssertionError):
         test_the_first_bad_step_is_noted_by_its_number()
 
@@ -224,10 +235,8 @@ def test_all_that_a_step_reads_and_writes_stays_where_it_is():
     places = []
     for _ in range(6):
         solver.step()
-        state = {
-            key: value for key, value in solver.state_dict().items() if key != "generator"
-        }  # which is a copy
-        held = [*tree_leaves(state), solver.first_bad_step, solver.device_count]
+        services = solver.services
+        held = [*tree_leaves(stable(solver)), services.first_bad_step, services.device_count]
         places.append([x.data_ptr() for x in held if isinstance(x, Tensor) and x.numel()])
     assert places[3] == places[4] == places[5]
     assert len(set(places[5])) == len(places[5])  # and no two of them share their memory
@@ -238,13 +247,13 @@ def test_a_batch_of_another_shape_is_taken_step_by_step():
     for _ in range(2):
         solver.step(warmup=True)
     before = replays(solver)["inner_step"]
-    draw = solver.data.train.next
-    solver.data.train.next = lambda: tree_map(lambda x: x[:5], draw())
+    draw = solver.core.data.train.next
+    solver.core.data.train.next = lambda: tree_map(lambda x: x[:5], draw())
     solver.step(warmup=True, limit=1)
-    solver.data.train.next = draw
+    solver.core.data.train.next = draw
     solver.step(warmup=True, limit=1)
     assert replays(solver)["inner_step"] == before + 1
-    assert not solver.capture.failed
+    assert not solver.services.capture.failed
 
 
 def test_a_loaded_state_is_gone_on_from():
@@ -257,9 +266,12 @@ def test_a_loaded_state_is_gone_on_from():
         for _ in range(4):
             solver.step()
     parts = [
-        copy.deepcopy(part.state_dict()) for part in (first, first.data.train, first.data.valid)
+        copy.deepcopy(part.state_dict())
+        for part in (first, first.core.data.train, first.core.data.valid)
     ]
-    for part, state in zip((second, second.data.train, second.data.valid), parts, strict=True):
+    for part, state in zip(
+        (second, second.core.data.train, second.core.data.valid), parts, strict=True
+    ):
         part.load_state_dict(state)
     for _ in range(3):
         first.step()
@@ -287,19 +299,21 @@ def test_a_network_that_reads_a_number_is_trained_step_by_step():
     assert told == [
         "`inner_step` cannot be recorded (RuntimeError: a number is read while a graph is recorded)"
     ]
-    assert ours.capture.failed
+    assert ours.services.capture.failed
     assert_same(states(ours)[:-1], states(plain)[:-1])
 
 
 def test_a_step_that_counts_on_the_host_is_found():
-    class Counting(SelfTuning):
-        turns = 0
+    solver = ready(digits(hidden=[8]))
+    method, step = solver.method, solver.method.inner_step
+    method.turns = 0
 
-        def inner_step(self, batch):
-            self.turns = self.turns + 1
-            return super().inner_step(batch)
+    def inner_step(batch):
+        method.turns = method.turns + 1
+        return step(batch)
 
-    solver = captured(ready(digits(hidden=[8]), Counting()))
+    method.inner_step = inner_step
+    captured(solver)
     with pytest.warns(
         SpeedWarning,
         match=r"`inner_step` cannot be recorded \(ValueError: `turns` changes on the host\)",
@@ -316,7 +330,7 @@ def test_without_a_gpu_a_run_says_so_and_is_the_same(tmp_path):
         if capture:
             with pytest.warns(
                 SpeedWarning,
-                match="capture=true has no effect, since cpu has no graphs; the run goes on",
+                match="capture=true has no effect, since cpu has no graphs; the run continues",
             ):
                 summaries.append(
                     runner.run(FakeProblem(), Fixed(), directory=tmp_path / "captured")
@@ -327,10 +341,25 @@ def test_without_a_gpu_a_run_says_so_and_is_the_same(tmp_path):
 
 
 def test_which_solvers_can_be():
-    assert SelfTuning().uncapturable() is None
-    assert Fixed().uncapturable() is None
-    assert "number of the step" in Fixed(hypers=Sinusoidal(0.1, 10)).uncapturable()
-    assert "SOBA change what lies on the host" in SOBA().uncapturable()
+    problem = digits(hidden=[8], dropout="gaussian")
+    assert isinstance(ready(problem, SelfTuning()).capturable(), Capturable)
+    assert isinstance(ready(problem, Fixed()).capturable(), Capturable)
+    waving = ready(problem, Fixed(hypers=Sinusoidal(0.1, 10)))
+    assert "number of the step" in waving.capturable()
+    soba = ready(problem, SOBA())
+    assert soba.capturable() is None
+    with pytest.raises(ValueError, match="SOBA change what lies on the host"):
+        captured(soba)
+
+
+def test_a_tensor_that_a_step_binds_unannounced_is_found():
+    """Without its declaration the carry of the response would be read where it no longer is."""
+    solver = ready(PROBLEMS["convolutions with batch norm"](), SelfTuning(inner_steps=2))
+    solver.method.rebound = lambda: ()
+    captured(solver)
+    solver.step(warmup=True)
+    with pytest.warns(SpeedWarning, match="`response_carry` changes on the host"):
+        solver.step(warmup=True)
 
 
 @pytest.mark.parametrize(
@@ -480,8 +509,8 @@ def test_on_cuda_graphs_take_the_very_steps(name, make, monkeypatch):
     device = torch.device("cuda")
     solvers = twins(PROBLEMS[name], make, device=device)
     for solver in solvers:
-        solver.capture = Capture.of(solver, device, solver.generator)
-    solvers[0].capture = None
+        solver.services.capture = Capture.of(solver, device, solver.core.generator)
+    solvers[0].services.capture = None
     for number in range(8):
         if number > 5:
             torch.cuda.set_sync_debug_mode("error")
@@ -492,8 +521,8 @@ def test_on_cuda_graphs_take_the_very_steps(name, make, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
         if number > 5:
             assert_same(*(states(solver) for solver in solvers))
-    assert solvers[1].capture.recorded
-    assert not solvers[1].capture.failed
+    assert solvers[1].services.capture.recorded
+    assert not solvers[1].services.capture.failed
 
 
 @pytest.mark.cuda
@@ -505,10 +534,10 @@ def test_on_cuda_a_network_that_waits_is_trained_step_by_step():
 
     device = torch.device("cuda")
     solver = ready(Decayed(Reading(4, 3)), device=device)
-    solver.capture = Capture.of(solver, device, solver.generator)
+    solver.services.capture = Capture.of(solver, device, solver.core.generator)
     with pytest.warns(SpeedWarning, match="`inner_step` waits for the device"):
         rounds(solver)
-    assert solver.bad_step() is None
+    assert solver.services.bad_step() is None
 
 
 @pytest.mark.cuda
@@ -516,7 +545,7 @@ def test_on_cuda_a_network_that_waits_is_trained_step_by_step():
 def test_on_cuda_a_network_with_global_dropout_is_trained_step_by_step():
     device = torch.device("cuda")
     solver = ready(normed(dropout=0.3), device=device)
-    solver.capture = Capture.of(solver, device, solver.generator)
+    solver.services.capture = Capture.of(solver, device, solver.core.generator)
     with pytest.warns(SpeedWarning, match="which a graph cannot seed"):
         rounds(solver)
-    assert solver.bad_step() is None
+    assert solver.services.bad_step() is None

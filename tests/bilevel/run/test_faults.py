@@ -532,7 +532,7 @@ def test_what_ceases_to_be_finite_ends_the_run_and_spares_the_checkpoint(tmp_pat
                 )
             }
 
-        def beside(self):
+        def extra_tensors(self):
             return {
                 "Θ": torch.tensor(
                     [1.0, torch.inf if kind == "beside" and self.inner_count >= 12 else 1.0]
@@ -564,8 +564,8 @@ def test_the_response_of_a_self_tuning_solver_is_looked_at():
     )
     solver = delta_stn()
     solver.setup(problem, problem.data(device, generator), device, generator)
-    assert all(tensor.isfinite().all() for tensor in solver.beside().values())
-    assert any("weight" in name for name in solver.beside())
+    assert all(tensor.isfinite().all() for tensor in solver.extra_tensors().values())
+    assert any("weight" in name for name in solver.extra_tensors())
 
 
 def test_of_a_sweep_that_run_alone_ends(tmp_path, capfd, elsewhere):

@@ -1,0 +1,95 @@
+"""Services of a run for its solver: timers, the watch for losses that are not finite, captured steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.data.stream import Stream
+from bilevel.params import Batch, Metrics
+from bilevel.timers import Timers
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class Capturable(NamedTuple):
+    """The state that a step may change when it is replayed as a graph of the device.
+
+    Attributes:
+        optimizers: their settings and their memory are part of a recording.
+        owners: the objects that a step works on. With each of them stand the names of the
+            attributes, tensors or dictionaries of tensors, that a step binds anew.
+    """
+
+    optimizers: Sequence[torch.optim.Optimizer]
+    owners: Sequence[tuple[object, tuple[str, ...]]]
+
+
+class Services:
+    """Timers, a watch for losses that are not finite, and captured steps; all off by default.
+
+    The runner makes one and passes it to `Solver.setup`. The dry run of a set-up takes a fresh one.
+
+    Attributes:
+        timers: count the seconds of each phase; None measures nothing.
+        capture: takes steps as replayed graphs; None takes them one by one.
+        device_count: [] on the device: the number of the inner step, where steps are captured.
+        first_bad_step: [] on the device: the inner step of the first loss that was not finite.
+
+    Example:
+        >>> services = Services()
+        >>> services.watch(torch.tensor(1.0), 1)
+        >>> services.watch(torch.tensor(float("nan")), 2)
+        >>> services.bad_step()
+        2
+    """
+
+    def __init__(self, timers: Timers | None = None) -> None:
+        self.timers = timers
+        self.capture: Callable[..., Metrics] | None = None
+        self.device_count: Tensor | None = None
+        self.first_bad_step: Tensor | None = None
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Count the time of a block as that of one phase, and not of a phase around it.
+
+        The phases are `data`: the next batch; `inner`: the training of w; `response`: the work on ŵ
+        beyond that (a response network, a linear solve, particles); `outer`: the steps of λ.
+        """
+        return nullcontext() if self.timers is None else self.timers(name)
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds so far by phase; waits for the device."""
+        return {} if self.timers is None else self.timers.read()
+
+    def restore(self, seconds: Mapping[str, float]) -> None:
+        """Continue from the result of `seconds`."""
+        if self.timers is not None:
+            self.timers.restore(seconds)
+
+    def next_batch(self, stream: Stream) -> Batch:
+        """Return `stream.next()`; its time counts as `data`."""
+        with self.phase("data"):
+            return stream.next()
+
+    def take(self, step: Callable[..., Metrics], *batches: Batch) -> Metrics:
+        """Return `step(*batches)`, taken as a replayed graph where the run captures steps."""
+        return step(*batches) if self.capture is None else self.capture(step, *batches)
+
+    def watch(self, loss: Tensor, count: int) -> None:
+        """Note the inner step `count` on the device if `loss` is not finite; only the first counts.
+
+        Nothing waits for the device here. The runner reads the note at its next evaluation.
+        """
+        if self.first_bad_step is None:
+            self.first_bad_step = torch.full((), NEVER, device=loss.device)
+        now = count if self.device_count is None else self.device_count
+        bad = torch.where(torch.isfinite(loss.detach()).all(), NEVER, now)
+        self.first_bad_step = torch.minimum(self.first_bad_step, bad)
+
+    def bad_step(self) -> int | None:
+        """Return the first inner step whose loss was not finite, or None; waits for the device."""
+        step = NEVER if self.first_bad_step is None else int(self.first_bad_step)
+        return None if step == NEVER else step

@@ -1,0 +1,165 @@
+"""The core of a training run: problem, data, weights and search distribution, with shared steps."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel import Batch, Carry, Data, Hypers, Metrics, Params, Prediction, Problem
+from bilevel.params import detached, to_device
+from bilevel.services import Services
+from bilevel.solver import initial_state
+from bilevel.solvers.autodiff.decompositions import RECURRENT
+from bilevel.solvers.autodiff.pullback import flat
+from bilevel.solvers.base.search_distribution import SearchDistribution
+from bilevel.solvers.base.settings import InnerSettings
+from bilevel.solvers.optim.functional import configured, optimizer_settings
+from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized, descend
+from bilevel.solvers.response.jacobian import CallRecorder
+
+Split: TypeAlias = Literal["train", "valid"]
+
+
+class Core:
+    """The state that every method works on.
+
+    Attributes:
+        problem: the bilevel problem.
+        data: its streams.
+        device: where everything lies.
+        generator: serves all draws of training.
+        services: timers, watch and captured steps.
+        inner_count: the number of the present inner step.
+        inner_optimizer: makes the optimizer of w, with the settings that λ holds at the start.
+        weights: w and its optimizer.
+        carry: batch-norm statistics, recurrent state.
+        search: the search distribution of λ, after `prepare_search`.
+        calls: the calls of the network, as one pass at set-up showed them; after `prepare_search`.
+        functions: the torch functions among them.
+        recurrent: whether there are fused recurrent layers, which cuDNN does not differentiate in
+            evaluation mode.
+        last_outer_carry: the carry after the last outer batch; a problem may continue from it
+            (`Problem.outer_carry`).
+    """
+
+    search: SearchDistribution
+    calls: CallRecorder
+    functions: set[Any]
+    recurrent: bool = False
+    last_outer_carry: Carry | None = None
+
+    def __init__(
+        self,
+        settings: InnerSettings,
+        problem: Problem,
+        data: Data,
+        device: torch.device,
+        generator: torch.Generator,
+        services: Services,
+    ) -> None:
+        self.settings = settings
+        self.problem = problem
+        self.data = data
+        self.device = device
+        self.generator = generator
+        self.services = services
+        self.inner_count = 0
+        params, self.carry = initial_state(problem, device, generator)
+        initial = {name: problem.space[name].initial() for name in problem.space}
+        self.inner_optimizer = configured(
+            settings.inner_optimizer, optimizer_settings(problem.space, initial)
+        )
+        self.weights = self.optimized(params, self.inner_optimizer)
+
+    def optimized(self, tensors: Params, optimizer: MakeOptimizer) -> Optimized:
+        """Return `tensors` under `optimizer`, with the schedule and clipping of the inner steps."""
+        return Optimized(tensors, optimizer, self.settings.inner_scheduler, self.settings.clip_norm)
+
+    def prepare_search(self, optimizer: MakeOptimizer) -> None:
+        """Make the search distribution, with `optimizer` for u, and record the network's calls."""
+        space, like = self.problem.space, self.weights.leaves[0]
+        self.search = SearchDistribution(space, optimizer, like=like)
+        hypers = space.constrain(self.search.u0)
+        draws = torch.Generator(self.generator.device).manual_seed(0)
+        batch = self.data.train.peek()
+        params = self.weights.detached()
+        self.calls = CallRecorder(self.problem, hypers, params, self.carry, batch, draws)
+        self.functions = self.calls.functions
+        self.recurrent = not self.functions.isdisjoint(RECURRENT)
+
+    # --- steps ---
+
+    def next_batches(self, splits: Iterable[Split]) -> list[Batch]:
+        """Return the next batch of each split."""
+        return [self.services.next_batch(getattr(self.data, split)) for split in splits]
+
+    def watch(self, loss: Tensor) -> None:
+        """Note the present inner step if `loss` is not finite."""
+        self.services.watch(loss, self.inner_count)
+
+    def hypers(self) -> Hypers:
+        """Return λ₀ in its own units, whole numbers rounded at random as in every inner step."""
+        return self.problem.space.constrain(self.search.u0, self.generator)
+
+    def predict(
+        self, hypers: Hypers, carry: Carry, batch: Batch, params: Params
+    ) -> tuple[Prediction, Carry]:
+        """Return f(x; λ, w) and the next carry, as in training."""
+        draws = self.generator
+        return self.problem.predict(hypers, params, carry, batch, train=True, generator=draws)
+
+    def descend_inner(self, hypers: Hypers, batch: Batch) -> Metrics:
+        """Take one optimizer step of w on L_T(λ, ·), at constant λ."""
+        loss, carry = self.problem.inner_loss(
+            hypers, self.weights.tensors, self.carry, batch, self.generator
+        )
+        self.watch(loss)
+        descend(loss, self.weights)
+        self.carry = detached(carry)
+        return {"inner_loss": loss.detach()}
+
+    def outer_gradients(
+        self, batch: Batch, params: Params, carry: Carry
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return L_V(λ(u), w), ∇_w L_V [m] and ∂_u L_V [h] at `params`; ŵ has no part in them."""
+        w = {name: p.detach().requires_grad_() for name, p in params.items()}
+        hypers = self.problem.space.constrain(self.search.u)
+        fresh = self.problem.fresh_carry(carry, batch)
+        with self.without_cudnn():
+            loss, _ = self.problem.outer_loss(hypers, w, fresh, batch)
+        leaves = [*w.values(), self.search.u]
+        *gradients, direct = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        return loss.detach(), flat(gradients), direct
+
+    def without_cudnn(self) -> AbstractContextManager[Any]:
+        """Turn cuDNN off within a block, for a network with fused recurrent layers."""
+        return torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext()
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return w with its optimizer, the carry and the state of the generator."""
+        return {
+            "weights": self.weights.state_dict(),
+            "carry": self.carry,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+        self.weights.load_state_dict(state["weights"])
+        self.carry = to_device(state["carry"], self.device)
+        self.generator.set_state(state["generator"].cpu())
+
+
+def averaged(steps: Iterable[Metrics]) -> Metrics:
+    """Return the means of the metrics of some steps, by a running sum."""
+    totals: Metrics = {}
+    count = 0
+    for metrics in steps:
+        count += 1
+        for name, value in metrics.items():
+            totals[name] = totals[name] + value if name in totals else value
+    return {name: total / count for name, total in totals.items()}

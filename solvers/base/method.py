@@ -1,0 +1,155 @@
+"""The interface of a method: the mutable part of a `Descent`, which approximates ŵ(λ)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from bilevel import Batch, Hypers, Metrics, Params
+from bilevel.params import count_examples, detached
+from bilevel.solvers.base.core import Core, Split
+from bilevel.solvers.optim.optimized import Optimized, apply_gradients, descend
+
+
+class Method(ABC):
+    """The state of one method on one problem, made by `Descent.start`.
+
+    A round is `begin_round`, inner steps, `inner_ended`, outer steps, `outer_ended`. The core takes
+    the batches, so that a step can also be given one from outside.
+
+    Attributes:
+        core: problem, data, weights, search distribution.
+        inner_takes: the splits of which an inner step takes a batch each.
+        outer_takes: the splits of which an outer step takes a batch each.
+        unrolls: whether a hypergradient exists only after the inner steps of a round.
+    """
+
+    core: Core
+    inner_takes: ClassVar[tuple[Split, ...]] = ("train",)
+    outer_takes: ClassVar[tuple[Split, ...]] = ("valid",)
+    unrolls: ClassVar[bool] = False
+
+    @abstractmethod
+    def inner_step(self, *batches: Batch) -> Metrics:
+        """Train w, and whatever else the inner phase trains, on one batch of each split."""
+
+    @abstractmethod
+    def outer_step(self, *batches: Batch) -> Metrics:
+        """Move u, on one batch of each split."""
+
+    @abstractmethod
+    def outer_loss(self, batch: Batch) -> Tensor:
+        """Return L_V on a validation batch; its derivative in u is the hypergradient."""
+
+    # --- hooks ---
+
+    def begin_round(self, steps: int, *, warmup: bool) -> None:
+        """Prepare a round of `steps` inner steps; no outer phase follows if `warmup`."""
+
+    def inner_ended(self) -> Metrics:
+        """End the inner phase; return further metrics."""
+        return {}
+
+    def outer_ended(self) -> Metrics:
+        """End the outer phase; return further metrics."""
+        return {}
+
+    def effective_weights(self) -> Params | None:
+        """Return the weights that belong to λ₀, detached; None if they are w itself."""
+        return None
+
+    def optimized(self) -> dict[str, Optimized]:
+        """Return what the inner phase trains beside w, by name; it is scheduled and saved."""
+        return {}
+
+    def scales(self) -> Hypers:
+        """Return σ of the perturbation of each hyperparameter."""
+        return {}
+
+    def extra_tensors(self) -> Params:
+        """Return the trained tensors other than w and λ, which must stay finite."""
+        return {}
+
+    def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return warnings by kind, from mean metrics."""
+        return {}
+
+    def rebound(self) -> tuple[str, ...] | None:
+        """Return the attributes that a step binds anew; None if steps cannot be captured."""
+        return None
+
+    def before_dry_run(self) -> None:
+        """Refuse, or become smaller, before the round of the dry run."""
+
+    def after_dry_run(self) -> None:
+        """Refuse after the round of the dry run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state beyond that of the core and of `optimized`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+
+
+class BestResponse(Method):
+    """A method that answers ŵ(λ); autograd then finds the hypergradient.
+
+    dL_V/du = ∂_λ L_V · dλ/du + ∂_w L_V · dŵ/du
+    """
+
+    @abstractmethod
+    def respond(self, offset: Tensor) -> Params:
+        """Return ŵ(u₀ + offset), differentiable in offset, [h] or [B, h], alone."""
+
+    def bonus(self) -> dict[str, tuple[float, Tensor]]:
+        """Return terms that the outer objective subtracts from L_V: a weight and a value each."""
+        return {}
+
+    def outer_metrics(self) -> Metrics:
+        """Return further metrics of the outer step that was just taken."""
+        return {}
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        """Return L_V(λ(u₀ + δ), ŵ(u₀ + δ)) at a fresh draw of δ = u − u₀ + ε."""
+        core = self.core
+        offset = core.search.offset(count_examples(batch), core.generator)
+        hypers = core.problem.space.constrain(core.search.u0 + offset)
+        carry = core.problem.outer_carry(core.carry, core.last_outer_carry, batch)
+        with core.without_cudnn():
+            loss, last = core.problem.outer_loss(hypers, self.respond(offset), carry, batch)
+        core.last_outer_carry = detached(last)
+        return loss
+
+    def outer_step(self, *batches: Batch) -> Metrics:
+        """Take one step of the search distribution on L_V less the bonus terms."""
+        loss = self.outer_loss(*batches)
+        self.core.watch(loss)
+        metrics, objective = {"outer_loss": loss.detach()}, loss
+        for name, (weight, value) in self.bonus().items():
+            metrics[name], objective = value.detach(), objective - weight * value
+        gradient = descend(objective, *self.core.search.trained())[0]
+        if gradient is not None:
+            metrics["hypergradient_norm"] = gradient.norm()
+        return metrics | self.outer_metrics()
+
+
+class WrittenHypergradient(Method):
+    """A method that writes its hypergradient down; λ follows it, and ŵ is a constant."""
+
+    @abstractmethod
+    def differentiate(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
+        """Return L_V on a validation batch, the hypergradient [h], and metrics."""
+
+    def outer_loss(self, batch: Batch) -> Tensor:
+        """Return L_V with the hypergradient for its derivative in u."""
+        loss, gradient, _ = self.differentiate(batch)
+        return loss + gradient @ (self.core.search.u - self.core.search.u.detach())
+
+    def outer_step(self, *batches: Batch) -> Metrics:
+        """Take one step of u along the hypergradient."""
+        loss, gradient, metrics = self.differentiate(*batches)
+        self.core.watch(loss)
+        apply_gradients([gradient], self.core.search.mean)
+        return metrics | {"outer_loss": loss, "hypergradient_norm": gradient.norm()}

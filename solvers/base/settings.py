@@ -1,0 +1,46 @@
+"""The settings that solvers share, spelled once: of the inner steps and of the outer steps."""
+
+from dataclasses import dataclass
+
+from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
+from bilevel.validate import positive, whole
+
+
+@dataclass(kw_only=True, eq=False)
+class InnerSettings:
+    """Settings of the steps on w.
+
+    Attributes:
+        inner_steps: training batches per round.
+        inner_optimizer: makes the optimizer of w.
+        inner_scheduler: makes its learning-rate schedule, which steps every epoch; None for none.
+        clip_norm: largest gradient norm; None for no clipping.
+    """
+
+    inner_steps: int = 5
+    inner_optimizer: MakeOptimizer = SGD
+    inner_scheduler: MakeScheduler | None = None
+    clip_norm: float | None = None
+
+    def check_inner(self) -> None:
+        """Raise if a setting of the inner steps is wrong."""
+        whole(1, inner_steps=self.inner_steps)
+        if self.clip_norm is not None:
+            positive("set it to null for no clipping", clip_norm=self.clip_norm)
+
+
+@dataclass(kw_only=True, eq=False)
+class OuterSettings:
+    """Settings of the steps on λ.
+
+    Attributes:
+        outer_steps: validation batches per round.
+        outer_optimizer: makes the optimizer of u.
+    """
+
+    outer_steps: int = 1
+    outer_optimizer: MakeOptimizer = RMSPROP
+
+    def check_outer(self) -> None:
+        """Raise if a setting of the outer steps is wrong."""
+        whole(1, outer_steps=self.outer_steps)
