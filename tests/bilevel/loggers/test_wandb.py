@@ -449,12 +449,10 @@ def test_what_wandb_had_not_yet_written_is_logged_when_the_run_goes_on(tmp_path)
     run(tmp_path, WandB(), epochs=5, resume=True)
     files = tmp_path.glob("wandb/offline-run-*/*.wandb")
     file = max(files, key=lambda path: path.stat().st_mtime)
-    content = file.read_bytes()
-    file.write_bytes(content[: int(0.6 * len(content))])  # in the middle of a record
+    while len(left := of_kind(read_file(file), "history")) > 1:
+        file.write_bytes(file.read_bytes()[:-100])  # most often in the middle of a record
     (file.parent / MARK).unlink()
-    left = [items(h.item)["step"] for h in of_kind(read_file(file), "history")]
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert len(first) + len(left) < len(lines) - 1
+    assert len(first) + len(left) < len(read_metrics(tmp_path / "metrics.jsonl")) - 1
 
     run(tmp_path, WandB(), epochs=6, resume=True)
     lines = read_metrics(tmp_path / "metrics.jsonl")
