@@ -32,12 +32,16 @@ class HyperSchedule(ABC):
     u: Tensor
 
     def setup(self, space: Space, like: Tensor) -> None:
-        """Hold the rule against `space`, on the device and in the dtype of `like`.
+        """Prepare the rule for `space`, on the device and in the dtype of `like`.
 
         Raises:
             Refused: it does not fit.
         """
         self.space, self.u = space, space.init(like.dtype).to(like)
+        self.prepare(space, like)
+
+    def prepare(self, space: Space, like: Tensor) -> None:
+        """Make the tensors of the rule, or raise `Refused`."""
 
     @abstractmethod
     def at(self, step: int) -> Hypers:
@@ -86,8 +90,7 @@ class Gaussian(HyperSchedule):
         _check("std", std)
         self.std, self.unconstrained = std, unconstrained
 
-    def setup(self, space: Space, like: Tensor) -> None:
-        super().setup(space, like)
+    def prepare(self, space: Space, like: Tensor) -> None:
         self._std = _by_coordinate("std", self.std, space, own_units=not self.unconstrained).to(
             like
         )
@@ -129,8 +132,7 @@ class Sinusoidal(HyperSchedule):
             )
         self.amplitude, self.period = amplitude, period
 
-    def setup(self, space: Space, like: Tensor) -> None:
-        super().setup(space, like)
+    def prepare(self, space: Space, like: Tensor) -> None:
         self._amplitude = _by_coordinate("amplitude", self.amplitude, space, own_units=True).to(
             like
         )
@@ -168,8 +170,7 @@ class Replayed(HyperSchedule):
                 [0], {name: values[-1:] for name, values in self.schedule.hypers.items()}
             )
 
-    def setup(self, space: Space, like: Tensor) -> None:
-        super().setup(space, like)
+    def prepare(self, space: Space, like: Tensor) -> None:
         recorded = self.schedule.hypers
         if missing := [name for name in space if name not in recorded and not space[name].frozen]:
             raise Refused(

@@ -52,7 +52,15 @@ def is_hook(function: object) -> bool:
         return True
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     body = [node for node in tree.body[0].body if not _is_docstring(node)]
-    return all(isinstance(node, ast.Pass) or _returns_nothing(node) for node in body)
+    return all(
+        isinstance(node, ast.Pass) or _returns_nothing(node) or _raises_not_implemented(node)
+        for node in body
+    )
+
+
+def _raises_not_implemented(node: ast.stmt) -> bool:
+    error = node.exc if isinstance(node, ast.Raise) else None
+    return isinstance(error, ast.Name) and error.id == "NotImplementedError"
 
 
 def _is_docstring(node: ast.stmt) -> bool:

@@ -32,7 +32,7 @@ class Forward(Mode):
     def begin(
         self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"], steps: int
     ) -> Unroll:
-        return ForwardUnroll(trajectory, start, u)
+        return ForwardUnroll(trajectory, start, u, steps=steps, last=steps)
 
 
 class ForwardUnroll(Unroll):
@@ -42,9 +42,9 @@ class ForwardUnroll(Unroll):
         columns: for each coordinate, the derivative of every tensor of the point.
     """
 
-    def __init__(self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"]) -> None:
-        super().__init__(trajectory, start, u)
-        self.columns: list[Vectors] = [[None] * len(start.tensors()) for _ in u]
+    def prepare(self) -> None:
+        u = self.u
+        self.columns: list[Vectors] = [[None] * len(self.point.tensors()) for _ in u]
         self.directions: list[list[Tensor | None]] = []
         for direction in torch.eye(u.numel(), dtype=u.dtype, device=u.device):
             with forward_ad.dual_level():

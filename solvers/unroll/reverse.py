@@ -25,22 +25,37 @@ class Unroll(ABC):
         trajectory: what a step is.
         start: where the first one begins; a constant.
         u: u₀, where λ is held, [h].
+        steps: how many steps will be taken.
+        last: how many of them are differentiated, the last ones.
 
     Attributes:
         point: where training stands.
         hypers: λ, of which the tuned ones are `leaves` of the graph.
     """
 
-    def __init__(self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"]) -> None:
-        self.trajectory, self.point, self.u, self.space = (
-            trajectory,
-            start,
-            u.detach().clone(),
-            trajectory.problem.space,
-        )
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        start: InnerState,
+        u: Float[Tensor, " h"],
+        *,
+        steps: int,
+        last: int,
+    ) -> None:
+        self.trajectory = trajectory
+        self.point = start
+        self.u = u.detach().clone()
+        self.space = trajectory.problem.space
+        self.first = steps - last
+        self.last = last
+        self.taken = 0
         hypers = self.space.constrain(self.u)
         self.leaves = [hypers[name].detach().requires_grad_() for name in self.space.tuned]
         self.hypers: Hypers = hypers | dict(zip(self.space.tuned, self.leaves, strict=True))
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make what the derivatives need before the first step."""
 
     def inner_gradient(self, batch: Batch) -> InnerGradient:
         """∇L_T in w and in the leaves of λ where training stands, to be differentiated again in both."""
@@ -110,18 +125,6 @@ class Reverse(Mode):
 class ReverseUnroll(Unroll):
     """Steps of which the `last` are differentiated by pulling ∂_w L_V back through them."""
 
-    def __init__(
-        self,
-        trajectory: Trajectory,
-        start: InnerState,
-        u: Float[Tensor, " h"],
-        *,
-        steps: int,
-        last: int,
-    ) -> None:
-        super().__init__(trajectory, start, u)
-        self.first, self.last, self.taken = steps - last, last, 0
-
     def step(self, batch: Batch) -> Tensor:
         if self.taken < self.first:
             self.point, loss = self.trajectory.advance(
@@ -172,18 +175,9 @@ class Segment(NamedTuple):
 class Checkpointed(ReverseUnroll):
     """Segments of about √K steps, run without a graph, and once more with one when their turn comes in the backward pass."""
 
-    def __init__(
-        self,
-        trajectory: Trajectory,
-        start: InnerState,
-        u: Float[Tensor, " h"],
-        *,
-        steps: int,
-        last: int,
-    ) -> None:
-        super().__init__(trajectory, start, u, steps=steps, last=last)
-        segments = isqrt(last - 1) + 1
-        self.length = ceil(last / segments)
+    def prepare(self) -> None:
+        segments = isqrt(self.last - 1) + 1
+        self.length = ceil(self.last / segments)
         self.segments: list[Segment] = []
 
     def graph_step(self, batch: Batch) -> tuple[InnerState, Tensor]:
