@@ -1,6 +1,5 @@
 """Solvers: each answers the best response ŵ(λ) its own way."""
 
-import bilevel.solvers.response.rules as _rules  # noqa: F401  (registers the response rules)
 from bilevel.solvers.autodiff.pullback import Pullback
 from bilevel.solvers.black_box.population import PopulationBased
 from bilevel.solvers.black_box.samplers import GP, TPE, Hyperband, Median, RandomSearch
@@ -27,6 +26,9 @@ from bilevel.solvers.recipes import (
     stn,
     unrolled_forward,
 )
+from bilevel.solvers.response import norm_rules as _norm_rules  # noqa: F401  (registers)
+from bilevel.solvers.response import recurrent_rules as _recurrent_rules  # noqa: F401  (registers)
+from bilevel.solvers.response import rules as _rules  # noqa: F401  (registers)
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
 from bilevel.solvers.response.per_example_weight import MissingRule, ResponseWeight, rule
 from bilevel.solvers.sama import SAMA

@@ -1,1 +1,1 @@
-"""Automatic differentiation: pull-backs, linearized predictions, decompositions of fused operations."""
+"""Automatic differentiation: pullbacks, linearized predictions, decomposed operations."""

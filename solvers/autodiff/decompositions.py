@@ -1,7 +1,8 @@
-"""Fused operations written out in elementary ones, where PyTorch's kernels lack the derivatives that a linearization needs."""
+"""Fused operations in elementary ones, for derivatives that PyTorch's kernels lack."""
 
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from bilevel.solvers.response.norm_rules import batch_norm, group_norm, instance_norm, layer_norm
 from bilevel.solvers.response.recurrent_rules import gru, lstm
-from bilevel.solvers.response.rules import affine
 
 Table = dict[Any, Callable[..., Any]]
+"""The decomposition of each torch function."""
 
 
 class Decomposed(TorchFunctionMode):
-    """Within it, the functions of `table` are replaced, and attention runs on its mathematical kernel."""
+    """A context that replaces the functions of `table` and selects the mathematical attention."""
 
     def __init__(self, table: Table) -> None:
         super().__init__()
@@ -45,74 +47,55 @@ def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(x + 3) / 6
 
 
-def _standardized(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _standardize(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (x − mean)/std over `axes`, the mean and the variance."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as the fused kernels do
     mean = wide.mean(axes, keepdim=True)
     variance = (wide - mean).square().mean(axes, keepdim=True)
     return ((wide - mean) * torch.rsqrt(variance + eps)).to(x.dtype), mean, variance
 
 
-def _batch_norm(
+def _normalize_batch(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    _weight: None,
+    _bias: None,
+    training: bool,
+    momentum: float,
+    eps: float,
 ) -> Tensor:
-    tail = [1] * (x.ndim - 2)
-    if training or running_mean is None or running_var is None:
-        normalized, mean, variance = _standardized(x, [0, *range(2, x.ndim)], eps)
-        if running_mean is not None and running_var is not None:
-            items = x.numel() // x.shape[1]
-            with torch.no_grad():
-                running_mean.lerp_(mean.reshape(-1), momentum)
-                running_var.lerp_(variance.reshape(-1) * items / (items - 1), momentum)
-    else:
-        normalized = (x - running_mean.reshape(-1, *tail)) * torch.rsqrt(
-            running_var.reshape(-1, *tail) + eps
-        )
-    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *tail))
+    if not training and running_mean is not None and running_var is not None:
+        tail = [1] * (x.ndim - 2)
+        scale = torch.rsqrt(running_var.reshape(-1, *tail) + eps)
+        return (x - running_mean.reshape(-1, *tail)) * scale
+    normalized, mean, variance = _standardize(x, [0, *range(2, x.ndim)], eps)
+    if running_mean is not None and running_var is not None:
+        items = x.numel() // x.shape[1]
+        with torch.no_grad():
+            running_mean.lerp_(mean.reshape(-1), momentum)
+            running_var.lerp_(variance.reshape(-1) * items / (items - 1), momentum)
+    return normalized
 
 
-def _layer_norm(
+def _normalize_layer(x: Tensor, shape: Any, _weight: None, _bias: None, eps: float) -> Tensor:
+    return _standardize(x, list(range(x.ndim - len(shape), x.ndim)), eps)[0]
+
+
+def _normalize_groups(x: Tensor, groups: int, _weight: None, _bias: None, eps: float) -> Tensor:
+    return _standardize(x.reshape(x.shape[0], groups, -1), [2], eps)[0].reshape(x.shape)
+
+
+def _normalize_instances(
     x: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    between = x.ndim - 1 - len(normalized_shape)
-    normalized, _, _ = _standardized(x, list(range(x.ndim - len(normalized_shape), x.ndim)), eps)
-    return affine(
-        normalized, weight, bias, lambda p: p.reshape(p.shape[0], *[1] * between, *p.shape[1:])
-    )
-
-
-def _group_norm(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    groups = x.reshape(x.shape[0], num_groups, -1)
-    normalized = _standardized(groups, [2], eps)[0].reshape(x.shape)
-    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
-
-
-def _instance_norm(
-    x: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    _weight: None,
+    _bias: None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -121,8 +104,7 @@ def _instance_norm(
         raise NotImplementedError(
             "double backward is not implemented for instance norm that tracks running statistics"
         )
-    normalized, _, _ = _standardized(x, list(range(2, x.ndim)), eps)
-    return affine(normalized, weight, bias, lambda p: p.reshape(*p.shape, *[1] * (x.ndim - 2)))
+    return _standardize(x, list(range(2, x.ndim)), eps)[0]
 
 
 FORWARD_MODE: Table = {
@@ -131,31 +113,34 @@ FORWARD_MODE: Table = {
     F.glu: _glu,
     F.hardsigmoid: _hardsigmoid,
 }
-"""What has no forward-mode derivative, or one without a backward pass of its own."""
+"""Functions whose forward-mode derivative is missing, or has no backward pass of its own."""
 
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
-"""What needs the mathematical kernel, and `Decomposed` for that alone."""
+"""Functions that need the mathematical attention kernel; `Decomposed` selects it."""
 
 RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}
+"""Fused recurrent layers, which cuDNN differentiates once only."""
 
 DOUBLE_BACKWARD: Table = FORWARD_MODE | {
     torch._weight_norm: _weight_norm,
-    F.batch_norm: _batch_norm,
-    F.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
-    F.instance_norm: _instance_norm,
+    F.batch_norm: partial(batch_norm, normalize=_normalize_batch),
+    F.layer_norm: partial(layer_norm, normalize=_normalize_layer),
+    F.group_norm: partial(group_norm, normalize=_normalize_groups),
+    F.instance_norm: partial(instance_norm, normalize=_normalize_instances),
 }
-"""What cannot be differentiated backward twice either: training batch norm raises, weight norm comes out wrong."""
+"""Functions that cannot be differentiated backward twice either.
+
+Training batch norm raises; weight norm returns a wrong second derivative.
+"""
 
 
 def twice_differentiable(functions: Set[Any]) -> AbstractContextManager[Any]:
-    """Within it, what a network calls can be differentiated twice; nothing changes where it can be as it is.
+    """Return a context in which the functions of a network can be differentiated twice.
+
+    The context changes nothing if all of them can be already.
 
     Args:
-        functions: the torch functions that the network calls (`Descent.functions`).
+        functions: the torch functions that the network calls.
     """
-    return (
-        nullcontext()
-        if functions.isdisjoint(DOUBLE_BACKWARD.keys() | ATTENTION)
-        else Decomposed(DOUBLE_BACKWARD)
-    )
+    needed = DOUBLE_BACKWARD.keys() | ATTENTION
+    return nullcontext() if functions.isdisjoint(needed) else Decomposed(DOUBLE_BACKWARD)

@@ -1,4 +1,4 @@
-"""The prediction linearized at w₀: y₀ + ẏ with y₀ = f(w₀) and ẏ = J_w f · Θε, in forward mode or by double backward."""
+"""The prediction linearized at w₀: y₀ + ẏ with y₀ = f(w₀) and ẏ = J_w f · Θε."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,23 +19,27 @@ from bilevel.solvers.autodiff.decompositions import (
 )
 
 Predict: TypeAlias = Callable[[Params], tuple[Prediction, Carry]]
+"""f, from weights to a prediction and a carry."""
+
 Weights: TypeAlias = Callable[..., Params]
-"""`Response.weights` at given Θ and w₀: called with an offset, and whether its duals are wanted."""
+"""`Response.weights` at fixed Θ and w₀: `weights(offset, tangent=…)`."""
 
 
 def forward_mode(
     predict: Predict, weights: Weights, offset: Tensor, functions: set[Any]
 ) -> tuple[Prediction, Carry]:
-    """y₀ + ẏ in one forward-mode pass, for w₀ held constant.
+    """Return y₀ + ẏ by one forward-mode pass, with w₀ held constant.
 
-    The primal carries no graph then, so that the backward pass costs two multiplications by the weights, not four. Were w₀
-    trained through y₀ and ẏ, PyTorch's forward-mode formulas would give it a wrong gradient, silently, for norms among others.
+    The primal carries no graph. So the backward pass costs two multiplications by the weights, not
+    four. If w₀ were trained through y₀ and ẏ, PyTorch's forward-mode formulas of some layers (norms
+    among them) would give it a wrong gradient without an error; use `double_backward` there.
 
     Args:
-        predict: f, from weights to a prediction and carry.
-        weights: from an offset to duals (w₀, Θ·offset).
+        predict: f.
+        weights: returns the duals (w₀, Θ·offset) for an offset.
         offset: ε, [h] or [B, h].
-        functions: what f calls; those without a forward-mode derivative are decomposed.
+        functions: the torch functions that f calls; those without a forward-mode derivative are
+            decomposed.
     """
     decomposed: AbstractContextManager[Any] = (
         nullcontext()
@@ -50,11 +54,15 @@ def forward_mode(
 
 
 def double_backward(predict: Predict, weights: Weights, offset: Tensor) -> tuple[Prediction, Carry]:
-    """y₀ + ẏ, differentiable in w₀ too: with δ = 0 in w₀ + Θδ and any v,  ẏ = ∂/∂v ⟨∂(vᵀ f(w₀ + Θδ))/∂δ, ε⟩.
+    """Return y₀ + ẏ by two backward passes; it is differentiable in w₀ too.
+
+    With δ = 0 in w₀ + Θδ and any v:
+
+        ẏ = ∂/∂v ⟨∂(vᵀ f(w₀ + Θδ))/∂δ, ε⟩
 
     Args:
-        predict: f, from weights to a prediction and carry.
-        weights: from an offset δ to w₀ + Θδ.
+        predict: f.
+        weights: returns w₀ + Θδ for an offset δ.
         offset: ε, [h] or [B, h].
     """
     zero = torch.zeros_like(offset, requires_grad=True)
@@ -64,19 +72,14 @@ def double_backward(predict: Predict, weights: Weights, offset: Tensor) -> tuple
     moved = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     v = [torch.zeros_like(leaf, requires_grad=True) for leaf in moved]
     (pulled,) = torch.autograd.grad(moved, zero, v, create_graph=True)
-    dots = dict(
-        zip(
-            map(id, moved),
-            torch.autograd.grad(pulled, v, offset, create_graph=True, allow_unused=True),
-            strict=True,
-        )
-    )
+    tangents = torch.autograd.grad(pulled, v, offset, create_graph=True, allow_unused=True)
+    dots = dict(zip(map(id, moved), tangents, strict=True))
     linear = [leaf if dots.get(id(leaf)) is None else leaf + dots[id(leaf)] for leaf in leaves]
     return pytree.tree_unflatten(linear, spec), detached(carry)
 
 
 def _linear_value(y: Any) -> Any:
-    """y₀ + ẏ of a dual tensor; anything else as it is."""
+    """Return y₀ + ẏ of a dual tensor; return anything else unchanged."""
     if not isinstance(y, Tensor):
         return y
     value, dot = forward_ad.unpack_dual(y)

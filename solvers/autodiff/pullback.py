@@ -1,4 +1,4 @@
-"""∇_w L_T as a function to differentiate again: products with the Hessian and with the mixed derivative, of one graph."""
+"""Products with the second derivatives of L_T, all of one graph of ∇_w L_T."""
 
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
@@ -15,29 +15,31 @@ from bilevel.solvers.autodiff.decompositions import RECURRENT, twice_differentia
 
 
 class Pullback:
-    """The gradient g(u, w) = ∇_w L_T(λ(u), w) at one point, pulled back as often as wanted.
+    """The gradient g(u, w) = ∇_w L_T(λ(u), w) at one point, and products with its derivatives.
 
         q ↦ H q = (∂g/∂w)ᵀ q    and    q ↦ (∂g/∂u)ᵀ q = (∂²L_T/∂u∂w)ᵀ q
 
-    The graph of g is built once, so that its sampled masks are the same in every product: H is one symmetric matrix, whatever
-    a second pass would have drawn. Vectors in the space of w are flat, in the order of `params`. Several batches are averaged.
+    The graph of g is built once. So all products see the same sampled masks, and H is one symmetric
+    matrix. Vectors in the space of w are flat, in the order of `params`. L_T is the mean over
+    several batches.
 
     Args:
-        problem: whose L_T.
+        problem: the problem of L_T.
         u: unconstrained coordinates, [h].
         params: w, as constants.
-        carry: with which the pass over the first batch begins; it goes on from batch to batch, as in training.
-        batches: of training, one at least.
-        generator: of the masks.
-        functions: the torch functions that the network calls (`Descent.functions`).
+        carry: the carry before the first batch; each batch starts from the carry of the one before,
+            as in training.
+        batches: training batches, at least one.
+        generator: for the masks.
+        functions: the torch functions that the network calls.
 
     Attributes:
-        problem: the same.
+        problem: the problem of L_T.
         hypers: λ(u), differentiable in u.
-        params: w, leaves of the graph.
-        passes: every batch with its prediction, differentiable in u and w.
+        params: w, the leaves of the graph.
+        passes: each batch with its prediction, differentiable in u and w.
         loss: L_T, as a constant.
-        carried: what the pass over the first batch passes on, as constants.
+        carried: the carry after the first batch, as a constant.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Pullback:
         self.problem, self._functions = problem, functions
         self.passes: list[tuple[Batch, Prediction]] = []
         losses, carries = [], [carry]
-        with torch.enable_grad():  # a custom backward, where a solve happens, has gradients off
+        with torch.enable_grad():  # a solve runs in a custom backward, which disables gradients
             self._u = u.detach().requires_grad_()
             self.params = {name: p.detach().requires_grad_() for name, p in params.items()}
             self._w = list(self.params.values())
@@ -82,54 +84,58 @@ class Pullback:
 
     @property
     def gradient(self) -> Float[Tensor, " m"]:
-        """The gradient g as a constant."""
+        """Return g as a constant."""
         return flat(self._gradients).detach()
 
     @property
     def gradient_norm(self) -> Float[Tensor, ""]:
-        """‖g‖, without a copy of g."""
+        """Return ‖g‖ without a copy of g."""
         return torch.stack([torch.linalg.vector_norm(g.detach()) for g in self._gradients]).norm()
 
     def check(self) -> None:
-        """Raise as PyTorch does where a layer cannot be differentiated twice.
+        """Raise PyTorch's error if a layer cannot be differentiated twice.
 
-        Products do not: they look for ways to w and u alone, and pass by the node that would raise, with a wrong value.
+        The products do not raise it. They follow the graph to w and u only, skip the node that
+        would raise, and return a wrong value.
         """
         moving = [g for g in self._gradients if g.requires_grad]
         torch.autograd.backward(moving, [torch.zeros_like(g) for g in moving], retain_graph=True)
 
     def free_gradient(self) -> None:
-        """Free g itself; the products do without."""
+        """Free the memory of g; the products do not need it."""
         self._gradients = ()
 
     def hessian(self, q: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """The product H q."""
+        """Return H q."""
         return flatten_and_free(list(vjp(self._edges, self._w, self.unflat(q))))
 
     def cross(self, q: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
-        """(∂²L_T/∂u∂w)ᵀ q."""
+        """Return (∂²L_T/∂u∂w)ᵀ q."""
         return vjp(self._edges, [self._u], self.unflat(q))[0]
 
     def both(self, q: Float[Tensor, " m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " h"]]:
-        """H q and (∂²L_T/∂u∂w)ᵀ q, for the price of one."""
+        """Return H q and (∂²L_T/∂u∂w)ᵀ q, at the cost of one product."""
         *products, cross = vjp(self._edges, [*self._w, self._u], self.unflat(q))
         return flatten_and_free(products), cross
 
     def unflat(self, q: Float[Tensor, " m"]) -> list[Tensor]:
-        """The vector in the shapes of w."""
+        """Return the vector q as tensors in the shapes of w."""
         return unflat(q, self._w)
 
     @contextmanager
     def differentiable_twice(self) -> Iterator[None]:
-        """Within it, the network's functions can be differentiated twice, where that is possible at all."""
-        recurrent = not self._functions.isdisjoint(RECURRENT)  # which cuDNN differentiates once
+        """Open a context in which the functions can be differentiated twice, if possible."""
+        recurrent = not self._functions.isdisjoint(RECURRENT)  # cuDNN differentiates them once
         without = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
         with twice_differentiable(self._functions), without:
             yield
 
 
 def gradient_edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
-    """What `vjp` needs of tensors, without their values: a solve may have no room for them; None of a constant."""
+    """Return the graph edges of tensors, which `vjp` accepts; None for a constant.
+
+    An edge keeps no value in memory, and a solve may have no room for the values.
+    """
     return [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
 
 
@@ -138,7 +144,15 @@ def vjp(
     inputs: Sequence[Tensor],
     q: Sequence[Tensor],
 ) -> Sequence[Tensor]:
-    """(∂outputs/∂inputs)ᵀ q as constants, for outputs or their edges (None is a constant); the graph is kept."""
+    """Return (∂outputs/∂inputs)ᵀ q as constants and keep the graph.
+
+    An input that no output depends on gets zeros.
+
+    Args:
+        outputs: tensors or their edges; None for a constant.
+        inputs: leaves of the graph.
+        q: one tensor for each output.
+    """
     pairs = [
         (output, part)
         for output, part in zip(outputs, q, strict=True)
@@ -151,7 +165,7 @@ def vjp(
 
 
 def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
-    """The tensors as one vector.
+    """Return the tensors as one vector.
 
     Example:
         >>> flat([torch.ones(2, 2), torch.zeros(1)])
@@ -161,7 +175,7 @@ def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
 
 
 def flatten_and_free(tensors: list[Tensor]) -> Float[Tensor, " m"]:
-    """`flat`, which frees the tensors one by one: there is little room for a second copy of what is as large as w."""
+    """Return `flat(tensors)` and free the tensors one by one, so that no second copy is held."""
     vector = tensors[0].new_empty(sum(t.numel() for t in tensors))
     end = vector.numel()
     while tensors:
@@ -172,7 +186,7 @@ def flatten_and_free(tensors: list[Tensor]) -> Float[Tensor, " m"]:
 
 
 def unflat(vector: Float[Tensor, " m"], like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `flat`, with the shapes of `like`."""
+    """Return the inverse of `flat`, in the shapes of `like`."""
     return [
         part.view(t.shape)
         for part, t in zip(vector.split([t.numel() for t in like]), like, strict=True)

@@ -1,1 +1,1 @@
-"""The best response of a network: Θ, per-example weights and their rules."""
+"""The best response of a network: its Jacobian Θ, per-example weights and response rules."""

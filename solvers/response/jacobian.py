@@ -1,46 +1,57 @@
-"""The best-response Jacobian Θ: how far each weight moves, ΔW(ε) = Θε, when the hyperparameters do."""
+"""The best-response Jacobian Θ, by which the weights follow the hyperparameters: ΔW(ε) = Θε."""
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from bilevel import Params, Problem
-from bilevel.params import Batch, Carry, Hypers
+from bilevel import Params
 from bilevel.solvers.response.per_example_weight import ResponseWeight
 
 
 class Response(ABC):
-    """Θ in some parametrization; its `tensors` are trained by the solver."""
+    """A parametrization of Θ; the solver trains its tensors."""
 
     per_example: bool
-    """Whether ε may be [B, h]; otherwise it is [h]."""
+    """True if ε may be [B, h]; otherwise ε is [h]."""
 
     @abstractmethod
     def init(
         self, params: Params, hypers: int, axes: dict[str, int], generator: torch.Generator
     ) -> Params:
-        """The tensors that hold Θ = 0 for the weights `params` and `hypers` coordinates, drawn from `generator` (CPU)."""
+        """Return the tensors of Θ = 0.
+
+        Args:
+            params: the weights.
+            hypers: h, the number of coordinates of ε.
+            axes: the axis of the scale, by weight; 0 for a weight without an entry.
+            generator: on the CPU, for random initial values.
+        """
 
     @abstractmethod
     def weights(self, tensors: Params, base: Params, offset: Tensor, *, tangent: bool) -> Params:
-        """w₀ + Θ·offset; as forward-mode duals (w₀, Θ·offset) when `tangent`, within a `dual_level`."""
+        """Return w₀ + Θ·offset, or with `tangent` the forward-mode duals (w₀, Θ·offset).
+
+        Args:
+            tensors: the tensors of Θ.
+            base: w₀.
+            offset: ε, [h] or [B, h].
+            tangent: return duals; this needs an open `dual_level`.
+        """
 
     @abstractmethod
     def size(self, params: Params, hypers: int) -> int:
-        """How many numbers hold Θ."""
+        """Return the number of entries of the tensors of Θ."""
 
 
 class Structured(Response):
-    """ΔW(ε) = diag(Uε) W₁ and Δb(ε) = (Vε) ∘ b₁ for every layer (the papers' response).
+    """The response of the papers: ΔW(ε) = diag(Uε) W₁ and Δb(ε) = (Vε) ∘ b₁ for every layer.
 
-    U and V of all layers are stacked into one bias-free linear map R^h → R^N ("rows"), so that one product serves them all.
-    They begin at zero; W₁ begins as U(±1/√fan_in), and vectors as U(±1/√n).
+    U and V of all layers are stacked into one bias-free linear map R^h → R^N ("rows"), so that one
+    matrix product serves all layers. They start at zero. W₁ starts as U(±1/√fan_in), and a vector
+    of n entries as U(±1/√n).
 
     Source: STN eq. 3.7, Δ-STN eq. 4.12.
     """
@@ -53,11 +64,8 @@ class Structured(Response):
         self.axes = {name: axes.get(name, 0) for name in params}
         self.rows = {name: p.shape[self.axes[name]] if p.ndim else 1 for name, p in params.items()}
         like = next(iter(params.values()))
-        tensors = {
-            "rows": torch.zeros(
-                sum(self.rows.values()), hypers, dtype=like.dtype, device=like.device
-            )
-        }
+        rows = torch.zeros(sum(self.rows.values()), hypers, dtype=like.dtype, device=like.device)
+        tensors = {"rows": rows}
         for name, p in params.items():
             bound = 1 / math.sqrt(max(1, p.numel() // p.shape[0] if p.ndim > 1 else p.numel()))
             drawn = torch.empty(p.shape, dtype=p.dtype).uniform_(-bound, bound, generator=generator)
@@ -65,13 +73,8 @@ class Structured(Response):
         return tensors
 
     def weights(self, tensors: Params, base: Params, offset: Tensor, *, tangent: bool) -> Params:
-        scales = dict(
-            zip(
-                self.rows,
-                (offset @ tensors["rows"].T).split(list(self.rows.values()), dim=-1),
-                strict=True,
-            )
-        )
+        parts = (offset @ tensors["rows"].T).split(list(self.rows.values()), dim=-1)
+        scales = dict(zip(self.rows, parts, strict=True))
         out: Params = {}
         for name, w in base.items():
             response, scale, axis = tensors[f"weights.{name}"], scales[name], self.axes[name]
@@ -80,9 +83,8 @@ class Structured(Response):
             else:
                 shape = [1] * max(w.ndim, 1)
                 shape[axis] = -1
-                out[name] = displaced(
-                    w, (scale.reshape(shape) * response).reshape(w.shape), tangent=tangent
-                )
+                change = (scale.reshape(shape) * response).reshape(w.shape)
+                out[name] = displaced(w, change, tangent=tangent)
         return out
 
     def size(self, params: Params, hypers: int) -> int:
@@ -91,7 +93,10 @@ class Structured(Response):
 
 
 class Dense(Response):
-    """ΔW(ε) = Θε with every entry of Θ free: [*shape, h] per weight, for small problems and for theory."""
+    """The full Θ: ΔW(ε) = Θε with one tensor [*shape, h] per weight.
+
+    It is for small problems and for the theory.
+    """
 
     per_example = False
 
@@ -110,40 +115,5 @@ class Dense(Response):
 
 
 def displaced(base: Tensor, change: Tensor, *, tangent: bool) -> Tensor:
-    """Base + change, or the dual (base, change)."""
+    """Return base + change, or with `tangent` the dual (base, change)."""
     return forward_ad.make_dual(base, change) if tangent else base + change
-
-
-class CallRecorder(TorchFunctionMode):
-    """What a network does with its weights: looks on while `predict` runs once, in training.
-
-    Attributes:
-        functions: the torch functions that were called.
-        axes: weights that were looked up as an embedding: their scale lies on the columns (axis 1), not on the vocabulary.
-    """
-
-    def __init__(
-        self,
-        problem: Problem,
-        hypers: Hypers,
-        params: Params,
-        carry: Carry,
-        batch: Batch,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.functions: set[Any] = set()
-        self.axes: dict[str, int] = {}
-        self._names = {id(p): name for name, p in params.items()}
-        with torch.no_grad(), self:
-            problem.predict(hypers, params, carry, batch, train=True, generator=generator)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.functions.add(func)
-        if (
-            func is F.embedding
-            and id(table := args[1] if len(args) > 1 else kwargs["weight"]) in self._names
-        ):
-            self.axes[self._names[id(table)]] = 1
-        return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Weights that vary from example to example without ever being formed: W(ε) = W₀ + diag(s) W₁, one row of s per example."""
+"""Per-example weights W(b) = W₀ + diag(s_b) W₁, never formed, and the registry of their rules."""
 
 import warnings
 from collections.abc import Callable
@@ -11,20 +11,22 @@ from torch import Tensor
 from bilevel import BilevelError
 from bilevel.params import PerExampleWeight
 
-with warnings.catch_warnings():  # the first dual of a process loads PyTorch's decompositions, which warn of their own deprecated parts
+with warnings.catch_warnings():
+    # the first dual of a process loads PyTorch's decompositions, which use deprecated functions
     warnings.simplefilter("ignore", FutureWarning)
     with forward_ad.dual_level():
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 RULES: dict[Any, Callable[..., Any]] = {}
-"""How a torch function acts on a responding weight; `rule` adds to it."""
+"""The response rule of each torch function; `rule` adds to it."""
 
 
 def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register how `functions` act when one of their arguments is a `ResponseWeight`.
+    """Register a response rule for `functions`.
 
-    The rule takes the function's own arguments. It answers with `responding` where the function is linear in its weight, or
-    works on the dense `per_example` weights where those are small.
+    The rule takes the arguments of the function, at least one of which is a `ResponseWeight`.
+    Where the function is linear in the weight, the rule calls `add_response`. Where the weight is
+    small (a gain, a shift), it may use the weights of all examples in full, `dense()`.
 
     Example:
         >>> import torch.nn.functional as F
@@ -32,7 +34,8 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         ... def bilinear(x, z, weight, bias=None):
         ...     first, second = primal(x), primal(z)
         ...     out = F.bilinear(x, z, weight.base, None if bias is None else bias.base)
-        ...     out = weight.add_response(out, F.bilinear(first, second, weight.response), weight.scale)
+        ...     units = F.bilinear(first, second, weight.response)
+        ...     out = weight.add_response(out, units, weight.scale)
         ...     return out if bias is None else bias.add_response(out, bias.response, bias.scale)
     """
 
@@ -45,11 +48,11 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 class MissingRule(BilevelError):
-    """A function met a weight that varies per example, and nobody has said what it does then."""
+    """Raised when a function without a response rule receives a per-example weight."""
 
 
 def getters(*names: str) -> set[Any]:
-    """What `__torch_function__` is called with when an attribute of a tensor is read."""
+    """Return the functions that `__torch_function__` receives when these attributes are read."""
     return {getattr(Tensor, name).__get__ for name in names}
 
 
@@ -78,17 +81,21 @@ _METADATA = getters(
 
 
 class ResponseWeight(PerExampleWeight, Tensor):
-    """W₀ + diag(s_b) W₁ for every example b, along `axis` of the weight.
+    """The weight W₀ + diag(s_b) W₁ of every example b; s_b scales one axis of the weight.
 
-    Its shape is the weight's own, so that a module takes it for its parameter. Functions act on it by the rules of `RULES`;
-    one without a rule raises `MissingRule`, never computes with W₀ alone.
+    It has the shape of the ordinary weight, so that a module accepts it as a parameter. Functions
+    act on it by the rules in `RULES`. A function without a rule raises `MissingRule`; nothing is
+    ever computed with W₀ alone.
 
     Attributes:
         base: W₀, [*shape].
         response: W₁, [*shape].
         scale: s, [B, n], with n = shape[axis]; [B, 1] for a scalar weight.
-        axis: which axis of the weight s scales: 0 for output units, the last for the columns of an embedding.
-        tangent: read as a forward-mode dual with primal W₀ and tangent diag(s) W₁: the linearization at W₀.
+        axis: the axis of the weight that s scales: 0 for output units, 1 for the columns of an
+            embedding.
+        tangent: True for the linearization at W₀, a forward-mode dual with primal W₀ and tangent
+            diag(s) W₁.
+        label: the name of the weight in error messages.
     """
 
     base: Tensor
@@ -108,7 +115,7 @@ class ResponseWeight(PerExampleWeight, Tensor):
         tangent: bool = False,
         label: str = "a weight",
     ) -> "ResponseWeight":
-        """Make one; `label` is what errors call it."""
+        """Return the weight with these parts; error messages use `label`."""
         self = base.detach().as_subclass(ResponseWeight)
         self.base, self.response, self.scale = base, response, scale
         self.axis, self.tangent, self.label = axis, tangent, label
@@ -122,23 +129,31 @@ class ResponseWeight(PerExampleWeight, Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        name = getattr(func, "__name__", func)
         raise MissingRule(
-            f"there is no response rule for `{getattr(func, '__name__', func)}`, which acts on {_labels(args, kwargs)}; "
-            "register one with bilevel.solvers.response.per_example_weight.rule, perturb per batch (per_example=False on every hyperparameter), "
-            "or use another layer"
+            f"there is no response rule for `{name}`, which acts on {_labels(args, kwargs)}; "
+            "register one with bilevel.solvers.rule, set per_example=False on every "
+            "hyperparameter, or use another layer"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # its stub names no argument
-        return f"ResponseWeight({self.label}, {tuple(self.base.shape)}, scale={tuple(self.scale.shape)}, tangent={self.tangent})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return (
+            f"ResponseWeight({self.label}, {tuple(self.base.shape)}, "
+            f"scale={tuple(self.scale.shape)}, tangent={self.tangent})"
+        )
 
     def add_response(self, out: Tensor, units: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`out` + scale ∘ units: added to the value itself, or to its tangent alone when this is a linearization.
+        """Return out + scale ∘ units; for a linearization, only the tangent of `out` changes.
 
-        The primal of a linearization carries no graph of the response: its scale is zero there.
+        The primal of a linearization carries no graph of the response, because its scale is zero.
+
+        Args:
+            out: the output of the function at W₀.
+            units: the output of the function at W₁.
+            scale: s, in a shape that broadcasts against `units`; None for 1.
         """
-        units = units.to(
-            out.dtype
-        )  # under autocast, products are narrower than what is added to them
+        # under autocast, products have a narrower dtype than what is added to them
+        units = units.to(out.dtype)
         scale = None if scale is None else scale.to(out.dtype)
         if not self.tangent:
             return out + units if scale is None else torch.addcmul(out, scale, units)
@@ -150,13 +165,16 @@ class ResponseWeight(PerExampleWeight, Tensor):
         return forward_ad.make_dual(value, dot)
 
     def broadcast_scale(self, ndim: int, axis: int) -> Tensor:
-        """s as a view that broadcasts over an output of `ndim` axes: examples first, the scaled units at `axis`."""
+        """Return s as a view with `ndim` axes: examples first, the scaled units at `axis`."""
         shape = [1] * ndim
         shape[0], shape[axis] = self.scale.shape
         return self.scale.reshape(shape)
 
     def dense(self) -> Tensor:
-        """The weights in full, [B, *shape] (a dual when linearized): for elementwise weights, which are small."""
+        """Return the weights in full, [B, *shape]; a dual for a linearization.
+
+        Use it for small weights only, such as gains and shifts.
+        """
         ndim = self.base.ndim + 1
         change = (
             self.broadcast_scale(ndim, 1 + self.axis) * self.response
@@ -178,7 +196,7 @@ class ResponseWeight(PerExampleWeight, Tensor):
         )
 
     def transposed(self) -> "ResponseWeight":
-        """The transpose of a matrix: the scale moves to the other axis."""
+        """Return the transpose of a matrix; the scale moves to the other axis."""
         return ResponseWeight.of(
             self.base.t(),
             self.response.t(),
@@ -189,7 +207,10 @@ class ResponseWeight(PerExampleWeight, Tensor):
         )
 
     def masked(self, mask: Tensor) -> "ResponseWeight":
-        """M ∘ W for a mask [*shape] that all examples share (DropConnect): W₀ and W₁ are masked alike."""
+        """Return M ∘ W for a mask M [*shape] that all examples share (DropConnect).
+
+        W₀ and W₁ get the same mask.
+        """
         return ResponseWeight.of(
             self.base * mask,
             self.response * mask,
@@ -200,22 +221,27 @@ class ResponseWeight(PerExampleWeight, Tensor):
         )
 
     def check_examples(self, x: Tensor) -> None:
-        """Raise where the first axis of the input is not the example axis."""
+        """Require one row of the input `x` for each example.
+
+        Raises:
+            BilevelError: the first axis of `x` is not the example axis.
+        """
         if x.ndim == 0 or x.shape[0] != self.scale.shape[0]:
             raise BilevelError(
-                f"{self.label} was perturbed for {self.scale.shape[0]} examples, but acts on an input of {tuple(x.shape)}; "
-                "keep the example axis first (a network that folds time or patches into it cannot be perturbed per example: "
-                "use per_example=False)"
+                f"`{self.label}` is perturbed for {self.scale.shape[0]} examples, but its input "
+                f"has the shape {tuple(x.shape)}; keep the example axis first, or set "
+                "per_example=False on every hyperparameter (for a network that folds time or "
+                "patches into this axis)"
             )
 
 
 def primal(x: Tensor) -> Tensor:
-    """The value of a dual tensor without its tangent; any other tensor as it is."""
+    """Return the primal of a dual tensor; return any other tensor unchanged."""
     return forward_ad.unpack_dual(x).primal
 
 
 def tangent(x: Tensor) -> Tensor | None:
-    """The tangent of a dual tensor, if it has one."""
+    """Return the tangent of a dual tensor, or None."""
     return forward_ad.unpack_dual(x).tangent
 
 

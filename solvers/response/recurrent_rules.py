@@ -1,11 +1,12 @@
-"""Response rules of recurrent layers, gates written out: the fused ones have neither rules nor a forward-mode derivative.
+"""Response rules of LSTM and GRU layers.
 
-What does not wait for the previous step is done for all steps at once: the products with the inputs, and in a linearization
-those with W₁ too, because its primal states are known before the tangents begin.
+Everything that does not depend on the previous step is computed for all steps at once: the
+products with the inputs, and in a linearization also the products with W₁, because its primal
+states are known before the first tangent.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -14,155 +15,56 @@ from torch import Tensor
 
 from bilevel import BilevelError
 from bilevel.solvers.response.per_example_weight import ResponseWeight, primal, rule, tangent
+from bilevel.solvers.response.recurrent_cells import GRU, LSTM, Cell, States
 from bilevel.solvers.response.rules import base_of
-
-States = tuple[Tensor, ...]
-"""What one direction of one layer passes on from step to step, [B, n] each: h, and the cell of an LSTM."""
-
-
-class Cell(Protocol):
-    """One kind of recurrent layer."""
-
-    def step(
-        self, from_input: Tensor, from_hidden: Tensor, states: States
-    ) -> tuple[States, States]:
-        """The next states; and what `factors` needs of this step."""
-
-    def factors(self, seen: States) -> States:
-        """∂(next states)/∂(gates, states) from what the steps have seen, for all of them at once, [B, T, …]."""
-
-    def fixed(self, factors: States, from_input: Tensor, from_hidden: Tensor) -> Tensor:
-        """What gates' tangents that are known beforehand, [B, T, gates·n], give to the tangents of the states."""
-
-    def tangents(self, fixed: Tensor, factors: States, from_hidden: Tensor, dots: States) -> States:
-        """The tangents of the next states, one step."""
-
-
-class LSTM:
-    """I, f, g, o = split(a) with a = W_ih x + b_ih + W_hh h + b_hh;  c ← σ(f) c + σ(i) tanh(g);  h ← σ(o) tanh(c)."""
-
-    def step(
-        self, from_input: Tensor, from_hidden: Tensor, states: States
-    ) -> tuple[States, States]:
-        i, f, g, o = (from_input + from_hidden).chunk(4, dim=-1)
-        i, f, g, o, before = (
-            torch.sigmoid(i),
-            torch.sigmoid(f),
-            torch.tanh(g),
-            torch.sigmoid(o),
-            states[1],
-        )
-        c = torch.addcmul(f * before, i, g)
-        bounded = torch.tanh(c)
-        return (o * bounded, c), (i, f, g, o, before, bounded)
-
-    def factors(self, seen: States) -> States:
-        i, f, g, o, before, bounded = seen
-        gates = torch.cat(
-            [g * i * (1 - i), before * f * (1 - f), i * (1 - g * g), bounded * o * (1 - o)], dim=-1
-        )
-        return gates, f, o * (1 - bounded * bounded)
-
-    def fixed(self, factors: States, from_input: Tensor, from_hidden: Tensor) -> Tensor:
-        return factors[0] * (from_input + from_hidden)
-
-    def tangents(self, fixed: Tensor, factors: States, from_hidden: Tensor, dots: States) -> States:
-        gates, f, slope = factors
-        into_c, into_h = torch.addcmul(fixed, gates, from_hidden).split(
-            [3 * f.shape[-1], f.shape[-1]], dim=-1
-        )
-        c = torch.addcmul(into_c.unflatten(-1, (3, -1)).sum(-2), f, dots[1])
-        return torch.addcmul(into_h, slope, c), c
-
-
-class GRU:
-    """R, z = σ of their gates;  n = tanh(W_in x + b_in + r ∘ (W_hn h + b_hn));  h ← (1 − z) n + z h."""
-
-    def step(
-        self, from_input: Tensor, from_hidden: Tensor, states: States
-    ) -> tuple[States, States]:
-        (h,), (r_x, z_x, n_x), (r_h, z_h, n_h) = (
-            states,
-            from_input.chunk(3, dim=-1),
-            from_hidden.chunk(3, dim=-1),
-        )
-        r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
-        n = torch.tanh(torch.addcmul(n_x, r, n_h))
-        return (torch.addcmul(n, z, h - n),), (r, z, n, h, n_h)
-
-    def factors(self, seen: States) -> States:
-        r, z, n, h, n_h = seen
-        new, update = (1 - z) * (1 - n * n), (h - n) * z * (1 - z)
-        reset = new * n_h * r * (1 - r)
-        return (
-            torch.cat([reset, update, new], dim=-1),
-            torch.cat([reset, update, new * r], dim=-1),
-            z,
-        )
-
-    def fixed(self, factors: States, from_input: Tensor, from_hidden: Tensor) -> Tensor:
-        each = torch.addcmul(factors[0] * from_input, factors[1], from_hidden)
-        return each.unflatten(-1, (3, -1)).sum(-2)
-
-    def tangents(self, fixed: Tensor, factors: States, from_hidden: Tensor, dots: States) -> States:
-        moved = (factors[1] * from_hidden).unflatten(-1, (3, -1)).sum(-2)
-        return (torch.addcmul(fixed + moved, factors[2], dots[0]),)
 
 
 @rule(torch._VF.lstm)
 def lstm(x: Tensor, state: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
-    """A (multi-layer, bidirectional) LSTM."""
+    """Return the outputs and the last states of a (multi-layer, bidirectional) LSTM."""
     return recurrent(LSTM(), x, state, weights, *options)
 
 
 @rule(torch._VF.gru)
 def gru(x: Tensor, state: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
-    """A (multi-layer, bidirectional) GRU."""
-    return recurrent(
-        GRU(), x, state if isinstance(weights, Tensor) else (state,), weights, *options
-    )
+    """Return the outputs and the last states of a (multi-layer, bidirectional) GRU."""
+    states = state if isinstance(weights, Tensor) else (state,)
+    return recurrent(GRU(), x, states, weights, *options)
 
 
 def recurrent(cell: Cell, x: Tensor, state: Any, weights: Any, *options: Any) -> tuple[Tensor, ...]:
-    """What PyTorch's function of this cell answers: the outputs, and the last states of all layers.
+    """Return the outputs and the last states of all layers, as PyTorch's function does.
 
     Args:
-        cell: which one.
-        x: inputs, [B, T, n] or time first.
+        cell: the kind of layer.
+        x: the inputs, [B, T, n], or [T, B, n] without `batch_first`.
         state: the initial states, [layers · directions, B, n] each.
-        weights: of all layers, as PyTorch lays them out; plain, duals or responding.
+        weights: the weights of all layers in PyTorch's order; plain, dual or per-example.
         options: bias, layers, dropout, train, bidirectional, batch_first.
+
+    Raises:
+        BilevelError: a packed sequence, `proj_size`, or per-example weights with time first.
     """
     name = type(cell).__name__
     if not isinstance(state, (list, tuple)) or isinstance(weights, Tensor):
         raise BilevelError(
-            "a packed sequence has no fixed example axis; pad it, or perturb per batch (per_example=False) with linearize=false"
+            f"{name}: a packed sequence has no fixed example axis; pad it, or set "
+            "per_example=False on every hyperparameter together with linearize=false"
         )
     biases, layers, dropout, train, bidirectional, batch_first = options
     if not batch_first:
         if any(isinstance(w, ResponseWeight) for w in weights):
             raise BilevelError(
-                f"an {name} perturbed per example needs batch_first=True: the example axis comes first"
+                f"{name}: batch_first=False puts time before the examples, so its weights cannot "
+                "be perturbed per example; set batch_first=True"
             )
-        out, *last = recurrent(
-            cell,
-            x.transpose(0, 1),
-            state,
-            weights,
-            biases,
-            layers,
-            dropout,
-            train,
-            bidirectional,
-            True,
-        )
+        options = (biases, layers, dropout, train, bidirectional, True)
+        out, *last = recurrent(cell, x.transpose(0, 1), state, weights, *options)
         return out.transpose(0, 1), *last
     directions = 2 if bidirectional else 1
     each = len(weights) // (layers * directions)
     if each != (4 if biases else 2):
-        raise BilevelError(
-            f"an {name} with projections (proj_size) has no response rule; leave proj_size=0"
-        )
+        raise BilevelError(f"{name}: proj_size has no response rule; set proj_size=0")
     ends: list[States] = []
     for layer in range(layers):
         outputs = []
@@ -171,9 +73,8 @@ def recurrent(cell: Cell, x: Tensor, state: Any, weights: Any, *options: Any) ->
             w_ih, w_hh, *bias = weights[k * each : (k + 1) * each]
             b_ih, b_hh = bias or (None, None)
             start = tuple(s[k] for s in state)
-            out, end = along_time(
-                cell, F.linear(x, w_ih, b_ih), start, w_hh, b_hh, reverse=direction == 1
-            )
+            from_input = F.linear(x, w_ih, b_ih)
+            out, end = along_time(cell, from_input, start, w_hh, b_hh, reverse=direction == 1)
             outputs.append(out)
             ends.append(end)
         x = torch.cat(outputs, dim=-1) if bidirectional else outputs[0]
@@ -191,18 +92,24 @@ def along_time(
     *,
     reverse: bool,
 ) -> tuple[Tensor, States]:
-    """One direction of one layer: h at every step, [B, T, n], and the states after the last."""
+    """Run one direction of one layer.
+
+    Args:
+        cell: the kind of layer.
+        from_input: W_ih x + b_ih of every step, [B, T, gates·n].
+        start: the initial states.
+        weight: W_hh.
+        bias: b_hh.
+        reverse: go from the last step to the first.
+
+    Returns:
+        h after every step, [B, T, n], and the states after the last step.
+    """
     order = -1 if reverse else 1
-    dual = (
-        any(tangent(t) is not None for t in (from_input, *start))
-        or has_tangent(weight)
-        or has_tangent(bias)
-    )
-    constant = not any(
-        primal(base_of(t)).requires_grad
-        for t in (from_input, *start, weight, bias)
-        if t is not None
-    )
+    inputs = (from_input, *start)
+    dual = any(tangent(t) is not None for t in inputs) or has_tangent(weight) or has_tangent(bias)
+    tensors = [t for t in (*inputs, weight, bias) if t is not None]
+    constant = not any(primal(base_of(t)).requires_grad for t in tensors)
     if dual and constant:
         return linearized(cell, from_input, start, weight, bias, order)
     hidden_gates = hidden_product(weight, bias)
@@ -216,28 +123,33 @@ def along_time(
 def linearized(
     cell: Cell, from_input: Tensor, start: States, weight: Tensor, bias: Tensor | None, order: int
 ) -> tuple[Tensor, States]:
-    """`along_time` for duals of constant primal: first the states, without a graph; then their tangents, linear in time."""
+    """Run `along_time` on duals with a constant primal.
+
+    The first pass computes the states without a graph. The second pass computes their tangents,
+    which are linear.
+    """
     with torch.no_grad():
         base, shift = primal(base_of(weight)), None if bias is None else primal(base_of(bias))
         states = tuple(primal(s) for s in start)
-        visited, seen = [states], []
+        visited, intermediates = [states], []
         for gates in primal(from_input).unbind(1)[::order]:
             states, parts = cell.step(gates, F.linear(states[0], base, shift), states)
             visited.append(states)
-            seen.append(parts)
-        factors = cell.factors(tuple(torch.stack(part, dim=1) for part in zip(*seen, strict=True)))
+            intermediates.append(parts)
+        stacked = tuple(torch.stack(part, dim=1) for part in zip(*intermediates, strict=True))
+        factors = cell.factors(stacked)
         before = torch.stack([states[0] for states in visited[:-1]], dim=1)
-    known = weight_tangent(before, weight, bias)
-    moved = tangent(from_input)
+    by_weights = weight_tangent(before, weight, bias)
+    by_input = tangent(from_input)
     zeros = torch.zeros_like(before[:, :1, :1]).expand(
         before.shape[0], before.shape[1], base.shape[0]
     )
-    moved = zeros if moved is None else moved if order == 1 else moved.flip(1)
-    fixed = cell.fixed(factors, moved, zeros if known is None else known)
+    by_input = zeros if by_input is None else by_input if order == 1 else by_input.flip(1)
+    known = cell.known_tangents(factors, by_input, zeros if by_weights is None else by_weights)
     dots = tuple(torch.zeros_like(primal(s)) if (dot := tangent(s)) is None else dot for s in start)
     outputs = []
-    for at, *factor in zip(fixed.unbind(1), *(f.unbind(1) for f in factors), strict=True):
-        dots = cell.tangents(at, tuple(factor), F.linear(dots[0], base), dots)
+    for at, *factor in zip(known.unbind(1), *(f.unbind(1) for f in factors), strict=True):
+        dots = cell.next_tangents(at, tuple(factor), F.linear(dots[0], base), dots)
         outputs.append(dots[0])
     values = torch.stack([states[0] for states in visited[1:]][::order], dim=1)
     ends = tuple(
@@ -247,16 +159,14 @@ def linearized(
 
 
 def has_tangent(weight: Tensor | None) -> bool:
-    """Whether a weight is a linearization: a dual, or a responding one that is read as such."""
-    return (
-        weight.tangent
-        if isinstance(weight, ResponseWeight)
-        else weight is not None and tangent(weight) is not None
-    )
+    """Return whether a weight is linearized: a dual, or a per-example weight with `tangent`."""
+    if isinstance(weight, ResponseWeight):
+        return weight.tangent
+    return weight is not None and tangent(weight) is not None
 
 
 def weight_tangent(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """X Ẇᵀ + ḃ, the part of a linear map's tangent that comes of its weights; None where they do not move."""
+    """Return x Ẇᵀ + ḃ, or None if W and b have no tangent."""
     parts = []
     if isinstance(weight, ResponseWeight):
         parts.append(weight.broadcast_scale(x.ndim, -1) * F.linear(x, weight.response))
@@ -270,7 +180,7 @@ def weight_tangent(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
 
 
 def hidden_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """H ↦ W h + b for every step: of a responding weight, W₀h and W₁h come of one multiplication."""
+    """Return h ↦ W h + b; for a per-example W, one multiplication gives W₀h and W₁h."""
     if (
         not isinstance(weight, ResponseWeight)
         or weight.tangent
@@ -282,7 +192,7 @@ def hidden_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Te
 
     def apply(h: Tensor) -> Tensor:
         weight.check_examples(h)
-        fixed, moved = F.linear(h, both).chunk(2, dim=-1)
-        return torch.addcmul(fixed + shift, scale, moved)
+        by_base, by_response = F.linear(h, both).chunk(2, dim=-1)
+        return torch.addcmul(by_base + shift, scale, by_response)
 
     return apply

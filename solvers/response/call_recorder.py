@@ -1,0 +1,45 @@
+"""A record of the torch functions that a network calls."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from bilevel import Problem
+from bilevel.params import Batch, Carry, Hypers, Params
+
+
+class CallRecorder(TorchFunctionMode):
+    """Run `predict` once in training mode and record the functions that it calls.
+
+    Attributes:
+        functions: the torch functions that were called.
+        axes: the axis of the scale, by name, for each weight that was used as an embedding table:
+            its scale belongs to the columns (axis 1), not to the vocabulary.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.functions: set[Any] = set()
+        self.axes: dict[str, int] = {}
+        self._names = {id(p): name for name, p in params.items()}
+        with torch.no_grad(), self:
+            problem.predict(hypers, params, carry, batch, train=True, generator=generator)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.functions.add(func)
+        if func is F.embedding:
+            table = args[1] if len(args) > 1 else kwargs["weight"]
+            if id(table) in self._names:
+                self.axes[self._names[id(table)]] = 1
+        return func(*args, **kwargs)
