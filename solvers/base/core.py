@@ -17,7 +17,7 @@ from bilevel.solvers.base.search_distribution import SearchDistribution
 from bilevel.solvers.base.settings import InnerSettings
 from bilevel.solvers.optim.functional import configured, optimizer_settings
 from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized, descend
-from bilevel.solvers.response.jacobian import CallRecorder
+from bilevel.solvers.response.call_recorder import CallRecorder
 
 Split: TypeAlias = Literal["train", "valid"]
 
