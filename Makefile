@@ -1,37 +1,49 @@
-# make run: the main job in an environment of its own; make test: everything that CI asks for; make experiments-quick: every table and
-# picture of docs/ at reduced size, in runs/experiments-quick; make experiments: the full sizes, in docs/ (DATA=PATH: where MNIST is);
+# make run: the main job in an environment of its own.
+# make quick: an answer in about a minute: lint, types, the laws on two solvers, one run.
+# make test: everything that CI asks for.
+# make mutants: break the code on purpose; the tests must notice.
+# make soak: kill, stop, crash and fuzz runs.
 # make docs: the documentation as a site, in site/.
+# make experiments-quick: every table and picture of docs/ at reduced size, in
+# runs/experiments-quick; make experiments: the full sizes, in docs/ (DATA=PATH: where MNIST is).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test mutants soak docs experiments experiments-quick clean
+.PHONY: run quick test lint mutants soak docs experiments experiments-quick clean
 
 run: .venv/installed
 	$(BIN)/bilevel
 
 # xdist's workers share the cores among them
-test mutants soak: export OMP_NUM_THREADS = 1
+quick test mutants soak: export OMP_NUM_THREADS = 1
 
-test: .venv/tested
+quick: lint
+	$(BIN)/python -m pytest -n 2 tests/solvers/test_laws.py -k "delta_stn or implicit_cg"
+	$(BIN)/bilevel problem=ridge runner.epochs=2 runner.progress=none wandb.mode=disabled
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
 
 mutants: .venv/tested
 	$(BIN)/python -m tests.mutants
 
-# Every solver killed, stopped, crashed and starved of disk, and resumed; then thousands of fuzzed configurations and checkpoints.
+# Kill, stop, crash and starve every solver and resume it; then fuzz configurations and checkpoints.
 soak: .venv/tested
 	$(BIN)/python -m tests.soak kills
 	$(BIN)/python -m tests.soak fuzz
 
-# Not --quiet: warnings that are not shown are not counted.
+# Not --quiet: hidden warnings do not count as errors.
 docs: .venv/tested
 	$(BIN)/mkdocs build --strict
 
 experiments experiments-quick: .venv/installed
-	$(BIN)/python -m benchmarks.experiments $(if $(findstring quick,$@),--quick) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m benchmarks.experiments \
+		$(if $(findstring quick,$@),--quick) $(if $(DATA),--data "$(DATA)")
 
 # The stamps: an installation is repeated when pyproject.toml changes, and only then.
 .venv/installed: pyproject.toml
