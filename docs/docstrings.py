@@ -1,4 +1,4 @@
-"""Docstrings as the site reads them (an extension of Griffe, which parses the sources and runs nothing)."""
+"""Prepare docstrings for the site: an extension of Griffe, which parses sources and runs none."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """`Example:` is a section of doctests, as `Examples:` is; Griffe knows the plural alone."""
+    """Rename the section `Example:` to `Examples:`, the only name that Griffe reads."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:

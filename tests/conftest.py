@@ -1,4 +1,4 @@
-"""What every test session shares: shapes checked at run time, one thread, seeds."""
+"""Configure every test session: shapes checked at run time, one thread, seeds."""
 
 import logging
 import sys
@@ -12,7 +12,10 @@ from jaxtyping import AbstractArray, install_import_hook
 
 
 def shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Enforce those annotations that speak of shapes; the others are mypy's, and tests of bad input must get past them."""
+    """Enforce annotations of shape at run time.
+
+    mypy checks the other annotations. Tests of bad input must get past those.
+    """
     hints = {name: hint for name, hint in function.__annotations__.items() if _has_shape(hint)}
     if not hints:
         return function
@@ -26,21 +29,22 @@ def _has_shape(hint: Any) -> bool:
     )
 
 
-# Before anything of ours is imported; by name, since the hook writes the checker into the source that it loads.
+# The hook must come before the first import of ours. It takes the checker by name, because it
+# writes that name into the source that it loads.
 sys.modules["shape_checker"] = sys.modules[__name__]
 install_import_hook(["bilevel"], "shape_checker.shapes")
 
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    """Seeds for what a test draws without a generator of its own; one thread, so that xdist's workers do not compete."""
+    """Seed the global generator, and use one thread, so that xdist's workers do not compete."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """An empty working directory for the command, whose logging and environment are put back."""
+    """Run a command in an empty working directory, and restore logging and environment."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,7 @@
-"""Break the code on purpose, one named error at a time, and see that a law notices: `make mutants` (`python -m tests.mutants`).
+"""Break the code on purpose, one named error at a time; a test must fail.
 
-Each mutant is applied to a copy of the project, in which the tests that should notice are run; one that survives is a hole in
-them. The list is also in docs/mutants.md.
+Run `make mutants` or `python -m tests.mutants`. Each mutant is applied to a copy of the project, in
+which the named tests run. A mutant that survives is a gap in the tests. docs/mutants.md has the list.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PARTS = (
 
 
 class Mutant(NamedTuple):
-    """In `file`, `old` becomes `new`; one of `tests` must fail."""
+    """Replace `old` by `new` in `file`; one of `tests` must fail."""
 
     name: str
     file: str
@@ -415,7 +415,7 @@ def table() -> str:
 
 
 def survives(mutant: Mutant | None) -> str | None:
-    """Run the tests on a mutated copy (unchanged for None): what is wrong, or None where they came out as they should."""
+    """Run the tests on a mutated copy (unchanged for None) and return a complaint, or None."""
     with tempfile.TemporaryDirectory() as place:
         for part in PARTS:
             source, target = ROOT / part, Path(place) / part
@@ -430,7 +430,7 @@ def survives(mutant: Mutant | None) -> str | None:
             file = Path(place) / mutant.file
             text = file.read_text()
             if text.count(mutant.old) != 1:
-                return f"is out of date: its text stands {text.count(mutant.old)} times in {mutant.file}"
+                return f"is out of date: {mutant.file} has its text {text.count(mutant.old)} times"
             file.write_text(text.replace(mutant.old, mutant.new))
             tests = mutant.tests.split()
         command = [
@@ -461,7 +461,7 @@ def survives(mutant: Mutant | None) -> str | None:
 
 
 def main() -> int:
-    """Run all mutants, or those whose name holds a word; the exit status counts the survivors."""
+    """Run all mutants, or those whose name has a word; the exit status is 1 if one survives."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -480,10 +480,8 @@ def main() -> int:
         ):
             bad += verdict is not None
             name = "(no mutation: every test passes)" if mutant is None else mutant.name
-            print(
-                f"{'ok      ' if verdict is None else 'SURVIVED'}  {name}{'' if verdict is None else f'  {verdict}'}",
-                flush=True,
-            )
+            shown = "ok      " if verdict is None else "SURVIVED"
+            print(f"{shown}  {name}  {verdict or ''}".rstrip(), flush=True)
     print(f"{len(chosen) + 1 - bad} passed, {bad} failed")
     return min(bad, 1)
 

@@ -1,4 +1,4 @@
-"""Assert that solvers are composed: nothing concrete is overridden, and settings are spelled once."""
+"""Assert that solvers override no concrete method, and that settings are spelled once."""
 
 import ast
 import functools
@@ -24,7 +24,7 @@ SHARED = ("inner_steps", "inner_optimizer", "inner_scheduler", "clip_norm", "out
 
 
 def classes() -> set[type]:
-    """Return every class that a module of `bilevel.solvers` defines, and `Solver` with its bases."""
+    """Return every class defined in `bilevel.solvers`, and `Solver` with its bases."""
     found: set[type] = set(Solver.__mro__)
     for module in pkgutil.walk_packages(bilevel.solvers.__path__, "bilevel.solvers."):
         held = vars(importlib.import_module(module.name)).values()

@@ -1,4 +1,4 @@
-"""The code and the commands of the README and of the documentation work, links lead somewhere, and the site is complete."""
+"""Run the code and check the commands and links of README and docs; build the site."""
 
 import importlib.util
 import re
@@ -31,9 +31,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md")), ROOT / "benchmarks" 
 def test_code_blocks_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(
-        per_example_weight, "RULES", dict(per_example_weight.RULES)
-    )  # a page may teach a rule, which other tests know to be missing
+    # A page may register a rule that other tests expect to be missing.
+    monkeypatch.setattr(per_example_weight, "RULES", dict(per_example_weight.RULES))
     shared = {"__name__": page.stem}
     for number, block in enumerate(
         re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), start=1
@@ -48,10 +47,17 @@ def test_links_lead_somewhere(page):
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command line in an indented block, but for those with a place that the reader fills in."""
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).replace("\\\n", " ")
-    for line in re.findall(
-        r"^    ((?:bilevel|bilevel-compare|make|python -m)(?: .*)?)$", text, re.MULTILINE
+    """Yield the words of every command line, without those that have a place to fill in.
+
+    Command lines stand in indented blocks and in fences marked `sh`.
+    """
+    text = page.read_text().replace("\\\n", " ")
+    fenced = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    indented = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    command = r"((?:bilevel|bilevel-compare|make|python -m)(?: .*)?)$"
+    for line in (
+        *re.findall(rf"^    {command}", indented, re.MULTILINE),
+        *re.findall(rf"^ *{command}", fenced, re.MULTILINE),
     ):
         line = re.sub(r"\s+#.*$", "", line)
         if not any(place in line for place in ("…", "DIR")):
@@ -59,7 +65,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def composed(arguments: list[str]) -> Iterator[dict[str, Any]]:
-    """The configurations of a command line: every value of a sweep once, the other sweeps at their first."""
+    """Yield the configurations of a command line: each value of a sweep at least once."""
     add_resolvers()
     given = [
         input_errors.parse(argument)
@@ -90,8 +96,8 @@ def composed(arguments: list[str]) -> Iterator[dict[str, Any]]:
     [page for page in PAGES if list(commands(page))],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-def test_commands_are_ones_that_there_are(page):
-    """What each names exists, and a `bilevel` line sets nothing that the constructors would not take."""
+def test_commands_exist(page):
+    """Each name exists, and the constructors take every setting of a `bilevel` line."""
     targets_of_make = re.findall(r"^([a-z][\w -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     with initialize_config_module("bilevel.conf", version_base="1.3"):
         for program, *words in commands(page):
@@ -126,7 +132,7 @@ def test_no_mutant_is_out_of_date():
 
 
 def leaves(nav: Any) -> Iterator[str]:
-    """The pages of a navigation: lists of pages, and of titles with a page or a list."""
+    """Yield the pages of a navigation: lists of pages, and of titles with a page or a list."""
     if isinstance(nav, str):
         yield nav
     else:
@@ -150,7 +156,7 @@ def test_every_public_name_is_in_the_reference(package):
 
 
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
-    """Every link, anchor and picture, every page in the navigation, every `Args:` against its signature; no other host."""
+    """Check links, pictures, navigation and every `Args:` section; no other host is used."""
     pytest.importorskip("material", reason="needs the `docs` extra")
     pytest.importorskip("mkdocstrings", reason="needs the `docs` extra")
     # not --quiet: warnings that are not shown are not counted, and strict mode would let them pass

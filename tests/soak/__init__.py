@@ -1,1 +1,1 @@
-"""The long forms of tests that `make test` has in small: kills over a matrix, thousands of fuzzed inputs, an hour's run."""
+"""Long forms of tests in `make test`: a matrix of kills, thousands of fuzzed inputs, long runs."""

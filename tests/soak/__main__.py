@@ -1,4 +1,4 @@
-"""`python -m tests.soak kills|fuzz|hour`: what `make soak` runs, and an hour that nobody has to watch."""
+"""Kill, fuzz or watch runs for long: `python -m tests.soak kills|fuzz|hour`."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""Random configurations and damaged checkpoints: a clear sentence or a correct run, and nothing in between."""
+"""Fuzz configurations and checkpoints: each gives one clear sentence or a correct run."""
 
 import copy
 import io
@@ -101,7 +101,7 @@ VALUES = st.one_of(
 SIZES = re.compile(
     r"hidden|weights|width|features|examples|samples|nodes|cells|epochs|seconds|population|pairs|horizon|rank|tokens"
 )
-"""Settings whose large values are right, and take long."""
+"""Settings whose large values are valid and take long."""
 
 
 class TooLong(Exception):
@@ -110,7 +110,7 @@ class TooLong(Exception):
 
 @contextmanager
 def soon() -> Iterator[None]:
-    """Within it, what lasts longer than `LIMIT` is an error: a value that should have been refused, most likely."""
+    """Raise if the block lasts longer than `LIMIT`: most likely a bad value was not refused."""
 
     def ring(*_: object) -> None:
         raise TooLong(f"not ended after {LIMIT} s")
@@ -132,7 +132,7 @@ def examples(
     *,
     shrink: bool = True,
 ) -> None:
-    """Let `check` see `count` values, the same for the same seed; one that it refuses is told as small as can be."""
+    """Call `check` with `count` values, the same for the same seed; a failing one is shrunk."""
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
     profile = settings(
         max_examples=count,
@@ -184,7 +184,7 @@ class Configurations:
             self.configs.append(OmegaConf.to_container(composed, resolve=True))
 
     def strategy(self) -> st.SearchStrategy:
-        """Which configuration, and what to do to it: pairs of a number that chooses a setting, and an act."""
+        """Draw a configuration and changes: pairs of a number for a setting, and an act."""
         act = st.one_of(
             st.tuples(st.just("set"), VALUES),
             st.tuples(st.just("add"), VALUES),
@@ -242,9 +242,7 @@ def _leaves(node: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def _change(config: dict[str, Any], number: int, act: str, new: Any) -> str:
-    new = copy.deepcopy(
-        new
-    )  # a value that is drawn twice is one object, and could come to hold itself
+    new = copy.deepcopy(new)  # a value that is drawn twice is one object, and could hold itself
     paths = [path for path in _leaves(config) if path[0] not in ("names", "hydra")]
     path = paths[number % len(paths)]
     node: Any = config
@@ -262,7 +260,7 @@ def _change(config: dict[str, Any], number: int, act: str, new: Any) -> str:
 
 
 def _too_long(changed: str, config: Any) -> bool:
-    """Whether a change asks for a size or a length that would take long, rightly."""
+    """Return whether a change asks for a size or a length that is valid and takes long."""
     act, path, value = changed.split(" ", 2)
     try:
         return act == "set" and bool(SIZES.search(path)) and abs(float(value)) > 1000
@@ -300,7 +298,7 @@ GOOD = (
 
 
 def command_lines(configs: Configurations) -> st.SearchStrategy:
-    """Overrides of real keys, with whatever values; keys that nearly exist; words that are no overrides."""
+    """Draw overrides of real keys with any value, misspelled keys, and words without a key."""
     keys = sorted({".".join(map(str, path)) for path in _leaves(configs.configs[0])})
     keys = [key for key in keys if not key.startswith(("names", "loggers", "hydra", "data"))]
     written = VALUES.map(lambda value: json.dumps(value) if not isinstance(value, str) else value)
@@ -346,7 +344,7 @@ def command_lines(configs: Configurations) -> st.SearchStrategy:
 
 
 def check_command_line(overrides: list[str], place: Path) -> str:
-    """Run one in an empty folder; how it ended."""
+    """Run one command line in an empty folder, and return how it ended."""
     if any(SIZES.search(text) and re.search(r"\d{4}|e\+?\d|Infinity", text) for text in overrides):
         return "left out"
     before, directory = os.getcwd(), Path(tempfile.mkdtemp(dir=place))
@@ -391,7 +389,7 @@ def check_command_line(overrides: list[str], place: Path) -> str:
 
 
 class Harmful:
-    """What a forged checkpoint would run."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> tuple:
         return os.mkdir, ("harm",)
@@ -459,7 +457,7 @@ class CheckpointFiles:
             shutil.rmtree(directory)
 
     def load(self, directory: Path, contents: dict[str, bytes | None]) -> None:
-        """The first that is one of the whole ones, bit for bit, or a sentence."""
+        """Load the first intact file, bit for bit, or expect one sentence."""
         originals = list(self.contents.values())
         whole = [content in originals for content in contents.values()]
         try:
@@ -519,7 +517,7 @@ def harmful(*, sealing: bool) -> bytes:
 
 
 def main(seed: int, count: int, place: Path) -> int:
-    """Thousands of each; 1 where one of them was neither refused nor right."""
+    """Fuzz all three kinds; return 1 if an input was neither refused nor right."""
     configs, files, ended = Configurations(place), CheckpointFiles(place), Counter[str]()
 
     def line(overrides: list[str]) -> None:

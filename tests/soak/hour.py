@@ -1,4 +1,4 @@
-"""An hour each of Δ-STN and of an implicit solver on the default digits: is memory flat, is the time per step?"""
+"""Run Δ-STN and an implicit solver for an hour each; memory and time per step must stay flat."""
 
 import csv
 import json
@@ -34,7 +34,7 @@ SPEED = 0.15
 
 
 class Sample(NamedTuple):
-    """What was seen of a run: seconds since its start, MiB, MiB of W&B's process, processor seconds, steps."""
+    """Seconds since the start, MiB, MiB of W&B's process, processor seconds, and steps."""
 
     seconds: float
     memory: float
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 def resident(pid: int) -> float:
-    """MiB that a process holds in memory."""
+    """Return the MiB that a process holds in memory."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
@@ -52,13 +52,13 @@ def resident(pid: int) -> float:
 
 
 def processor(pid: int) -> float:
-    """Seconds of the processor that it has had: those that other processes take are not among them."""
+    """Return the processor seconds of one process, without those of others."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def children(pid: int) -> list[int]:
-    """Its processes, W&B's own, and theirs."""
+    """Return all descendants of a process; W&B's is among them."""
     try:
         direct = [
             int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -69,7 +69,7 @@ def children(pid: int) -> list[int]:
 
 
 def last_step(metrics: Path) -> int:
-    """Of the last whole line."""
+    """Return the step of the last whole line."""
     if not metrics.exists():
         return 0
     with open(metrics, "rb") as file:
@@ -79,7 +79,7 @@ def last_step(metrics: Path) -> int:
 
 
 def watch(solver: str, minutes: float, place: Path) -> list[Sample]:
-    """A sample every two seconds, in `<solver>.csv` too."""
+    """Sample a run every two seconds, and write the samples to `<solver>.csv`."""
     directory = place / solver
     command = [
         sys.executable,
@@ -118,15 +118,15 @@ def watch(solver: str, minutes: float, place: Path) -> list[Sample]:
 
 
 def while_training(samples: Sequence[Sample]) -> list[Sample]:
-    """Those between the first step and the last: imports before and the picture after are no leak."""
+    """Return the samples between the first step and the last, without imports and pictures."""
     return [sample for sample in samples if 0 < sample.step < samples[-1].step]
 
 
 def judge(solver: str, samples: Sequence[Sample]) -> bool:
-    """Print what was seen; whether all of it is flat.
+    """Print the measurements, and return whether all of them are flat.
 
-    The last quarter is held against the second: the first has the growth of imports, of the allocator, of W&B's buffers.
-    Slopes are over the last three quarters.
+    The last quarter is compared with the second. The first has the growth of imports, of the
+    allocator and of W&B's buffers. Slopes are over the last three quarters.
     """
     size = max(1, len(samples) // 4)
     quarters = [samples[number * size : (number + 1) * size + 1] for number in range(4)]
@@ -156,6 +156,6 @@ def judge(solver: str, samples: Sequence[Sample]) -> bool:
 
 
 def main(minutes: float, place: Path) -> int:
-    """Both runs, one after the other; 1 where one of them is not flat."""
+    """Run both, one after the other; return 1 if one of them is not flat."""
     flat = [judge(solver, watch(solver, minutes, place)) for solver in SOLVERS]
     return 0 if all(flat) else 1

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved of disk or crashed at seeded moments, resumed, and held against one left alone."""
+"""Kill, stop, crash or starve runs at seeded moments, resume them, and compare with a whole run."""
 
 import json
 import os
@@ -61,14 +61,14 @@ SOLVERS = {
     "gp": ("solver=gp", TRIALS),
     "pbt": ("solver=pbt", "solver.population=4", "solver.interval=0.5"),
 }
-"""Those of tests/solvers/test_laws.py, from the command line."""
+"""The solvers of tests/support/solver_list.py, from the command line."""
 
 FAULTS = ("kill", "term", "interrupt", "full", "crash")
 ATTEMPTS = 8
 
 
 class Ended(NamedTuple):
-    """How a process ended: its status, and what it said on its standard error."""
+    """The exit status of a process, and the text of its standard error."""
 
     rc: int
     said: str
@@ -97,7 +97,7 @@ class Server:
         fault: dict[str, Any] | None = None,
         after: float | None = None,
     ) -> Ended:
-        """One command line, with a fault in it, or killed from outside so many seconds after its beginning."""
+        """Run one command line with a fault, or kill it from outside after so many seconds."""
         request = {"cwd": str(cwd), "arguments": arguments, "fault": fault}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -131,7 +131,7 @@ def serving() -> Iterator[Server]:
 
 
 class Case(NamedTuple):
-    """A solver, a fault, the seed of its moments, and how often it strikes before the run is left to end."""
+    """A solver, a fault, the seed of its moments, and the number of strikes."""
 
     solver: str
     fault: str
@@ -141,14 +141,14 @@ class Case(NamedTuple):
 
 
 class Matrix:
-    """Runs cases, against one run of each solver that is left alone."""
+    """Runs cases, and compares each with one undisturbed run of its solver."""
 
     def __init__(self, server: Server, place: Path) -> None:
         self.server, self.place = server, place
         self._references: dict[str, dict[str, int]] = {}
 
     def reference(self, solver: str) -> tuple[Path, dict[str, int]]:
-        """The directory of the run that is left alone, and how many events of each kind there were in it."""
+        """Return the directory of the undisturbed run, and its number of events of each kind."""
         directory = self.place / f"{_folder(solver)}-undisturbed"
         if solver not in self._references:
             count = self.place / "count"
@@ -161,7 +161,7 @@ class Matrix:
         return directory, self._references[solver]
 
     def run(self, case: Case) -> tuple[list[str], list[str]]:
-        """Where the fault struck, and what was lost: nothing, it is to be hoped."""
+        """Return where the fault struck, and what was lost."""
         whole, events = self.reference(case.solver)
         directory = self.place / f"{_folder(case.solver)}-{case.fault}-{case.seed}"
         draw, struck, resumed = random.Random(f"{case.solver} {case.fault} {case.seed}"), [], False
@@ -171,7 +171,8 @@ class Matrix:
             )
             fault = None
             if attempt < case.strikes:
-                # by kind, since most events are writes of a checkpoint; later strikes meet a run that has less before it
+                # By kind, since most events are writes of a checkpoint. Later strikes meet a run
+                # that has less before it.
                 only = draw.choice(list(events)) if case.fault != "crash" else "evaluate"
                 at = draw.randint(1, max(1, events[only] // (attempt + 1)))
                 fault = {
@@ -214,7 +215,7 @@ class Matrix:
 
 
 def _unexpected(ended: Ended, fault: str | None) -> str | None:
-    """What is wrong with how a process ended; None where that is what its fault should lead to."""
+    """Return a complaint about how a process ended; None if its fault explains it."""
     expected = {
         None: (0,),
         "kill": (-9, 0),
@@ -231,13 +232,12 @@ def _unexpected(ended: Ended, fault: str | None) -> str | None:
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-    """What two directories of runs differ in, costs apart: records, the final state, the summary."""
+    """Return the differences of two runs without costs: records, final state, summary."""
     found = []
     ours, theirs = (read_metrics(directory / "metrics.jsonl") for directory in (other, whole))
     if without_costs(ours) != without_costs(theirs):
-        found.append(
-            f"metrics.jsonl: steps {[r['step'] for r in ours]} and not {[r['step'] for r in theirs]}, or other values"
-        )
+        steps, wanted = ([record["step"] for record in run] for run in (ours, theirs))
+        found.append(f"metrics.jsonl: steps {steps} and not {wanted}, or other values")
     ours, theirs = (
         torch.load(directory / "checkpoint.pt", weights_only=True)["state"]
         for directory in (other, whole)
@@ -266,7 +266,7 @@ def without_costs(value: Any) -> Any:
 
 
 def unequal(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two nested states differ, bit by bit."""
+    """Return where two nested states differ, bit by bit."""
     if type(one) is not type(other):
         return [f"{path}: {type(one).__name__} and {type(other).__name__}"]
     if isinstance(one, torch.Tensor):
@@ -295,7 +295,7 @@ def unequal(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def wandb_differences(directory: Path) -> list[str]:
-    """Return what W&B's offline parts lack or have twice; parts that a kill cut off do not count."""
+    """Return what W&B's offline parts lack or have twice; parts set aside do not count."""
     steps, ids = [], set()
     for file in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         if rows := of_kind(read_file(file), "history"):  # a run without a checkpoint began anew
@@ -311,7 +311,7 @@ def _folder(solver: str) -> str:
 
 
 def cases(seed: int) -> Iterator[Case]:
-    """The matrix: every solver and every fault; kills strike up to three times, and every seventh case has W&B."""
+    """Yield every solver with every fault; kills strike up to three times, each seventh has W&B."""
     for i, solver in enumerate(SOLVERS):
         for j, fault in enumerate(FAULTS):
             number = i * len(FAULTS) + j
@@ -322,22 +322,17 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 def main(seed: int, place: Path) -> int:
-    """The whole matrix, as a table; 1 where anything was lost."""
+    """Run the whole matrix and print a table; return 1 if anything was lost."""
     began, strikes, failed = time.monotonic(), 0, 0
-    print(
-        "| solver | fault | struck at (event, number of all: exit status) | lost |\n|---|---|---|---|",
-        flush=True,
-    )
+    print("| solver | fault | struck at (event, number of all: exit status) | lost |")
+    print("|---|---|---|---|", flush=True)
     with serving() as server:
         matrix = Matrix(server, place)
         for case in cases(seed):
             struck, lost = matrix.run(case)
             strikes, failed = strikes + len(struck), failed + bool(lost)
-            print(
-                f"| {case.solver} | {case.fault} | {'; '.join(struck)} | {'; '.join(lost) or 'nothing'} |",
-                flush=True,
-            )
-    print(
-        f"\n{strikes} faults, {failed} runs that lost something; {time.monotonic() - began:.0f} s, seed {seed}"
-    )
+            told = "; ".join(struck), "; ".join(lost) or "nothing"
+            print(f"| {case.solver} | {case.fault} | {told[0]} | {told[1]} |", flush=True)
+    seconds = time.monotonic() - began
+    print(f"\n{strikes} faults, {failed} runs that lost something; {seconds:.0f} s, seed {seed}")
     return min(failed, 1)

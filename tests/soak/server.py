@@ -1,7 +1,7 @@
-"""A process that has imported everything, and forks one that runs the command line for each request; the faults of such a run.
+"""Import everything once, then fork a process that runs the command line for each request.
 
-Requests and answers are lines of JSON on the standard input and output. Run as a file, beside no other code: what runs is the
-command line as it is installed, and the faults are put into it from outside.
+Requests and answers are lines of JSON on the standard input and output. Each process runs the
+installed command line; the faults are put into it from outside.
 """
 
 import json
@@ -15,12 +15,15 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.S
 
 
 class Fault:
-    """What happens at the `at`-th event: a round or an evaluation begins, a file is written, synced, linked, renamed, removed.
+    """A fault at the `at`-th event of a run.
+
+    Events: a round or an evaluation begins; a file is written, synced, linked, renamed or removed.
 
     Args:
-        act: a signal of `SIGNALS`; `full`: from then on no file can grow beyond `limit` bytes; `crash`: an evaluation raises.
+        act: a signal of `SIGNALS`; `full`: no file can grow beyond `limit` bytes any more; `crash`:
+            an evaluation raises.
         only: the kind of events that are counted; by default all.
-        count: where the process leaves, event by event, how many of each kind there were, the last one last.
+        count: the file to which the process writes the number of events of each kind.
     """
 
     def __init__(self, act: str, at: int, count: str, limit: int = 0, only: str = "") -> None:
@@ -78,7 +81,7 @@ def run(request: dict) -> int:
 
 
 def preload() -> None:
-    """All that a run imports, by running one; what it changes in the process is what any run would."""
+    """Run once, so that everything is imported."""
     import tempfile
 
     import torch

@@ -1,4 +1,4 @@
-"""What the hour-long run is judged by: a leak of memory and a step that grows slower are told, noise is not."""
+"""The judge of the hour-long run finds a leak and a slowing step, and ignores noise."""
 
 import pytest
 

@@ -8,7 +8,7 @@ import yaml
 
 
 def records(losses, *, per_step=0.5, examples=10, **more) -> list[dict[str, Any]]:
-    """An evaluation for each loss, an epoch of two steps apart; `more` are columns of the same length."""
+    """Return one evaluation per loss, an epoch of two steps apart; `more` are further columns."""
     return [
         {
             "step": 2 * index,

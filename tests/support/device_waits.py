@@ -26,15 +26,15 @@ WAITS = {
 """Operations that make CUDA wait."""
 
 READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.cpu}
-"""What on the CPU is no operation at all."""
+"""Functions that run no operation on the CPU."""
 
 SEEDED = inspect.unwrap(global_rng.seeded).__code__
-"""May read one number: on the host, a global generator is seeded with a number drawn there; on CUDA it reads the generator's
-state instead, which lies on the host."""
+"""The code that may read one number. On the host it seeds a global generator with a drawn number;
+on CUDA it reads the generator's state instead, which lies on the host."""
 
 
 class Waited(AssertionError):
-    """A step did what would wait for the device."""
+    """A step ran an operation that would wait for the device."""
 
 
 class Operations(TorchDispatchMode):
@@ -58,7 +58,7 @@ class Functions(TorchFunctionMode):
 
 
 def called_by(code):
-    """Whether the innermost frame outside installed packages and the modes that a function passes through is of `code`."""
+    """Return whether `code` is the innermost frame outside installed packages and these modes."""
     frame = sys._getframe(1)
     while (
         frame.f_code.co_name.startswith("__torch_")

@@ -1,4 +1,4 @@
-"""The smallest problem and solver that a runner can be tested with: everything that it may disturb is drawn upon."""
+"""A small problem and solver for tests of the runner; they use all state that it may disturb."""
 
 import copy
 
@@ -13,7 +13,7 @@ BATCH = 2
 
 
 class FakeProblem(Problem):
-    """Least squares; validation comes from a DataLoader, which draws from the global random state whenever it is iterated."""
+    """Least squares with validation from a DataLoader, which draws from the global generator."""
 
     def __init__(self, test=True):
         self.space = Space(
@@ -54,7 +54,7 @@ class FakeProblem(Problem):
 
 
 class FakeSolver(Solver):
-    """SGD on w, and after warm-up a random walk of u; `hooks` are called after the step that they are filed under."""
+    """SGD on w and, after warm-up, a random walk of u; `hooks[step]` is called after that step."""
 
     def __init__(self, inner_steps=4, rate=0.05, poison_at=None, hooks=None):
         self.inner_steps, self.rate, self.poison_at, self.hooks = (

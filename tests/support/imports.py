@@ -78,10 +78,9 @@ def arrows(known: dict[str, str], *, lazily: bool = True) -> dict[str, set[str]]
 
 
 def folders(modules: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Return for each folder the folders that its modules import from; a file of the core is its own.
+    """Return for each folder the folders that its modules import from.
 
-    The files directly in `bilevel`, `bilevel.solvers` and `bilevel.problems` are doors of their own,
-    and a door may be imported from anywhere.
+    A file directly in `bilevel`, `bilevel.solvers` or `bilevel.problems` counts as a folder.
     """
     tops = {"bilevel", *(f"bilevel.{top}" for top in PARTS)}
 

@@ -55,7 +55,7 @@ def images(shape=(1, 2, 3), examples=27):
 
 
 def mlp(dropout="gaussian"):
-    """Dropout from the solver's generator, at rates that may differ from example to example, and weight decay."""
+    """Return a problem with weight decay and dropout, whose rates may differ between examples."""
     space = {"weight_decay": {"init": 0.1}}
     network = partial(_doubled, partial(MLP, (6, 8, 7, 3)))
     return Classification(
@@ -86,7 +86,7 @@ class Decayed(ModuleProblem):
 
 
 def convolutional(per_example=False):
-    """Convolutions with batch norm, whole channels dropped, and masks from PyTorch's own generator."""
+    """Return convolutions with batch norm, dropped channels, and PyTorch's own dropout."""
     torch.manual_seed(0)
     layers = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout2d(0.3)
     head = nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 3)
@@ -113,7 +113,7 @@ def language():
 
 
 def trained(problem, solver, ranks=None, *, rehearsed=True):
-    """λ, w, carry, metrics and generator after some rounds, an evaluation, and the hypergradient on the next batches."""
+    """Return λ, w, carry, metrics, generator, evaluation and hypergradient after some rounds."""
     data = problem.data(CPU, torch.Generator().manual_seed(1))
     if ranks is not None:
         problem = shard(problem, data, CPU, ranks) if rehearsed else ShardedProblem(problem, ranks)
@@ -137,13 +137,13 @@ def trained(problem, solver, ranks=None, *, rehearsed=True):
 
 
 def both(make_problem, make_solver, ranks):
-    """In one process (on rank 0) and in two."""
+    """Return the results of one process (on rank 0) and of two."""
     alone = trained(make_problem(), make_solver()) if ranks.rank == 0 else {}
     return alone, trained(make_problem(), make_solver(), ranks)
 
 
 def unweighted(ranks):
-    """The wrong way: the losses of five and of four examples count alike."""
+    """Train the wrong way: the losses of five and of four examples get equal weight."""
     right, Shard.weight = Shard.weight, property(lambda shard: 0.5)
     try:
         return trained(mlp(), Fixed(), ranks, rehearsed=False)
@@ -152,9 +152,7 @@ def unweighted(ranks):
 
 
 def local_solves(ranks):
-    """The hypergradient of the conjugate gradients that each rank runs on the Hessian of its own shard, averaged; the right one
-    beside it.
-    """
+    """Return the right hypergradient, and the mean of those that each rank solves on its shard."""
     outcomes = []
     for whole in (True, False):
         problem, solver = mlp(), implicit_cg(curvature=GaussNewton(damping=0.01))
@@ -172,7 +170,7 @@ def local_solves(ranks):
 
 
 def collectives(make_problem, make_solver, ranks):
-    """How many numbers each all-reduce of a round has, after the first."""
+    """Return the number of elements of each all-reduce in the second round."""
     sizes, plain = [], dist.all_reduce
 
     def counted(tensor, *args, **options):
@@ -192,7 +190,7 @@ def collectives(make_problem, make_solver, ranks):
 
 
 def waiting(make_problem, make_solver, ranks):
-    """Whether a round would have the host wait for the device."""
+    """Run a round in which the host must not wait for the device."""
     problem, solver = make_problem(), make_solver()
     data = problem.data(CPU, torch.Generator().manual_seed(1))
     solver.setup(shard(problem, data, CPU, ranks), data, CPU, torch.Generator().manual_seed(2))
@@ -202,20 +200,20 @@ def waiting(make_problem, make_solver, ranks):
 
 
 def refused(make_problem, ranks):
-    """The sentence with which a problem is refused, or with which the ranks find that they have parted."""
+    """Shard a problem, which must raise."""
     problem = make_problem()
     shard(problem, problem.data(CPU, torch.Generator().manual_seed(1)), CPU, ranks)
 
 
 def parted(ranks):
-    """Ranks hold another bit of one weight; the same NaN is no difference."""
+    """Let the ranks differ in one hyperparameter; the same NaN is not a difference."""
     same = {"params": {"w": torch.tensor([1.0, float("nan")])}}
     ranks.check(same, 3)
     ranks.check(same | {"hypers": {"decay": torch.tensor(0.1) + 1e-8 * ranks.rank}}, 3)
 
 
 def failing(ranks):
-    """What fails on the first rank fails on all."""
+    """Fail on the first rank, and so on all."""
 
     def fails():
         raise BilevelError(f"rank {ranks.rank} cannot write")
@@ -233,7 +231,7 @@ class Summed(Decayed):
 
 
 class Padded(Decayed):
-    """A mean over the examples that have a label: all of the first few have one, and of the batch one has not."""
+    """A mean over the labelled examples; one example of the batch has no label."""
 
     def inner_objective(self, hypers, params, prediction, batch):
         labels = torch.where(batch[0][:, 0] > 1.3, -100, batch[1])
@@ -251,7 +249,7 @@ class Mixed(Decayed):
 
 
 class Averaging(nn.Module):
-    """Keeps a mean of what it has seen."""
+    """Keeps a running mean of its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -265,7 +263,7 @@ class Averaging(nn.Module):
 
 
 class DropConnect(Decayed):
-    """A mask of weights, of as many rows as a rank has examples."""
+    """Masks weights that have as many rows as a rank has examples."""
 
     def predict(self, hypers, params, carry, batch, *, train, generator):
         if train:
@@ -275,7 +273,7 @@ class DropConnect(Decayed):
 
 
 class Elsewhere(Decayed):
-    """Its data are other ones on another rank."""
+    """Has different data on each rank."""
 
     def __init__(self, rank):
         super().__init__(nn.Linear(4, 3))
@@ -283,7 +281,7 @@ class Elsewhere(Decayed):
 
 
 def exact_run(directory):
-    """Of a problem that knows its exact hypergradient, under a solver that solves."""
+    """Run CG on a problem that knows its exact hypergradient."""
     runner = Runner(epochs=3, warmup_epochs=1, progress="none", picture=False, device="cpu")
     runner.run(
         Ridge.synthetic(features=4, batch_size=7),
@@ -294,7 +292,7 @@ def exact_run(directory):
 
 
 def runs(ranks, out):
-    """A whole run, one that is stopped by a signal on the other rank and resumed, and what both leave."""
+    """Run a whole run, and one that a signal on the other rank stops and that is resumed."""
     exact_run(out / "ridge")
     runner = partial(
         Runner, warmup_epochs=0.5, evaluate_every=0.5, progress="none", picture=False, device="cpu"

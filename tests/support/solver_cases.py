@@ -1,4 +1,4 @@
-"""The list of solvers and the list of problems that the laws run over, and what the tests of self-tuning share."""
+"""List problems and self-tuning solvers for the laws, and helpers of the tests of solvers."""
 
 import itertools
 import math
@@ -68,7 +68,10 @@ def sgd(lr, **options):
 
 
 def ready(problem, solver=None, *, away=0.0, seed=1, device=CPU):
-    """`solver` (Δ-STN, if none) set up on `problem`; `away`: w₀ and Θ moved, since at Θ = 0 some gradients vanish."""
+    """Return `solver` (default Δ-STN), set up on `problem`.
+
+    `away` moves w₀ and Θ, because some gradients vanish at Θ = 0.
+    """
     solver = SelfTuning() if solver is None else solver
     generator = torch.Generator(device).manual_seed(seed)
     solver.setup(
@@ -86,7 +89,7 @@ def ready(problem, solver=None, *, away=0.0, seed=1, device=CPU):
 
 
 def drawn(solver, batch):
-    """The solver's own loss for Θ, with draws that can be repeated."""
+    """Return the solver's own loss for Θ, with draws that can be repeated."""
     core = solver.core
     core.generator.manual_seed(7)
     base = core.weights.detached() if solver.regularized_w0 else core.weights.tensors
@@ -99,7 +102,10 @@ def set_to(tensors, value):
 
 
 def nodes(h, order=8):
-    """Gauss–Hermite: points z and weights of N(0, I_h), exact for polynomials of degree below 2·order in each coordinate."""
+    """Return Gauss–Hermite points z and weights of N(0, I_h).
+
+    They are exact for polynomials of degree below 2·order in each coordinate.
+    """
     z, weight = np.polynomial.hermite_e.hermegauss(order)
     points = torch.tensor(list(itertools.product(z, repeat=h)))
     return points, torch.tensor(
@@ -108,7 +114,7 @@ def nodes(h, order=8):
 
 
 def expected_loss(solver, base=None, order=8):
-    """E_ε of the solver's own perturbed loss on its training batch, by quadrature."""
+    """Return E_ε of the solver's own perturbed loss on its training batch, by quadrature."""
     core, total = solver.core, 0.0
     base, batch = core.weights.tensors if base is None else base, core.data.train.peek()
     for z, weight in zip(*nodes(core.search.u.numel(), order), strict=True):
@@ -180,7 +186,7 @@ class Dropped(Decayed):
 
 
 def normed(dropout=0.0, per_example=True):
-    """A network with batch norm and, where asked, dropout; the one hyperparameter is its weight decay."""
+    """Return a network with batch norm and dropout, whose weight decay is tuned."""
     module = nn.Sequential(
         nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 3)
     )
@@ -200,7 +206,7 @@ def convolutional():
 
 
 class Last(nn.Module):
-    """What an LSTM has said at the end of its sequence."""
+    """An LSTM with a linear layer on its last output."""
 
     def __init__(self):
         super().__init__()
@@ -211,7 +217,7 @@ class Last(nn.Module):
 
 
 def every_domain():
-    """A hyperparameter of each domain, of which `decay` alone does anything, and a frozen one."""
+    """Return a problem with a hyperparameter of each domain; only `decay` has an effect."""
     return Decayed(
         nn.Linear(4, 3),
         decay=Positive(init=0.1),
@@ -286,7 +292,7 @@ all_problems = pytest.mark.parametrize("make_problem", PROBLEMS.values(), ids=PR
 
 
 def at(solver):
-    """Return what holds `problem`, `data`, `device` and `generator` of a solver: its core, if any."""
+    """Return the holder of `problem`, `data`, `device` and `generator`: the core, if any."""
     return getattr(solver, "core", solver)
 
 

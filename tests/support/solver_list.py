@@ -56,7 +56,7 @@ SOLVERS = {
 BLACK_BOX = {"random_search", "tpe", "gp", "pbt"}
 SELF_TUNING = {"delta_stn", "centered_stn", "stn"}
 DIRECT_ONLY = {"first_order"}
-"""Those that follow ∂L_V/∂λ with w held: they meet the laws on problems whose L_V holds λ itself, and refuse the others."""
+"""Solvers that follow ∂L_V/∂λ at fixed w. They refuse problems whose L_V does not contain λ."""
 WITHOUT_DERIVATIVE = BLACK_BOX | SELF_TUNING | DIRECT_ONLY | {"fixed", "es", "es, truncated"}
 TUNE_OPTIMIZERS = (
     BLACK_BOX | {name for name in SOLVERS if name.startswith(("unrolled", "es"))} | {"fixed"}
@@ -65,7 +65,7 @@ SMALL = partial(digits, hidden=[8], dropout="gaussian")
 
 
 def suited(name, problem):
-    """The problem; for solvers of the direct term alone, with a price on λ in L_V, so that there is such a term."""
+    """Return the problem; for solvers of the direct term, add a penalty on λ to L_V."""
     if name in DIRECT_ONLY:
         plain = problem.outer_objective
         problem.outer_objective = lambda hypers, *rest: (

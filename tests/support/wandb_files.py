@@ -1,4 +1,4 @@
-"""Read W&B's offline files: blocks of 32 KiB in LevelDB's log format, after a header of the file."""
+"""Read W&B's offline files: a header, then blocks of 32 KiB in LevelDB's log format."""
 
 import struct
 from pathlib import Path
