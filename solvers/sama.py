@@ -17,7 +17,8 @@ from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import WrittenHypergradient
-from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments, sgd
+from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
+from bilevel.solvers.optim.updates import sgd
 from bilevel.validate import positive
 
 

@@ -18,8 +18,9 @@ from bilevel.solvers.base.dry_run import check_response, lacks_derivative
 from bilevel.solvers.base.method import BestResponse
 from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 from bilevel.solvers.response.jacobian import Dense
+from bilevel.solvers.unroll.base import Mode, Unroll
 from bilevel.solvers.unroll.forward import Forward
-from bilevel.solvers.unroll.reverse import Mode, Reverse, StoredGraph, Unroll
+from bilevel.solvers.unroll.reverse import Reverse, StoredGraph
 from bilevel.solvers.unroll.trajectory import InnerState, Trajectory, lacks_second_derivative
 
 MANY = 100

@@ -222,8 +222,8 @@ MUTANTS = [
     ),
     Mutant(
         "a differentiable Adam that loses its square root",
-        "solvers/optim/functional.py",
-        '    root = _root(square) / (1 - s["beta2"] ** count) ** 0.5',
+        "solvers/optim/updates.py",
+        '    root = square_root(square) / (1 - s["beta2"] ** count) ** 0.5',
         '    root = square / (1 - s["beta2"] ** count)',
         "solvers/optim/test_functional.py",
     ),

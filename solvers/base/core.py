@@ -15,8 +15,8 @@ from bilevel.solvers.autodiff.decompositions import RECURRENT
 from bilevel.solvers.autodiff.pullback import flat
 from bilevel.solvers.base.search_distribution import SearchDistribution
 from bilevel.solvers.base.settings import InnerSettings
-from bilevel.solvers.optim.functional import configured, optimizer_settings
 from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized, descend
+from bilevel.solvers.optim.settings import configured, optimizer_settings
 from bilevel.solvers.response.call_recorder import CallRecorder
 
 Split: TypeAlias = Literal["train", "valid"]

@@ -26,8 +26,8 @@ from bilevel.services import Services
 from bilevel.solver import on_cpu
 from bilevel.solvers.base.settings import InnerSettings
 from bilevel.solvers.black_box.ranges import ranges_of
-from bilevel.solvers.optim.functional import apply_settings, configured, optimizer_settings
 from bilevel.solvers.optim.optimized import Optimized, descend
+from bilevel.solvers.optim.settings import apply_settings, configured, optimizer_settings
 from bilevel.validate import at_least, between, positive, whole
 
 

@@ -19,8 +19,8 @@ from bilevel.solvers.base.settings import InnerSettings
 from bilevel.solvers.black_box.ranges import Ranges, ranges_of
 from bilevel.solvers.black_box.samplers import GP, TPE, Pruner, RandomSearch, Sampler
 from bilevel.solvers.black_box.trials import Trials
-from bilevel.solvers.optim.functional import configured, optimizer_settings
 from bilevel.solvers.optim.optimized import descend
+from bilevel.solvers.optim.settings import configured, optimizer_settings
 from bilevel.validate import whole
 
 MANY = 30

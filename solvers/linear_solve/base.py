@@ -1,6 +1,8 @@
-"""Solves of A x = v for a symmetric A that is known by its products alone, all on the device and without waiting for it."""
+"""The interface of linear solves A x = v, where a symmetric A is given by its products q ↦ A q.
 
-import math
+All computations stay on the device and do not wait for it, unless a class says otherwise.
+"""
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +12,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bilevel import BilevelError
+from bilevel.validate import is_number, positive, wrong
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 """q ↦ A q, [m] → [m]."""
 
 
 ROUNDING = 10
-"""Machine epsilons, relative to the largest eigenvalue, below which curvature has no sign."""
+"""Curvature below this many machine epsilons of the largest eigenvalue counts as zero."""
 
 
 class Guess(NamedTuple):
-    """What one solve leaves to the next.
+    """Where a solve starts; the last solve provides it.
 
     Attributes:
-        x: where to begin; None for 0.
-        eigenvector: where the power iteration begins; None for v.
+        x: the first iterate; None for 0.
+        eigenvector: the first vector of the power iteration; None for v.
     """
 
     x: Float[Tensor, " m"] | None = None
@@ -36,15 +38,16 @@ COLD_START = Guess()
 
 
 class Solved(NamedTuple):
-    """What a solve found; everything lies on the device.
+    """The result of a solve, on the device.
 
     Attributes:
         x: the last iterate.
         residual: ‖A x − v‖/‖v‖, 0 where v is 0.
-        iterations: how many were taken.
-        negative_curvature: whether a direction p with pᵀA p < 0 was met; by CG, with pᵀA p ≤ 0, as in a singular A.
-        largest: a lower bound on the largest |eigenvalue| of A, where one is known.
-        eigenvector: what the power iteration has come to, for the next one.
+        iterations: the number of iterations.
+        negative_curvature: True if the solve met a direction p with pᵀA p < 0. CG also reports
+            pᵀA p = 0, as for a singular A.
+        largest: a lower bound on the largest |eigenvalue| of A; None if unknown.
+        eigenvector: the last vector of the power iteration, for the next solve.
     """
 
     x: Float[Tensor, " m"]
@@ -56,11 +59,11 @@ class Solved(NamedTuple):
 
 
 class LinearSolve(ABC):
-    """A way to solve A x = v. It has no state of its own: what one solve leaves to the next is handed to it.
+    """A way to solve A x = v. It has no state: the caller passes the result of the last solve.
 
     Attributes:
-        tolerance: the relative residual above which a solver that uses it warns.
-        continues: whether it can begin at the x of a guess.
+        tolerance: a solver warns if the relative residual ‖A x − v‖/‖v‖ is larger.
+        continues: True if the solve can start at the x of a guess.
     """
 
     tolerance: float = 0.1
@@ -74,27 +77,28 @@ class LinearSolve(ABC):
         guess: Guess = COLD_START,
         generator: torch.Generator | None = None,
     ) -> Solved:
-        """A solution, as good as its budget allows.
+        """Return an approximate solution of A x = v.
 
         Args:
-            product: q ↦ A q, the same symmetric A at every call.
+            product: q ↦ A q, with the same symmetric A at every call.
             v: [m].
-            guess: what the last solve of a system like this one has come to; its tensors are used up (memory counts here).
-            generator: on the device of v; of the draws of those that draw.
+            guess: the result of the last solve of a similar system; the solve overwrites its
+                tensors, to save memory.
+            generator: on the device of v, for solves that draw at random.
         """
 
 
 @final
 @dataclass(frozen=True)
 class Identity(LinearSolve):
-    """x = `scale` · v, as if A were I/`scale`: one step of gradient descent with that learning rate, unrolled.
+    """x = `scale` · v, the solution for A = I/`scale`: one unrolled step of gradient descent.
 
     One product is spent on the residual.
 
     Args:
-        scale: the learning rate; where the hypergradient goes to an optimizer that normalizes it, it weighs the indirect term
-            against the direct one alone.
-        tolerance: on ‖A x − v‖/‖v‖; by default a solver does not warn of what was chosen with open eyes.
+        scale: the learning rate of the step. If the outer optimizer normalizes the hypergradient,
+            `scale` is only the weight of the indirect term against the direct one.
+        tolerance: on ‖A x − v‖/‖v‖; infinite by default, because this solve is inexact by choice.
 
     Source: Luketina et al., ICML 2016 (T1–T2).
     """
@@ -103,7 +107,8 @@ class Identity(LinearSolve):
     tolerance: float = float("inf")
 
     def __post_init__(self) -> None:
-        check_positive(scale=self.scale, tolerance=self.tolerance)
+        positive(scale=self.scale)
+        check_tolerance(self.tolerance)
 
     def solve(
         self,
@@ -123,7 +128,11 @@ class Identity(LinearSolve):
 
 
 def warm_start(product: Product, v: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x₀ and v − A x₀: the guess, scaled so that the residual is least (an exact guess keeps its scale); 0 where v is 0."""
+    """Return the first iterate x₀ and its residual v − A x₀.
+
+    x₀ is the guess, scaled so that the residual is least. An exact guess keeps its scale. x₀ is 0
+    for v = 0 and without a guess.
+    """
     if guess is None:
         return torch.zeros_like(v), v.clone()
     image = product(guess)
@@ -134,21 +143,11 @@ def warm_start(product: Product, v: Tensor, guess: Tensor | None) -> tuple[Tenso
 
 
 def relative_norm(residual: Tensor, square: Tensor) -> Tensor:
-    """‖r‖/‖v‖ from the squares."""
+    """Return ‖r‖/‖v‖ from the squares, 0 for v = 0."""
     return torch.where(square > 0, (residual / square).sqrt(), 0)
 
 
-def check_positive(**values: float | None) -> None:
-    """Raise where a setting of a solve is too small to do anything."""
-    for name, value in values.items():
-        if value is None:
-            continue
-        if name in ("iterations", "terms", "rank"):
-            fits, wanted = value >= 1, "1 or more"
-        elif name == "tolerance":
-            fits, wanted = value >= 0, "0 or more"
-        else:
-            fits, wanted = 0 < value < math.inf, "a positive and finite number"
-        if not fits:
-            what = "is no tolerance" if name == "tolerance" else "solves nothing"
-            raise BilevelError(f"{name}={value} {what}; choose {wanted}")
+def check_tolerance(tolerance: float) -> None:
+    """Require a number from 0 to infinity."""
+    if not (is_number(tolerance) and tolerance >= 0):
+        raise wrong("tolerance", tolerance, "must be at least 0", "choose 0 or more")

@@ -1,4 +1,4 @@
-"""Conjugate gradients by products alone, on the device and without waiting for it."""
+"""Conjugate gradients by products with A."""
 
 from dataclasses import dataclass
 from typing import final
@@ -14,29 +14,34 @@ from bilevel.solvers.linear_solve.base import (
     LinearSolve,
     Product,
     Solved,
-    check_positive,
+    check_tolerance,
     relative_norm,
     warm_start,
 )
+from bilevel.validate import whole
 
 
 @final
 @dataclass(frozen=True)
 class CG(LinearSolve):
-    """Conjugate gradients: with exact arithmetic, solved after as many iterations as A has distinct eigenvalues.
+    """Conjugate gradients: exact after as many iterations as A has distinct eigenvalues.
 
-    The last iterate is returned. Once the residual is within `tolerance`, or once negative curvature is met, x stays as it is
-    (by masks, so that the device is not waited for: the products still cost). Negative curvature at the very first direction
-    leaves x at its guess. The guess is scaled so that its residual is least: a stale one is never worse than 0, and what grew
-    along a direction of negative curvature does not grow on from one solve to the next.
+    This holds in exact arithmetic. The solve returns the last iterate. It stops to change x if the
+    residual is within `tolerance` or if it meets negative curvature. It stops by masks, so it does
+    not wait for the device, and the remaining products still cost. With negative curvature in the
+    very first direction, x stays at its guess.
 
-    The residual is that of the recursion, which rounding parts from A x − v by about machine precision times the condition.
+    The guess is scaled so that its residual is least. So a stale guess is never worse than 0, and
+    growth along a direction of negative curvature does not accumulate over solves.
+
+    The residual is that of the recursion. Rounding separates it from A x − v by about the machine
+    precision times the condition number.
 
     Args:
-        iterations: at most.
+        iterations: the largest number of iterations.
         tolerance: on ‖A x − v‖/‖v‖.
 
-    Source: Hestenes & Stiefel, 1952; in this field Pedregosa, ICML 2016 (HOAG).
+    Source: Hestenes & Stiefel, 1952; for hypergradients Pedregosa, ICML 2016 (HOAG).
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
@@ -49,7 +54,8 @@ class CG(LinearSolve):
     continues = True
 
     def __post_init__(self) -> None:
-        check_positive(iterations=self.iterations, tolerance=self.tolerance)
+        whole(1, iterations=self.iterations)
+        check_tolerance(self.tolerance)
 
     def solve(
         self,
@@ -63,7 +69,7 @@ class CG(LinearSolve):
         p, rr = r.clone(), r.dot(r)
         negative = torch.zeros_like(square, dtype=torch.bool)
         eps = torch.finfo(v.dtype).eps
-        # below machine precision, the recursion would go on with residuals and curvature that are rounding alone
+        # below machine precision, residual and curvature are rounding errors: stop there
         bound, rounding = max(self.tolerance, eps) ** 2 * square, ROUNDING * eps
         iterations, active = torch.zeros_like(square), rr > bound
         largest, pp = torch.zeros_like(square), rr
@@ -77,7 +83,7 @@ class CG(LinearSolve):
             step = torch.where(active, rr / curvature, 0)
             x.addcmul_(p, step)
             r.addcmul_(image, -step)
-            del image  # before the next product makes another
+            del image  # free it before the next product allocates another
             after = r.dot(r)
             turn = torch.where(active, after / rr, 0)
             torch.addcmul(r, p, turn, out=p)

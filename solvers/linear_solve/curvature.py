@@ -1,6 +1,5 @@
-"""Which matrix stands for the curvature of L_T in w: its Hessian, or the Gauss–Newton matrix, damped."""
+"""The curvature of L_T in w: the Hessian or the Gauss–Newton matrix, with damping."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
@@ -10,17 +9,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bilevel import Batch, BilevelError, Prediction
+from bilevel import Batch, Prediction
 from bilevel.solvers.autodiff.pullback import Pullback, flatten_and_free, gradient_edges, vjp
 from bilevel.solvers.linear_solve.base import Product
+from bilevel.validate import at_least
 
 
 class Curvature(ABC):
-    """A symmetric matrix in the space of w, known by its products."""
+    """A symmetric matrix in the space of w, given by its products."""
 
     @abstractmethod
     def at(self, pullback: Pullback) -> Product:
-        """The products at the point, on the batches and under the masks of `pullback`."""
+        """Return q ↦ A q at the point, on the batches and with the masks of `pullback`."""
 
 
 @final
@@ -29,13 +29,13 @@ class Hessian(Curvature):
     """∂²L_T/∂w² + damping · I.
 
     Args:
-        damping: added to every eigenvalue; against negative curvature, at the price of a bias.
+        damping: added to every eigenvalue. It removes negative curvature, but it adds a bias.
     """
 
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.damping)
+        at_least(0, damping=self.damping)
 
     def at(self, pullback: Pullback) -> Product:
         return _damped(pullback.hessian, self.damping)
@@ -44,23 +44,24 @@ class Hessian(Curvature):
 @final
 @dataclass(frozen=True)
 class GaussNewton(Curvature):
-    """The Hessian of L_T with its prediction linearized at w₀, + damping · I: positive semi-definite if L_T is convex in it.
+    """The Hessian of L_T with the prediction linearized at w₀, + damping · I.
 
-        ∂²/∂w² inner_objective(λ, w, y₀ + J (w − w₀)) = Jᵀ ∂²ℓ/∂y² J + the second derivatives of the penalties on w
+        ∂²/∂w² inner_objective(λ, w, y₀ + J (w − w₀)) = Jᵀ ∂²ℓ/∂y² J + ∂²penalties/∂w²
 
-    Equal to the Hessian where the network is linear in w, or where it fits perfectly.
+    It is positive semi-definite if L_T is convex in the prediction. It equals the Hessian if the
+    network is linear in w, or if the network fits perfectly.
 
     Args:
         damping: added to every eigenvalue.
 
-    Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020, section 6; as the curvature of
-        a best response: Bae & Grosse, NeurIPS 2020, section 4.
+    Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020,
+        section 6; as the curvature of a best response: Bae & Grosse, NeurIPS 2020, section 4.
     """
 
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.damping)
+        at_least(0, damping=self.damping)
 
     def at(self, pullback: Pullback) -> Product:
         parts = [
@@ -75,9 +76,11 @@ class GaussNewton(Curvature):
 
 
 class _GaussNewtonBatch:
-    """One batch: q ↦ the Hessian of q ↦ inner_objective(λ, w₀ + q, y₀ + J q) at 0, times q.
+    """Products with the Gauss–Newton matrix of one batch.
 
-    J q comes of double backward, since not every layer has a forward mode: p(v) = Jᵀv is linear in v, and (∂p/∂v)ᵀ q = J q.
+    The matrix is the Hessian of q ↦ inner_objective(λ, w₀ + q, y₀ + J q) at 0. J q is computed by
+    double backward, because some layers lack forward mode: p(v) = Jᵀv is linear in v, and
+    (∂p/∂v)ᵀ q = J q.
     """
 
     def __init__(self, pullback: Pullback, batch: Batch, prediction: Prediction) -> None:
@@ -115,7 +118,7 @@ class _GaussNewtonBatch:
         self.p, self.slopes = gradient_edges(p), gradient_edges(slopes)
 
     def product(self, q: Tensor) -> Float[Tensor, " m"]:
-        """The Gauss–Newton matrix of this batch times q."""
+        """Return the product with q."""
         parts = self.unflat(q)
         tangents = vjp(self.p, self.v, parts) if self.y else []
         curved = vjp(self.slopes, self.inputs, [*parts, *tangents])
@@ -123,18 +126,9 @@ class _GaussNewtonBatch:
         del curved
         if self.y:
             for i, part in enumerate(vjp(self.y, self.w, through)):
-                own[i] = (
-                    own[i] + part
-                )  # not in place: what autograd returns may be expanded, or q itself
+                own[i] = own[i] + part  # not in place: autograd may return q or an expanded tensor
         return flatten_and_free(own)
 
 
 def _damped(product: Product, damping: float) -> Product:
     return product if damping == 0 else lambda q: product(q).add_(q, alpha=damping)
-
-
-def _check(damping: float) -> None:
-    if not 0 <= damping < math.inf:
-        raise BilevelError(
-            f"damping={damping} adds no curvature; choose a finite number, 0 or more"
-        )

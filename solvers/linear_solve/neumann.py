@@ -1,4 +1,4 @@
-"""Gradient descent on ½ xᵀA x − vᵀx: the Neumann series and the fixed point, with a step that cannot diverge."""
+"""Gradient descent on ½ xᵀA x − vᵀx: the Neumann series and fixed-point iterations."""
 
 from dataclasses import dataclass
 from typing import final
@@ -15,47 +15,57 @@ from bilevel.solvers.linear_solve.base import (
     LinearSolve,
     Product,
     Solved,
-    check_positive,
+    check_tolerance,
     relative_norm,
     warm_start,
 )
+from bilevel.validate import positive, whole
 
 COLD, WARM = 20, 1
-"""Power iterations from an arbitrary vector, and from the last solve's."""
+"""Power iterations from an arbitrary vector, and from the last vector of the last solve."""
 
 
 class Richardson(LinearSolve):
-    """x ← x + η r, r ← r − η A r: the residual r = v − A x is a by-product, and after K iterations from 0 it is (I − ηA)ᴷ v.
+    """Richardson iterations x ← x + η r, r ← r − η A r with the residual r = v − A x.
 
-    By default η = 1/L. L is a lower bound on the largest |eigenvalue|, by power iterations (20 at the first solve, then one
-    from where the last one came to) and the growth ‖Ar‖/‖r‖ of every residual on the way. A lower bound may be too low, and no
-    factor of safety makes up for an eigenvector that is not yet seen; so η is also at most rᵀAr/‖Ar‖², clipped at 0. With that
+    After K iterations from 0, r is (I − ηA)ᴷ v.
+
+    The default step is η = 1/L. L is a lower bound on the largest |eigenvalue|, from power
+    iterations (20 at the first solve, one at each later solve, which continues the last one) and
+    from the growth ‖Ar‖/‖r‖ of every residual. This bound may be too low: a power iteration may not
+    have seen the largest eigenvector yet, and no safety factor corrects for that. So η is also at
+    most rᵀAr/‖Ar‖², clipped at 0. With this bound, for every symmetric A,
 
         ‖r − ηAr‖² = ‖r‖² − 2η rᵀAr + η²‖Ar‖² ≤ ‖r‖² − η rᵀAr ≤ ‖r‖²
 
-    for every symmetric A: the residual never grows, and x never diverges. Where A is positive definite and L right, the second
-    bound is never below 1/L, and η is constant.
+    The residual never grows, and x never diverges. If A is positive definite and L is exact, the
+    second bound is at least 1/L, and η is constant.
 
-    A step of the user's own stays what it is. If step · L > 2 it diverges, and is refused; that is read from the device, which
-    waits for it, at every solve.
+    A step that the user sets is used as it is. If step · L > 2, the iterations diverge and the
+    solve raises. This test reads from the device, and so waits for it, at every solve.
     """
 
     step: float | None
+
+    def _check_step(self) -> None:
+        """Require a positive step or none, and a tolerance."""
+        if self.step is not None:
+            positive("choose a number above 0, or null for 1/L", step=self.step)
+        check_tolerance(self.tolerance)
 
     def _iterate(
         self, product: Product, v: Tensor, x: Tensor, r: Tensor, count: int, known: Tensor | None
     ) -> Solved:
         square = v.dot(v)
-        start = (
-            v.clone() if known is None else known.addcmul_(v, (known.norm() == 0).to(v.dtype))
-        )  # v where it is 0
+        # a known vector that is 0 is replaced by v
+        start = v.clone() if known is None else known.addcmul_(v, (known.norm() == 0).to(v.dtype))
         largest, eigenvector = power_iteration(product, start, COLD if known is None else WARM)
         first, eps = largest, torch.finfo(v.dtype).eps
         negative, nothing = torch.zeros_like(square, dtype=torch.bool), eps**2 * square
         for _ in range(count):
             image = product(r)
             rr, curvature, growth = r.dot(r), r.dot(image), image.dot(image)
-            real = rr > nothing  # below, and down to where squares underflow, it is rounding
+            real = rr > nothing  # a smaller residual is rounding error
             largest = torch.maximum(largest, torch.where(real, growth / rr, 0).sqrt())
             negative = negative | (real & (curvature < -ROUNDING * eps * largest * rr))
             if self.step is None:
@@ -68,13 +78,14 @@ class Richardson(LinearSolve):
                 step = torch.full_like(square, self.step)
             x.addcmul_(r, step)
             r.addcmul_(image, -step)
-            del image  # before the next product makes another
-        # an x that has overflowed says no L any more; that of the power iteration does
+            del image  # free it before the next product allocates another
+        # after an overflow of x, only the power iteration has a valid L
         bound = torch.where(torch.isfinite(largest), largest, first)
         if self.step is not None and bool(self.step * bound > 2):
             raise BilevelError(
-                f"step={self.step:g} is above 2/L = {2 / float(bound):.3g}, where L is the largest eigenvalue of the "
-                f"curvature, so that {type(self).__name__} diverges; choose a smaller step, or step=null for 1/L"
+                f"step={self.step:g} is above 2/L = {2 / float(bound):.3g}, where L is the largest "
+                f"eigenvalue of the curvature, and {type(self).__name__} diverges; choose a "
+                "smaller step, or step=null for 1/L"
             )
         return Solved(
             x,
@@ -89,18 +100,18 @@ class Richardson(LinearSolve):
 @final
 @dataclass(frozen=True)
 class Neumann(Richardson):
-    """The truncated series x = η Σ_{k<K} (I − ηA)ᵏ v, whose error is (I − ηA)ᴷ A⁻¹v.
+    """The truncated series x = η Σ_{k<K} (I − ηA)ᵏ v, with the error (I − ηA)ᴷ A⁻¹v.
 
-    Equal to K steps of gradient descent unrolled at a stationary point, and to K fixed-point iterations from 0. How η is
-    chosen and refused: see `FixedPoint`, whose arithmetic this is.
+    It equals K steps of gradient descent that are unrolled at a stationary point, and K fixed-point
+    iterations from 0. η is chosen as in `FixedPoint`.
 
     Args:
-        terms: K; a product each, of which the last one serves the residual.
-        step: η; 1/L by default.
+        terms: K. Each term costs one product; the last product gives the residual.
+        step: η; None for 1/L.
         tolerance: on ‖A x − v‖/‖v‖; above it, a solver warns.
 
     Raises:
-        BilevelError: in a solve, which then waits for the device: the step is above 2/L.
+        BilevelError: a set step is above 2/L. The solve raises it, and waits for the device then.
 
     Source: Lorraine et al., AISTATS 2020, algorithm 3.
 
@@ -115,7 +126,8 @@ class Neumann(Richardson):
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        check_positive(terms=self.terms, step=self.step, tolerance=self.tolerance)
+        whole(1, terms=self.terms)
+        self._check_step()
 
     def solve(
         self,
@@ -132,20 +144,22 @@ class Neumann(Richardson):
 @final
 @dataclass(frozen=True)
 class FixedPoint(Richardson):
-    """K steps of x ← x − η (A x − v), from the last solution.
+    """K iterations x ← x − η (A x − v) from the last solution.
 
-    By default η = 1/L, L being a lower bound on the largest |eigenvalue| by power iterations and by the growth of the
-    residuals r on the way, and at most rᵀAr/‖Ar‖²; then the residual cannot grow, whatever the symmetric A, nor x diverge.
+    The default step is η = 1/L, and at most rᵀAr/‖Ar‖². L is a lower bound on the largest
+    |eigenvalue|, from power iterations and from the growth of the residuals r. With these bounds
+    the residual cannot grow and x cannot diverge, for every symmetric A.
 
     Args:
         iterations: K.
-        step: η; 1/L by default.
+        step: η; None for 1/L.
         tolerance: on ‖A x − v‖/‖v‖; above it, a solver warns.
 
     Raises:
-        BilevelError: in a solve, which then waits for the device: the step is above 2/L.
+        BilevelError: a set step is above 2/L. The solve raises it, and waits for the device then.
 
-    Source: Grazzi et al., ICML 2020, section 2 (fixed-point method); warm-started: Arbel & Mairal, ICLR 2022 (AmIGO).
+    Source: Grazzi et al., ICML 2020, section 2 (fixed-point method); with a warm start: Arbel &
+        Mairal, ICLR 2022 (AmIGO).
     """
 
     iterations: int = 10
@@ -154,7 +168,8 @@ class FixedPoint(Richardson):
     continues = True
 
     def __post_init__(self) -> None:
-        check_positive(iterations=self.iterations, step=self.step, tolerance=self.tolerance)
+        whole(1, iterations=self.iterations)
+        self._check_step()
 
     def solve(
         self,
@@ -171,12 +186,14 @@ class FixedPoint(Richardson):
 def power_iteration(
     product: Product, q: Float[Tensor, " m"], iterations: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " m"]]:
-    """A lower bound max_k ‖A q_k‖ on the largest |eigenvalue| of a symmetric A, with q_{k+1} = A q_k/‖A q_k‖; the last q.
+    """Return a lower bound on the largest |eigenvalue| of a symmetric A, and the last vector q.
+
+    The bound is max_k ‖A q_k‖ with q_{k+1} = A q_k/‖A q_k‖.
 
     Args:
         product: q ↦ A q.
-        q: where to begin; used up.
-        iterations: products.
+        q: the first vector, which is overwritten.
+        iterations: the number of products.
 
     Example:
         >>> A = torch.tensor([3.0, 1.0])

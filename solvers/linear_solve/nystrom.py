@@ -1,4 +1,4 @@
-"""A low-rank sketch of A, inverted by Woodbury's identity in a form that small damping does not hurt."""
+"""A Nyström sketch of A, inverted in a form that is stable for small damping."""
 
 from dataclasses import dataclass
 from typing import final
@@ -13,30 +13,36 @@ from bilevel.solvers.linear_solve.base import (
     LinearSolve,
     Product,
     Solved,
-    check_positive,
+    check_tolerance,
     relative_norm,
 )
+from bilevel.validate import positive, whole
 
 
 @final
 @dataclass(frozen=True)
 class Nystrom(LinearSolve):
-    """x = (Â + ρI)⁻¹ v with the low-rank Â = AΩ (ΩᵀAΩ)⁺ (AΩ)ᵀ, for an orthonormal random Ω [m, rank].
+    """x = (Â + ρI)⁻¹ v with the low-rank Â = AΩ (ΩᵀAΩ)⁺ (AΩ)ᵀ.
 
-    Exact where A has no larger a rank (then the damped solve); `rank` vectors of the size of w are held. Woodbury's identity as
-    it is usually written subtracts numbers of size 1/ρ² from another; here Â = Q S Qᵀ with an orthonormal Q, so that the
-    solution is Q (S + ρI)⁻¹ Qᵀv + (I − QQᵀ)v/ρ, as accurate for small ρ as the damped system is. Directions of negative
-    curvature in ΩᵀAΩ are left out of Â, and reported.
+    Ω [m, rank] is random and orthonormal. The solution equals the damped solve if the rank of A is
+    at most `rank`. The solve holds `rank` vectors of the size of w.
 
-    The residual is that of A x = v, undamped. On CUDA the eigenvalues of two [rank, rank] matrices wait for the device.
+    Woodbury's identity in its usual form subtracts numbers of size 1/ρ² from each other.
+    Here Â = Q S Qᵀ with an orthonormal Q, so that the solution is
+    Q (S + ρI)⁻¹ Qᵀv + (I − QQᵀ)v/ρ, as accurate for small ρ as the damped system allows. Directions
+    of negative curvature in ΩᵀAΩ are left out of Â and reported.
+
+    The residual is that of A x = v without damping. On CUDA, the eigenvalues of two [rank, rank]
+    matrices wait for the device.
 
     Args:
-        rank: columns of Ω.
+        rank: the number of columns of Ω.
         damping: ρ.
         tolerance: on ‖A x − v‖/‖v‖; above it, a solver warns.
 
-    Source: Hataya & Yamada, AISTATS 2023, equation 6, with Gaussian directions for random columns; the stable form after
-        Frangella, Tropp & Udell, SIAM J. Matrix Anal. Appl. 2023, algorithm 2.1.
+    Source: Hataya & Yamada, AISTATS 2023, equation 6, with Gaussian directions in place of random
+        columns; the stable form: Frangella, Tropp & Udell, SIAM J. Matrix Anal. Appl. 2023,
+        algorithm 2.1.
     """
 
     rank: int = 10
@@ -44,7 +50,9 @@ class Nystrom(LinearSolve):
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
-        check_positive(rank=self.rank, damping=self.damping, tolerance=self.tolerance)
+        whole(1, rank=self.rank)
+        positive(damping=self.damping)
+        check_tolerance(self.tolerance)
 
     def solve(
         self,
@@ -62,9 +70,8 @@ class Nystrom(LinearSolve):
             Y[:, j] = product(Ω[:, j].contiguous())
         core = Ω.T @ Y
         del Ω
-        values, vectors = torch.linalg.eigh(
-            torch.nan_to_num(core + core.T) / 2
-        )  # which raises on NaN, and x shall say it
+        # eigh raises on NaN, but a NaN must reach x and the residual
+        values, vectors = torch.linalg.eigh(torch.nan_to_num(core + core.T) / 2)
         cutoff = values.abs().max() * rank * torch.finfo(v.dtype).eps
         root = torch.where(values > cutoff, values.clamp_min(torch.finfo(v.dtype).tiny).rsqrt(), 0)
         Q, R = torch.linalg.qr(Y)
@@ -73,7 +80,8 @@ class Nystrom(LinearSolve):
         spectrum, basis = torch.linalg.eigh(torch.nan_to_num(T @ T.T))  # of S
         inside = Q.T @ v
         outside = v - Q @ inside
-        correction = Q.T @ outside  # twice is enough: what rounding left would be divided by ρ
+        # project a second time: a rounding error of the first would be divided by ρ
+        correction = Q.T @ outside
         inside, outside = inside + correction, outside - Q @ correction
         x = (
             Q @ (basis @ (basis.T @ inside / (spectrum.clamp(min=0) + self.damping)))

@@ -5,23 +5,25 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from bilevel import BilevelError
+from bilevel.validate import whole, wrong
 
 
 class NonMonotone(ReduceLROnPlateau):
-    """Lower the learning rate when the validation loss is not below the best of all epochs but the last `window`.
+    """Lower the learning rate if the validation loss did not improve on that of earlier epochs.
 
         lr ← factor · lr    if    v_t ≥ min(v_1, …, v_{t−1−window})
 
-    `ReduceLROnPlateau` waits as long for the first drop, but then begins to count anew, and it asks whether there was a new
-    best where this asks whether the last loss is one.
+    The last `window` epochs do not count. `ReduceLROnPlateau` differs in two ways: after a drop it
+    starts to count anew, and it asks whether there was a new best loss, not whether the last loss
+    is one.
 
     Args:
-        optimizer: whose learning rates are lowered.
-        factor: of a drop.
-        window: how many epochs before this one do not count.
+        optimizer: the optimizer of the learning rates.
+        factor: the factor of one drop, in (0, 1).
+        window: the number of epochs before the present one that do not count.
 
-    Source: Merity, Keskar & Socher, ICLR 2018 (the trigger of NT-ASGD); MacKay et al., ICLR 2019 (as a schedule).
+    Source: Merity, Keskar & Socher, ICLR 2018 (the trigger of NT-ASGD); MacKay et al., ICLR 2019
+        (as a schedule).
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -39,16 +41,14 @@ class NonMonotone(ReduceLROnPlateau):
         self, optimizer: torch.optim.Optimizer, *, factor: float = 0.25, window: int = 5
     ) -> None:
         if not 0 < factor < 1:
-            raise BilevelError(
-                f"factor={factor} does not lower a learning rate; choose one between 0 and 1"
-            )
-        if window < 1:
-            raise BilevelError(f"window={window} is below 1; choose window ≥ 1")
+            raise wrong("factor", factor, "must be between 0 and 1", "0.25 lowers lr to a quarter")
+        whole(1, window=window)
         super().__init__(optimizer, factor=factor)
         self.window = window
         self.history: list[float] = []
 
-    def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]  # as its parent's at run time
+    # the stubs of PyTorch name other types than its code
+    def step(self, metrics: Any, epoch: Any = None) -> None:  # type: ignore[override]
         before, loss = self.history[: -self.window], float(metrics)
         if before and not loss < min(before):
             for group in self.optimizer.param_groups:

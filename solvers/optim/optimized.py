@@ -1,4 +1,4 @@
-"""Tensors that descend together: leaves, their `torch.optim` optimizer, its schedule, clipping, and the state of all."""
+"""Optimized tensors: leaves with their optimizer, learning-rate schedule, clipping and state."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from bilevel import BilevelError, Params
+from bilevel.text import first_line
 
 MakeOptimizer = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], LRScheduler]
-
 
 SGD: MakeOptimizer = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 RMSPROP: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.03)
@@ -21,6 +21,12 @@ RMSPROP: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.03)
 
 class Optimized:
     """Named leaf tensors and the optimizer that updates them in place.
+
+    Args:
+        tensors: the initial values, which are copied.
+        optimizer: makes the optimizer from the leaves.
+        scheduler: makes the learning-rate schedule from the optimizer; None for no schedule.
+        clip_norm: the largest norm of the gradient; None for no clipping.
 
     Raises:
         BilevelError: the optimizer or the scheduler does not accept its settings.
@@ -40,22 +46,27 @@ class Optimized:
             self.scheduler = None if scheduler is None else scheduler(self.optimizer)
         except (TypeError, ValueError) as error:
             raise BilevelError(
-                f"the optimizer or its schedule cannot be made: {error}; give functions of the parameters and of the optimizer "
-                "(in YAML: `_target_` with `_partial_: true`) and settings that they accept"
+                f"the optimizer or its schedule cannot be made: {first_line(error)}; give "
+                "functions of the parameters and of the optimizer (in YAML: `_target_` with "
+                "`_partial_: true`) and settings that they accept"
             ) from error
         if isinstance(self.optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-            name = type(self.optimizer).__name__
             raise BilevelError(
-                f"{name} needs a closure or sparse gradients, which solvers do not give it; choose another optimizer"
+                f"{type(self.optimizer).__name__} needs a closure or sparse gradients, which no "
+                "solver provides; choose another optimizer"
             )
         self.clip_norm = clip_norm
 
     def detached(self) -> Params:
-        """The tensors as constants: later steps change them in place."""
+        """Return the tensors as constants; later steps change them in place."""
         return {name: t.detach() for name, t in self.tensors.items()}
 
     def epoch_ended(self, valid_loss: float | None) -> None:
-        """Step the schedule."""
+        """Step the learning-rate schedule.
+
+        Args:
+            valid_loss: the validation loss, for a schedule that depends on it; None if unknown.
+        """
         try:
             if isinstance(self.scheduler, ReduceLROnPlateau):
                 if valid_loss is not None:
@@ -64,11 +75,12 @@ class Optimized:
                 self.scheduler.step()
         except (ValueError, ArithmeticError) as error:
             raise BilevelError(
-                f"the learning-rate schedule, stepped once an epoch, fails: {error}; change its settings"
+                f"the learning-rate schedule fails at the end of an epoch: {first_line(error)}; "
+                "change its settings"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, optimizer and schedule."""
+        """Return the tensors and the states of the optimizer and of the schedule."""
         schedule = None if self.scheduler is None else self.scheduler.state_dict()
         return {
             "tensors": self.detached(),
@@ -81,18 +93,19 @@ class Optimized:
         with torch.no_grad():
             for name, t in self.tensors.items():
                 t.copy_(state["tensors"][name])
-        self.optimizer.load_state_dict(
-            copy.deepcopy(state["optimizer"])
-        )  # which would keep the very tensors
+        # without a copy, the optimizer would change the tensors of `state` in place
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["schedule"])
 
 
 def descend(loss: Tensor, *groups: Optimized) -> list[Tensor | None]:
-    """One optimizer step of each group along the gradient of `loss`; no gradient is formed for anything else.
+    """Take one optimizer step of each group along the gradient of `loss`.
+
+    No other gradient is computed.
 
     Returns:
-        The gradients, None for a leaf on which the loss does not depend.
+        The gradients of all leaves; None for a leaf on which the loss does not depend.
     """
     leaves = [leaf for group in groups for leaf in group.leaves]
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -101,7 +114,12 @@ def descend(loss: Tensor, *groups: Optimized) -> list[Tensor | None]:
 
 
 def apply_gradients(gradients: Sequence[Tensor | None], *groups: Optimized) -> None:
-    """One optimizer step of each group along `gradients`, in the order of all their leaves; None leaves a leaf where it is."""
+    """Take one optimizer step of each group along `gradients`.
+
+    Args:
+        gradients: one for each leaf of all groups, in order; None for a leaf that does not move.
+        groups: the tensors to update.
+    """
     leaves = [leaf for group in groups for leaf in group.leaves]
     for leaf, gradient in zip(leaves, gradients, strict=True):
         leaf.grad = gradient

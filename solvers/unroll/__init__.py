@@ -1,1 +1,1 @@
-"""Differentiation through inner steps: trajectory, reverse mode, forward mode."""
+"""Differentiation through inner steps: the trajectory, reverse mode and forward mode."""

@@ -1,4 +1,4 @@
-"""Forward mode: the derivatives of w and of the optimizer's memory in λ, carried along with the inner steps."""
+"""Forward mode: the derivatives of w and of the optimizer's memory in λ, step by step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,21 +10,24 @@ from torch import Tensor
 
 from bilevel import Batch, Hypers, Params
 from bilevel.solvers.optim.functional import FunctionalOptimizer
-from bilevel.solvers.unroll.reverse import Mode, Unroll, Vectors, partial_vjp
+from bilevel.solvers.unroll.base import Mode, Unroll, Vectors, partial_vjp
 from bilevel.solvers.unroll.trajectory import InnerGradient, InnerState, Trajectory
 
 
 @dataclass(frozen=True)
 class Forward(Mode):
-    """The derivatives Z = ∂(w, memory)/∂u of the steps so far, carried along: memory does not grow with K, but with h.
+    """The derivatives Z = ∂(w, memory)/∂u, updated in every step, for few hyperparameters.
 
         Z_k = (∂Φ_k/∂(w, memory)) Z_{k−1} + ∂Φ_k/∂u,    ŵ(u₀ + δ) = w_K + Z_K δ
 
-    With g = ∇_w L_T, what a step needs of the second derivatives is ġ = (∂g/∂w) ẇ + (∂g/∂λ) λ̇ for each of the h columns. The
-    Hessian of L_T in (w, λ) is symmetric, so ġ is (ẇ, λ̇) pulled back through the graph of ∇L_T: that graph, with its masks,
-    is built once for all columns, and a column costs two plain gradients. No forward-mode formula of the network's functions is
-    needed, of which PyTorch lacks some, and has others wrong when they are differentiated. (Where the backward pass of a custom
-    autograd function is not its derivative, no second derivative means anything, in either mode.)
+    The memory does not grow with K; it grows with h, the number of columns of Z.
+
+    With g = ∇_w L_T, a step needs ġ = (∂g/∂w) ẇ + (∂g/∂λ) λ̇ for each column. The Hessian of L_T in
+    (w, λ) is symmetric, so ġ is (ẇ, λ̇) pulled back through the graph of ∇L_T. This graph with its
+    masks is built once for all columns, and a column costs two plain gradients. So no forward-mode
+    formula of the network's functions is needed: PyTorch lacks some, and others are wrong when
+    differentiated again. (If the backward pass of a custom autograd function is not its derivative,
+    second derivatives are meaningless in either mode.)
 
     Source: Franceschi et al., ICML 2017, section 3.2; Pearlmutter, Neural Computation 1994.
     """
@@ -39,7 +42,8 @@ class ForwardUnroll(Unroll):
     """Steps with their derivatives in each coordinate of u.
 
     Attributes:
-        columns: for each coordinate, the derivative of every tensor of the point.
+        columns: the derivatives of all tensors of the state, for each coordinate.
+        directions: the derivatives of the tuned leaves of λ, for each coordinate.
     """
 
     def prepare(self) -> None:
@@ -48,10 +52,9 @@ class ForwardUnroll(Unroll):
         self.directions: list[list[Tensor | None]] = []
         for direction in torch.eye(u.numel(), dtype=u.dtype, device=u.device):
             with forward_ad.dual_level():
-                moved = self.space.constrain(forward_ad.make_dual(self.u, direction))
-                self.directions.append(
-                    [forward_ad.unpack_dual(moved[name]).tangent for name in self.space.tuned]
-                )
+                moved = self.space.constrain(forward_ad.make_dual(u, direction))
+                leaves = [moved[name] for name in self.space.tuned]
+                self.directions.append([forward_ad.unpack_dual(leaf).tangent for leaf in leaves])
 
     def step(self, batch: Batch) -> Tensor:
         gradient = self.inner_gradient(batch)
@@ -59,17 +62,12 @@ class ForwardUnroll(Unroll):
         update = UpdateTangents(self.trajectory.optimizer, self.point, gradient, self.hypers)
         for k, direction in enumerate(self.directions):
             column = self.columns[k]
-            # the graphs serve every column, and are freed with the last
+            # all columns use the same graphs, and the last column frees them
             keep = k + 1 < len(self.directions)
-            moved = partial_vjp(
-                gradient.gradients,
-                [*column[: len(weights)], *direction],
-                weights,
-                retain_graph=keep,
-            )
-            self.columns[k] = update.jvp(
-                column, moved, dict(zip(self.space.tuned, direction, strict=True)), keep=keep
-            )
+            tangents = [*column[: len(weights)], *direction]
+            moved = partial_vjp(gradient.gradients, tangents, weights, retain_graph=keep)
+            named = dict(zip(self.space.tuned, direction, strict=True))
+            self.columns[k] = update.jvp(column, moved, named, keep=keep)
         self.point = update.end
         return gradient.loss
 
@@ -83,18 +81,19 @@ class ForwardUnroll(Unroll):
 
 
 class UpdateTangents:
-    """A step of the optimizer, and what it makes of tangents: J t is the derivative of v ↦ Jᵀv, which is linear, along t.
+    """A step of the optimizer, and its Jacobian–vector products.
 
-    The graph of Jᵀv is built once for all columns, where forward-mode duals would repeat the step for each of them.
+    J t is the derivative of v ↦ Jᵀv, which is linear, along t. The graph of Jᵀv is built once for
+    all columns; forward-mode duals would repeat the step for each column.
 
     Args:
         optimizer: the optimizer.
-        point: where the step starts.
+        point: the state before the step.
         gradient: ∇L_T there.
-        hypers: λ, with the settings that it holds.
+        hypers: λ, with the optimizer settings that it holds.
 
     Attributes:
-        end: where the step leads to, as a constant.
+        end: the state after the step, as a constant.
     """
 
     def __init__(
@@ -133,7 +132,14 @@ class UpdateTangents:
     def jvp(
         self, column: Vectors, moved: Vectors, direction: Mapping[str, Tensor | None], *, keep: bool
     ) -> Vectors:
-        """The derivative of every tensor of `end` from those of the point, of the gradients and of λ."""
+        """Return the tangents of all tensors of `end`.
+
+        Args:
+            column: the tangents of the state before the step.
+            moved: the tangents of the gradients.
+            direction: the tangents of λ, by name.
+            keep: keep the graph for another column.
+        """
         gradients = [ġ for ġ, moving in zip(moved, self._moving, strict=True) if moving]
         tangents = [*column, *gradients, *(direction[name] for name in self._settings)]
         return partial_vjp(self._pulled, tangents, self._cotangents, retain_graph=keep)

@@ -1,4 +1,4 @@
-"""Inner training as a function of λ: one step w_{k+1} = Φ(w_k; λ, batch), which autograd may follow."""
+"""One inner step w_{k+1} = Φ(w_k; λ, batch) as a differentiable function."""
 
 from collections.abc import Iterable, Sequence, Set
 from contextlib import nullcontext
@@ -14,21 +14,21 @@ from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 
 
 class InnerState(NamedTuple):
-    """Where training stands: weights, the optimizer's memory, and the carry (a constant of every step)."""
+    """The weights, the memory of the optimizer, and the carry (a constant of every step)."""
 
     params: Params
     moments: Moments
     carry: Carry
 
     def tensors(self) -> list[Tensor]:
-        """What a step depends on, and is differentiated in: the weights, then the memory."""
+        """Return the tensors that a step is differentiated in: the weights, then the memory."""
         return [
             *self.params.values(),
             *(slot for slots in self.moments.slots.values() for slot in slots.values()),
         ]
 
     def replaced(self, tensors: Iterable[Tensor]) -> "InnerState":
-        """The same with other `tensors`, in that order."""
+        """Return the state with other `tensors`, in the order of `tensors()`."""
         new = iter(tensors)
         params = {name: next(new) for name in self.params}
         slots = {
@@ -37,18 +37,19 @@ class InnerState(NamedTuple):
         return InnerState(params, Moments(slots, self.moments.steps), self.carry)
 
     def constant(self) -> "InnerState":
-        """The same, cut from the graph."""
+        """Return the state detached from the graph."""
         return self.replaced(t.detach() for t in self.tensors())
 
 
 class InnerGradient(NamedTuple):
-    """∇_w L_T at a point.
+    """∇_w L_T at a state.
 
     Attributes:
-        params: w as the graph of the gradients knows it.
-        gradients: by weight, then by what else was asked for; None where L_T does not depend on it.
+        params: w, as in the graph of the gradients.
+        gradients: one for each weight, then one for each extra input; None where L_T does not
+            depend on it.
         loss: L_T, as a constant.
-        carry: what the pass hands on, as a constant.
+        carry: the carry after the pass, as a constant.
     """
 
     params: Params
@@ -58,10 +59,10 @@ class InnerGradient(NamedTuple):
 
 
 def lacks_second_derivative(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether a function on the way to `gradients` can be differentiated once alone.
+    """Return whether the graph of `gradients` has a function that is differentiable only once.
 
-    Autograd says so for its own functions; of a custom one that is marked `once_differentiable` it leaves the second derivative
-    out, in silence, where derivatives in chosen tensors are asked for.
+    Autograd raises for its own functions. For a custom function that is marked
+    `once_differentiable`, it silently leaves out the second derivative in chosen inputs.
     """
     nodes, seen = [g.grad_fn for g in gradients if g is not None], set()
     while nodes:
@@ -75,13 +76,14 @@ def lacks_second_derivative(gradients: Iterable[Tensor | None]) -> bool:
 
 
 class Trajectory:
-    """Steps of the inner optimizer on L_T, pure: nothing changes but the state of `generator`.
+    """Steps of the inner optimizer on L_T, as pure functions; only the generator's state changes.
 
     Args:
-        problem: whose L_T is descended.
+        problem: the problem of L_T.
         optimizer: the inner optimizer.
-        generator: of the masks.
-        functions: what the network calls; what cannot be differentiated twice is composed while a graph is kept.
+        generator: for the masks.
+        functions: the torch functions that the network calls; those that cannot be differentiated
+            twice are decomposed while a graph is kept.
     """
 
     def __init__(
@@ -91,23 +93,21 @@ class Trajectory:
         generator: torch.Generator,
         functions: Set[Any] = frozenset(),
     ) -> None:
-        self.problem, self.optimizer, self.generator, self.functions = (
-            problem,
-            optimizer,
-            generator,
-            functions,
-        )
+        self.problem = problem
+        self.optimizer = optimizer
+        self.generator = generator
+        self.functions = functions
 
     def step(
         self, point: InnerState, u: Tensor, batch: Batch, *, create_graph: bool
     ) -> tuple[InnerState, Tensor]:
-        """Φ, and L_T at `point` as a constant; differentiable in `u`, and in `point`, when `create_graph`.
+        """Return the state after one step, and L_T at `point` as a constant.
 
         Args:
-            point: where to start from.
+            point: the state before the step.
             u: unconstrained coordinates, [h].
-            batch: of training.
-            create_graph: whether the step shall be differentiated itself.
+            batch: a training batch.
+            create_graph: keep the graph, so that the step is differentiable in `u` and `point`.
         """
         hypers = self.problem.space.constrain(u if create_graph else u.detach(), self.generator)
         return self.advance(
@@ -123,7 +123,16 @@ class Trajectory:
         create_graph: bool,
         decomposed: bool,
     ) -> tuple[InnerState, Tensor]:
-        """`step` at λ itself; `decomposed` rounds as a differentiable step does, whether or not there is a graph."""
+        """Take `step` at λ in its own units.
+
+        Args:
+            point: the state before the step.
+            hypers: λ.
+            batch: a training batch.
+            create_graph: keep the graph.
+            decomposed: decompose the fused functions, so that a step without a graph has the same
+                rounding errors as a step with one.
+        """
         gradient = self.inner_gradient(
             point, hypers, batch, create_graph=create_graph, decomposed=decomposed
         )
@@ -144,7 +153,7 @@ class Trajectory:
         decomposed: bool,
         extra_inputs: Sequence[Tensor] = (),
     ) -> InnerGradient:
-        """∇_w L_T, and the derivatives of L_T in the tensors `extra_inputs`."""
+        """Return ∇_w L_T and the derivatives of L_T in `extra_inputs`."""
         with torch.enable_grad():
             params = {
                 name: p if create_graph and p.requires_grad else p.detach().requires_grad_()

@@ -353,7 +353,7 @@ def test_tunes_momentum_beside_it():
 
 
 def test_an_optimizer_without_a_twin_is_refused():
-    with pytest.raises(Refused, match=r"Adagrad has no differentiable twin"):
+    with pytest.raises(Refused, match=r"Adagrad has no differentiable form"):
         strategies(quadratic(), inner_optimizer=partial(torch.optim.Adagrad, lr=0.1))
 
 

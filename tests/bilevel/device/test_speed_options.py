@@ -78,7 +78,7 @@ def test_an_optimizer_without_a_fused_form_is_named():
 
 
 def test_what_differentiates_through_the_optimizer_refuses_a_fused_one():
-    with pytest.raises(Refused, match="has no fused=true"):
+    with pytest.raises(Refused, match="fused=true of SGD has no differentiable form"):
         ready(
             digits(hidden=[8], dropout="gaussian"),
             Unrolled(inner_optimizer=partial(torch.optim.SGD, lr=0.1, fused=True)),

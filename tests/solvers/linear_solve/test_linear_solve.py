@@ -81,7 +81,7 @@ every = pytest.mark.parametrize("method", EVERY[1], ids=lambda m: type(m).__name
 
 @pytest.mark.parametrize("name", EVERY[0])
 @pytest.mark.parametrize("size", SIZES)
-def test_with_effort_enough_each_is_a_dense_solve(size, name):
+def test_every_solve_with_enough_effort_is_a_dense_solve(size, name):
     A, v = spd(size)
     solved = solve(exactly(size)[name], A, v)
     assert error(solved.x, A, v) < 1e-10
@@ -90,7 +90,7 @@ def test_with_effort_enough_each_is_a_dense_solve(size, name):
 
 
 @every
-def test_of_nothing_comes_nothing(method):
+def test_the_solution_for_zero_is_zero(method):
     A, _ = spd(5)
     stale = Guess(
         torch.ones(5).double(),
@@ -106,7 +106,7 @@ def test_of_nothing_comes_nothing(method):
 
 
 @every
-def test_what_is_no_number_comes_out_as_no_number(method):
+def test_products_that_are_nan_give_a_nan_residual(method):
     A, v = spd(5)
     solved = method.solve(lambda q: A @ q * math.nan, v)
     assert not torch.isfinite(solved.residual)
@@ -484,7 +484,7 @@ def test_the_identity_scales():
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "setting"),
     [
         (lambda: CG(iterations=0), "iterations=0"),
         (lambda: CG(tolerance=-1.0), "tolerance=-1.0"),
@@ -497,8 +497,8 @@ def test_the_identity_scales():
         (lambda: Hessian(damping=-0.1), "damping=-0.1"),
     ],
 )
-def test_a_setting_that_solves_nothing_is_refused(make, said):
-    with pytest.raises(BilevelError, match=said):
+def test_a_setting_that_solves_nothing_is_refused(make, setting):
+    with pytest.raises(BilevelError, match=setting):
         make()
 
 
@@ -527,6 +527,6 @@ def test_a_step_so_large_that_the_iterate_overflows_is_refused_too(solve):
     ],
 )
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 0.0])
-def test_a_setting_that_is_no_size_is_an_error(make, bad):
-    with pytest.raises(BilevelError, match="solves nothing; choose a positive and finite number"):
+def test_a_setting_that_is_not_positive_and_finite_is_an_error(make, bad):
+    with pytest.raises(BilevelError, match="must be positive and finite; choose a number above 0"):
         make(bad)

@@ -1,4 +1,4 @@
-"""The differentiable twins of torch.optim's optimizers: equal step by step, and right when they are differentiated."""
+"""Differentiable optimizers: equal to torch.optim step by step, and with right derivatives."""
 
 from functools import partial
 
@@ -7,8 +7,10 @@ import torch
 
 from bilevel import BilevelError, Positive, Refused, Space
 from bilevel.domains import optimizer_setting
-from bilevel.solvers.optim.functional import FunctionalOptimizer, _root, configured
+from bilevel.solvers.optim.functional import FunctionalOptimizer
 from bilevel.solvers.optim.optimized import Optimized
+from bilevel.solvers.optim.settings import configured
+from bilevel.solvers.optim.updates import square_root
 
 SGD, Adam, AdamW, RMSprop = (
     torch.optim.SGD,
@@ -55,9 +57,9 @@ def gradients(step, params):
     return [seen * (params["a"].tanh() + noise["a"]), params["b"] * params["a"] + noise["b"], None]
 
 
-def run(twin, point, settings, steps=STEPS, first=0):
+def run(functional, point, settings, steps=STEPS, first=0):
     for step in range(first, first + steps):
-        point = twin.step(*point, gradients(step, point[0]), settings)
+        point = functional.step(*point, gradients(step, point[0]), settings)
     return point
 
 
@@ -66,24 +68,24 @@ def run(twin, point, settings, steps=STEPS, first=0):
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @all_optimizers
-def test_a_twin_takes_the_steps_of_its_optimizer(make, clip_norm):
+def test_the_function_takes_the_steps_of_its_optimizer(make, clip_norm):
     """Weights and memory, every one of 20 steps; weights whose gradient is zero, or absent, for a while or for ever."""
     theirs, ours = (Optimized(weights(), make, clip_norm=clip_norm) for _ in range(2))
-    twin = FunctionalOptimizer(ours, NOTHING)
-    point, settings = twin.read(), twin.settings({})
+    functional = FunctionalOptimizer(ours, NOTHING)
+    point, settings = functional.read(), functional.settings({})
     for step in range(STEPS):
         for leaf, gradient in zip(theirs.leaves, gradients(step, theirs.detached()), strict=True):
             leaf.grad = gradient
         if clip_norm:
             torch.nn.utils.clip_grad_norm_(theirs.leaves, clip_norm)
         theirs.optimizer.step()
-        point = twin.step(*point, gradients(step, point[0]), settings)
+        point = functional.step(*point, gradients(step, point[0]), settings)
         torch.testing.assert_close(point[0], theirs.detached(), rtol=1e-13, atol=1e-13)
     assert torch.equal(point[0]["unused"], weights()["unused"])
     moved = (point[0]["a"] - weights()["a"]).abs().min()
-    assert moved > 0.01, "a twin that loses its parameters does not move them"
+    assert moved > 0.01, "a functional that loses its parameters does not move them"
 
-    twin.write(*point)
+    functional.write(*point)
     for mine, other in zip(ours.leaves, theirs.leaves, strict=True):
         state = {
             key: value for key, value in theirs.optimizer.state[other].items() if value is not None
@@ -93,13 +95,17 @@ def test_a_twin_takes_the_steps_of_its_optimizer(make, clip_norm):
 
 @all_optimizers
 def test_steps_of_both_kinds_may_alternate(make):
-    """What a twin writes back the optimizer continues from, and the other way round."""
+    """What a functional writes back the optimizer continues from, and the other way round."""
     theirs, ours = Optimized(weights(), make), Optimized(weights(), make)
-    twin = FunctionalOptimizer(ours, NOTHING)
+    functional = FunctionalOptimizer(ours, NOTHING)
     for step in range(12):
         for trained in (theirs, ours):
             if trained is ours and step % 4 < 2:
-                twin.write(*run(twin, twin.read(), twin.settings({}), steps=1, first=step))
+                functional.write(
+                    *run(
+                        functional, functional.read(), functional.settings({}), steps=1, first=step
+                    )
+                )
                 continue
             for leaf, gradient in zip(
                 trained.leaves, gradients(step, trained.detached()), strict=True
@@ -112,9 +118,11 @@ def test_steps_of_both_kinds_may_alternate(make):
 def test_a_gradient_of_one_number_in_many_places_is_written_back_as_memory_of_its_own():
     """Autograd hands out expanded tensors: in-place steps on them would fail, or change many weights at once."""
     trained = Optimized({"w": torch.zeros(3)}, partial(SGD, lr=1.0, momentum=0.5))
-    twin = FunctionalOptimizer(trained, NOTHING)
-    params, moments = twin.read()
-    twin.write(*twin.step(params, moments, [torch.ones(()).expand(3)], twin.settings({})))
+    functional = FunctionalOptimizer(trained, NOTHING)
+    params, moments = functional.read()
+    functional.write(
+        *functional.step(params, moments, [torch.ones(()).expand(3)], functional.settings({}))
+    )
     trained.leaves[0].grad = torch.tensor([1.0, 2.0, 3.0])
     trained.optimizer.step()
     assert trained.detached()["w"].tolist() == [-2.5, -3.5, -4.5]
@@ -125,9 +133,9 @@ def test_a_gradient_of_one_number_in_many_places_is_written_back_as_memory_of_it
 
 def final(make, start, settings=None, clip_norm=None):
     """The sum of all weights after 20 steps, to be differentiated in `start` and in the settings."""
-    twin = FunctionalOptimizer(Optimized(start, make, clip_norm=clip_norm), NOTHING)
-    point = (dict(start), twin.read()[1])
-    params, _ = run(twin, point, {**twin.settings({}), **(settings or {})})
+    functional = FunctionalOptimizer(Optimized(start, make, clip_norm=clip_norm), NOTHING)
+    point = (dict(start), functional.read()[1])
+    params, _ = run(functional, point, {**functional.settings({}), **(settings or {})})
     return sum((p * torch.arange(1.0, 5.0).double()).sum() for p in params.values())
 
 
@@ -188,12 +196,12 @@ def test_a_setting_as_a_tensor_changes_no_value(name, settings):
 def test_adam_divides_by_the_root_of_the_second_moment():
     """The trap of a differentiable Adam without its square root: the first step is lr · sign(g), whatever the size of g."""
     for size in (1e-3, 1.0, 1e3):
-        twin = FunctionalOptimizer(
+        functional = FunctionalOptimizer(
             Optimized({"w": torch.zeros(2).double()}, partial(Adam, lr=0.1, eps=0.0)), NOTHING
         )
-        params, moments = twin.read()
+        params, moments = functional.read()
         g = size * torch.tensor([1.0, -1.0]).double()
-        stepped = twin.step(params, moments, [g], twin.settings({}))[0]["w"]
+        stepped = functional.step(params, moments, [g], functional.settings({}))[0]["w"]
         torch.testing.assert_close(
             stepped, torch.tensor([-0.1, 0.1], dtype=torch.float64), rtol=1e-12, atol=0
         )
@@ -211,9 +219,9 @@ def tuning(make, scheduler=None, **settings):
 
 
 def test_settings_of_lambda_take_the_place_of_the_optimizers():
-    twin, space = tuning(partial(Adam, lr=0.5), lr=0.01, beta1=0.8)
+    functional, space = tuning(partial(Adam, lr=0.5), lr=0.01, beta1=0.8)
     hypers = space.constrain(space.init(torch.float64))
-    settings = twin.settings(hypers)
+    settings = functional.settings(hypers)
     assert settings["lr"] is hypers["of lr"]
     assert settings["beta1"] is hypers["of beta1"]
     assert (settings["beta2"], settings["eps"]) == (0.999, 1e-8)
@@ -221,11 +229,11 @@ def test_settings_of_lambda_take_the_place_of_the_optimizers():
 
 def test_a_frozen_setting_is_the_optimizers_own_number():
     space = Space(rate=Positive(init=0.02, optimizer="lr", frozen=True), decay=Positive(init=1.0))
-    twin = FunctionalOptimizer(
+    functional = FunctionalOptimizer(
         Optimized(weights(), configured(partial(SGD, lr=0.5), {"lr": 0.02})), space
     )
-    assert twin.tuned == {}
-    assert twin.settings(space.constrain(space.init()))["lr"] == 0.02
+    assert functional.tuned == {}
+    assert functional.settings(space.constrain(space.init()))["lr"] == 0.02
 
 
 @pytest.mark.parametrize("first", [1.0, 0.5])
@@ -235,17 +243,19 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
     def factor(epoch):
         return first * 0.1**epoch
 
-    twin, space = tuning(
+    functional, space = tuning(
         partial(SGD, lr=0.5), partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=factor), lr=0.2
     )
     moved = space.constrain(space.unconstrain({"of lr": torch.tensor(0.3)}))
     for epoch in range(3):
-        torch.testing.assert_close(twin.settings(moved)["lr"], torch.tensor(0.3 * factor(epoch)))
-        twin.optimized.optimizer.step()
-        twin.optimized.epoch_ended(None)
+        torch.testing.assert_close(
+            functional.settings(moved)["lr"], torch.tensor(0.3 * factor(epoch))
+        )
+        functional.optimized.optimizer.step()
+        functional.optimized.epoch_ended(None)
 
 
-# --- what has no twin ---
+# --- optimizers without a differentiable form ---
 
 
 @pytest.mark.parametrize(
@@ -253,29 +263,37 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
     [
         (
             partial(torch.optim.Adagrad, lr=0.1),
-            "Adagrad has no differentiable twin here; choose one of torch.optim.SGD",
+            "inner_optimizer=Adagrad has no differentiable form here; choose one of torch.optim.SGD",
         ),
-        (partial(Adam, amsgrad=True), "twin of Adam has no amsgrad=true; leave it out"),
-        (partial(SGD, maximize=True), "twin of SGD has no maximize=true"),
-        (partial(Adam, fused=True), "twin of Adam has no fused=true"),
+        (
+            partial(Adam, amsgrad=True),
+            r"inner_optimizer\.amsgrad=true of Adam has no .* leave it out",
+        ),
+        (partial(SGD, maximize=True), r"inner_optimizer\.maximize=true of SGD has no"),
+        (partial(Adam, fused=True), r"inner_optimizer\.fused=true of Adam has no"),
         (
             partial(Adam, decoupled_weight_decay=True),
-            "twin of Adam has no decoupled_weight_decay=true",
+            r"\.decoupled_weight_decay=true of Adam has no",
         ),
-        (lambda params: SGD([{"params": [p]} for p in params], lr=0.1), "one group of parameters"),
+        (
+            lambda params: SGD([{"params": [p]} for p in params], lr=0.1),
+            "inner_optimizer has several groups of parameters",
+        ),
     ],
     ids=["Adagrad", "amsgrad", "maximize", "fused", "decoupled", "groups"],
 )
-def test_what_has_no_twin_is_refused(make, match):
+def test_an_optimizer_without_a_differentiable_form_is_refused(make, match):
     with pytest.raises(Refused, match=match):
         FunctionalOptimizer(Optimized(weights(), make), NOTHING)
 
 
-def test_a_setting_that_the_optimizer_has_not_is_refused():
+def test_a_setting_that_the_optimizer_lacks_is_refused():
     space = Space(first=optimizer_setting("beta1", init=0.9))
-    with pytest.raises(Refused, match="`first` sets `beta1`, which SGD has not"):
+    with pytest.raises(
+        Refused, match="`first` sets `beta1`, but inner_optimizer=SGD has no such setting"
+    ):
         FunctionalOptimizer(Optimized(weights(), partial(SGD, lr=0.1)), space)
-    with pytest.raises(BilevelError, match="no setting `beta1`"):
+    with pytest.raises(BilevelError, match="inner_optimizer has no setting `beta1`"):
         Optimized(weights(), configured(partial(SGD, lr=0.1), {"beta1": 0.9}))
 
 
@@ -283,6 +301,6 @@ def test_a_half_precision_root_is_no_root_of_the_smallest_number():
     """√0 is 0 in every type, and its derivative too."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         v = torch.tensor([0.0, 4.0], dtype=dtype, requires_grad=True)
-        root = _root(v)
+        root = square_root(v)
         (slope,) = torch.autograd.grad(root.sum(), v)
         assert (root.tolist(), slope.tolist()) == ([0.0, 2.0], [0.0, 0.25])

@@ -1,0 +1,138 @@
+"""Steps of PyTorch's optimizers as pure functions, differentiable in all of their inputs.
+
+Each function equals its counterpart in `torch.optim` up to rounding, and uses the same names for
+the state. It is differentiable in weights, gradients, state and settings. Where the counterpart
+divides by √v, the derivative of the root is defined as 0 at v = 0. A weight that never had a
+gradient has m = 0 too, so the derivative of m √v is 0 there; the infinite derivative of the root
+would make every result NaN.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Settings: TypeAlias = Mapping[str, Any]
+"""The settings of an optimizer by PyTorch's names; `beta1` and `beta2` in place of `betas`.
+
+A value is a number, or a [] tensor that carries a derivative.
+"""
+
+Slots: TypeAlias = dict[str, Tensor]
+"""The memory of an optimizer for one weight."""
+
+
+def sgd(w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings) -> tuple[Tensor, Slots]:
+    """Return w and the memory after a step of SGD.
+
+    b ← m b + (1 − dampening) g, with b = g at the first step; then w ← w − lr b, or
+    w ← w − lr (g + m b) with Nesterov's momentum.
+    """
+    gradient = _decayed(gradient, w, s)
+    if not _is_zero(s["momentum"]):
+        buffer = gradient
+        if (before := slots.get("momentum_buffer")) is not None:
+            fresh = gradient if _is_zero(s["dampening"]) else (1 - s["dampening"]) * gradient
+            buffer = _plus(fresh, s["momentum"], before)
+        slots = {"momentum_buffer": buffer}
+        gradient = _plus(gradient, s["momentum"], buffer) if s["nesterov"] else buffer
+    return _plus(w, -s["lr"], gradient), slots
+
+
+def adam(
+    w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
+) -> tuple[Tensor, Slots]:
+    """Return w and the memory after a step of Adam.
+
+    m ← β₁m + (1 − β₁)g and v ← β₂v + (1 − β₂)g²; then w ← w − lr m̂ / (√v̂ + eps), with
+    m̂ = m/(1 − β₁ᵗ) and v̂ = v/(1 − β₂ᵗ).
+    """
+    return _adam(w, _decayed(gradient, w, s), slots, count, s)
+
+
+def adamw(
+    w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
+) -> tuple[Tensor, Slots]:
+    """Return w and the memory after a step of AdamW: w ← (1 − lr · decay) w, then Adam."""
+    decayed = w if _is_zero(s["weight_decay"]) else w * (1 - s["lr"] * s["weight_decay"])
+    return _adam(decayed, gradient, slots, count, s)
+
+
+def rmsprop(
+    w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
+) -> tuple[Tensor, Slots]:
+    """Return w and the memory after a step of RMSprop.
+
+    v ← αv + (1 − α)g², then w ← w − lr g / (√v + eps). With `centered`, the squared mean of g is
+    subtracted from v. Momentum applies to the quotient.
+    """
+    gradient = _decayed(gradient, w, s)
+    square = _mean_square(slots.get("square_avg"), gradient, s["alpha"])
+    after = {"square_avg": square}
+    if s["centered"]:
+        mean = torch.lerp(_or_zeros(slots.get("grad_avg"), w), gradient, 1 - s["alpha"])
+        after["grad_avg"] = mean
+        square = torch.addcmul(square, mean, mean, value=-1)
+    step = gradient / (square_root(square) + s["eps"])
+    if not _is_zero(s["momentum"]):
+        if (before := slots.get("momentum_buffer")) is not None:
+            step = _plus(step, s["momentum"], before)
+        after["momentum_buffer"] = step
+    return _plus(w, -s["lr"], step), after
+
+
+UPDATES: dict[
+    type[torch.optim.Optimizer],
+    Callable[[Tensor, Tensor, Slots, int, Settings], tuple[Tensor, Slots]],
+] = {
+    torch.optim.SGD: sgd,
+    torch.optim.Adam: adam,
+    torch.optim.AdamW: adamw,
+    torch.optim.RMSprop: rmsprop,
+}
+
+
+def _adam(
+    w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
+) -> tuple[Tensor, Slots]:
+    mean = torch.lerp(_or_zeros(slots.get("exp_avg"), w), gradient, 1 - s["beta1"])
+    square = _mean_square(slots.get("exp_avg_sq"), gradient, s["beta2"])
+    scale = -s["lr"] / (1 - s["beta1"] ** count)
+    root = square_root(square) / (1 - s["beta2"] ** count) ** 0.5 + s["eps"]
+    after = (
+        w + scale * mean / root
+        if isinstance(scale, Tensor)
+        else torch.addcdiv(w, mean, root, value=scale)
+    )
+    return after, {"exp_avg": mean, "exp_avg_sq": square}
+
+
+def _mean_square(before: Tensor | None, gradient: Tensor, decay: Any) -> Tensor:
+    """Return decay · before + (1 − decay) g²."""
+    if isinstance(decay, Tensor):
+        return decay * _or_zeros(before, gradient) + (1 - decay) * (gradient * gradient)
+    return torch.addcmul(decay * _or_zeros(before, gradient), gradient, gradient, value=1 - decay)
+
+
+def _or_zeros(slot: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if slot is None else slot
+
+
+def _decayed(gradient: Tensor, w: Tensor, s: Settings) -> Tensor:
+    return gradient if _is_zero(s["weight_decay"]) else _plus(gradient, s["weight_decay"], w)
+
+
+def _plus(x: Tensor, scale: Any, y: Tensor) -> Tensor:
+    """Return x + scale · y, in one pass if scale is a number."""
+    return x + scale * y if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
+
+
+def square_root(v: Tensor) -> Tensor:
+    """Return √v, with derivative 0 where v is 0."""
+    positive = v > 0
+    return torch.where(positive, torch.where(positive, v, 1.0).sqrt(), 0.0)
+
+
+def _is_zero(setting: Any) -> bool:
+    return not isinstance(setting, Tensor) and setting == 0
