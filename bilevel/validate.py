@@ -100,15 +100,21 @@ def between(low: float, high: float, remedy: str | None = None, /, **settings: A
 
 
 def one_of(known: Iterable[Any], /, **settings: Any) -> None:
-    """Require values from a list.
+    """Require values from a list; true, false and null are named as in YAML.
 
     Example:
         >>> one_of(["fp32", "bf16"], precision="bf1")
         Traceback (most recent call last):
-        bilevel.errors.BilevelError: precision='bf1' is unknown (did you mean `bf16`?); choose fp32 or bf16
+        bilevel.errors.BilevelError: precision='bf1' is unknown (did you mean `bf16`?);
+        choose fp32 or bf16
+        >>> one_of(["auto", True, False], in_memory="yes")
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: in_memory='yes' is unknown; choose auto, true or false
     """
-    names = [str(k) for k in known]
+    choices = list(known)
+    words = {"True": "true", "False": "false", "None": "null"}
+    names = [words.get(repr(k), str(k)) for k in choices]
     for name, value in settings.items():
-        if str(value) not in names:
+        if not any(value == k and isinstance(value, bool) == isinstance(k, bool) for k in choices):
             choice = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
             raise wrong(name, value, f"is unknown{near(str(value), names)}", f"choose {choice}")

@@ -1,4 +1,4 @@
-"""Problems to tune, and to learn from: closed forms first, then real data."""
+"""Bilevel problems: closed forms, image classification, language, few-shot learning, and others."""
 
 from bilevel.problems.architecture.problem import Architecture
 from bilevel.problems.architecture.recipes import architecture_images, architecture_tabular
@@ -11,7 +11,7 @@ from bilevel.problems.closed_form.linear_network import LinearNetwork
 from bilevel.problems.closed_form.quadratic import Quadratic
 from bilevel.problems.closed_form.ridge import Ridge
 from bilevel.problems.dataset_distillation.problem import Distillation, distillation
-from bilevel.problems.few_shot.problem import FewShot
+from bilevel.problems.few_shot.problem import FewShot, sinusoid
 from bilevel.problems.hyper_cleaning import HyperCleaning
 from bilevel.problems.language_modeling.problem import Language, language
 from bilevel.problems.loss_weights import LossWeights
@@ -42,4 +42,5 @@ __all__ = [
     "images",
     "language",
     "mnist",
+    "sinusoid",
 ]

@@ -4,33 +4,27 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from bilevel import BilevelError
-from bilevel.text import near
+from bilevel.validate import one_of
 
 DType: TypeAlias = torch.dtype | Literal["float32", "float64"] | None
-"""A type of PyTorch's, its name, or None for PyTorch's default."""
+"""A type of PyTorch, its name, or None for the default type of PyTorch."""
 
 
 def floating(dtype: DType) -> torch.dtype:
-    """The type that is meant.
+    """Return the floating-point type that `dtype` names.
 
     Example:
         >>> floating("float64"), floating(None)
         (torch.float64, torch.float32)
 
     Raises:
-        BilevelError: it is no floating-point type.
+        BilevelError: `dtype` is not a floating-point type.
     """
     known = {"float32": torch.float32, "float64": torch.float64}
-    found = (
-        torch.get_default_dtype()
-        if dtype is None
-        else known.get(dtype, dtype)
-        if isinstance(dtype, str)
-        else dtype
-    )
+    if dtype is None:
+        return torch.get_default_dtype()
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise BilevelError(
-            f"dtype={dtype!r}{near(str(dtype), known)} is no floating-point type; give {' or '.join(known)}"
-        )
+        one_of(known, dtype=dtype)
+    assert isinstance(found, torch.dtype)
     return found

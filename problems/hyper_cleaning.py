@@ -1,6 +1,6 @@
-"""Data hyper-cleaning: labels are corrupted, and a weight per training example, tuned, shall find out which."""
+"""Data hyper-cleaning: find wrong labels by tuning a weight per training example."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -21,43 +21,48 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from bilevel.problems.datasets import labelled_images, standard_images
 from bilevel.problems.datasets.label_noise import Noise, corrupt
-from bilevel.problems.datasets.labelled_images import Images
+from bilevel.problems.datasets.labelled_images import Images, first_examples
+from bilevel.problems.datasets.standard_images import load_digits, load_mnist
 from bilevel.problems.datasets.standardize import Standardize
 from bilevel.problems.networks.mlp import MLP
-from bilevel.problems.space_checks import shared, within
+from bilevel.problems.space_checks import SpaceChanges, require_per_batch, require_within
 
 
 @final
 class HyperCleaning(ModuleProblem):
-    """Cross-entropy with a weight per training example, on labels of which a known part is wrong.
+    """Cross-entropy with a weight per training example, on labels of which a part is wrong.
 
-        L_T(λ, w) = mean over training examples of λ_i CE(f(x_i; w), ỹ_i) + ½ weight_decay ‖w‖²,    λ_i in (0, 1)
+        L_T(λ, w) = mean over training examples of λ_i CE(f(x_i; w), ỹ_i) + ½ weight_decay ‖w‖²
         L_V(w)    = mean over validation examples of CE(f(x; w), y)
 
-    Validation labels are right. A training batch is (images, labels ỹ, indices i), so that each example meets its own weight.
-    The hyperparameter `example_weight` is [n], perturbed per batch; `weight_decay` is frozen unless `space` says otherwise.
+    with λ_i in (0, 1). Validation labels are right. A training batch is (images, labels ỹ,
+    indices i), so each example gets its own weight. The hyperparameter `example_weight` is [n] and
+    perturbed per batch; `weight_decay` is frozen unless `space` changes it.
 
-    Weights go from ½, where the sigmoid is steepest, and the source's bound on their sum, Σ_i λ_i ≤ R, is left out: R is one
-    more hyperparameter, and u has no constraint to project on.
+    Weights start at ½, where the sigmoid is steepest. The bound Σ_i λ_i ≤ R of the source is left
+    out: R is one more hyperparameter, and u has no constraint to project on.
 
     Args:
         network: makes a module that maps images to logits.
-        images: clean data; the training labels are corrupted here.
-        rate: the part of the training labels that is made wrong, exactly round(rate · n) of them.
-        noise: `uniform` puts any other class, `pairwise` the next one (c + 1, after the last the first).
-        noise_seed: which examples, and which classes.
-        train_size: how many training examples to keep, the first ones; None for all.
-        valid_size: the same of validation.
-        oracle: fix the weights at the truth, 1 for right labels and 0 for wrong ones: training on the right ones alone.
-        batch_size: of training and of validation; None takes a whole split.
-        space: changes to the space, as in `Space.override`.
+        images: clean data; this class corrupts the training labels.
+        rate: fraction of wrong training labels; exactly round(rate · n) labels are wrong.
+        noise: `uniform` draws any other class; `pairwise` takes class c + 1, and class 0 after the
+            last one.
+        noise_seed: seed of the wrong examples and their classes.
+        train_size: number of training examples, the first ones; None keeps all.
+        valid_size: number of validation examples, the first ones; None keeps all.
+        oracle: fix the weights at the truth, 1 for right and 0 for wrong labels; this trains on the
+            right labels only.
+        batch_size: number of examples in a batch of training and of validation; None takes a whole
+            split.
+        space: changes of the space, as in `Space.override`.
 
     Attributes:
-        corrupted: [n], which training labels are wrong.
+        corrupted: [n], true for wrong training labels.
 
-    Source: Franceschi, Donini, Frasconi & Pontil, ICML 2017, section 5.1; pairwise noise: Han et al., NeurIPS 2018.
+    Source: Franceschi, Donini, Frasconi & Pontil, ICML 2017, section 5.1; pairwise noise: Han et
+    al., NeurIPS 2018.
 
     Example:
         >>> problem = HyperCleaning.digits(rate=0.5)
@@ -65,7 +70,8 @@ class HyperCleaning(ModuleProblem):
         ((1078,), 539)
 
     Raises:
-        BilevelError: a rate outside [0, 1), an unknown noise, or more examples than there are.
+        BilevelError: the rate is outside [0, 1), the noise is unknown, or a size exceeds the number
+            of examples.
     """
 
     def __init__(
@@ -80,31 +86,27 @@ class HyperCleaning(ModuleProblem):
         valid_size: int | None = None,
         oracle: bool = False,
         batch_size: int | None = None,
-        space: Mapping[str, Mapping[str, Any]] | None = None,
+        space: SpaceChanges | None = None,
     ) -> None:
-        (x, labels), valid, test, *_ = labelled_images.few(images, train_size, valid_size)
-        given, self.corrupted = corrupt(
-            labels, rate, noise, torch.Generator().manual_seed(noise_seed)
-        )
-        self._seen = Standardize(images.mean, images.std)
+        (x, labels), valid, test, *_ = first_examples(images, train_size, valid_size)
+        generator = torch.Generator().manual_seed(noise_seed)
+        given, self.corrupted = corrupt(labels, rate, noise, generator)
+        self._standardize = Standardize(images.mean, images.std)
         train = (x, given, torch.arange(len(labels)))
         super().__init__(network, Space(), train, valid, test, batch_size=batch_size)
         truth = (~self.corrupted).double().tolist() if oracle else 0.5
         weight = Interval(
             low=0.0, high=1.0, init=truth, shape=(len(labels),), per_example=False, frozen=oracle
         )
-        tuned = Space(
-            example_weight=weight, weight_decay=Positive(init=1e-3, frozen=True)
-        ).override(space or {})
-        self.space = shared(
-            within(tuned, {"example_weight": (0.0, 1.0)}),
-            {"example_weight": "is a weight for each example"},
-        )
+        decay = Positive(init=1e-3, frozen=True)
+        tuned = Space(example_weight=weight, weight_decay=decay).override(space or {})
+        require_within(tuned, {"example_weight": (0.0, 1.0)})
+        self.space = require_per_batch(tuned, {"example_weight": "is a vector over all examples"})
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (self._seen(batch[0]),), {}
+        return (self._standardize(batch[0]),), {}
 
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
@@ -123,7 +125,10 @@ class HyperCleaning(ModuleProblem):
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
-        """Cross-entropy `loss` [B] and `accuracy` [B], unweighted; those of the training split are of the labels as given."""
+        """Return cross-entropy `loss` [B] and `accuracy` [B], without weights.
+
+        In the training split they refer to the corrupted labels.
+        """
         correct = prediction.argmax(-1) == batch[1]
         return {
             "loss": F.cross_entropy(prediction, batch[1], reduction="none"),
@@ -131,40 +136,30 @@ class HyperCleaning(ModuleProblem):
         }
 
     def exact(self, hypers: Hypers) -> Metrics:
-        """How well the weights tell wrong labels from right ones, `detection`; {} where none is wrong, or all are."""
-        weight, corrupted = (
-            hypers["example_weight"].detach(),
-            self.corrupted.to(hypers["example_weight"].device),
-        )
-        return (
-            detection(-weight, corrupted, weight < 0.5)
-            if 0 < int(self.corrupted.sum()) < len(weight)
-            else {}
-        )
+        """Return how well the weights separate wrong labels from right ones: see `detection`.
+
+        The result is {} if no label or every label is wrong.
+        """
+        weight = hypers["example_weight"].detach()
+        corrupted = self.corrupted.to(weight.device)
+        if not 0 < int(corrupted.sum()) < len(weight):
+            return {}
+        return detection(-weight, corrupted, weight < 0.5)
 
     @classmethod
     def digits(
-        cls,
-        hidden: Sequence[int] = (),
-        split_seed: int = 0,
-        *,
-        batch_size: int | None = None,
-        **options: Any,
+        cls, hidden: Sequence[int] = (), split_seed: int = 0, **options: Any
     ) -> "HyperCleaning":
-        """scikit-learn's digits and an MLP, by default without hidden layers: softmax regression, as in the source.
+        """Return the problem on scikit-learn's digits, with an MLP.
+
+        Without hidden layers the MLP is softmax regression, as in the source.
 
         Args:
-            hidden: widths of hidden layers.
-            split_seed: of the data.
-            batch_size: None takes whole splits.
-            options: as of the class.
+            hidden: widths of the hidden layers.
+            split_seed: seed of the data split.
+            options: other arguments of the class.
         """
-        return cls(
-            partial(MLP, [64, *hidden, 10]),
-            standard_images.load_digits(split_seed),
-            batch_size=batch_size,
-            **options,
-        )
+        return cls(partial(MLP, [64, *hidden, 10]), load_digits(split_seed), **options)
 
     @classmethod
     def mnist(
@@ -175,16 +170,17 @@ class HyperCleaning(ModuleProblem):
         *,
         train_size: int | None = 5000,
         valid_size: int | None = 5000,
-        batch_size: int | None = None,
         **options: Any,
     ) -> "HyperCleaning":
-        """MNIST with 5,000 training and 5,000 validation images, as in the source; the rest as `digits`."""
+        """Return the problem on MNIST with 5,000 training and 5,000 validation images.
+
+        The sizes are those of the source; the network is that of `digits`.
+        """
         return cls(
             partial(MLP, [784, *hidden, 10]),
-            standard_images.load_mnist(root, download),
+            load_mnist(root, download),
             train_size=train_size,
             valid_size=valid_size,
-            batch_size=batch_size,
             **options,
         )
 
@@ -192,38 +188,40 @@ class HyperCleaning(ModuleProblem):
 def detection(
     score: Float[Tensor, " n"], positive: Bool[Tensor, " n"], found: Bool[Tensor, " n"]
 ) -> Metrics:
-    """Precision, recall and F1 of `found`; and of `score`, which needs no threshold, the areas under two curves, [] each.
+    """Return measures of a detector, [] each.
 
         precision = TP/(TP + FP),    recall = TP/(TP + FN),    f1 = 2 TP/(2 TP + FP + FN)
-        roc_auc = P(score of a positive > of a negative) + ½ P(equal),    average_precision = Σ_k (R_k − R_{k−1}) P_k
+        roc_auc = P(score of a positive > of a negative) + ½ P(equal)
+        average_precision = Σ_k (R_k − R_{k−1}) P_k
 
-    k goes through the distinct scores from the top. Nothing found counts as precision 0.
+    The first line rates `found`. The others rate `score` and need no threshold; k goes through the
+    distinct scores from the top. If nothing is found, the precision is 0.
 
     Args:
-        score: the higher, the likelier positive.
-        positive: the truth; some must be, and some not.
-        found: what is declared positive.
+        score: larger values mean that positive is more likely.
+        positive: the truth; some entries must be true, and some false.
+        found: entries that the detector declares positive.
 
     Example:
-        >>> score, positive = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([True, False, True, False])
-        >>> {name: round(value.item(), 3) for name, value in detection(score, positive, score > 1.5).items()}
+        >>> score = torch.tensor([3.0, 2.0, 1.0, 0.0])
+        >>> positive = torch.tensor([True, False, True, False])
+        >>> measures = detection(score, positive, score > 1.5)
+        >>> {name: round(value.item(), 3) for name, value in measures.items()}
         {'precision': 0.5, 'recall': 0.5, 'f1': 0.5, 'roc_auc': 0.75, 'average_precision': 0.833}
     """
     positives, declared = positive.sum().double(), found.sum()
     hits = (found & positive).sum()
-    _, level, size = torch.unique(
-        -score, return_inverse=True, return_counts=True
-    )  # ascending: from the highest score down
-    true = torch.zeros(len(size), dtype=torch.float64, device=score.device).index_add(
-        0, level, positive.double()
-    )
+    # The negated scores ascend, so level 0 is the highest score.
+    _, level, size = torch.unique(-score, return_inverse=True, return_counts=True)
+    zeros = torch.zeros(len(size), dtype=torch.float64, device=score.device)
+    true = zeros.index_add(0, level, positive.double())
     true_above, all_above = true.cumsum(0), size.cumsum(0)
     false_below = (len(score) - positives) - (all_above - true_above)
+    ranked = (true * (false_below + 0.5 * (size - true))).sum()
     return {
         "precision": hits / declared.clamp_min(1),
         "recall": hits / positives,
         "f1": 2 * hits / (declared + positives),
-        "roc_auc": (true * (false_below + 0.5 * (size - true))).sum()
-        / (positives * (len(score) - positives)),
+        "roc_auc": ranked / (positives * (len(score) - positives)),
         "average_precision": (true / positives * true_above / all_above).sum(),
     }

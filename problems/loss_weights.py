@@ -1,4 +1,4 @@
-"""What each class counts for in training, and how far its labels are smoothed, tuned on a long-tailed set of images."""
+"""Class weights and label smoothing of the training loss, tuned on a long-tailed set of images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bilevel import (
     Batch,
-    BilevelError,
     Domain,
     Hypers,
     Interval,
@@ -25,12 +24,13 @@ from bilevel import (
     Space,
     squared_norm,
 )
-from bilevel.problems.datasets import standard_images
 from bilevel.problems.datasets.class_balance import balanced, long_tailed
 from bilevel.problems.datasets.labelled_images import Images
+from bilevel.problems.datasets.standard_images import load_digits, load_mnist
 from bilevel.problems.datasets.standardize import Standardize
 from bilevel.problems.networks.mlp import MLP
-from bilevel.problems.space_checks import within
+from bilevel.problems.space_checks import SpaceChanges, require_within
+from bilevel.validate import one_of
 
 ClassWeights: TypeAlias = Literal["positive", "simplex", False]
 Smoothing: TypeAlias = bool | Literal["per_class"]
@@ -38,32 +38,34 @@ Smoothing: TypeAlias = bool | Literal["per_class"]
 
 @final
 class LossWeights(ModuleProblem):
-    """Cross-entropy with a weight per class, label smoothing and, where asked for, an offset per class; all tuned.
+    """Cross-entropy with a weight per class, label smoothing and an optional offset per class.
 
-        L_T = mean over examples of c_y [(1 − s) CE(f + a, y) + s (1/C) Σ_k CE(f + a, k)] + ½ weight_decay ‖w‖²
-        L_V = mean over examples of CE(f, y)
+        L_T = mean of c_y [(1 − s) CE(f + a, y) + s (1/C) Σ_k CE(f + a, k)] + ½ weight_decay ‖w‖²
+        L_V = mean of CE(f, y)
 
-    The training split is long-tailed, the validation split balanced. Hyperparameters, each one per example if drawn so:
-    `class_weight` c [C], `smoothing` s in (0, 0.9), [] or [C], and `logit_offset` a [C]. `weight_decay` is frozen unless
-    `space` says otherwise. A network that fits every training label hardly feels c, but does feel a, which shifts margins.
+    The training split is long-tailed; the validation split is balanced. The hyperparameters are
+    `class_weight` c [C], `smoothing` s in (0, 0.9), [] or [C], and `logit_offset` a [C]; each can
+    be drawn per example. `weight_decay` is frozen unless `space` changes it. A network that fits
+    every training label hardly reacts to c. It reacts to a, which shifts margins.
 
     Args:
         network: makes a module that maps images to logits.
-        images: data; see `long_tailed` and `balanced` for what is made of them here.
-        ratio: the images of the commonest class to those of the rarest in training.
-        tail_seed: which images are kept.
-        class_weight: `positive`, each above zero and 1 at first; `simplex`, C times a point of the simplex, whose mean stays 1
-            and which is perturbed per batch; or false for none.
-        smoothing: one rate for all (true), `per_class`, or false for none.
-        logit_offset: whether there is one.
-        batch_size: of training and of validation; None takes a whole split.
-        space: changes to the space, as in `Space.override`.
+        images: data; `long_tailed` and `balanced` describe the subsets that are used.
+        ratio: size of the largest training class divided by the size of the smallest one.
+        tail_seed: seed of the images that are kept.
+        class_weight: `positive`: each weight is positive and starts at 1; `simplex`: C times a
+            point of the simplex, so that the mean stays 1, perturbed per batch; false: no weights.
+        smoothing: true: one rate for all classes; `per_class`: one rate per class; false: none.
+        logit_offset: whether there are offsets.
+        batch_size: number of examples in a batch of training and of validation; None takes a whole
+            split.
+        space: changes of the space, as in `Space.override`.
 
     Attributes:
-        counts: [C], the training images of each class.
+        counts: [C], number of training images of each class.
 
-    Source: Li et al., NeurIPS 2021 (class-wise losses as a bilevel problem); Müller et al., NeurIPS 2019 (smoothing);
-        Menon et al., ICLR 2021 (offsets).
+    Source: Li et al., NeurIPS 2021 (class-wise losses as a bilevel problem); Müller et al., NeurIPS
+    2019 (smoothing); Menon et al., ICLR 2021 (offsets).
 
     Example:
         >>> problem = LossWeights.digits(ratio=20)
@@ -71,7 +73,8 @@ class LossWeights(ModuleProblem):
         (['class_weight', 'smoothing', 'weight_decay'], [100, 72, 51, 37, 26, 19, 14, 10, 7, 5])
 
     Raises:
-        BilevelError: an unknown kind of weights or of smoothing, or a ratio below 1 or that leaves a class without images.
+        BilevelError: `class_weight` or `smoothing` is unknown, or the ratio is below 1 or leaves a
+            class without images.
     """
 
     def __init__(
@@ -85,43 +88,42 @@ class LossWeights(ModuleProblem):
         smoothing: Smoothing = True,
         logit_offset: bool = False,
         batch_size: int | None = 64,
-        space: Mapping[str, Mapping[str, Any]] | None = None,
+        space: SpaceChanges | None = None,
     ) -> None:
-        if class_weight not in ("positive", "simplex", False):
-            raise BilevelError(
-                f"class_weight={class_weight!r} is none of positive, simplex and false; choose one of these"
-            )
-        if smoothing not in (True, False, "per_class"):
-            raise BilevelError(
-                f"smoothing={smoothing!r} is none of true, false and per_class; choose one of these"
-            )
+        one_of(("positive", "simplex", False), class_weight=class_weight)
+        one_of((True, False, "per_class"), smoothing=smoothing)
         generator = torch.Generator().manual_seed(tail_seed)
-        train, valid = (
-            long_tailed(images.train, ratio, generator),
-            balanced(images.valid, generator),
-        )
+        train = long_tailed(images.train, ratio, generator)
+        valid = balanced(images.valid, generator)
         self.counts = train[1].bincount()
-        self._classes, self._seen = len(self.counts), Standardize(images.mean, images.std)
-        self._simplex, self._per_class = class_weight == "simplex", smoothing == "per_class"
+        self._classes = len(self.counts)
+        self._standardize = Standardize(images.mean, images.std)
+        self._simplex = class_weight == "simplex"
+        self._per_class = smoothing == "per_class"
         super().__init__(network, Space(), train, valid, images.test, batch_size=batch_size)
+        domains = self._domains(bool(class_weight), bool(smoothing), logit_offset)
+        tuned = Space(**domains).override(space or {})
+        self.space = require_within(tuned, {"smoothing": (0.0, 1.0)})
+
+    def _domains(
+        self, class_weight: bool, smoothing: bool, logit_offset: bool
+    ) -> dict[str, Domain]:
         each = (self._classes,)
         domains: dict[str, Domain] = {}
         if class_weight:
             simplex = Simplex(init=1 / self._classes, shape=each)
             domains["class_weight"] = simplex if self._simplex else Positive(init=1.0, shape=each)
         if smoothing:
-            domains["smoothing"] = Interval(
-                low=0.0, high=0.9, init=0.05, shape=each if self._per_class else ()
-            )
+            shape = each if self._per_class else ()
+            domains["smoothing"] = Interval(low=0.0, high=0.9, init=0.05, shape=shape)
         if logit_offset:
             domains["logit_offset"] = Real(init=0.0, shape=each)
-        domains["weight_decay"] = Positive(init=1e-3, frozen=True)
-        self.space = within(Space(**domains).override(space or {}), {"smoothing": (0.0, 1.0)})
+        return domains | {"weight_decay": Positive(init=1e-3, frozen=True)}
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (self._seen(batch[0]),), {}
+        return (self._standardize(batch[0]),), {}
 
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
@@ -144,7 +146,7 @@ class LossWeights(ModuleProblem):
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
-        """Cross-entropy `loss` [B], `accuracy` [B], and the latter over the examples of each class, `accuracy_0` and so on."""
+        """Return `loss` [B], `accuracy` [B], and `accuracy_c` over the examples of each class c."""
         correct = (prediction.argmax(-1) == batch[1]).to(prediction.dtype)
         by_class = {
             f"{PREFIX}{c}": hits
@@ -157,7 +159,7 @@ class LossWeights(ModuleProblem):
         } | by_class
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """The mean of the classes' accuracies and the least of them, over the classes that the split has."""
+        """Return the mean and the minimum of the accuracies of the classes in a split."""
         each = [value for name, value in means.items() if name.startswith(PREFIX)]
         return {"balanced_accuracy": sum(each) / len(each), "worst_accuracy": min(each)}
 
@@ -165,16 +167,14 @@ class LossWeights(ModuleProblem):
     def digits(
         cls, hidden: Sequence[int] = (64,), split_seed: int = 0, **options: Any
     ) -> "LossWeights":
-        """scikit-learn's digits with a long tail, and an MLP.
+        """Return the problem on scikit-learn's digits, with an MLP.
 
         Args:
-            hidden: widths of its hidden layers.
-            split_seed: of the data.
-            options: as of the class.
+            hidden: widths of the hidden layers.
+            split_seed: seed of the data split.
+            options: other arguments of the class.
         """
-        return cls(
-            partial(MLP, [64, *hidden, 10]), standard_images.load_digits(split_seed), **options
-        )
+        return cls(partial(MLP, [64, *hidden, 10]), load_digits(split_seed), **options)
 
     @classmethod
     def mnist(
@@ -187,20 +187,16 @@ class LossWeights(ModuleProblem):
         ratio: float = 100.0,
         **options: Any,
     ) -> "LossWeights":
-        """MNIST with a long tail; the rest as `digits`."""
-        return cls(
-            partial(MLP, [784, *hidden, 10]),
-            standard_images.load_mnist(root, download, valid_fraction),
-            ratio=ratio,
-            **options,
-        )
+        """Return the problem on MNIST, with the network of `digits`."""
+        images = load_mnist(root, download, valid_fraction)
+        return cls(partial(MLP, [784, *hidden, 10]), images, ratio=ratio, **options)
 
 
 PREFIX = "accuracy_"
 
 
 def at(leaf: Float[Tensor, "*batch classes"], y: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """The entry of each example's own class, of one row for all or of a row for each.
+    """Return the entry of each example's class, from one row for all or from a row per example.
 
     Example:
         >>> at(torch.tensor([0.5, 2.0]), torch.tensor([1, 1, 0])).tolist()

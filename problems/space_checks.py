@@ -1,52 +1,62 @@
-"""What a hyperparameter can mean, whatever interval a user's change of the space gives it."""
+"""Checks of a hyperparameter space after the changes of a user."""
 
 import math
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from bilevel import BilevelError, Interval, Space
 
+SpaceChanges: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""Changes of fields by hyperparameter, as in `Space.override`."""
 
-def within(space: Space, limits: Mapping[str, tuple[float, float]], why: str = "here") -> Space:
-    """The space as it is.
+
+def require_within(
+    space: Space, limits: Mapping[str, tuple[float, float]], condition: str = ""
+) -> Space:
+    """Return the space, after a check that its intervals stay within limits.
 
     Args:
-        space: the hyperparameters; those without limits are not looked at.
-        limits: the lowest and the highest value that means something, by name.
-        why: what the limits depend on, for the sentence.
+        space: the hyperparameters; those without limits are not checked.
+        limits: the lowest and the highest value that has a meaning, by name.
+        condition: what the limits depend on, such as "with 8 × 8 pixels"; it ends the first clause
+            of the error.
 
     Example:
-        >>> within(Space(rate=Interval(low=0.0, high=2.0, init=0.1)), {"rate": (0.0, 1.0)})
+        >>> space = Space(rate=Interval(low=0.0, high=2.0, init=0.1))
+        >>> require_within(space, {"rate": (0.0, 1.0)})
         Traceback (most recent call last):
-        bilevel.errors.BilevelError: hyperparameter `rate` goes from 0 to 2, and here it may go from 0 to 1; give space.rate.low
-        and space.rate.high within that
+        bilevel.errors.BilevelError: space.rate goes from 0 to 2 and must stay between 0 and 1;
+        set space.rate.low and space.rate.high accordingly
 
     Raises:
-        BilevelError: an interval that leaves its limits.
+        BilevelError: an interval leaves its limits.
     """
     for name, (low, high) in limits.items():
         domain = space.get(name)
         if isinstance(domain, Interval) and not (low <= domain.low and domain.high <= high):
-            room = f"from {low:g} to {high:g}" if math.isfinite(high) else f"from {low:g} up"
+            allowed = f"between {low:g} and {high:g}" if math.isfinite(high) else f"above {low:g}"
             raise BilevelError(
-                f"hyperparameter `{name}` goes from {domain.low:g} to {domain.high:g}, and {why} it may go {room}; "
-                f"give space.{name}.low and space.{name}.high within that"
+                f"space.{name} goes from {domain.low:g} to {domain.high:g} and must stay {allowed}"
+                f"{' ' * bool(condition)}{condition}; "
+                f"set space.{name}.low and space.{name}.high accordingly"
             )
     return space
 
 
-def shared(space: Space, names: Mapping[str, str]) -> Space:
-    """The space as it is.
+def require_per_batch(space: Space, names: Mapping[str, str]) -> Space:
+    """Return the space, after a check that some hyperparameters are perturbed per batch.
 
     Args:
         space: the hyperparameters.
-        names: those that all examples of a batch share, with the reason.
+        names: names of hyperparameters that all examples of a batch share, each with the reason.
 
     Raises:
-        BilevelError: one of them is to be perturbed per example.
+        BilevelError: one of them is perturbed per example.
     """
-    for name, why in names.items():
+    for name, reason in names.items():
         if name in space and space[name].per_example:
             raise BilevelError(
-                f"`{name}` {why}, which all examples share; leave {name}.per_example=false"
+                f"space.{name}.per_example=true is not possible, because `{name}` {reason}; "
+                f"set space.{name}.per_example=false"
             )
     return space

@@ -12,7 +12,7 @@ from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.experiments.report import spread
 from benchmarks.experiments.report import table as markdown
 from bilevel import Runner, Solver, solvers
-from bilevel.problems.language_modeling.corpus import corpus
+from bilevel.problems.language_modeling.corpus import load_corpus
 from bilevel.problems.language_modeling.problem import Language
 
 WARMUP = 1
@@ -121,7 +121,7 @@ def arms(best: float, stn: Path, size: Size) -> dict[str, tuple[float, Callable[
 
 def problem(rate: float, size: Size) -> Language:
     """One LSTM of 128 units with output dropout alone, from `rate`."""
-    text = corpus(vocabulary_size=1000)
+    text = load_corpus(vocabulary_size=1000)
     held_out = {split: getattr(text, split)[: size.held_out] for split in ("valid", "test")}
     off = {name: {"init": 0.0, "frozen": True} for name in OTHERS}
     sizes = {"embedding": 128, "hidden": 128, "layers": 1, "batch_size": 20, "bptt": 20}

@@ -1,4 +1,4 @@
-"""A cell as a graph whose edges mix operations with weights α, and the two forms that it has: of images and of tables."""
+"""A cell: a graph whose edges mix operations with weights α."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from bilevel.problems.architecture.operations import NONE, Form
 
 Alphas = Mapping[str, Tensor]
-"""α of every edge by its name, [operations] each; {} for a derived cell, whose edges have one operation."""
+"""α of every edge by its name, [operations] each; {} for a derived cell."""
 
 
 def edge(source: int, node: int) -> str:
-    """The name of the edge source → node, which is also that of its hyperparameter."""
+    """Return the name of the edge source → node and of its hyperparameter."""
     return f"edge_{source}_{node}"
 
 
 def pairs(nodes: int) -> list[tuple[int, int]]:
-    """All edges of a cell: node j ∈ {1, …, n} hears every i < j, and node 0 is the cell's input."""
+    """Return all edges i → j, i < j, of a cell with nodes 1, …, n; node 0 is its input."""
     return [(source, node) for node in range(1, nodes + 1) for source in range(node)]
 
 
 class Mixture(nn.Module):
-    """x ↦ Σ_o α_o o(x); without α, its one operation. `none` counts among α and adds nothing."""
+    """Map x to Σ_o α_o o(x), or to o(x) without α; `none` has an α and adds nothing."""
 
     def __init__(self, form: Form, names: Sequence[str], width: int) -> None:
         super().__init__()
@@ -44,13 +44,13 @@ class Mixture(nn.Module):
 
 
 class Cell(nn.Module):
-    """x_j = Σ_{i<j} Σ_o α^{ij}_o o(x_i) for the nodes j = 1, …, n, joined to one output.
+    """Compute x_j = Σ_{i<j} Σ_o α^{ij}_o o(x_i) for the nodes j = 1, …, n, and join them.
 
     Args:
-        form: of images or of tables.
+        form: the parts of a cell, for images or for tables.
         nodes: n.
-        edges: the operations of every edge that there is, by its name; each node needs one.
-        width: channels or features of every node.
+        edges: the operations of every existing edge, by its name; each node needs an edge.
+        width: number of channels or features of every node.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Cell(nn.Module):
 
 
 class CellNetwork(nn.Module):
-    """A stem, `cells` cells of one architecture and weights of their own, and a linear head.
+    """A stem, `cells` cells with one architecture and separate weights, and a linear head.
 
     Example:
         >>> from bilevel.problems.architecture.operations import IMAGE

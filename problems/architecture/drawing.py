@@ -1,4 +1,7 @@
-"""Pictures of a search: the paths of α, edge by edge, and the derived cell. `python -m bilevel.problems.architecture.drawing RUN`."""
+"""Draw an architecture search: the path of α on each edge, and the derived cell.
+
+python -m bilevel.problems.architecture.drawing RUN
+"""
 
 import argparse
 import json
@@ -15,19 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PICTURE = "architecture.png"
-COLORS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#D55E00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito's; `none` is grey
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+"""Colors of Okabe and Ito; `none` is grey."""
 
 
 def colors(operations: Sequence[str]) -> dict[str, str]:
-    """A colour for each operation, the same in every picture of them."""
+    """Return a color for each operation, the same one in every picture."""
     real = [name for name in operations if name != NONE]
     return {NONE: "0.7", **{name: COLORS[place % len(COLORS)] for place, name in enumerate(real)}}
 
@@ -35,7 +31,7 @@ def colors(operations: Sequence[str]) -> dict[str, str]:
 def draw_path(
     ax: "Axes", records: Sequence[Mapping[str, Any]], name: str, operations: Sequence[str]
 ) -> None:
-    """α of one edge against epochs, a line for each operation; the strongest beside `none` is drawn thick."""
+    """Plot α of one edge against epochs; the strongest operation except `none` has a thick line."""
     epochs = [r["epoch"] for r in records]
     path = [r[f"hypers.{name}"] for r in records]
     last = {place: value for place, value in enumerate(path[-1]) if operations[place] != NONE}
@@ -56,15 +52,14 @@ def draw_path(
 
 
 def draw_cell(ax: "Axes", cell: Genotype, operations: Sequence[str]) -> None:
-    """The derived cell: nodes in a row, an arc for each edge with the name of its operation on it."""
+    """Draw the derived cell: nodes in a row, and an arc with the operation's name for each edge."""
     from matplotlib.patches import FancyArrowPatch
 
     shades = colors(operations)
     for source, node, operation in cell:
         span = node - source
-        bend = (
-            0.0 if span == 1 else -0.4 if source % 2 else 0.4
-        )  # over and under the row, so that few arcs meet
+        # Arcs lie above and below the row, so that few of them cross.
+        bend = 0.0 if span == 1 else -0.4 if source % 2 else 0.4
         ends = (float(source), 0.0), (float(node), 0.0)
         arrow = FancyArrowPatch(
             *ends,
@@ -78,9 +73,8 @@ def draw_cell(ax: "Axes", cell: Genotype, operations: Sequence[str]) -> None:
         )
         ax.add_patch(arrow)
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-        height = (
-            bend * span / 2 if span > 1 else 0.0
-        )  # arc3 puts its control point at rad · length, the arc at half of that
+        # arc3 puts its control point at rad · length, and the arc at half of that.
+        height = bend * span / 2 if span > 1 else 0.0
         ax.text(
             (source + node) / 2,
             height,
@@ -106,21 +100,21 @@ def draw_cell(ax: "Axes", cell: Genotype, operations: Sequence[str]) -> None:
         side: max([0.25, *(0.2 * (e.node - e.source) + 0.15 for e in cell if e.source % 2 == side)])
         for side in (0, 1)
     }
-    ax.set_aspect("equal")  # in which an arc bends in the picture as it does in these coordinates
+    ax.set_aspect("equal")  # then an arc has the same height in the picture
     ax.set_xlim(-0.3, cell.nodes + 0.3)
     ax.set_ylim(-deepest[1], deepest[0])
     ax.set_axis_off()
 
 
 def draw_search(run: str | Path, picture: str | Path | None = None) -> Path:
-    """Write the picture of a search: α's paths, and the cell that its last α stand for.
+    """Write the picture of a search: the paths of α, and the cell that the last α give.
 
     Args:
         run: the directory of a run of `problem=architecture_images` or `architecture_tabular`.
         picture: the file to write; by default `architecture.png` in that directory.
 
     Raises:
-        BilevelError: the directory holds no search.
+        BilevelError: the directory holds no search, or the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,15 +130,16 @@ def draw_search(run: str | Path, picture: str | Path | None = None) -> Path:
         }
     except OSError as error:
         raise BilevelError(
-            f"cannot read the search in {run}: {error.strerror or error}; give the directory of a run"
+            f"run={run} cannot be read: {error.strerror or error}; give the directory of a run"
         ) from None
-    except Exception:  # damaged files fail in many ways
+    except Exception:  # damaged files raise many classes
         raise BilevelError(
-            f"the search in {run} is damaged or holds no such files as a run leaves; give another one"
+            f"run={run} is damaged or not the directory of a run; give another one"
         ) from None
     if not (weights and records and OmegaConf.is_dict(settings) and settings.get("operations")):
         raise BilevelError(
-            f"{run} holds no search among cells; give a run of problem=architecture_images or _tabular"
+            f"run={run} holds no architecture search; give a run of problem=architecture_images or "
+            "architecture_tabular"
         )
     operations = list(settings.operations)
     cell = derive(weights, operations, settings.nodes, settings.keep)
@@ -180,17 +175,17 @@ def draw_search(run: str | Path, picture: str | Path | None = None) -> Path:
         figure.savefig(picture)
     except OSError as error:
         raise BilevelError(
-            f"cannot write {picture}: {error.strerror or error}; give --out another place"
+            f"--out={picture} cannot be written: {error.strerror or error}; choose another place"
         ) from None
-    except ValueError as error:  # an ending that matplotlib does not know
+    except ValueError as error:  # matplotlib does not support this file format
         raise BilevelError(
-            f"cannot write {picture}: {error}; give --out a name that ends in .png or .pdf"
+            f"--out={picture} cannot be written: {error}; choose a name that ends in .png or .pdf"
         ) from None
     return picture
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m bilevel.problems.architecture.drawing RUN [--out FILE]`."""
+    """Run `python -m bilevel.problems.architecture.drawing RUN [--out FILE]`."""
     parser = argparse.ArgumentParser(
         prog="python -m bilevel.problems.architecture.drawing", description="Draw a search."
     )

@@ -1,4 +1,4 @@
-"""The derived cell: one operation on each edge that is kept, from α, from a run, from chance or from its text."""
+"""Derived cells, with one operation per edge: from α, from a run, at random, or from a text."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bilevel import BilevelError
 from bilevel.loggers.records import SUMMARY
 from bilevel.problems.architecture.cell import edge, pairs
 from bilevel.problems.architecture.operations import NONE
 from bilevel.text import near
+from bilevel.validate import wrong
 
 Weights = Mapping[str, Sequence[float]]
 """α of every edge, as plain numbers."""
 
 
 class Edge(NamedTuple):
-    """source → node by one operation."""
+    """The edge source → node with one operation."""
 
     source: int
     node: int
@@ -39,10 +39,10 @@ class Genotype(tuple[Edge, ...]):
 
     @classmethod
     def parse(cls, text: str) -> "Genotype":
-        """The cell that `str` writes.
+        """Return the cell that `str` wrote.
 
         Raises:
-            BilevelError: it is no such text, repeats an edge, or leaves a node without one.
+            BilevelError: the text is invalid, repeats an edge, or leaves a node without one.
         """
         found = []
         for word in text.split():
@@ -51,19 +51,16 @@ class Genotype(tuple[Edge, ...]):
             if not (
                 source.isdecimal() and node.isdecimal() and operation and int(source) < int(node)
             ):
-                raise BilevelError(
-                    f"genotype={text!r}: `{word}` is no edge; give a run's directory, random-SEED, or edges as 0-1:conv3x3"
-                )
+                reason = f"has `{word}`, which is not an edge"
+                remedy = "give the directory of a run, random-SEED, or edges such as 0-1:conv3x3"
+                raise wrong("genotype", text, reason, remedy)
             found.append(Edge(int(source), int(node), operation))
         cell = cls(found)
         if len({e[:2] for e in cell}) < len(cell):
-            raise BilevelError(f"genotype={text!r} has an edge twice; give each one operation")
-        if empty := [
-            node for node in range(1, cell.nodes + 1) if all(e.node != node for e in cell)
-        ]:
-            raise BilevelError(
-                f"genotype={text!r} leaves node {empty[0]} without an edge; give it one"
-            )
+            raise wrong("genotype", text, "has an edge twice", "give each edge one operation")
+        reached = {e.node for e in cell}
+        if empty := [node for node in range(1, cell.nodes + 1) if node not in reached]:
+            raise wrong("genotype", text, f"leaves node {empty[0]} without an edge", "add one")
         return cell
 
     def __str__(self) -> str:
@@ -71,21 +68,25 @@ class Genotype(tuple[Edge, ...]):
 
     @property
     def nodes(self) -> int:
-        """How many nodes it has beside its input."""
+        """Return the number of nodes without the input."""
         return max((e.node for e in self), default=0)
 
     def share(self, operations: Sequence[str]) -> float:
-        """The part of its edges that are one of `operations`."""
+        """Return the fraction of edges whose operation is in `operations`."""
         return sum(e.operation in operations for e in self) / len(self)
 
 
 def derive(weights: Weights, operations: Sequence[str], nodes: int, keep: int) -> Genotype:
-    """Every edge takes its strongest operation, `none` apart; every node keeps its `keep` strongest edges.
+    """Return the cell of the strongest operations and edges.
 
         o_ij = argmax_{o ≠ none} α^{ij}_o,    strength of i → j = max_{o ≠ none} α^{ij}_o
 
+    Every edge takes its strongest operation except `none`. Every node keeps its `keep` strongest
+    edges.
+
     Example:
-        >>> weights = {"edge_0_1": [0.9, 0.1, 0.0], "edge_0_2": [0.0, 0.4, 0.6], "edge_1_2": [0.0, 0.7, 0.3]}
+        >>> weights = {"edge_0_1": [0.9, 0.1, 0], "edge_0_2": [0, 0.4, 0.6]}
+        >>> weights["edge_1_2"] = [0, 0.7, 0.3]
         >>> str(derive(weights, ["none", "skip", "relu"], nodes=2, keep=1))
         '0-1:skip 1-2:skip'
 
@@ -97,69 +98,69 @@ def derive(weights: Weights, operations: Sequence[str], nodes: int, keep: int) -
         best = {
             source: max(real, key=weights[edge(source, node)].__getitem__) for source in range(node)
         }
-        strongest = sorted(best, key=lambda source: -weights[edge(source, node)][best[source]])[
-            :keep
-        ]
-        kept += [Edge(source, node, operations[best[source]]) for source in strongest]
+        ranked = sorted(best, key=lambda source: -weights[edge(source, node)][best[source]])
+        kept += [Edge(source, node, operations[best[source]]) for source in ranked[:keep]]
     return Genotype(kept)
 
 
 def random_genotype(seed: int, operations: Sequence[str], nodes: int, keep: int) -> Genotype:
-    """A cell of the same form by chance: sources without replacement, operations evenly among all but `none`."""
+    """Draw a cell: sources without replacement, operations uniformly from all but `none`."""
     draws = torch.Generator().manual_seed(seed)
     real = [name for name in operations if name != NONE]
     kept = []
     for node in range(1, nodes + 1):
         for source in torch.randperm(node, generator=draws)[:keep].tolist():
-            kept.append(
-                Edge(source, node, real[int(torch.randint(len(real), (), generator=draws))])
-            )
+            operation = real[int(torch.randint(len(real), (), generator=draws))]
+            kept.append(Edge(source, node, operation))
     return Genotype(kept)
 
 
-def genotype(source: str, operations: Sequence[str], nodes: int, keep: int) -> Genotype:
-    """The cell that `source` names: the directory of a search, whose last α are discretized; `random-SEED`; or its text.
+def read_genotype(source: str, operations: Sequence[str], nodes: int, keep: int) -> Genotype:
+    """Return the cell that `source` names.
+
+    Args:
+        source: the directory of a search, whose last α give the cell; `random-SEED`; or edges such
+            as `0-1:skip 0-2:relu`.
+        operations: operations of the edges, in the order of α.
+        nodes: number of nodes.
+        keep: number of edges that a node keeps.
 
     Raises:
-        BilevelError: a run that did not end well or searched among other cells; an operation that there is not.
+        BilevelError: the run did not end well or searched other cells, or an operation is unknown.
     """
     kind, _, seed = source.partition("-")
     if kind == "random" and seed.isdecimal():
         return random_genotype(int(seed), operations, nodes, keep)
     if Path(source).is_dir():
-        return derive(_searched(Path(source), operations, nodes), operations, nodes, keep)
+        return derive(_last_alphas(Path(source), operations, nodes), operations, nodes, keep)
     if "/" in source:
-        raise BilevelError(
-            f"genotype={source!r} is no directory of a run; give one that holds {SUMMARY}"
-        )
+        reason = "is not the directory of a run"
+        raise wrong("genotype", source, reason, f"give one that holds {SUMMARY}")
     cell = Genotype.parse(source)
     real = [name for name in operations if name != NONE]
     if unknown := [e.operation for e in cell if e.operation not in real]:
-        raise BilevelError(
-            f"genotype={source!r}: there is no operation `{unknown[0]}`{near(unknown[0], real)}; there are {', '.join(real)}"
-        )
+        reason = f"has the unknown operation `{unknown[0]}`{near(unknown[0], real)}"
+        raise wrong("genotype", source, reason, f"choose from {', '.join(real)}")
     return cell
 
 
-def _searched(run: Path, operations: Sequence[str], nodes: int) -> dict[str, list[float]]:
-    """The last α of a run."""
+def _last_alphas(run: Path, operations: Sequence[str], nodes: int) -> dict[str, list[float]]:
+    """Return the last α of a run."""
+    search = "give the directory of an architecture search"
     try:
         summary: dict[str, Any] = json.loads((run / SUMMARY).read_text())
-        ended, found = (
-            {key: summary[key] for key in ("diverged", "interrupted")},
-            dict(summary["hypers"]),
-        )
+        failures = {"diverged": summary["diverged"], "was interrupted": summary["interrupted"]}
+        found = dict(summary["hypers"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise BilevelError(
-            f"genotype={str(run)!r} holds no {SUMMARY} of a run that ended; give the run of a search"
-        ) from None
-    if any(ended.values()):
-        how = "diverged" if ended["diverged"] else "was interrupted"
-        raise BilevelError(f"genotype={str(run)!r}: that search {how}; give one that ended")
+        reason = f"has no {SUMMARY} of a finished run"
+        raise wrong("genotype", str(run), reason, search) from None
+    if failed := [how for how, failure in failures.items() if failure]:
+        reason = f"is the directory of a search that {failed[0]}"
+        raise wrong("genotype", str(run), reason, "give a search that ended")
     found = {name: leaf for name, leaf in found.items() if name.startswith("edge_")}
     if not found:
-        raise BilevelError(
-            f"genotype={str(run)!r} is a run that searched no cells; give the run of a search"
+        raise wrong(
+            "genotype", str(run), "is the directory of a run that searched no cells", search
         )
     among = _operations(run)
     if (
@@ -168,20 +169,25 @@ def _searched(run: Path, operations: Sequence[str], nodes: int) -> dict[str, lis
         or (among is not None and among != list(operations))
     ):
         known = f" ({', '.join(among)})" if among else ""
-        raise BilevelError(
-            f"genotype={str(run)!r} did not search cells of {nodes} nodes and these {len(operations)} operations; give "
-            f"problem.nodes and problem.operations as that run had them{known}"
-        )
+        reason = f"did not search cells of {nodes} nodes and these {len(operations)} operations"
+        remedy = f"give problem.nodes and problem.operations of that run{known}"
+        raise wrong("genotype", str(run), reason, remedy)
     return found
 
 
 def _operations(run: Path) -> list[str] | None:
-    """Those that a run searched among, in the order of its α; None where its settings do not say."""
+    """Return the operations of a run in the order of its α, or None if its settings are unknown."""
     import yaml
 
     try:
         return list(
             map(str, yaml.safe_load((run / "config.yaml").read_text())["problem"]["operations"])
         )
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # of a run from Python, say
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        yaml.YAMLError,
+    ):  # a run from Python has no config.yaml
         return None

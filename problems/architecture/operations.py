@@ -12,15 +12,16 @@ NONE, SKIP = "none", "skip"
 
 @dataclass(frozen=True)
 class Form:
-    """What a cell of one kind of data is made of; everything but `head` keeps the width.
+    """The parts of a cell for one kind of data.
 
     Attributes:
-        operations: how each is made for a width, in the order of α; `none` is zero and has no module.
-        parameter_free: those without weights, `none` apart.
-        stem: from the inputs to the width.
-        join: from all nodes of a cell, side by side, to the width.
-        between: what lies between two cells.
-        pool: from the last cell to [batch, width].
+        operations: functions that make each operation for a width, in the order of α; `none` is
+            zero and has no module.
+        parameter_free: operations without weights, except `none`.
+        stem: makes the module from the inputs to the width.
+        join: makes the module from the concatenated nodes of a cell to the width.
+        between: the function between two cells.
+        pool: the function from the last cell to [batch, width].
     """
 
     operations: Mapping[str, Callable[[int], nn.Module]]
@@ -32,9 +33,10 @@ class Form:
 
 
 def _normed(*layers: nn.Module, width: int) -> nn.Module:
-    """Layers and a norm without weights: an operation cannot undo its α by its scale, nor can the next by its own.
+    """Return layers with a norm without weights, so that no scale can compensate for α.
 
-    Group norm, unlike batch norm, has no state, the same derivatives in training and evaluation, and second ones everywhere.
+    Unlike batch norm, group norm has no state, the same derivatives in training and in evaluation,
+    and second derivatives everywhere.
     """
     return nn.Sequential(*layers, nn.GroupNorm(1, width, affine=False))
 
@@ -80,11 +82,12 @@ IMAGE = Form(
 
 
 class Gate(nn.Module):
-    """x ↦ (Wx + b) ∘ sigmoid(Vx + c): the product of two linear maps, one of them squashed."""
+    """Map x to (Wx + b) ∘ sigmoid(Vx + c)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.value, self.gate = nn.Linear(width, width), nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.gate = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.value(x) * torch.sigmoid(self.gate(x))

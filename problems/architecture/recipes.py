@@ -1,37 +1,33 @@
 """Architecture search on images and on tables."""
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from bilevel import (
-    BilevelError,
-)
 from bilevel.problems.architecture.operations import IMAGE, TABLE
-from bilevel.problems.architecture.problem import Architecture, Changes
+from bilevel.problems.architecture.problem import Architecture
 from bilevel.problems.architecture.tabular_data import load_table
-from bilevel.problems.datasets import standard_images
-from bilevel.problems.dtypes import DType
-from bilevel.text import near
+from bilevel.problems.datasets.standard_images import load_digits, load_mnist
+from bilevel.validate import one_of
 
 
 def architecture_images(
     data: Literal["digits", "mnist"] = "digits",
     root: str = "data",
     download: bool = True,
-    operations: Sequence[str] | None = None,
-    nodes: int = 3,
-    cells: int = 2,
     channels: int = 8,
-    keep: int = 2,
-    free_price: float = 0.0,
-    genotype: str | None = None,
-    batch_size: int = 64,
     split_seed: int = 0,
     valid_fraction: float = 0.15,
-    dtype: DType = None,
-    space: Changes | None = None,
+    **options: Any,
 ) -> Architecture:
-    """Convolutional cells on scikit-learn's digits or on MNIST.
+    """Return a search for convolutional cells on scikit-learn's digits or on MNIST.
+
+    Args:
+        data: `digits` or `mnist`.
+        root: folder of MNIST.
+        download: whether missing files of MNIST are downloaded.
+        channels: number of channels of every node.
+        split_seed: seed of the data split of the digits.
+        valid_fraction: fraction of MNIST's training images that are used for validation.
+        options: other arguments of `Architecture`.
 
     Example:
         >>> problem = architecture_images(nodes=2, operations=["none", "skip", "conv3x3"])
@@ -41,71 +37,51 @@ def architecture_images(
         ['weight_decay']
 
     Raises:
-        BilevelError: other data, or as `Architecture`.
+        BilevelError: the data are unknown, or `Architecture` raises it.
     """
-    if data not in ("digits", "mnist"):
-        raise BilevelError(
-            f"data={data!r}{near(str(data), ('digits', 'mnist'))} are no images; there are digits and mnist"
-        )
+    one_of(("digits", "mnist"), data=data)
     images = (
-        standard_images.load_digits(split_seed)
-        if data == "digits"
-        else standard_images.load_mnist(root, download, valid_fraction)
+        load_digits(split_seed) if data == "digits" else load_mnist(root, download, valid_fraction)
     )
     return Architecture(
         IMAGE,
         images[:3],
         inputs=1,
         classes=10,
-        operations=operations,
-        nodes=nodes,
-        cells=cells,
         width=channels,
-        keep=keep,
-        free_price=free_price,
-        genotype=genotype,
         mean=images.mean,
         std=images.std,
-        batch_size=batch_size,
-        dtype=dtype,
-        space=space,
+        **options,
     )
 
 
 def architecture_tabular(
     data: str = "interactions",
-    operations: Sequence[str] | None = None,
-    nodes: int = 3,
     cells: int = 1,
     width: int = 16,
-    keep: int = 2,
-    free_price: float = 0.0,
-    genotype: str | None = None,
-    batch_size: int = 64,
     split_seed: int = 0,
-    dtype: DType = None,
-    space: Changes | None = None,
+    **options: Any,
 ) -> Architecture:
-    """Cells of linear maps and nonlinearities on a table; `data` as in `bilevel.problems.architecture.tabular_data.load_table`.
+    """Return a search for cells of linear maps and nonlinearities on a table.
+
+    Args:
+        data: as in `bilevel.problems.architecture.tabular_data.load_table`.
+        cells: number of cells.
+        width: number of features of every node.
+        split_seed: seed of the data split.
+        options: other arguments of `Architecture`.
 
     Example:
         >>> architecture_tabular().operations
         ['none', 'skip', 'linear', 'relu', 'tanh', 'gate']
     """
-    rows = load_table(data, split_seed)
+    table = load_table(data, split_seed)
     return Architecture(
         TABLE,
-        rows[:3],
-        inputs=rows.train[0].shape[1],
-        classes=rows.classes,
-        operations=operations,
-        nodes=nodes,
+        table[:3],
+        inputs=table.train[0].shape[1],
+        classes=table.classes,
         cells=cells,
         width=width,
-        keep=keep,
-        free_price=free_price,
-        genotype=genotype,
-        batch_size=batch_size,
-        dtype=dtype,
-        space=space,
+        **options,
     )

@@ -1,4 +1,4 @@
-"""Tables with a class for every row, standardized and split into train, valid and test."""
+"""Tables with a class per row, standardized and split into train, valid and test."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,14 +7,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bilevel import BilevelError
-from bilevel.text import near
+from bilevel.validate import one_of
 
 Rows = tuple[Float[Tensor, "n features"], Int[Tensor, " n"]]
 
 
 class Table(NamedTuple):
-    """Features of zero mean and unit variance on the training split, and their classes, from 0 on."""
+    """Features with mean 0 and variance 1 on the training split, and their classes, from 0."""
 
     train: Rows
     valid: Rows
@@ -23,7 +22,9 @@ class Table(NamedTuple):
 
 
 def interactions(examples: int = 1500, features: int = 8, seed: int = 0) -> Rows:
-    """x ~ N(0, I) and the class [x₁x₂ + x₃x₄ > 0]: no linear function of x tells it, and half of the features say nothing.
+    """Draw x ~ N(0, I) with the class [x₁x₂ + x₃x₄ > 0].
+
+    No linear function of x predicts the class, and half of the features are irrelevant.
 
     Example:
         >>> x, y = interactions()
@@ -51,19 +52,20 @@ TABLES: dict[str, Callable[[], Rows]] = {
 
 
 def load_table(name: str, split_seed: int = 0) -> Table:
-    """A table by name, shuffled and split 60/20/20: `interactions`, or scikit-learn's breast_cancer, digits or wine.
+    """Load a table by name, shuffled and split 60/20/20.
+
+    Args:
+        name: `interactions`, or scikit-learn's `breast_cancer`, `digits` or `wine`.
+        split_seed: seed of the shuffle.
 
     Example:
         >>> load_table("interactions").train[0].shape
         torch.Size([900, 8])
 
     Raises:
-        BilevelError: there is none of that name.
+        BilevelError: the name is unknown.
     """
-    if name not in TABLES:
-        raise BilevelError(
-            f"data={name!r}{near(str(name), TABLES)} is no table; there are {', '.join(TABLES)}"
-        )
+    one_of(TABLES, data=name)
     x, y = TABLES[name]()
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(split_seed))
     parts = order.tensor_split([int(0.6 * len(y)), int(0.8 * len(y))])

@@ -1,1 +1,1 @@
-"""Image classification with tuned dropout, decay and augmentation."""
+"""Image classification with tuned dropout, weight decay and augmentation."""

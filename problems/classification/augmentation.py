@@ -1,4 +1,4 @@
-"""Tuned augmentation: the strengths, which are hyperparameters, and the draws that they scale."""
+"""Augmentation with tuned strengths: the hyperparameters, and the random draws that they scale."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, final
@@ -11,8 +11,8 @@ from bilevel.problems.classification import image_transforms
 from bilevel.problems.datasets.image_files import ImageFiles
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.datasets.standardize import PerChannel
-from bilevel.problems.space_checks import within
-from bilevel.text import near
+from bilevel.problems.space_checks import require_within
+from bilevel.validate import one_of, wrong
 
 Operation: TypeAlias = Literal["affine", "colour", "cutout"]
 
@@ -21,7 +21,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = {
     "colour": ("brightness", "contrast", "saturation", "hue"),
     "cutout": ("cutout_holes", "cutout_length"),
 }
-"""The operations, in the order in which they are applied, and their strengths."""
+"""The operations in the order of their application, with the names of their strengths."""
 
 STRENGTHS = {
     "degrees": (45.0, 5.0, 180.0),
@@ -33,49 +33,49 @@ STRENGTHS = {
     "saturation": (1.0, 0.05, 1.0),
     "hue": (0.5, 0.05, 0.5),
 }
-"""Upper end of the interval and initial value (the paper's), and the greatest strength that means something."""
+"""Upper end and initial value of each interval, as in the paper, and the largest valid strength."""
 
 MOST_HOLES = 100
 
 
 def strengths(images: Images | ImageFiles, operations: Sequence[Operation]) -> dict[str, Domain]:
-    """The strengths of the operations by name, with the ranges and initial values of the paper's experiments.
+    """Return the strengths of the operations by name.
 
-    Images of one channel have no saturation and no hue. The side of a cutout is 2 to 24, from 4, for images of 28 to 32 pixels,
-    and in proportion for others. A strength of cutout is rounded and has no derivative; the others scale draws that do not
-    depend on them, and have one.
+    Ranges and initial values are those of the experiments of the paper. Images of one channel have
+    no saturation and no hue. For images of 28 to 32 pixels, the side of a cutout goes from 2 to 24
+    and starts at 4; other images have sides in proportion. The strengths of cutout are rounded and
+    have no derivative. The other strengths scale draws that do not depend on them, so they have a
+    derivative.
 
     Args:
-        images: of which the shape is read.
+        images: images whose shape is read.
         operations: any of `affine`, `colour` and `cutout`.
 
     Example:
-        >>> from bilevel.problems.datasets import standard_images
-        >>> list(strengths(standard_images.load_digits(), ["colour", "cutout"]))
+        >>> from bilevel.problems.datasets import load_digits
+        >>> list(strengths(load_digits(), ["colour", "cutout"]))
         ['brightness', 'contrast', 'cutout_holes', 'cutout_length']
 
     Raises:
-        BilevelError: an unknown operation, or images that an operation cannot work on.
+        BilevelError: an operation is unknown, or the images do not allow it.
 
     Source: Bae & Grosse, NeurIPS 2020, the CIFAR-10 experiments of the official code.
     """
     if isinstance(operations, str) or not isinstance(operations, Sequence):
-        raise BilevelError(
-            f"augment={operations!r} is no list of operations; write augment=[{', '.join(OPERATIONS)}], or fewer"
-        )
+        remedy = f"choose from augment=[{', '.join(OPERATIONS)}]"
+        raise wrong("augment", operations, "must be a list of operations", remedy)
     for operation in operations:
-        if operation not in OPERATIONS:
-            raise BilevelError(
-                f"augment={operation!r}{near(str(operation), OPERATIONS)} is none of {', '.join(OPERATIONS)}; choose of these"
-            )
+        one_of(OPERATIONS, augment=operation)
     channels, *size = images.shape
     if "colour" in operations and channels not in (1, 3):
         raise BilevelError(
-            f"images of {channels} channels have no known colours; leave colour out of augment"
+            f"augment=[colour] needs images of 1 or 3 channels, and these have {channels}; "
+            "remove colour from augment"
         )
     if "cutout" in operations and min(size) < 4:
         raise BilevelError(
-            f"holes would cover most of {size[0]} × {size[1]} pixels; leave cutout out of augment"
+            f"augment=[cutout] would cover most of {size[0]} × {size[1]} pixels; "
+            "remove cutout from augment"
         )
     domains: dict[str, Domain] = {
         name: Interval(low=0.0, high=STRENGTHS[name][0], init=STRENGTHS[name][1])
@@ -96,20 +96,26 @@ def strengths(images: Images | ImageFiles, operations: Sequence[Operation]) -> d
 
 @final
 class Augmentation:
-    """Images at strengths λ: every image with draws of its own, none of which depends on λ.
+    """Augment images at strengths λ.
 
-    With v uniform on (−1, 1), drawn anew for every image and parameter: turned by degrees · v, moved by translate · v of the
-    width and of the height, scaled by 1 + scale · v, sheared along x by shear · v; brightness, contrast and saturation by a
-    factor 1 + λ v, in this order, the hue by hue · v turns; then holes of the mean colour. torchvision's `RandomAffine` and
-    `ColorJitter` draw alike, but for whole pixels of translation and a random order of the colour operations.
+    The draws v are uniform on (−1, 1), independent of λ, and separate for every image and
+    parameter. The operations, in this order:
+
+    - rotate by degrees · v, move by translate · v of the width and of the height, scale by
+      1 + scale · v, and shear along x by shear · v;
+    - multiply brightness, contrast and saturation by 1 + λ v, and move the hue by hue · v turns;
+    - cut out holes, and fill them with the mean color.
+
+    `RandomAffine` and `ColorJitter` of torchvision draw in the same way, with two differences: they
+    move by whole pixels, and the order of the color operations is random.
 
     Args:
-        space: with those of the strengths that are wanted.
-        images: what they are of.
-        flip: whether half of the images are mirrored left to right beforehand.
+        space: space with the strengths of the operations that are used.
+        images: images whose shape, mean color and brightest value are read.
+        flip: whether half of the images are mirrored left to right first.
 
     Raises:
-        BilevelError: strengths that mean nothing, or a hole longer than the images.
+        BilevelError: a strength is out of its range, or a hole is longer than the images.
     """
 
     def __init__(self, space: Space, images: Images | ImageFiles, *, flip: bool = False) -> None:
@@ -117,28 +123,26 @@ class Augmentation:
         self._affine, self._colour, self._cutout = (
             OPERATIONS[name][0] in space for name in OPERATIONS
         )
-        self._mean, self._white = PerChannel(images.mean), images.brightest
-        most = {name: limit for name, (_, _, limit) in STRENGTHS.items()} | {
-            "cutout_holes": MOST_HOLES
-        }
+        self._mean = PerChannel(images.mean)
+        self._white = images.brightest
+        limits = {name: (0.0, limit) for name, (_, _, limit) in STRENGTHS.items()}
+        limits["cutout_holes"] = (0.0, MOST_HOLES)
         if self._cutout:
-            most["cutout_length"] = min(images.shape[1:])
+            limits["cutout_length"] = (0.0, min(images.shape[1:]))
         size = " × ".join(map(str, images.shape[1:]))
-        within(space, {name: (0.0, high) for name, high in most.items()}, f"with {size} pixels")
+        require_within(space, limits, f"for images of {size} pixels")
         if self._cutout:
             holes = space["cutout_holes"]
-            assert isinstance(
-                holes, Interval
-            )  # `strengths` made it, and no change of a field makes another
+            assert isinstance(holes, Interval)  # an override changes fields, not the class
             self._holes = int(holes.high)
 
     def __call__(self, hypers: Hypers, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        """X [B, C, H, W], pixels as they are stored, after all of it; strengths are [] or [B].
+        """Return augmented images.
 
         Args:
-            hypers: λ by name.
-            x: images.
-            generator: on the device of x; it is drawn from alike whatever the strengths are.
+            hypers: λ by name; strengths are [] or [B].
+            x: images [B, C, H, W] with pixels as they are stored.
+            generator: generator on the device of x; the number of draws does not depend on λ.
         """
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
 

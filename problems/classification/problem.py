@@ -1,6 +1,6 @@
-"""Image classification whose dropout rates, weight decay (one, or one per weight) and augmentation are tuned."""
+"""Image classification with tuned dropout rates, weight decay and augmentation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bilevel import (
     Batch,
-    BilevelError,
     Data,
     Domain,
     Hypers,
@@ -24,15 +23,13 @@ from bilevel import (
 )
 from bilevel.data.tensor_stream import streams
 from bilevel.problems.classification.augmentation import Augmentation, Operation, strengths
-from bilevel.problems.datasets import image_loaders
 from bilevel.problems.datasets.image_files import ImageFiles
+from bilevel.problems.datasets.image_loaders import first_images, tensors_or_loaders
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.datasets.standardize import Standardize
-from bilevel.problems.networks.dropout import Kind, named
-from bilevel.problems.space_checks import within
-
-Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
-
+from bilevel.problems.networks.dropout import DropoutKind, dropout_by_name
+from bilevel.problems.space_checks import SpaceChanges, require_within
+from bilevel.validate import one_of
 
 WeightDecay: TypeAlias = bool | Literal["per_weight"]
 
@@ -41,30 +38,33 @@ WeightDecay: TypeAlias = bool | Literal["per_weight"]
 class Classification(ModuleProblem):
     """Cross-entropy, with a dropout rate for each dropout site of the network and a weight decay.
 
-        L_T = mean over examples of CE(f(x; λ, w), y) + ½ weight_decay ‖w‖²,    L_V = mean of CE(f(x; w), y)
+        L_T = mean over examples of CE(f(x; λ, w), y) + ½ weight_decay ‖w‖²
+        L_V = mean over examples of CE(f(x; w), y)
 
-    The rates are `input_dropout`, `dropout1`, `dropout2`, … in (0, 0.95). Bernoulli's are sampled with, so that ∂L_T/∂λ exists
-    for Gaussian and concrete dropout alone. Augmentation is for training too: x is then the augmented image, with a draw of its
-    own in every pass, so that the two passes of Δ-STN see the batch differently augmented, as in the paper's code.
+    The rates are `input_dropout`, `dropout1`, `dropout2`, … in (0, 0.95). A Bernoulli mask is
+    sampled, so ∂L_T/∂λ exists for Gaussian and concrete dropout only. Augmentation acts in training
+    only; x is then the augmented image. Every pass draws its own augmentation, so the two passes of
+    Δ-STN augment a batch differently, as in the code of the paper.
 
     Args:
-        network: makes a module with `forward(x, drop)`, as in `bilevel.problems.networks.building_blocks`.
+        network: makes a module with `forward(x, drop)`, as in `bilevel.problems.networks.mlp`.
         images: the data, in memory or in files.
-        sites: how many dropout sites the network has.
-        weight_decay: whether there is one; or `per_weight`, ½ Σ_i weight_decay_i w_i² with the hyperparameter [m], flat in the
-            order of the parameters.
+        sites: number of dropout sites of the network.
+        weight_decay: true: one weight decay; false: none; `per_weight`: ½ Σ_i weight_decay_i w_i²
+            with the hyperparameter [m], flat in the order of the parameters.
         dropout: `bernoulli`, `gaussian` or `concrete`, as in `bilevel.problems.networks.dropout`.
-        temperature: of concrete dropout, 0.1 by default.
-        augment: operations of which the strengths are tuned, as in `bilevel.problems.classification.augmentation`.
+        temperature: temperature of concrete dropout, 0.1 by default.
+        augment: operations with tuned strengths, as in
+            `bilevel.problems.classification.augmentation`.
         flip: whether half of the training images are mirrored left to right.
-        channels_last: whether images go to the network with the channels of a pixel side by side in memory, which convolutions
-            on recent GPUs are quicker on.
-        batch_size: of training and of validation.
-        space: changes to the space, as in `Space.override`.
+        channels_last: whether the channels of a pixel are neighbors in memory; convolutions on
+            recent GPUs are faster on this layout.
+        batch_size: number of examples in a batch of training and of validation.
+        space: changes of the space, as in `Space.override`.
 
     Raises:
-        BilevelError: an unknown `weight_decay`, `dropout` or operation, a temperature of a dropout that has none, or strengths
-            that mean nothing.
+        BilevelError: `weight_decay`, `dropout` or an operation is unknown, the temperature does not
+            fit the dropout, or a strength is out of its range.
     """
 
     def __init__(
@@ -74,21 +74,19 @@ class Classification(ModuleProblem):
         *,
         sites: int,
         weight_decay: WeightDecay = True,
-        dropout: Kind = "bernoulli",
+        dropout: DropoutKind = "bernoulli",
         temperature: float | None = None,
         augment: Sequence[Operation] = (),
         flip: bool = False,
         channels_last: bool = False,
         batch_size: int | None = 128,
-        space: Changes | None = None,
+        space: SpaceChanges | None = None,
     ) -> None:
-        if weight_decay not in (True, False, "per_weight"):
-            raise BilevelError(
-                f"weight_decay={weight_decay!r} is none of true, false and per_weight; choose one of these"
-            )
-        self._drop, self._per_weight = named(dropout, temperature), weight_decay == "per_weight"
+        one_of((True, False, "per_weight"), weight_decay=weight_decay)
+        self._drop = dropout_by_name(dropout, temperature)
+        self._per_weight = weight_decay == "per_weight"
         self._rates = ["input_dropout", *(f"dropout{site}" for site in range(1, sites))][:sites]
-        self._seen = Standardize(images.mean, images.std)
+        self._standardize = Standardize(images.mean, images.std)
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         super().__init__(
             network, Space(), images.train, images.valid, images.test, batch_size=batch_size
@@ -101,19 +99,20 @@ class Classification(ModuleProblem):
         elif weight_decay:
             domains["weight_decay"] = Positive(init=1e-4)
         tuned = Space(**domains, **strengths(images, augment)).override(space or {})
-        self.space = within(tuned, dict.fromkeys(self._rates, (0.0, 1.0)))
+        self.space = require_within(tuned, dict.fromkeys(self._rates, (0.0, 1.0)))
         self._augment = Augmentation(self.space, images, flip=flip)
-        self._augments, self._white = bool(augment) or flip, images.brightest
+        self._augments = bool(augment) or flip
+        self._white = images.brightest
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        splits = image_loaders.tensors_or_loaders(self._splits, self.batch_size, device)
+        splits = tensors_or_loaders(self._splits, self.batch_size, device)
         return streams(*splits, batch_size=self.batch_size, device=device, generator=generator)
 
     def inputs(
         self, hypers: Hypers, batch: Batch, *, train: bool, generator: torch.Generator | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = self._augment(hypers, batch[0], generator) if train else batch[0]
-        x = self._seen(x).contiguous(memory_format=self._layout)
+        x = self._standardize(x).contiguous(memory_format=self._layout)
 
         def drop(site: int, x: Tensor) -> Tensor:
             return self._drop(x, hypers[self._rates[site]], generator)
@@ -135,10 +134,13 @@ class Classification(ModuleProblem):
         return F.cross_entropy(prediction, batch[1])
 
     def pictures(self, hypers: Hypers, generator: torch.Generator) -> dict[str, Tensor]:
-        """`augmented`: a row of training images as they are, and three of the same augmented; nothing without augmentation."""
+        """Return `augmented`: a row of training images, and three rows of the same ones augmented.
+
+        Without augmentation the result is {}.
+        """
         if not self._augments:
             return {}
-        x = image_loaders.first_images(self._splits[0], 8).to(generator.device)
+        x = first_images(self._splits[0], 8).to(generator.device)
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         rows = torch.cat([x, *(self._augment(hypers, x, generator) for _ in range(3))])
         return {"augmented": rows / self._white}
@@ -146,7 +148,7 @@ class Classification(ModuleProblem):
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
-        """Cross-entropy `loss` [B] and `accuracy` [B]."""
+        """Return cross-entropy `loss` [B] and `accuracy` [B]."""
         correct = prediction.argmax(-1) == batch[1]
         return {
             "loss": F.cross_entropy(prediction, batch[1], reduction="none"),

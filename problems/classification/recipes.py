@@ -8,7 +8,7 @@ from bilevel import BilevelError
 from bilevel.problems.classification.augmentation import Operation
 from bilevel.problems.classification.problem import Classification, WeightDecay
 from bilevel.problems.datasets.image_files import ImageFiles
-from bilevel.problems.datasets.labelled_images import Images, few
+from bilevel.problems.datasets.labelled_images import Images, first_examples
 from bilevel.problems.datasets.standard_images import load_digits, load_mnist
 from bilevel.problems.networks.building_blocks import Norm
 from bilevel.problems.networks.mlp import MLP
@@ -74,7 +74,7 @@ def mnist(
     sizes = [784, *hidden, 10]
     return Classification(
         partial(MLP, sizes),
-        few(load_mnist(root, download, valid_fraction), train_size, valid_size),
+        first_examples(load_mnist(root, download, valid_fraction), train_size, valid_size),
         sites=len(sizes) - 1,
         weight_decay=weight_decay,
         **options,
@@ -126,7 +126,7 @@ def images(
             f"data={data!r} must hold images; give an Images or ImageFiles object, for example "
             "data._target_=bilevel.problems.datasets.load_cifar10"
         )
-    data = few(data, train_size, valid_size)
+    data = first_examples(data, train_size, valid_size)
     own = dict(network_options or {}) | ({} if width is None else {"width": width})
     made = image_network(network, data.shape, data.class_count, norm, **own)
     return Classification(made.make, data, sites=made.sites, weight_decay=weight_decay, **options)
@@ -175,7 +175,7 @@ def augmented_images(
             f"channels={list(channels)} must have two numbers, one per convolution; "
             "give for example [8,16]"
         )
-    images = few(images, train_size, valid_size)
+    images = first_examples(images, train_size, valid_size)
     first, second = channels
     made = image_network(
         "simple_cnn", images.shape, images.class_count, first=first, second=second, hidden=hidden

@@ -1,4 +1,4 @@
-"""Generalized ridge regression: the closed forms that weight decay, an input-gradient penalty and input dropout share."""
+"""Closed forms that weight decay, an input-gradient penalty and input dropout share."""
 
 import torch
 from jaxtyping import Float
@@ -9,11 +9,13 @@ from bilevel.problems.closed_form.linear_regression import Linear
 
 
 class GeneralizedRidge(Linear):
-    """Linear regression whose L_T is, or is on average, a least-squares fit with a weighted squared norm of w.
+    """Generalized ridge regression: least squares with a weighted squared norm of w.
 
-        L_T(λ, w) = 1/(2n) ‖Xw − y‖² + ½ Σ_j c_j e^{λ_j} w_j²,    w*(λ) = (H + diag(c ∘ e^λ))⁻¹ b
+        L_T(λ, w) = 1/(2n) ‖Xw − y‖² + ½ Σ_j c_j e^{λ_j} w_j²
+        w*(λ)     = (H + diag(c ∘ e^λ))⁻¹ b
 
-    with one λ for all features or one for each, and constants c ≥ 0.
+    There is one λ for all features or one per feature, and constants c ≥ 0. L_T may have this form
+    on average only.
 
     Source: Hoerl & Kennard, Technometrics 1970, section 5.
 
@@ -24,25 +26,22 @@ class GeneralizedRidge(Linear):
     weighting: Float[Tensor, " d"]
 
     def minimizer(self, hypers: Hypers) -> Tensor:
-        """(H + diag(c ∘ e^λ))⁻¹ b, differentiable in λ."""
+        """Return (H + diag(c ∘ e^λ))⁻¹ b, differentiable in λ."""
         return torch.linalg.solve(self.hessian(hypers), self.moment)
 
     def response_columns(self, hypers: Hypers, w: Tensor) -> dict[str, Tensor]:
-        """−(H + diag(c ∘ e^λ))⁻¹ diag(c ∘ e^λ ∘ w*); with one λ for all, the sum of its columns."""
+        """Return −(H + diag(c ∘ e^λ))⁻¹ diag(c ∘ e^λ ∘ w*); with one λ, the sum of its columns."""
         (name,) = self.penalized
         mixed = torch.diag(self._strength(hypers) * w)
-        return {
-            name: -torch.linalg.solve(
-                self.hessian(hypers), mixed.sum(1, True) if self.space[name].shape == () else mixed
-            )
-        }
+        mixed = mixed.sum(1, True) if self.space[name].shape == () else mixed
+        return {name: -torch.linalg.solve(self.hessian(hypers), mixed)}
 
     def starts(self, h: int) -> Tensor:
-        """The same λ for all features."""
+        """Return a grid with the same λ for all features."""
         return torch.linspace(-12, 6, 73, dtype=torch.float64)[:, None].expand(73, h)
 
     def hessian(self, hypers: Hypers) -> Float[Tensor, "d d"]:
-        """∂²L_T/∂w² = H + diag(c ∘ e^λ), the same at every w."""
+        """Return ∂²L_T/∂w² = H + diag(c ∘ e^λ), which does not depend on w."""
         return self.gram + torch.diag(self._strength(hypers))
 
     def _strength(self, hypers: Hypers) -> Float[Tensor, " d"]:

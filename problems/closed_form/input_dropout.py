@@ -1,7 +1,6 @@
-"""Linear regression with input dropout, whose expected penalty is known in closed form: sampled, or as that penalty."""
+"""Linear regression with input dropout, sampled or as its expected penalty in closed form."""
 
-from collections.abc import Mapping
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -12,34 +11,37 @@ from bilevel import Batch, Carry, Hypers, Params, Prediction, Real, Space, squar
 from bilevel.problems.closed_form.generalized_ridge import GeneralizedRidge
 from bilevel.problems.closed_form.linear_data import Split
 from bilevel.problems.closed_form.linear_regression import squared_error
+from bilevel.problems.space_checks import SpaceChanges
 
 
 @final
 class InputDropout(GeneralizedRidge):
-    """Linear regression whose inputs are dropped out at a tuned rate p, one for all features or one for each.
+    """Linear regression with input dropout at a tuned rate p, for all features or per feature.
 
-        L_T(λ, w) = E_m 1/(2n) Σ_i (wᵀ(x_i ∘ m_i) − y_i)² = 1/(2n) ‖Xw − y‖² + ½ Σ_j p_j/(1 − p_j) H_jj w_j²
+        L_T(λ, w) = E_m 1/(2n) Σ_i (wᵀ(x_i ∘ m_i) − y_i)²
+                  = 1/(2n) ‖Xw − y‖² + ½ Σ_j p_j/(1 − p_j) H_jj w_j²
         L_V(w)    = 1/(2n_v) ‖X_v w − y_v‖²
 
-    with m_ij = Bernoulli(1 − p_j)/(1 − p_j). The hyperparameter `logit_rate` is λ = log p/(1 − p), [] or [d], so that the
-    penalty is ½ Σ_j e^{λ_j} H_jj w_j²: weight decay that scales with the feature. Masks are drawn at every step and have no
-    derivative in λ. With `expected`, L_T is the closed form, of each batch by its own second moments.
+    with m_ij = Bernoulli(1 − p_j)/(1 − p_j). The hyperparameter `logit_rate` is λ = log p/(1 − p),
+    [] or [d]. So the penalty is ½ Σ_j e^{λ_j} H_jj w_j²: weight decay that scales with the feature.
+    Masks are drawn at every step and have no derivative in λ. With `expected`, L_T is the closed
+    form, computed from the second moments of each batch.
 
     Args:
         train: X [n, d] and y [n].
         valid: X_v [n_v, d] and y_v [n_v].
-        test: the same for the final report.
-        expected: the expectation over masks instead of a draw.
-        per_feature: one rate per feature; perturbed per batch where `expected`.
-        batch_size: None takes a whole split at every step.
-        space: changes to the space, as in `Space.override`.
+        test: X and y of the test split, or None.
+        expected: whether L_T is the expectation over masks; otherwise masks are drawn.
+        per_feature: one rate per feature; perturbed per batch if `expected`.
+        batch_size: number of examples in a batch; None takes a whole split.
+        space: changes of the space, as in `Space.override`.
 
     Source: Srivastava et al., JMLR 2014, section 9.1; Wager, Wang & Liang, NeurIPS 2013.
 
     Example:
-        >>> problem = InputDropout.synthetic(features=5, expected=True)
-        >>> problem.space["logit_rate"].differentiable, InputDropout.synthetic().space["logit_rate"].differentiable
-        (True, False)
+        >>> problems = InputDropout.synthetic(expected=True), InputDropout.synthetic()
+        >>> [problem.space["logit_rate"].differentiable for problem in problems]
+        [True, False]
     """
 
     penalized = ("logit_rate",)
@@ -53,14 +55,12 @@ class InputDropout(GeneralizedRidge):
         expected: bool = False,
         per_feature: bool = False,
         batch_size: int | None = None,
-        space: Mapping[str, Mapping[str, Any]] | None = None,
+        space: SpaceChanges | None = None,
     ) -> None:
         super().__init__(train, valid, test, batch_size=batch_size)
-        self.expected, self.per_feature, self.weighting = (
-            expected,
-            per_feature,
-            self.gram.diagonal(),
-        )
+        self.expected = expected
+        self.per_feature = per_feature
+        self.weighting = self.gram.diagonal()
         rate = Real(
             init=-1.0,
             shape=(len(self.moment),) if per_feature else (),
@@ -90,7 +90,8 @@ class InputDropout(GeneralizedRidge):
         fit = squared_error(prediction, batch)
         if not self.expected:
             return fit
-        odds, moments = hypers["logit_rate"].exp(), batch[0].square().mean(0)  # e^λ = p/(1 − p)
+        odds = hypers["logit_rate"].exp()  # e^λ = p/(1 − p)
+        moments = batch[0].square().mean(0)
         norm = (
             squared_norm(params, odds * moments)
             if self.per_feature
@@ -101,8 +102,7 @@ class InputDropout(GeneralizedRidge):
     def _mask(
         self, logit: Tensor, X: Float[Tensor, "n d"], generator: torch.Generator | None
     ) -> Float[Tensor, "n d"]:
-        """Bernoulli(1 − p)/(1 − p) at the logit of p: one for all or one per example, or the same for each feature."""
+        """Draw Bernoulli(1 − p)/(1 − p) at the logit of p, [] or [n]; per feature [d] or [n, d]."""
         keep = torch.sigmoid(-logit if self.per_feature else -logit[..., None]).to(X)
-        return (
-            torch.rand(X.shape, generator=generator, device=X.device, dtype=X.dtype) < keep
-        ) / keep
+        draws = torch.rand(X.shape, generator=generator, device=X.device, dtype=X.dtype)
+        return (draws < keep) / keep

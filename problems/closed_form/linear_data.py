@@ -1,4 +1,4 @@
-"""Data of linear regression: drawn with a given conditioning, or one of the small sets that scikit-learn ships."""
+"""Data for linear regression: synthetic with a given condition number, or from scikit-learn."""
 
 import math
 from typing import Any, NamedTuple, TypeAlias
@@ -6,15 +6,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel import BilevelError
 from bilevel.problems.dtypes import DType, floating
+from bilevel.validate import at_least, between, whole
 
 Split: TypeAlias = tuple[Tensor, Tensor]
-"""X [n, d] and y [n]."""
+"""X [n, d] and y [n] of one data split."""
 
 
 class LinearData(NamedTuple):
-    """The three splits."""
+    """Three data splits."""
 
     train: Split
     valid: Split
@@ -31,10 +31,11 @@ def synthetic(
     active: int | None = None,
     dtype: DType = None,
 ) -> LinearData:
-    """Y = Xw + `noise` · N(0, 1), with `examples` rows in each split.
+    """Draw y = Xw + `noise` · N(0, 1), with `examples` rows in each split.
 
-    The eigenvalues of XᵀX/n on the training split are spread evenly in logarithm from 1 down to 1/`condition`, exactly. Of w,
-    the first `active` entries are N(0, 1), all by default, and the others zero.
+    On the training split, the eigenvalues of XᵀX/n are exactly log-evenly spaced from 1 down to
+    1/`condition`. The first `active` entries of w are N(0, 1), and the others are zero; by default
+    all are active.
 
     Example:
         >>> X, y = synthetic(examples=20, features=4, condition=100.0, dtype="float64").train
@@ -42,29 +43,15 @@ def synthetic(
         100.0
 
     Raises:
-        BilevelError: no features, fewer examples than features, more active features than there are, a condition below 1, or
-            noise below 0.
+        BilevelError: there are no features, fewer examples than features, or more active features
+            than features; the condition is below 1, or the noise is below 0.
     """
-    if features < 1:
-        raise BilevelError(
-            f"features={features} leaves no w to train; give a whole number, 1 or more"
-        )
-    if not 1 <= condition < math.inf:
-        raise BilevelError(
-            f"condition={condition} is no condition number; give a finite number, 1 or more"
-        )
-    if not 0 <= noise < math.inf:
-        raise BilevelError(
-            f"noise={noise} is no standard deviation; give a finite number, 0 or more"
-        )
-    if examples < features:
-        raise BilevelError(
-            f"{examples} examples span no {features} features; give at least {features} examples"
-        )
-    if active is not None and not 0 <= active <= features:
-        raise BilevelError(
-            f"active={active} features are not among {features}; choose a number between 0 and {features}"
-        )
+    whole(1, features=features)
+    whole(features, f"choose at least {features}, the number of features", examples=examples)
+    at_least(1, condition=condition)
+    at_least(0, noise=noise)
+    if active is not None:
+        between(0, features, f"choose at most {features}", active=active)
     generator = torch.Generator().manual_seed(data_seed)
 
     def normal(*shape: int) -> Tensor:
@@ -82,9 +69,10 @@ def synthetic(
 
 
 def diabetes(data_seed: int = 1, *, dtype: DType = None) -> LinearData:
-    """scikit-learn's diabetes data: 442 patients, the disease's progress from 10 measurements.
+    """Load scikit-learn's diabetes data: predict the progress of a disease from 10 measurements.
 
-    Like the other real sets it is shuffled by `data_seed`, split 60/20/20 and standardized by the training split.
+    There are 442 patients. Like the other real sets, the data are shuffled by `data_seed`, split
+    60/20/20 and standardized by the training split.
     """
     from sklearn.datasets import load_diabetes
 
@@ -93,7 +81,9 @@ def diabetes(data_seed: int = 1, *, dtype: DType = None) -> LinearData:
 
 
 def linnerud(data_seed: int = 0, *, dtype: DType = None) -> LinearData:
-    """scikit-learn's Linnerud data: 20 men, the waist from their chin-ups, sit-ups and jumps.
+    """Load scikit-learn's Linnerud data: predict the waist from chin-ups, sit-ups and jumps.
+
+    There are 20 men.
 
     Source: Tenenhaus, La régression PLS, 1998.
     """
@@ -104,9 +94,9 @@ def linnerud(data_seed: int = 0, *, dtype: DType = None) -> LinearData:
 
 
 def wine(data_seed: int = 1, *, dtype: DType = None) -> LinearData:
-    """scikit-learn's wine data, with a regression made of it: the alcohol of 178 wines from the 12 other measurements.
+    """Load scikit-learn's wine data: predict the alcohol from the 12 other measurements.
 
-    The cultivar, which the set is meant to be classified by, is not used.
+    There are 178 wines. The set is made for classification by cultivar, which is not used here.
 
     Source: Aeberhard & Forina, UCI Machine Learning Repository, 1991.
     """
@@ -117,7 +107,7 @@ def wine(data_seed: int = 1, *, dtype: DType = None) -> LinearData:
 
 
 def _real(X: Any, y: Any, data_seed: int, dtype: DType) -> LinearData:
-    """Arrays, shuffled, split 60/20/20 and standardized by the training split."""
+    """Shuffle arrays, split them 60/20/20, and standardize them by the training split."""
     X, y = (torch.from_numpy(a).double() for a in (X, y))
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(data_seed))
     rows = order.tensor_split([int(0.6 * len(X)), int(0.8 * len(X))])

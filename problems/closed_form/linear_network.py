@@ -1,10 +1,10 @@
-"""A linear network with an input-gradient penalty: many minimizers, one linear map, whose best response is known."""
+"""A linear network with an input-gradient penalty: its best linear map is unique and known."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from itertools import pairwise
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from bilevel.problems.closed_form.generalized_ridge import GeneralizedRidge
 from bilevel.problems.closed_form.linear_data import Split
 from bilevel.problems.closed_form.linear_regression import squared_error
 from bilevel.problems.networks.building_blocks import check_widths
+from bilevel.problems.space_checks import SpaceChanges
 
 
 @final
@@ -24,23 +25,25 @@ class LinearNetwork(GeneralizedRidge):
         L_T(λ, W) = ½ mean (f(x) − y)² + ½ e^λ mean ‖∂f/∂x‖²
         L_V(W)    = ½ mean (f(x) − y)²
 
-    ∂f/∂x = (W_L ⋯ W_1)ᵀ = w is the same for every x, so that of the linear map w this is ridge regression. The factors are not
-    unique: (W_2 M⁻¹, M W_1) is as good as (W_2, W_1), the Hessian in W is singular and ∂W*/∂λ undefined. What has a closed
-    form, and what is compared, is the map: `linear_map(params)`, its best response and its Jacobian. L_V depends on it alone,
-    and so does the hypergradient.
+    ∂f/∂x = (W_L ⋯ W_1)ᵀ = w is the same for every x, so in the linear map w this is ridge
+    regression. The factors are not unique: (W_2 M⁻¹, M W_1) is as good as (W_2, W_1). So the
+    Hessian in W is singular, and ∂W*/∂λ is undefined. The closed forms describe the map
+    `linear_map(params)`, its best response and its Jacobian. L_V and the hypergradient depend on
+    the map only.
 
-    The hyperparameter `log_penalty` is []. The prediction is {"output": f(x) [n], "gradient": ∂f/∂x [n, d]}, in which L_T is
-    convex, so that the penalty is linearized with the network.
+    The hyperparameter `log_penalty` is []. The prediction is {"output": f(x) [n], "gradient": ∂f/∂x
+    [n, d]}. L_T is convex in it, so the penalty is linearized together with the network.
 
     Args:
         train: X [n, d] and y [n].
         valid: X_v [n_v, d] and y_v [n_v].
-        test: the same for the final report.
-        hidden: sizes of the hidden layers.
-        batch_size: None takes a whole split at every step.
-        space: changes to the space, as in `Space.override`.
+        test: X and y of the test split, or None.
+        hidden: widths of the hidden layers.
+        batch_size: number of examples in a batch; None takes a whole split.
+        space: changes of the space, as in `Space.override`.
 
-    Source: MacKay et al., ICLR 2019, section 3.2, for the two-layer network; the penalty is Drucker & Le Cun's (IEEE TNN 1992).
+    Source: MacKay et al., ICLR 2019, section 3.2, for the two-layer network; Drucker & Le Cun, IEEE
+    TNN 1992, for the penalty.
 
     Example:
         >>> problem = LinearNetwork.synthetic(features=5, hidden=[4, 3])
@@ -59,24 +62,23 @@ class LinearNetwork(GeneralizedRidge):
         *,
         hidden: Sequence[int] = (10,),
         batch_size: int | None = None,
-        space: Mapping[str, Mapping[str, Any]] | None = None,
+        space: SpaceChanges | None = None,
     ) -> None:
         super().__init__(train, valid, test, batch_size=batch_size)
         check_widths(hidden=hidden)
-        self.sizes, self.weighting = (len(self.moment), *hidden, 1), torch.ones_like(self.moment)
+        self.sizes = (len(self.moment), *hidden, 1)
+        self.weighting = torch.ones_like(self.moment)
         self.space = Space(log_penalty=Real(init=0.0)).override(space or {})
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
-        """Entries N(0, 1/fan_in)."""
+        """Draw weights with entries N(0, 1/fan_in)."""
         dtype = self._splits[0][0].dtype
-        shapes = {
-            f"layers.{i}.weight": (out, fan_in)
+        params = {
+            f"layers.{i}.weight": torch.randn((out, fan_in), generator=generator, dtype=dtype)
+            / math.sqrt(fan_in)
             for i, (fan_in, out) in enumerate(pairwise(self.sizes))
         }
-        return {
-            name: torch.randn(shape, generator=generator, dtype=dtype) / math.sqrt(shape[1])
-            for name, shape in shapes.items()
-        }, {}
+        return params, {}
 
     def predict(
         self,
@@ -107,11 +109,11 @@ class LinearNetwork(GeneralizedRidge):
         return squared_error(prediction["output"], batch)
 
     def linear_map(self, params: Params) -> Tensor:
-        """W = (W_L ⋯ W_1)ᵀ."""
+        """Return w = (W_L ⋯ W_1)ᵀ."""
         return reduce(lambda product, W: W @ product, params.values())[0]
 
     def best_response(self, hypers: Hypers) -> Params:
-        """One of the minimizers, the balanced one: every factor has rank one and the same norm ‖w*‖^{1/L}."""
+        """Return the balanced minimizer, whose factors all have rank one and norm ‖w*‖^{1/L}."""
         w = self.minimizer(hypers)
         norm, factors = w.norm(), {}
         for i, (fan_in, out) in enumerate(pairwise(self.sizes)):

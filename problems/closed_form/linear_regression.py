@@ -1,4 +1,4 @@
-"""Linear regression with a tuned penalty: everything but the penalty itself, closed forms included."""
+"""Linear regression with a tuned penalty: data, losses and closed forms without the penalty."""
 
 import math
 from abc import abstractmethod
@@ -31,19 +31,20 @@ Made = TypeVar("Made", bound="Linear")
 
 
 class Linear(Problem):
-    """Least squares for a linear map, with something in L_T that λ controls and L_V does not have.
+    """Least squares for a linear map, with a penalty in L_T that λ controls.
 
-        L_T(λ, w) = 1/(2n) ‖Xw − y‖² + penalty(λ, w),    L_V(w) = 1/(2n_v) ‖X_v w − y_v‖²
+        L_T(λ, w) = 1/(2n) ‖Xw − y‖² + penalty(λ, w)
+        L_V(w)    = 1/(2n_v) ‖X_v w − y_v‖²
 
-    A subclass says what L_T is, and which w minimizes it. The weight `weight` is [1, d], as in `nn.Linear`. Closed forms are
-    float64 on the CPU, and h counts the entries of λ that are tuned, in the order of the space: frozen hyperparameters are
-    constants.
+    A subclass defines L_T and its minimizer. The weight `weight` is [1, d], as in `nn.Linear`.
+    Closed forms are float64 on the CPU. h counts the tuned entries of λ in the order of the space;
+    frozen hyperparameters are constants.
 
     Args:
         train: X [n, d] and y [n].
         valid: X_v [n_v, d] and y_v [n_v].
-        test: the same for the final report.
-        batch_size: None takes a whole split at every step.
+        test: X and y of the test split, or None.
+        batch_size: number of examples in a batch; None takes a whole split.
 
     Attributes:
         gram: H = XᵀX/n, [d, d] in float64.
@@ -51,7 +52,7 @@ class Linear(Problem):
     """
 
     penalized: ClassVar[tuple[str, ...]]
-    """The hyperparameters of the penalty, all of them real; the space may hold settings of an optimizer beside them."""
+    """Hyperparameters of the penalty, all real; the space may hold optimizer settings too."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Linear(Problem):
         dtype: DType = None,
         **options: Any,
     ) -> Made:
-        """The problem on data of a given conditioning; see `bilevel.problems.closed_form.linear_data.synthetic`."""
+        """Return the problem on the data of `linear_data.synthetic`."""
         data = linear_data.synthetic(
             examples, features, condition, noise, data_seed, active=active, dtype=dtype
         )
@@ -90,27 +91,25 @@ class Linear(Problem):
     def diabetes(
         cls: type[Made], data_seed: int = 1, *, dtype: DType = None, **options: Any
     ) -> Made:
-        """The problem on scikit-learn's diabetes data; see `bilevel.problems.closed_form.linear_data.diabetes`."""
+        """Return the problem on the data of `linear_data.diabetes`."""
         return cls(*linear_data.diabetes(data_seed, dtype=dtype), **options)
 
     @classmethod
     def linnerud(
         cls: type[Made], data_seed: int = 0, *, dtype: DType = None, **options: Any
     ) -> Made:
-        """The problem on scikit-learn's Linnerud data; see `bilevel.problems.closed_form.linear_data.linnerud`."""
+        """Return the problem on the data of `linear_data.linnerud`."""
         return cls(*linear_data.linnerud(data_seed, dtype=dtype), **options)
 
     @classmethod
     def wine(cls: type[Made], data_seed: int = 1, *, dtype: DType = None, **options: Any) -> Made:
-        """The problem on scikit-learn's wine data; see `bilevel.problems.closed_form.linear_data.wine`."""
+        """Return the problem on the data of `linear_data.wine`."""
         return cls(*linear_data.wine(data_seed, dtype=dtype), **options)
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         X = self._splits[0][0]
-        return {
-            "weight": torch.randn((1, X.shape[1]), generator=generator, dtype=X.dtype)
-            / math.sqrt(X.shape[1])
-        }, {}
+        weight = torch.randn((1, X.shape[1]), generator=generator, dtype=X.dtype)
+        return {"weight": weight / math.sqrt(X.shape[1])}, {}
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         return streams(
@@ -138,39 +137,40 @@ class Linear(Problem):
 
     @abstractmethod
     def minimizer(self, hypers: Hypers) -> Float[Tensor, " d"]:
-        """w*(λ) as a vector, differentiable in λ, twice."""
+        """Return w*(λ) as a vector, twice differentiable in λ."""
 
     @abstractmethod
     def response_columns(
         self, hypers: Hypers, w: Float[Tensor, " d"]
     ) -> dict[str, Float[Tensor, "d columns"]]:
-        """∂w*/∂λ at w = w*(λ) for each hyperparameter of the penalty."""
+        """Return ∂w*/∂λ at w = w*(λ) for each hyperparameter of the penalty."""
 
     @abstractmethod
     def starts(self, h: int) -> Float[Tensor, "starts h"]:
-        """Where the search for λ* looks first."""
+        """Return the points where the search for λ* starts."""
 
     def best_response(self, hypers: Hypers) -> Params:
-        """The parameters of `minimizer`."""
+        """Return `minimizer` as parameters."""
         return {"weight": self.minimizer(hypers)[None]}
 
     def linear_map(self, params: Params) -> Float[Tensor, " d"]:
-        """The w of these parameters: of what the closed forms speak."""
+        """Return the vector w of the closed forms."""
         return params["weight"][0]
 
     def best_response_jacobian(self, hypers: Hypers) -> Float[Tensor, "d h"]:
-        """∂w*/∂λ by the implicit function theorem, −(∂²L_T/∂w²)⁻¹ ∂²L_T/∂w∂λ."""
+        """Return ∂w*/∂λ = −(∂²L_T/∂w²)⁻¹ ∂²L_T/∂w∂λ, by the implicit function theorem."""
         return self._jacobian(hypers, self.minimizer(hypers))
 
     def hypergradient(self, hypers: Hypers) -> Float[Tensor, " h"]:
-        """dL_V(w*(λ))/dλ = (∂w*/∂λ)ᵀ X_vᵀ(X_v w* − y_v)/n_v."""
+        """Return dL_V(w*(λ))/dλ = (∂w*/∂λ)ᵀ X_vᵀ(X_v w* − y_v)/n_v."""
         return self._hypergradient(hypers, self.minimizer(hypers))
 
     def optimum(self) -> Hypers:
-        """λ* with a hypergradient below 1e-10: Newton's method from the best of `starts`.
+        """Return λ* with a hypergradient below 1e-10, by Newton's method from the best of `starts`.
 
         Raises:
-            BilevelError: some entry of λ runs off to infinity, where validation prefers no penalty at all, or all of it.
+            BilevelError: an entry of λ diverges, because validation prefers no penalty or an
+                infinite one.
         """
         space = self._penalized_space()
 
@@ -190,19 +190,19 @@ class Linear(Problem):
             while loss(u + step) > loss(u) and step.abs().max() > 1e-9:
                 step = step / 2
             u = u + step
-        # Where an entry runs off, the gradient vanishes too, and the curvature with it.
+        # If an entry diverges, the gradient and the curvature vanish too.
         if u.abs().max() > 20 or gradient.abs().max() > 1e-10 or eigenvalues.min() < 1e-8 * loss(u):
             raise BilevelError(
-                "validation is best at no penalty, or an infinite one, of some feature: there is no λ*; use other data, or "
-                "freeze that hyperparameter"
+                "there is no λ*, because validation is best with no penalty or an infinite penalty "
+                "on some feature; use other data, or freeze that hyperparameter"
             )
         return space.constrain(u)
 
     def exact(self, hypers: Hypers) -> Metrics:
-        """`regret` L_V(w*(λ)) − L_V(w*(λ*)), against the best of the tuned λ with frozen ones as they are; without a λ*, none.
+        """Return `regret` L_V(w*(λ)) − L_V(w*(λ*)) and `hypergradient_norm` ‖dL_V(w*(λ))/dλ‖.
 
-        Beside it `hypergradient_norm`, ‖dL_V(w*(λ))/dλ‖, which is zero at λ*. All of it is float64 on the CPU; NaN where λ has
-        run off so far that w*(λ) cannot be computed.
+        λ* is the optimum over the tuned entries. There is no `regret` if there is no λ*. Values are
+        float64 on the CPU; they are NaN if λ is so large that w*(λ) cannot be computed.
         """
         own = {name: hypers[name].detach().to("cpu", torch.float64) for name in self.penalized}
         least, nan = self._least, torch.tensor(math.nan, dtype=torch.float64)
@@ -217,7 +217,7 @@ class Linear(Problem):
             }
 
     def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
-        """`hypergradient` in float64 on the CPU; None where λ has run off so far that w*(λ) cannot be computed."""
+        """Return `hypergradient` in float64 on the CPU, or None if w*(λ) cannot be computed."""
         own = {name: hypers[name].detach().to("cpu", torch.float64) for name in self.penalized}
         try:
             with torch.no_grad():
@@ -227,7 +227,7 @@ class Linear(Problem):
 
     @cached_property
     def _least(self) -> Tensor | None:
-        """L_V(w*(λ*)), or None where there is no λ*."""
+        """Return L_V(w*(λ*)), or None if there is no λ*."""
         try:
             with torch.enable_grad():
                 best = self.optimum()
@@ -240,10 +240,8 @@ class Linear(Problem):
 
     def _jacobian(self, hypers: Hypers, w: Tensor) -> Tensor:
         columns = self.response_columns(hypers, w)
-        return torch.cat(
-            [w.new_zeros(len(w), 0), *(columns[name] for name in self._penalized_space().tuned)],
-            dim=1,
-        )
+        tuned = [columns[name] for name in self._penalized_space().tuned]
+        return torch.cat([w.new_zeros(len(w), 0), *tuned], dim=1)
 
     def _hypergradient(self, hypers: Hypers, w: Tensor) -> Tensor:
         X, y = self._valid
@@ -254,5 +252,5 @@ class Linear(Problem):
 
 
 def squared_error(prediction: Float[Tensor, " n"], batch: Batch) -> Tensor:
-    """½ mean (f(x) − y)²: []."""
+    """Return ½ mean (f(x) − y)², []."""
     return 0.5 * F.mse_loss(prediction, batch[1])

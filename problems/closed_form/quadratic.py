@@ -1,8 +1,7 @@
 """The joint quadratic: every quantity of a bilevel problem in closed form."""
 
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -22,20 +21,21 @@ from bilevel import (
     Space,
 )
 from bilevel.problems.dtypes import DType, floating
+from bilevel.problems.space_checks import SpaceChanges
 
 COEFFICIENTS = ("A", "B", "C", "d", "e", "M", "w_bar", "P", "lambda_bar")
 
 
 @final
 class Quadratic(Problem):
-    """Both objectives quadratic, and the prediction is w itself.
+    """A problem whose objectives are quadratic in (w, λ); the prediction is w itself.
 
         L_T(λ, w) = ½ [w; λ]ᵀ [[A, B], [Bᵀ, C]] [w; λ] + dᵀw + eᵀλ
         L_V(λ, w) = ½ (w − w̄)ᵀ M (w − w̄) + ½ (λ − λ̄)ᵀ P (λ − λ̄)
 
-    One real hyperparameter `hyper` of shape [h], perturbed per batch; one weight `w` of shape [m]. P = 0 and λ̄ = 0 where they
-    are not given: λ then acts through w alone. Closed forms have the dtype and the device of the coefficients; `exact` is
-    float64 on the CPU.
+    There is one real hyperparameter `hyper` [h], perturbed per batch, and one weight `w` [m]. By
+    default P = 0 and λ̄ = 0, so λ acts through w only. Closed forms have the type and the device of
+    the coefficients; `exact` is float64 on the CPU.
 
     Args:
         A: [m, m], symmetric positive definite.
@@ -47,7 +47,7 @@ class Quadratic(Problem):
         w_bar: [m].
         P: [h, h].
         lambda_bar: [h].
-        space: changes to the space, as in `Space.override`.
+        space: changes of the space, as in `Space.override`.
 
     Example:
         >>> problem = Quadratic.random(weights=4, hypers=2, seed=0, dtype=torch.float64)
@@ -67,14 +67,19 @@ class Quadratic(Problem):
         P: Float[Tensor, "h h"] | None = None,
         lambda_bar: Float[Tensor, " h"] | None = None,
         *,
-        space: Mapping[str, Mapping[str, Any]] | None = None,
+        space: SpaceChanges | None = None,
     ) -> None:
-        self.A, self.B, self.C, self.d, self.e, self.M, self.w_bar = A, B, C, d, e, M, w_bar
+        self.A = A
+        self.B = B
+        self.C = C
+        self.d = d
+        self.e = e
+        self.M = M
+        self.w_bar = w_bar
         self.P = torch.zeros_like(C) if P is None else P
         self.lambda_bar = torch.zeros_like(e) if lambda_bar is None else lambda_bar
-        self.space = Space(hyper=Real(init=0.0, shape=(B.shape[1],), per_example=False)).override(
-            space or {}
-        )
+        hyper = Real(init=0.0, shape=(B.shape[1],), per_example=False)
+        self.space = Space(hyper=hyper).override(space or {})
 
     @classmethod
     def random(
@@ -86,9 +91,12 @@ class Quadratic(Problem):
         *,
         direct: float = 0.0,
         dtype: DType = None,
-        space: Mapping[str, Mapping[str, Any]] | None = None,
+        space: SpaceChanges | None = None,
     ) -> "Quadratic":
-        """A draw with eigenvalues of A spread evenly in logarithm from 1 down to 1/`condition`, C = I and P = `direct` · I."""
+        """Draw a problem with C = I and P = `direct` · I.
+
+        The eigenvalues of A are log-evenly spaced from 1 down to 1/`condition`.
+        """
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -113,7 +121,7 @@ class Quadratic(Problem):
         return {"w": torch.randn(len(self.d), generator=generator, dtype=self.d.dtype)}, {}
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        """The coefficients as a batch of one example: they go to `device`, those of the closed forms stay where they are."""
+        """Return the coefficients as a batch of one example on `device`."""
         batch = {name: getattr(self, name)[None] for name in COEFFICIENTS}
         return Data(FullBatch(batch, device=device), FullBatch(batch, device=device))
 
@@ -144,24 +152,25 @@ class Quadratic(Problem):
         return 0.5 * w @ M @ w + 0.5 * λ @ P @ λ
 
     def best_response(self, hypers: Hypers) -> Params:
-        """w*(λ) = −A⁻¹(Bλ + d)."""
+        """Return w*(λ) = −A⁻¹(Bλ + d)."""
         return {"w": -torch.linalg.solve(self.A, self.B @ hypers["hyper"].to(self.A) + self.d)}
 
     def best_response_jacobian(self) -> Float[Tensor, "m h"]:
-        """∂w*/∂λ = −A⁻¹B, the same at every λ."""
+        """Return ∂w*/∂λ = −A⁻¹B, which does not depend on λ."""
         return -torch.linalg.solve(self.A, self.B)
 
     def hypergradient(self, hypers: Hypers) -> Float[Tensor, " h"]:
-        """dL_V(λ, w*(λ))/dλ = (∂w*/∂λ)ᵀ M (w* − w̄) + P (λ − λ̄)."""
-        J, w, λ = (
-            self.best_response_jacobian(),
-            self.best_response(hypers)["w"],
-            hypers["hyper"].to(self.A),
-        )
+        """Return dL_V(λ, w*(λ))/dλ = (∂w*/∂λ)ᵀ M (w* − w̄) + P (λ − λ̄)."""
+        J = self.best_response_jacobian()
+        w = self.best_response(hypers)["w"]
+        λ = hypers["hyper"].to(self.A)
         return J.T @ self.M @ (w - self.w_bar) + self.P @ (λ - self.lambda_bar)
 
     def optimum(self) -> Hypers:
-        """λ* = (JᵀMJ + P)⁺ (JᵀM(w̄ + A⁻¹d) + Pλ̄) with J = ∂w*/∂λ; of several, the one of least norm; a frozen λ as it is."""
+        """Return λ* = (JᵀMJ + P)⁺ (JᵀM(w̄ + A⁻¹d) + Pλ̄) with J = ∂w*/∂λ.
+
+        If there are several, the result has the least norm. A frozen λ is returned unchanged.
+        """
         if self.space["hyper"].frozen:
             return {"hyper": self.space["hyper"].initial().to(self.A)}
         J = self.best_response_jacobian()
@@ -170,9 +179,11 @@ class Quadratic(Problem):
         return {"hyper": curvature @ (J.T @ self.M @ wanted + self.P @ self.lambda_bar)}
 
     def exact(self, hypers: Hypers) -> Metrics:
-        """`regret` L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)), and `hypergradient_norm` ‖dL_V(λ, w*(λ))/dλ‖.
+        """Return `regret` and `hypergradient_norm`.
 
-        A frozen λ leaves nothing to choose: both are zero.
+            regret = L_V(λ, w*(λ)) − L_V(λ*, w*(λ*)),    hypergradient_norm = ‖dL_V(λ, w*(λ))/dλ‖
+
+        Both are zero if λ is frozen.
         """
         with torch.no_grad():
             if self.space["hyper"].frozen:
@@ -186,26 +197,24 @@ class Quadratic(Problem):
             }
 
     def exact_hypergradient(self, hypers: Hypers) -> Tensor | None:
-        """`hypergradient` in float64 on the CPU; None of a frozen λ."""
+        """Return `hypergradient` in float64 on the CPU, or None if λ is frozen."""
         if self.space["hyper"].frozen:
             return None
         with torch.no_grad():
             return self._twin.hypergradient({"hyper": hypers["hyper"].to("cpu", torch.float64)})
 
     def best_loss(self, hypers: Hypers) -> Float[Tensor, ""]:
-        """L_V(λ, w*(λ))."""
-        w, λ = (
-            self.best_response(hypers)["w"] - self.w_bar,
-            hypers["hyper"].to(self.A) - self.lambda_bar,
-        )
+        """Return L_V(λ, w*(λ))."""
+        w = self.best_response(hypers)["w"] - self.w_bar
+        λ = hypers["hyper"].to(self.A) - self.lambda_bar
         return 0.5 * w @ self.M @ w + 0.5 * λ @ self.P @ λ
 
     @cached_property
     def _twin(self) -> "Quadratic":
-        """The same problem in float64 on the CPU."""
+        """Return the same problem in float64 on the CPU."""
         return Quadratic(*(getattr(self, name).to("cpu", torch.float64) for name in COEFFICIENTS))
 
     @cached_property
     def _least(self) -> Tensor:
-        """L_V(λ*, w*(λ*))."""
+        """Return L_V(λ*, w*(λ*))."""
         return self._twin.best_loss(self._twin.optimum())

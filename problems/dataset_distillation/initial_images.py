@@ -1,4 +1,4 @@
-"""The images at which distillation begins."""
+"""Initial values of the learned images."""
 
 from typing import Literal, TypeAlias
 
@@ -6,22 +6,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilevel import (
-    BilevelError,
-)
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.datasets.standardize import Standardize
+from bilevel.validate import wrong
 
 Start: TypeAlias = Literal["real", "mean", "noise"]
 
 
-def starting_images(
+def initial_images(
     images: Images, per_class: int, start: Start, generator: torch.Generator
 ) -> Float[Tensor, "n channels height width"]:
-    """The images where λ begins, class by class, in float64 and as the network sees them.
+    """Return the initial learned images, class by class, standardized, in float64.
+
+    Args:
+        images: the real data.
+        per_class: number of images per class.
+        start: `real`: random training images of each class; `mean`: means of random parts of each
+            class; `noise`: N(0, 1).
+        generator: source of the draws.
 
     Raises:
-        BilevelError: more images per class than a class has.
+        BilevelError: `per_class` exceeds the number of images of a class.
     """
     pixels, labels = images.train
     if start == "noise":
@@ -31,9 +36,8 @@ def starting_images(
     for label in range(int(labels.max()) + 1):
         own = pixels[labels == label].double()
         if len(own) < per_class:
-            raise BilevelError(
-                f"per_class={per_class} real images of class {label} cannot be drawn from {len(own)}; lower it, or start=noise"
-            )
+            reason = f"exceeds the {len(own)} images of class {label}"
+            raise wrong("per_class", per_class, reason, "lower it, or set start=noise")
         own = own[torch.randperm(len(own), generator=generator)]
         parts = own[:per_class].split(1) if start == "real" else own.tensor_split(per_class)
         chosen += [part.mean(0) for part in parts]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bilevel import BilevelError
-from bilevel.problems.datasets.image_files import Files
+from bilevel.problems.datasets.image_files import ImageFileDataset
 from bilevel.text import byte_size
 from bilevel.validate import one_of
 
@@ -36,7 +36,7 @@ def fits(needed: int, free: int | None) -> bool:
     return free is None or needed <= SHARE * free
 
 
-def decode_at_once(splits: Sequence[Files | None], in_memory: Any, source: str) -> bool:
+def decode_at_once(splits: Sequence[ImageFileDataset | None], in_memory: Any, source: str) -> bool:
     """Return whether image files are decoded into the memory of the host before training.
 
     Args:
@@ -47,8 +47,7 @@ def decode_at_once(splits: Sequence[Files | None], in_memory: Any, source: str) 
     Raises:
         BilevelError: `in_memory` is true and the images do not fit, or it has another value.
     """
-    if in_memory not in (True, False):
-        one_of(("auto", "true", "false"), in_memory=in_memory)
+    one_of(("auto", True, False), in_memory=in_memory)
     needed = sum(split.nbytes for split in splits if split is not None)
     free = free_bytes(torch.device("cpu"))
     if in_memory is True and not fits(needed, free):

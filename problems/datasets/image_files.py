@@ -1,4 +1,4 @@
-"""Labelled image files: read one by one by a loader's workers, or all at once into memory."""
+"""Labelled image files, read one by one by the workers of a loader, or decoded into memory."""
 
 import copy
 import math
@@ -15,21 +15,24 @@ from torch.utils.data import Dataset
 
 from bilevel import BilevelError
 from bilevel.problems.datasets.standardize import Level
+from bilevel.text import first_line
+from bilevel.validate import whole, wrong
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Labelled: TypeAlias = tuple[UInt8[Tensor, "_n _channels _height _width"], Int[Tensor, " _n"]]
-"""Images as stored, one byte a pixel, and their classes."""
+"""Images as stored, one byte per pixel, and their classes."""
 
 MODES = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "CMYK": 3, "YCbCr": 3}
-"""Pillow's modes of a byte a channel, and how many channels they have without transparency."""
+"""Pillow's modes with one byte per channel, and their numbers of channels without transparency."""
 
 
 class UnreadableImage(BilevelError):
-    """A file that is no image, or none like the others.
+    """An image file cannot be read, or differs from the other files.
 
-    A DataLoader hands on a worker's error with its whole traceback for a message; this one keeps its sentence.
+    A DataLoader raises the error of a worker again, with the whole traceback as its message. This
+    class keeps the sentence only.
     """
 
     def __init__(self, message: str) -> None:
@@ -37,22 +40,23 @@ class UnreadableImage(BilevelError):
 
 
 @final
-class Files(Dataset):
+class ImageFileDataset(Dataset):
     """Image files and their classes; item i is (pixels [C, H, W] as bytes, class).
 
     Args:
-        paths: one at least.
-        labels: the class of each.
-        size: the shorter side is brought to it, and a square cut from the middle; None leaves images as they are.
-        channels: 1 or 3, to which all are converted; None for those that the first one has.
-        workers: processes that read while training goes on, where the images do not lie in memory.
+        paths: at least one file.
+        labels: class of each file.
+        size: length of the shorter side after resizing, in pixels; a square is cut from the
+            middle. None leaves images as they are.
+        channels: 1 or 3, to which all images are converted; None takes those of the first image.
+        workers: number of processes that read during training, if the images are not in memory.
 
     Attributes:
         shape: channels, height and width of every image.
 
     Raises:
-        BilevelError: a size or channels that mean nothing.
-        UnreadableImage: the first file is no image.
+        BilevelError: `size` or `channels` is invalid.
+        UnreadableImage: the first file is not an image.
     """
 
     def __init__(
@@ -64,19 +68,20 @@ class Files(Dataset):
         channels: int | None = None,
         workers: int = 0,
     ) -> None:
-        self.paths, self.labels, self.workers = list(paths), labels, workers
-        self._size, self._channels, self._first = size, channels, str(paths[0])
+        self.paths = list(paths)
+        self.labels = labels
+        self.workers = workers
+        self._size = size
+        self._channels = channels
+        self._first = str(paths[0])
         if channels not in (None, 1, 3):
-            raise BilevelError(
-                f"channels={channels!r} is neither 1, grey, nor 3, red, green and blue; choose one, or null"
-            )
-        if size is not None and not (type(size) is int and size >= 1):
-            raise BilevelError(
-                f"size={size!r} is no number of pixels; give a whole number, 1 or more, or null"
-            )
-        self.shape = (0, 0, 0)  # not known yet
-        one, height, width = self.read(0).shape
-        self.shape = (one, height, width)
+            remedy = "choose 1 (grey), 3 (RGB) or null"
+            raise wrong("channels", channels, "is not possible", remedy)
+        if size is not None:
+            whole(1, "choose a number of pixels, or null", size=size)
+        self.shape = (0, 0, 0)  # unknown until the first image is read
+        first_channels, height, width = self.read(0).shape
+        self.shape = (first_channels, height, width)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,85 +91,80 @@ class Files(Dataset):
 
     @property
     def nbytes(self) -> int:
-        """Of all images, once they are decoded."""
+        """Return the number of bytes of all decoded images."""
         return len(self) * math.prod(self.shape)
 
-    def taken(self, index: Sequence[int]) -> "Files":
-        """Some of the files, in this order."""
-        return self.beside([self.paths[i] for i in index], self.labels[list(index)])
+    def subset(self, index: Sequence[int]) -> "ImageFileDataset":
+        """Return the files at these indices, in this order."""
+        return self.with_files([self.paths[i] for i in index], self.labels[list(index)])
 
-    def beside(self, paths: Sequence[str], labels: Int[Tensor, " n"]) -> "Files":
-        """Other files, of the same shape and read alike."""
+    def with_files(self, paths: Sequence[str], labels: Int[Tensor, " n"]) -> "ImageFileDataset":
+        """Return a data set of other files with the same shape and settings."""
         other = copy.copy(self)
-        other.paths, other.labels = list(paths), labels
+        other.paths = list(paths)
+        other.labels = labels
         return other
 
-    def decoded(self) -> Labelled:
-        """All of them in memory.
+    def decode(self) -> Labelled:
+        """Read all images into memory.
 
         Raises:
-            UnreadableImage: one that is damaged, or of another shape.
+            UnreadableImage: an image is damaged, or has another shape.
         """
         pixels = torch.empty(len(self), *self.shape, dtype=torch.uint8)
 
         def fill(index: int) -> None:
             pixels[index] = self.read(index)
 
-        with ThreadPoolExecutor(
-            min(8, os.cpu_count() or 1)
-        ) as pool:  # Pillow decodes outside the interpreter's lock
+        # Threads suffice: Pillow releases the interpreter's lock while it decodes.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(fill, range(len(self))):
                 pass
         return pixels, self.labels
 
     def read(self, index: int) -> UInt8[Tensor, "channels height width"]:
-        """One image.
+        """Read one image.
 
         Raises:
-            UnreadableImage: it is damaged, has 16 bits a pixel, or is of another shape than the first one.
+            UnreadableImage: the image is damaged, has 16 bits per pixel, or has another shape than
+                the first one.
         """
         from PIL import Image
 
         path = self.paths[index]
+        damage = (OSError, ValueError, SyntaxError, EOFError, struct.error)
         try:
             with Image.open(path) as image:
                 pixels = self._pixels(image, path)
         except UnreadableImage:
             raise
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            EOFError,
-            Image.DecompressionBombError,
-            struct.error,
-        ) as error:
-            said = str(error).replace(repr(path), "it").splitlines() or [type(error).__name__]
+        except (*damage, Image.DecompressionBombError) as error:
+            reason = first_line(error).replace(repr(path), "it")
             raise UnreadableImage(
-                f"{path} is damaged or no image ({said[0]}); mend or delete it"
+                f"{path} is damaged or not an image ({reason}); repair or delete it"
             ) from None
         if any(self.shape) and pixels.shape != self.shape:
             raise UnreadableImage(
-                f"{path} has {_said(pixels.shape)} and {self._first} {_said(self.shape)}; give size=PIXELS, to which all "
-                "images are brought"
+                f"{path} has {_describe(pixels.shape)}, and {self._first} has "
+                f"{_describe(self.shape)}; set size=PIXELS to bring all images to one size"
             )
         return pixels
 
     def _pixels(self, image: "Image", path: str) -> Tensor:
         if (own := MODES.get(image.mode)) is None:
             raise UnreadableImage(
-                f"{path} has pixels of Pillow's mode {image.mode}, and one byte a channel is read; convert it to grey or RGB"
+                f"{path} has Pillow's mode {image.mode}, and only modes with one byte per channel "
+                "can be read; convert it to grey or RGB"
             )
         channels = self._channels or self.shape[0] or own
         if self._channels is None and own != channels:
-            kind = {1: "grey", 3: "coloured"}
+            kind = {1: "grey", 3: "colored"}
             raise UnreadableImage(
-                f"{path} is {kind[own]} and {self._first} is {kind[channels]}; give channels=3 or channels=1, to which all "
-                "images are converted"
+                f"{path} is {kind[own]}, and {self._first} is {kind[channels]}; "
+                "set channels=3 or channels=1 to convert all images"
             )
-        opaque = (
-            image.convert("RGBA") if image.mode == "P" else image
-        )  # Pillow warns of a palette with transparency otherwise
+        # Pillow warns about a palette with transparency unless it is converted to RGBA first.
+        opaque = image.convert("RGBA") if image.mode == "P" else image
         image = opaque.convert("L" if channels == 1 else "RGB")
         if self._size is not None:
             import torchvision.transforms.functional as TF
@@ -174,40 +174,47 @@ class Files(Dataset):
 
 
 class ImageFiles(NamedTuple):
-    """Images that do not lie in memory, as `bilevel.problems.datasets.labelled_images.Images` are those that do."""
+    """Images that stay in files; `Images` holds those that are in memory.
 
-    train: Files
-    valid: Files
-    test: Files | None
+    Attributes:
+        train: files of the training split.
+        valid: files of the validation split.
+        test: files of the test split, or None.
+        mean: one number, or one number per channel.
+        std: one number, or one number per channel.
+        classes: number of classes.
+    """
+
+    train: ImageFileDataset
+    valid: ImageFileDataset
+    test: ImageFileDataset | None
     mean: Level
     std: Level
     classes: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
+        """Return channels, height and width of an image."""
         return self.train.shape
 
     @property
     def brightest(self) -> float:
-        """The brightest pixel that there can be."""
+        """Return the brightest value that a pixel can have."""
         return 255.0
 
     @property
     def class_count(self) -> int:
-        """How many classes there are."""
+        """Return the number of classes."""
         return self.classes
 
 
 def from_pillow(image: "Image") -> UInt8[Tensor, "channels height width"]:
-    """The pixels of an image of one byte a channel."""
-    (width, height), flat = (
-        image.size,
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8),
-    )
+    """Return the pixels of an image with one byte per channel."""
+    width, height = image.size
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return flat.view(height, width, -1).permute(2, 0, 1).contiguous()
 
 
-def _said(shape: Any) -> str:
+def _describe(shape: Any) -> str:
     channels, height, width = shape
     return f"{height} × {width} pixels of {channels} channel{'s' * (channels > 1)}"

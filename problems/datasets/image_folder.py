@@ -1,31 +1,30 @@
-"""Images of one's own: a folder of folders, one for each class, as torchvision's `ImageFolder` reads it."""
+"""Images in a folder with one subfolder per class, as torchvision's `ImageFolder` reads them."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bilevel import BilevelError
-
-if TYPE_CHECKING:
-    pass
-from typing import Literal
-
-from bilevel.problems.datasets import free_memory, validation_split
-from bilevel.problems.datasets.image_files import Files, ImageFiles
-from bilevel.problems.datasets.labelled_images import Images, moments
-from bilevel.problems.datasets.validation_split import Split
+from bilevel.problems.datasets import free_memory
+from bilevel.problems.datasets.image_files import ImageFileDataset, ImageFiles
+from bilevel.problems.datasets.labelled_images import Images, channel_moments
+from bilevel.problems.datasets.validation_split import SplitMethod, split_indices
 from bilevel.text import byte_size
+from bilevel.validate import whole, wrong
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VALID = ("val", "valid", "validation")
 DECODING = 10
-"""Bytes a pixel, about: Pillow's own four, and three of the tensor and of its copy."""
+"""Approximate bytes per pixel while an image is read: 4 in Pillow, 3 in the tensor and its copy."""
 SAMPLE = 2000
-"""Training images of which the moments are taken where they do not lie in memory."""
+"""Number of training images that give the moments of images that stay in files."""
+
+ClassFiles = dict[str, list[str]]
+"""Sorted paths of the images of each class."""
 
 
 def load_image_folder(
@@ -34,111 +33,164 @@ def load_image_folder(
     channels: int | None = None,
     valid_fraction: float = 0.2,
     test_fraction: float = 0.2,
-    split: Split = "stratified",
+    split: SplitMethod = "stratified",
     split_seed: int = 0,
     in_memory: bool | Literal["auto"] = "auto",
     workers: int = 2,
 ) -> Images | ImageFiles:
-    """The images in `path/CLASS/…`, or in `path/train/CLASS/…` with `val` (or `valid`, `validation`) and `test` beside `train`.
+    """Load the images in `path/CLASS/…`, or in `path/train/CLASS/…` and its sibling folders.
 
-    What has no folder is set aside from the rest: test images first, then validation images. Images are normalized by the
-    moments of each channel over the training images, over 2,000 of them where they do not lie in memory.
+    The siblings of `train` are `val` (or `valid`, `validation`) and `test`. A split without a
+    folder is set aside from the rest: test images first, then validation images. Images are
+    standardized by the moments of each channel over the training images, or over 2,000 of them if
+    they stay in files.
 
     Args:
         path: the folder.
-        size: pixels that the shorter side is brought to; a square is cut from the middle. None: all are of one size.
-        channels: 1 or 3, to which all are converted; None: all have those that the first one has.
-        valid_fraction: of the training images, where there is no folder of validation images.
-        test_fraction: of all, where there is no folder of test images and none is called `train`; 0 for no test.
-        split: as `bilevel.problems.datasets.validation_split.split` says.
-        split_seed: of the splits, and of the order of the images.
-        in_memory: whether all are decoded at once, or by `workers` while training goes on; `auto`: at once where they fit.
-        workers: processes.
+        size: length of the shorter side after resizing, in pixels; a square is cut from the
+            middle. None: all images have one size.
+        channels: 1 or 3, to which all images are converted; None: all have those of the first one.
+        valid_fraction: fraction of the training images, if there is no folder of validation
+            images.
+        test_fraction: fraction of all images, if there is no folder `test` and none `train`;
+            0 for no test split.
+        split: method of `bilevel.problems.datasets.validation_split.split_indices`.
+        split_seed: seed of the splits and of the order of the images.
+        in_memory: true decodes all images before training, false lets `workers` read them during
+            training, `auto` decodes them if they fit.
+        workers: number of processes.
 
     Raises:
-        BilevelError: no such folder, no class or one without images, folders that do not have the same classes or that are
-            no part, too little memory, workers below 0, or a split that cannot be made.
-        UnreadableImage: an image that is damaged or unlike the others (which one is said): all are looked at beforehand where
-            they are decoded at once.
+        BilevelError: the folder or its classes are missing, a class has no images, the splits have
+            different classes, the memory is too small, `workers` is negative, or a split is
+            impossible.
+        UnreadableImage: an image is damaged or differs from the others. All images are checked
+            beforehand if they are decoded beforehand.
     """
-    root, there = Path(path), free_memory.free_bytes(torch.device("cpu"))
-    if workers < 0:
-        raise BilevelError(f"workers={workers} is no number of processes; give 0 or more")
-    if size is not None and not free_memory.fits(one := DECODING * size**2, there):
-        raise BilevelError(
-            f"an image of size={size} takes {byte_size(one)} while it is read, and {byte_size(there or 0)} are free; lower size"
-        )
+    root = Path(path)
+    free = free_memory.free_bytes(torch.device("cpu"))
+    whole(0, workers=workers)
+    if size is not None and not free_memory.fits(needed := DECODING * size**2, free):
+        reason = f"needs {byte_size(needed)} to read an image, and {byte_size(free or 0)} are free"
+        raise wrong("size", size, reason, "lower size")
     if not root.is_dir():
-        raise BilevelError(
-            f"there is no folder {root}; give the path of one that holds a folder for each class, CLASS/x.png"
-        )
-    inside = {
-        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    }
-    parted = _parted(root, inside)
-    found = listed(root / "train" if parted else root, EXTENSIONS)
+        raise wrong("path", path, "is not a folder", "give a folder with one subfolder per class")
+    subfolders = set(_subfolders(root))
+    has_splits = _has_splits(root, subfolders)
+    found = class_files(root / "train" if has_splits else root)
     generator = torch.Generator().manual_seed(split_seed)
-    whole = Files(
-        *_flat(found, None if split == "tail" else generator),
+    train = ImageFileDataset(
+        *_paths_and_labels(found, None if split == "tail" else generator),
         size=size,
         channels=channels,
         workers=workers,
     )
-    apart: dict[str, Files] = {}
-    for kind, folders in (("valid", VALID), ("test", ("test",))):
-        for name in folders if parted else ():
-            if name in inside and kind not in apart:
-                others = listed(root / name, EXTENSIONS)
-                _check_classes(root, found, others, name)
-                apart[kind] = whole.beside(*_flat(others, generator))
-    train: Files = whole
-    if "test" not in apart and not parted and test_fraction:
-        kept, aside = validation_split.split(
-            train.labels, test_fraction, split, split_seed, "test_fraction"
-        )
-        train, apart["test"] = train.taken(kept.tolist()), train.taken(aside.tolist())
-    if "valid" not in apart:
-        kept, aside = validation_split.split(
-            train.labels, valid_fraction, split, split_seed, "valid_fraction"
-        )
-        train, apart["valid"] = train.taken(kept.tolist()), train.taken(aside.tolist())
-    valid, test = apart["valid"], apart.get("test")
-    if free_memory.decode_at_once((train, valid, test), in_memory, str(root)):
-        decoded = train.decoded()
-        mean, std = moments(decoded[0])
-        tensors = (decoded, valid.decoded(), None if test is None else test.decoded())
-        return Images(*tensors, mean=mean, std=std, white=255.0, classes=len(found))
-    mean, std = moments(train.taken(range(min(SAMPLE, len(train)))).decoded()[0])
-    return ImageFiles(train, valid, test, mean, std, len(found))
+    aside: dict[str, ImageFileDataset] = {}
+    for kind, names in (("valid", VALID), ("test", ("test",))):
+        for name in names if has_splits else ():
+            if name in subfolders and kind not in aside:
+                others = class_files(root / name)
+                _require_same_classes(root, found, others, name)
+                aside[kind] = train.with_files(*_paths_and_labels(others, generator))
+    fractions = {"test": 0.0 if has_splits else test_fraction, "valid": valid_fraction}
+    for kind, fraction in fractions.items():
+        if kind not in aside and (fraction or kind == "valid"):
+            kept, taken = split_indices(
+                train.labels, fraction, split, split_seed, f"{kind}_fraction"
+            )
+            train, aside[kind] = train.subset(kept.tolist()), train.subset(taken.tolist())
+    return _loaded(train, aside["valid"], aside.get("test"), in_memory, path, len(found))
 
 
-def _parted(root: Path, inside: set[str]) -> bool:
-    """Whether `train` is the part, and no class.
+def class_files(folder: Path) -> ClassFiles:
+    """Return the image files below each class's folder; the name of a folder is its class.
 
     Raises:
-        BilevelError: it holds folders as a part does, and beside it is something else, or validation images twice.
+        BilevelError: there is no class, a class has no image, or a link repeats a folder.
     """
-    odd = sorted(inside - {"train", "test", *VALID})
-    if "train" not in inside or (
-        odd and not any(entry.is_dir() for entry in (root / "train").iterdir())
-    ):
+    if not (classes := _subfolders(folder)):
+        raise BilevelError(
+            f"{folder} has no subfolder; put the images of each class into one, as CLASS/x.png"
+        )
+    found: ClassFiles = {}
+    for name in classes:
+        files = _files_below(folder / name)
+        found[name] = sorted(str(file) for file in files if file.suffix.lower() in EXTENSIONS)
+        if not found[name]:
+            raise BilevelError(
+                f"{folder / name} is a class without an image ({', '.join(EXTENSIONS)}); "
+                "add images, or delete the folder"
+            )
+    return found
+
+
+def _loaded(
+    train: ImageFileDataset,
+    valid: ImageFileDataset,
+    test: ImageFileDataset | None,
+    in_memory: bool | Literal["auto"],
+    path: str,
+    classes: int,
+) -> Images | ImageFiles:
+    if free_memory.decode_at_once((train, valid, test), in_memory, path):
+        decoded = train.decode()
+        mean, std = channel_moments(decoded[0])
+        tensors = (decoded, valid.decode(), None if test is None else test.decode())
+        return Images(*tensors, mean=mean, std=std, white=255.0, classes=classes)
+    sample = train.subset(range(min(SAMPLE, len(train))))
+    mean, std = channel_moments(sample.decode()[0])
+    return ImageFiles(train, valid, test, mean, std, classes)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Return the names of the subfolders that are not hidden, sorted."""
+    entries = os.scandir(folder)
+    return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files at any depth, following links; refuse a folder that a link repeats."""
+    read: dict[str, str] = {}
+    for place, _, names in os.walk(folder, followlinks=True):
+        if (before := read.setdefault(os.path.realpath(place), place)) != place:
+            raise BilevelError(
+                f"{place} is the same folder as {before}, so its images would count twice; "
+                "delete the link"
+            )
+        yield from (Path(place) / name for name in names)
+
+
+def _has_splits(root: Path, subfolders: set[str]) -> bool:
+    """Return whether `train` is a split; otherwise every subfolder is a class.
+
+    Raises:
+        BilevelError: `train` has subfolders, and its siblings include other names or two
+            validation splits.
+    """
+    odd = sorted(subfolders - {"train", "test", *VALID})
+    if "train" not in subfolders or (odd and not _any_folder(root / "train")):
         return False
     if odd:
         raise BilevelError(
-            f"{root} holds train, with a folder for each class, and {odd[0]} beside it, which is neither "
-            f"{', '.join(VALID)} nor test; move {odd[0]} elsewhere, or rename train where it is a class"
+            f"{root} holds train, with one folder per class, and {odd[0]}, which is not one of "
+            f"{', '.join(VALID)} and test; move {odd[0]} elsewhere, or rename train if it is a "
+            "class"
         )
-    if len(twice := [name for name in VALID if name in inside]) > 1:
+    if len(twice := [name for name in VALID if name in subfolders]) > 1:
         raise BilevelError(
             f"{root} holds validation images in {' and in '.join(twice)}; keep one of these folders"
         )
     return True
 
 
-def _flat(
-    found: dict[str, list[str]], generator: torch.Generator | None
+def _any_folder(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in folder.iterdir())
+
+
+def _paths_and_labels(
+    found: ClassFiles, generator: torch.Generator | None
 ) -> tuple[list[str], Tensor]:
-    """Paths and classes, class by class, or in a random order, of which the first are a sample."""
+    """Return paths and classes in the order of the classes, or in a random order."""
     paths = [path for paths in found.values() for path in paths]
     labels = torch.tensor([label for label, paths in enumerate(found.values()) for _ in paths])
     if generator is None:
@@ -147,50 +199,10 @@ def _flat(
     return [paths[i] for i in order.tolist()], labels[order]
 
 
-def _check_classes(
-    root: Path, train: dict[str, list[str]], others: dict[str, list[str]], name: str
-) -> None:
+def _require_same_classes(root: Path, train: ClassFiles, others: ClassFiles, name: str) -> None:
     if odd := sorted(train.keys() ^ others.keys()):
-        here, there = ("train", name) if odd[0] in train else (name, "train")
+        place = "train" if odd[0] in train else name
         raise BilevelError(
-            f"{root / here} has {len(train if here == 'train' else others)} classes and {root / there} "
-            f"{len(others if here == 'train' else train)}: `{odd[0]}` is in {here} alone; give all parts the same classes"
+            f"{root / 'train'} has {len(train)} classes and {root / name} has {len(others)}, and "
+            f"`{odd[0]}` is only in {place}; give all splits the same classes"
         )
-
-
-def listed(folder: Path, extensions: Sequence[str]) -> dict[str, list[str]]:
-    """The images below each class's folder, sorted; a class is a folder.
-
-    Raises:
-        BilevelError: there is no class, or one without an image, or a link by which a folder is read twice.
-    """
-    classes = sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
-    if not classes:
-        raise BilevelError(
-            f"{folder} has no folder in it; put the images of each class into a folder of its own, CLASS/x.png"
-        )
-    found: dict[str, list[str]] = {}
-    for name in classes:
-        found[name] = sorted(
-            str(file) for file in _below(folder / name) if file.suffix.lower() in extensions
-        )
-        if not found[name]:
-            raise BilevelError(
-                f"{folder / name} is a class without an image ({', '.join(extensions)}); put some there, or delete the folder"
-            )
-    return found
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """The files at any depth, links followed; a folder that would be read twice, or without end, is an error."""
-    read: dict[str, str] = {}
-    for place, _, names in os.walk(folder, followlinks=True):
-        if (before := read.setdefault(os.path.realpath(place), place)) != place:
-            raise BilevelError(
-                f"{place} is the same folder as {before}, and its images would count twice; delete the link"
-            )
-        yield from (Path(place) / name for name in names)

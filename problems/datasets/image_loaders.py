@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from bilevel import BilevelError
 from bilevel.checks.check_problem import ProblemWarning
 from bilevel.problems.datasets import free_memory
-from bilevel.problems.datasets.image_files import Files
+from bilevel.problems.datasets.image_files import ImageFileDataset
 from bilevel.text import byte_size
 from bilevel.validate import between
 
@@ -28,7 +28,7 @@ def tensors_or_loaders(
     In every case the device receives bytes, and training transforms the batch there.
 
     Args:
-        splits: tensors or `Files` of train, valid and test; test may be None.
+        splits: tensors or `ImageFileDataset` of train, valid and test; test may be None.
         batch_size: number of images in a batch of a loader.
         device: device that trains.
 
@@ -60,8 +60,8 @@ def tensors_or_loaders(
 
 def first_images(split: Any, count: int) -> UInt8[Tensor, "n channels height width"]:
     """Return the first images of a split."""
-    if isinstance(split, Files):
-        return split.taken(range(min(count, len(split)))).decoded()[0]
+    if isinstance(split, ImageFileDataset):
+        return split.subset(range(min(count, len(split)))).decode()[0]
     return split[0][:count]
 
 
@@ -84,7 +84,7 @@ class TensorRows(Dataset):
 
 
 def _loader(split: Any, batch_size: int | None, name: str) -> DataLoader:
-    size = len(split if isinstance(split, Files) else split[0])
+    size = len(split if isinstance(split, ImageFileDataset) else split[0])
     if batch_size is None:
         raise BilevelError(
             "batch_size=null needs all images in memory, and they are not there; "
@@ -94,16 +94,16 @@ def _loader(split: Any, batch_size: int | None, name: str) -> DataLoader:
     if shuffled:
         remedy = f"choose a number up to the {size} examples of the {name} split"
         between(1, size, remedy, batch_size=batch_size)
-    workers = split.workers if isinstance(split, Files) else 0
+    workers = split.workers if isinstance(split, ImageFileDataset) else 0
     return DataLoader(
-        split if isinstance(split, Files) else TensorRows(*split),
+        split if isinstance(split, ImageFileDataset) else TensorRows(*split),
         batch_size=batch_size,
         shuffle=shuffled,
         drop_last=shuffled,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=None if isinstance(split, Files) else _unchanged,
+        collate_fn=None if isinstance(split, ImageFileDataset) else _unchanged,
     )
 
 

@@ -1,4 +1,4 @@
-"""Labelled images, split into train, valid and test."""
+"""Labelled images in memory, with their train, valid and test splits."""
 
 from typing import Any, NamedTuple, TypeVar
 
@@ -6,16 +6,22 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from bilevel import BilevelError
-from bilevel.problems.datasets.image_files import Files, ImageFiles, Labelled
+from bilevel.problems.datasets.image_files import ImageFileDataset, ImageFiles, Labelled
 from bilevel.problems.datasets.standardize import Level
+from bilevel.validate import between
 
 
 class Images(NamedTuple):
-    """Images as stored, one byte a pixel, with their labels; a network sees (image − mean) / std.
+    """Images as stored, one byte per pixel, and their labels; a network sees (image − mean) / std.
 
-    `mean` and `std` are one number, or one for each channel. `white` is the brightest pixel that there can be, by default the
-    brightest that there is; `classes` how many there are, by default as many as the labels name.
+    Attributes:
+        train: images and labels of the training split.
+        valid: images and labels of the validation split.
+        test: images and labels of the test split, or None.
+        mean: one number, or one number per channel.
+        std: one number, or one number per channel.
+        white: brightest value that a pixel can have; by default the brightest one that occurs.
+        classes: number of classes; by default the number of classes that the labels name.
     """
 
     train: Labelled
@@ -28,28 +34,29 @@ class Images(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image."""
-        return tuple(self.train[0].shape[1:])  # type: ignore[return-value]  # rows of numbers, which an MLP takes, have one
+        """Return channels, height and width of an image."""
+        # Rows of numbers, which an MLP accepts too, have one axis.
+        return tuple(self.train[0].shape[1:])  # type: ignore[return-value]
 
     @property
     def brightest(self) -> float:
-        """`white`, or what stands in for it."""
+        """Return `white`, or the brightest value that occurs."""
         return float(self.train[0].max()) if self.white is None else self.white
 
     @property
     def class_count(self) -> int:
-        """`classes`, or what stands in for it."""
+        """Return `classes`, or the number of classes that the labels name."""
         splits = [split for split in (self.train, self.valid, self.test) if split is not None]
         return self.classes or 1 + max(int(labels.max()) for _, labels in splits)
 
 
-def moments(
+def channel_moments(
     pixels: UInt8[Tensor, "n channels height width"],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, exactly.
+    """Return the exact mean and standard deviation of each channel.
 
     Example:
-        >>> moments(torch.tensor([0, 2], dtype=torch.uint8).view(2, 1, 1, 1))
+        >>> channel_moments(torch.tensor([0, 2], dtype=torch.uint8).view(2, 1, 1, 1))
         ((1.0,), (1.0,))
     """
     values = torch.arange(256, dtype=torch.float64)
@@ -65,34 +72,35 @@ def moments(
 AnyImages = TypeVar("AnyImages", bound=Images | ImageFiles)
 
 
-def few(
+def first_examples(
     images: AnyImages, train_size: int | None = None, valid_size: int | None = None
 ) -> AnyImages:
-    """The same images with the first `train_size` of train and the first `valid_size` of valid alone; None keeps all.
+    """Return the same images with the first examples of training and validation only.
+
+    Args:
+        images: in memory or in files.
+        train_size: number of training images; None keeps all.
+        valid_size: number of validation images; None keeps all.
 
     Example:
-        >>> from bilevel.problems.datasets.standard_images import load_digits
-        >>> few(load_digits(), train_size=100).train[1].shape
+        >>> from bilevel.problems.datasets import load_digits
+        >>> first_examples(load_digits(), train_size=100).train[1].shape
         torch.Size([100])
 
     Raises:
-        BilevelError: a size beyond what there is.
+        BilevelError: a size exceeds the number of images.
     """
 
     def first(name: str, part: Any, size: int | None) -> Any:
-        there = len(part if isinstance(part, Files) else part[1])
         if size is None:
             return part
-        if not 1 <= size <= there:
-            raise BilevelError(
-                f"{name}_size={size} of {there} images cannot be taken; give 1 to {there}"
-            )
-        return (
-            part.taken(range(size)) if isinstance(part, Files) else (part[0][:size], part[1][:size])
-        )
+        count = len(part if isinstance(part, ImageFileDataset) else part[1])
+        between(1, count, f"choose at most {count}", **{f"{name}_size": size})
+        if isinstance(part, ImageFileDataset):
+            return part.subset(range(size))
+        return part[0][:size], part[1][:size]
 
-    train, valid = (
-        first("train", images.train, train_size),
-        first("valid", images.valid, valid_size),
-    )
-    return images._replace(train=train, valid=valid)  # type: ignore[return-value]  # of the same class
+    train = first("train", images.train, train_size)
+    valid = first("valid", images.valid, valid_size)
+    # Both kinds of images have these fields.
+    return images._replace(train=train, valid=valid)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What an image has once, or once for each channel: mean, standard deviation, a colour."""
+"""Standardization of images by a mean and a standard deviation, for all channels or per channel."""
 
 from typing import TypeAlias, final
 
@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 
 Level: TypeAlias = float | tuple[float, ...]
-"""One number for all channels, or one for each."""
+"""One number for all channels, or one number per channel."""
 
 
 @final
 class PerChannel:
-    """A `Level` as it broadcasts against images [B, C, H, W]; the tensor of each device is made once, so that no step waits.
+    """A `Level` that broadcasts against images [B, C, H, W].
+
+    The tensor of each device is made once, so that no step waits for a copy.
 
     Example:
-        >>> PerChannel((1.0, 2.0)).like(torch.zeros(5, 2, 3, 3)).shape, PerChannel(0.5).like(torch.zeros(5, 2, 3, 3))
-        (torch.Size([2, 1, 1]), 0.5)
+        >>> PerChannel((1.0, 2.0)).like(torch.zeros(5, 2, 3, 3)).shape
+        torch.Size([2, 1, 1])
+        >>> PerChannel(0.5).like(torch.zeros(5, 2, 3, 3))
+        0.5
     """
 
     def __init__(self, value: Level) -> None:
@@ -23,33 +27,36 @@ class PerChannel:
         self._made: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def like(self, x: Tensor) -> float | Tensor:
-        """The number, or [C, 1, 1] on the device of x, of its type where that is a floating-point one."""
+        """Return one number, or [C, 1, 1] on the device of x.
+
+        The tensor has the type of x if that is a floating-point type, otherwise the default type.
+        """
         if not isinstance(self.value, tuple):
             return self.value
         place = (x.device, x.dtype if x.is_floating_point() else torch.get_default_dtype())
         if place not in self._made:
-            self._made[place] = torch.tensor(self.value, device=place[0], dtype=place[1]).view(
-                -1, 1, 1
-            )
+            made = torch.tensor(self.value, device=place[0], dtype=place[1])
+            self._made[place] = made.view(-1, 1, 1)
         return self._made[place]
 
 
 @final
 class Standardize:
-    """(x − mean) / std of images [B, C, H, W].
+    """Map images [B, C, H, W] to (x − mean) / std.
 
     Example:
-        >>> seen = Standardize((1.0, 2.0), 2.0)
-        >>> seen(torch.full((1, 2, 1, 1), 3, dtype=torch.uint8)).flatten()
+        >>> standardize = Standardize((1.0, 2.0), 2.0)
+        >>> standardize(torch.full((1, 2, 1, 1), 3, dtype=torch.uint8)).flatten()
         tensor([1.0000, 0.5000])
     """
 
     def __init__(self, mean: Level, std: Level) -> None:
-        self._mean, self._std = PerChannel(mean), PerChannel(std)
+        self._mean = PerChannel(mean)
+        self._std = PerChannel(std)
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x - self._mean.like(x)) / self._std.like(x)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """The images of which these are the standardized ones."""
+        """Return the images whose standardized form is x."""
         return x * self._std.like(x) + self._mean.like(x)

@@ -1,4 +1,4 @@
-"""The published sets of small images as torchvision reads them, and what is wrong with their files where it cannot."""
+"""The MNIST and CIFAR data sets as torchvision reads them, with errors that name damaged files."""
 
 import os
 from pathlib import Path
@@ -12,28 +12,28 @@ from bilevel.problems.datasets.image_files import Labelled
 Name: TypeAlias = Literal["MNIST", "FashionMNIST", "CIFAR10", "CIFAR100"]
 
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, AssertionError, EOFError)
-"""What torchvision raises on files that are missing, cut off or something else."""
+"""Errors of torchvision about files that are missing, cut off or of another kind."""
 
 
-def published(name: Name, root: str, download: bool) -> tuple[Labelled, Labelled]:
-    """The training and the test set, in their own order.
+def read_torchvision_set(name: Name, root: str, download: bool) -> tuple[Labelled, Labelled]:
+    """Return the training set and the test set in their original order.
 
     Args:
-        name: of `torchvision.datasets`.
-        root: the folder that holds, or shall hold, the set's own folder.
-        download: fetch what is missing.
+        name: name in `torchvision.datasets`.
+        root: folder that holds the set's own folder, or that receives it.
+        download: whether missing files are downloaded.
 
     Raises:
-        BilevelError: the files are missing and cannot be fetched, or one is damaged (which one is said).
+        BilevelError: the files are missing and cannot be downloaded, or a file is damaged.
     """
     import torchvision
 
     make = getattr(torchvision.datasets, name)
     idx = name in ("MNIST", "FashionMNIST")
     folder = Path(root, name, "raw") if idx else Path(root, make.base_folder)
-    named = f"data.root=PATH of a folder that holds {folder.relative_to(root)}"
+    where = f"data.root=PATH of a folder that holds {folder.relative_to(root)}"
     if idx:
-        _check_idx(name, folder)  # torchvision takes a file that is there for a file that is whole
+        _check_idx(name, folder)  # torchvision does not check the length of an existing file
     try:
         sets = [make(root, train=train, download=download) for train in (True, False)]
     except UNREADABLE as error:
@@ -42,14 +42,15 @@ def published(name: Name, root: str, download: bool) -> tuple[Labelled, Labelled
             if download
             else "download is off"
         )
-        if not idx and (damaged := _damaged(make, folder)) is not None:
+        if not idx and (damaged := _first_damaged(make, folder)) is not None:
             raise BilevelError(
-                f"{name}: {damaged} is cut off or changed (its MD5 is another) and {reason}; delete {folder} and run once with "
-                f"data.download=true where there is a network, or give {named}"
+                f"{name}: {damaged} has another MD5 than the published file, so it is cut off or "
+                f"changed, and {reason}; delete {folder} and run once with data.download=true and "
+                f"a network, or set {where}"
             ) from error
         raise BilevelError(
-            f"{name} is not in {folder} and {reason}; "
-            f"give {named}, or run once with data.download=true where there is a network"
+            f"{name} is not in {folder} and {reason}; set {where}, or run once with "
+            "data.download=true and a network"
         ) from error
     train, test = (_tensors(s, idx) for s in sets)
     return train, test
@@ -62,10 +63,12 @@ def _tensors(read: Any, idx: bool) -> Labelled:
 
 
 def _check_idx(name: str, folder: Path) -> None:
-    """Hold the size of every IDX file that is there against its own header: a magic number, then the length of each axis.
+    """Compare the size of every existing IDX file with its header.
+
+    The header holds a magic number, and then the length of each axis.
 
     Raises:
-        BilevelError: one is cut off, or no IDX file, or there are not as many labels as images.
+        BilevelError: a file is cut off or not an IDX file, or images and labels differ in number.
     """
     for part in ("train", "t10k"):
         rows = {}
@@ -76,31 +79,31 @@ def _check_idx(name: str, folder: Path) -> None:
             size = path.stat().st_size
             with open(path, "rb") as file:
                 header = file.read(4 * (axes + 1))
-            magic, *lengths = [
-                int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4)
-            ] or [0]
+            words = [int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4)]
+            magic, *lengths = words or [0]
             wanted = 4 * (axes + 1) + torch.Size(lengths).numel()
             if magic != 0x800 + axes or len(lengths) != axes or size != wanted:
-                told = (
-                    f"{size:,} bytes where its header says {wanted:,}"
+                reason = (
+                    f"{size:,} bytes, and its header says {wanted:,}"
                     if magic == 0x800 + axes
                     else "no IDX header"
                 )
                 raise BilevelError(
-                    f"{name}: {path} is cut off or something else ({told}); delete it and run once with data.download=true, "
-                    "or give data.root=PATH of a folder that has it whole"
+                    f"{name}: {path} is cut off or of another kind ({reason}); delete it and run "
+                    "once with data.download=true, or set data.root=PATH of a folder with a "
+                    "complete file"
                 )
             rows[kind] = lengths[0]
         if len(set(rows.values())) > 1:
             images, labels = rows.values()
             raise BilevelError(
-                f"{name}: {folder} holds {images:,} {part} images and {labels:,} labels, so they are of two sets; "
-                "delete both files and run once with data.download=true"
+                f"{name}: {folder} holds {images:,} {part} images and {labels:,} labels, so they "
+                "belong to two sets; delete both files and run once with data.download=true"
             )
 
 
-def _damaged(make: Any, folder: Path) -> str | None:
-    """The first file that is there and is not the published one."""
+def _first_damaged(make: Any, folder: Path) -> str | None:
+    """Return the first existing file that differs from the published one."""
     from torchvision.datasets.utils import check_md5
 
     listed = [*make.train_list, *make.test_list, (make.meta["filename"], make.meta["md5"])]

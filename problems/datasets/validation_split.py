@@ -1,4 +1,4 @@
-"""Validation examples set aside: the last ones, any, or of every class its share."""
+"""Validation split: set a fraction of the examples aside."""
 
 from typing import Literal, TypeAlias
 
@@ -7,86 +7,106 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bilevel import BilevelError
-from bilevel.text import near
+from bilevel.validate import is_number, one_of, wrong
 
-Split: TypeAlias = Literal["tail", "random", "stratified"]
-
-SPLITS = ("tail", "random", "stratified")
+SplitMethod: TypeAlias = Literal["tail", "random", "stratified"]
 
 
-def split(
+def split_indices(
     labels: Int[Tensor, " n"],
     fraction: float,
-    how: Split = "tail",
+    split: SplitMethod = "tail",
     seed: int = 0,
     name: str = "valid_fraction",
 ) -> tuple[Int[Tensor, " kept"], Int[Tensor, " aside"]]:
-    """Indices of those that are kept, and of round(fraction · n) that are set aside.
+    """Return the indices of the examples that stay, and of round(fraction · n) that are set aside.
 
-    `tail` sets the last ones aside and keeps the order (the paper's); `random` any; `stratified` of every class its share, to
-    within one example, never its last one. The order of the latter two is random too, so that the first of either part are a
+    - `tail` sets the last examples aside and keeps the order, as in the paper.
+    - `random` sets random examples aside.
+    - `stratified` sets the same fraction of every class aside, to within one example, and never
+      the last example of a class.
+
+    The order of `random` and `stratified` parts is random, so the first examples of a part are a
     sample of it.
 
     Args:
         labels: class of every example.
-        fraction: of all examples.
-        how: see above.
-        seed: of `random` and `stratified`.
-        name: what errors call the fraction.
+        fraction: fraction of all examples, in (0, 1).
+        split: one of the methods above.
+        seed: seed of `random` and `stratified`.
+        name: name of the fraction in errors.
 
     Example:
-        >>> [part.tolist() for part in split(torch.tensor([0, 1, 0, 1, 0]), 0.4)]
+        >>> [part.tolist() for part in split_indices(torch.tensor([0, 1, 0, 1, 0]), 0.4)]
         [[0, 1, 2], [3, 4]]
-        >>> kept, aside = split(torch.arange(3).repeat_interleave(10), 0.2, "stratified")
+        >>> kept, aside = split_indices(torch.arange(3).repeat_interleave(10), 0.2, "stratified")
         >>> sorted((aside // 10).tolist())
         [0, 0, 1, 1, 2, 2]
 
     Raises:
-        BilevelError: an unknown `how`, a part without examples, a class that is left without any, or a tail of one class.
+        BilevelError: the method is unknown, a part has no examples, a class loses all its
+            training examples, or the tail has one class.
     """
-    if how not in SPLITS:
-        raise BilevelError(
-            f"split={how!r}{near(str(how), SPLITS)} is none of {', '.join(SPLITS)}; choose one of these"
-        )
-    if not 0 < fraction < 1:
-        raise BilevelError(
-            f"{name}={fraction} leaves a split without images; give one between 0 and 1"
-        )
+    one_of(("tail", "random", "stratified"), split=split)
     n = len(labels)
-    count = round(fraction * n)
-    if count in (0, n):
-        raise BilevelError(
-            f"{name}={fraction} of {n} images leaves a split empty; give one further inside"
-        )
+    count = require_fraction(fraction, name, n)
     order = (
         torch.arange(n)
-        if how == "tail"
+        if split == "tail"
         else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     )
-    if how == "stratified":
-        chosen = _shares(labels[order], count)
+    if split == "stratified":
+        chosen = _stratified(labels[order], count)
         kept, aside = order[~chosen], order[chosen]
     else:
         kept, aside = order[: n - count], order[n - count :]
-    there, left, taken = (set(labels[index].tolist()) for index in (order, kept, aside))
-    if lost := sorted(there - left):
-        raise BilevelError(
-            f"{name}={fraction} with split={how} leaves no training image of class {lost[0]}; "
-            + (
-                "give split=stratified"
-                if how != "stratified"
-                else "give that class more images, or lower the fraction"
-            )
+    all_classes, kept_classes, aside_classes = (
+        set(labels[index].tolist()) for index in (order, kept, aside)
+    )
+    if lost := sorted(all_classes - kept_classes):
+        remedy = (
+            "set split=stratified"
+            if split != "stratified"
+            else "add images to that class, or lower the fraction"
         )
-    if how == "tail" and count > 1 and len(taken) == 1 < len(there):
+        raise wrong(
+            name,
+            fraction,
+            f"leaves no training image of class {lost[0]} with split={split}",
+            remedy,
+        )
+    if split == "tail" and count > 1 and len(aside_classes) == 1 < len(all_classes):
         raise BilevelError(
-            f"the last {count} images are all of class {labels[-1]}, as in a folder sorted by class; give split=stratified"
+            f"split=tail sets {count} images aside that are all of class {labels[-1]}, as in data "
+            "sorted by class; set split=stratified"
         )
     return kept, aside
 
 
-def _shares(labels: Tensor, count: int) -> Tensor:
-    """Which of the examples, in this order, are the first of their class's share of `count`; largest remainders fill it up."""
+def require_fraction(fraction: float, name: str, count: int | None = None) -> int:
+    """Return round(fraction · count), after a check that both parts have examples.
+
+    Raises:
+        BilevelError: one part is empty.
+    """
+    if not (is_number(fraction) and 0 < fraction < 1):
+        raise wrong(name, fraction, "must be between 0 and 1", "choose for example 0.2")
+    aside = 0 if count is None else round(fraction * count)
+    if count is not None and aside in (0, count):
+        raise wrong(
+            name,
+            fraction,
+            f"leaves one part of {count} images empty",
+            "choose a number nearer to 0.5",
+        )
+    return aside
+
+
+def _stratified(labels: Tensor, count: int) -> Tensor:
+    """Return a mask of `count` examples, the first ones of each class in proportion to its size.
+
+    Largest remainders fill the count up.
+    """
     sizes = labels.bincount()
     wanted = sizes * (count / len(labels))
     shares = wanted.floor().long()

@@ -1,7 +1,6 @@
-"""Few-shot meta-learning: the hyperparameters are the weights from which each of many tasks starts."""
+"""Few-shot meta-learning: the hyperparameters are the initial weights of many tasks."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -34,48 +33,58 @@ from bilevel.problems.few_shot.tasks import (
     sinusoids,
 )
 from bilevel.problems.networks.mlp import MLP
+from bilevel.problems.space_checks import SpaceChanges
+from bilevel.validate import positive, whole
 
-STEPS = (0, 1, 5, 10)
-"""Of adaptation, after which the error on an unseen task is reported, as far as there are so many."""
+REPORTED_STEPS = (0, 1, 5, 10)
+"""Adaptation steps after which the error on unseen tasks is reported, if there are that many."""
 
 
 @final
 class FewShot(Problem):
-    """A start φ from which the weights w_t of every task t come to a good fit on few points.
+    """Learn initial weights φ from which each task t reaches a good fit w_t on few points.
 
         L_T(φ, w) = Σ_t MSE(f(support x_t; w_t), support y_t) + ½ ρ ‖w_t − φ‖²
         L_V(φ, w) = mean over t of MSE(f(query x_t; w_t), query y_t)
 
-    λ is φ, all weights of the network in one vector `initialization` [m], and ρ, `proximity`, which is frozen unless `space`
-    thaws it. What is trained inside is δ_t = w_t − φ, stacked over tasks, and it begins at zero. In these coordinates the
-    famous methods are solvers that are there: MAML is `Unrolled(restart=True)` with plain gradient descent, since K steps from
-    δ = 0 are K steps from φ, and L_V depends on φ directly besides; implicit MAML is `Implicit`. L_T is a sum over tasks and
-    no mean, so that a step of the inner optimizer is one of each task by itself, whatever their number.
+    λ holds φ, all weights of the network in one vector `initialization` [m], and ρ, `proximity`,
+    which is frozen unless `space` changes it. The inner weights are δ_t = w_t − φ, stacked over
+    tasks; they start at zero. In these coordinates two known methods are existing solvers:
 
-    Training batches are the support of the tasks at hand, validation batches their queries. With `fresh_tasks`, queries end a
-    round, and the next support batch is of new tasks (a δ_t of the last round is then nothing to start from: take
-    `solver=unrolled solver.restart=true` and no warm-up). Otherwise the same tasks are kept, as the bilevel problem has it.
+    - MAML is `Unrolled(restart=True)` with plain gradient descent, because K steps from δ = 0 are
+      K steps from φ. L_V also depends on φ directly.
+    - Implicit MAML is `Implicit`.
 
-    Evaluation, and with it the choice of the best step, is on unseen tasks: from δ = 0, gradient descent on L_T of the task's
-    own support; the prediction is [T, steps + 1, queries, outputs], from before the first step to after the last.
+    L_T is a sum over tasks, not a mean. So a step of the inner optimizer is a separate step of each
+    task, for any number of tasks.
+
+    A training batch is the support of the current tasks, and a validation batch is their queries.
+    With `fresh_tasks`, queries end a round, and the next support batch has new tasks. The last δ_t
+    does not fit new tasks; use `solver=unrolled solver.restart=true` without warm-up. Otherwise the
+    tasks stay the same, as in the bilevel problem.
+
+    Evaluation, and with it the choice of the best step, uses unseen tasks: gradient descent on L_T
+    of a task's own support, from δ = 0. The prediction is [T, steps + 1, queries, outputs], from
+    before the first step to after the last one.
 
     Args:
         network: makes a module without buffers, from [n, inputs] to [n, outputs].
         draw: the distribution of tasks.
-        tasks: T, in a batch.
-        fresh_tasks: whether every round has new ones.
+        tasks: T, the number of tasks in a batch.
+        fresh_tasks: whether every round has new tasks.
         proximity: ρ.
-        unseen: how many tasks are evaluated on, in validation and in test.
-        adaptation_steps: of gradient descent on an unseen task.
-        adaptation_lr: its step size.
-        start_seed: of the initial φ.
-        data_seed: of the unseen tasks.
-        space: changes to the space, as in `Space.override`.
+        unseen: number of tasks for evaluation, in validation and in test.
+        adaptation_steps: number of gradient steps on an unseen task.
+        adaptation_lr: step size of these steps.
+        start_seed: seed of the initial φ.
+        data_seed: seed of the unseen tasks.
+        space: changes of the space, as in `Space.override`.
 
-    Source: Finn, Abbeel & Levine, ICML 2017 (MAML); Rajeswaran, Finn, Kakade & Levine, NeurIPS 2019 (implicit MAML, eq. 3).
+    Source: Finn, Abbeel & Levine, ICML 2017 (MAML); Rajeswaran, Finn, Kakade & Levine, NeurIPS 2019
+    (implicit MAML, eq. 3).
 
     Raises:
-        BilevelError: a number of tasks or steps below 1, or a step size that is not above zero.
+        BilevelError: a number of tasks or steps is below 1, or the step size is not positive.
     """
 
     def __init__(
@@ -91,27 +100,16 @@ class FewShot(Problem):
         adaptation_lr: float = 0.01,
         start_seed: int = 0,
         data_seed: int = 0,
-        space: Mapping[str, Mapping[str, Any]] | None = None,
+        space: SpaceChanges | None = None,
     ) -> None:
-        for name, value in {
-            "tasks": tasks,
-            "unseen": unseen,
-            "adaptation_steps": adaptation_steps,
-        }.items():
-            if type(value) is not int or value < 1:
-                raise BilevelError(
-                    f"{name}={value!r} leaves nothing to learn from; give a whole number, 1 or more"
-                )
-        if not 0 < adaptation_lr < math.inf:
-            raise BilevelError(
-                f"adaptation_lr={adaptation_lr} is no step size; give a positive, finite number"
-            )
-        self.draw, self.tasks, self.fresh_tasks = draw, tasks, fresh_tasks
-        self.adaptation_steps, self.adaptation_lr, self.data_seed = (
-            adaptation_steps,
-            adaptation_lr,
-            data_seed,
-        )
+        whole(1, tasks=tasks, unseen=unseen, adaptation_steps=adaptation_steps)
+        positive(adaptation_lr=adaptation_lr)
+        self.draw = draw
+        self.tasks = tasks
+        self.fresh_tasks = fresh_tasks
+        self.adaptation_steps = adaptation_steps
+        self.adaptation_lr = adaptation_lr
+        self.data_seed = data_seed
         self.unseen = unseen
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(start_seed)
@@ -119,11 +117,12 @@ class FewShot(Problem):
         start = {name: p.detach() for name, p in module.named_parameters()}
         if next(module.buffers(), None) is not None:
             raise BilevelError(
-                f"{type(module).__name__} has buffers, which tasks cannot share; give a network without any"
+                f"network={type(module).__name__} has buffers, and tasks cannot share them; "
+                "give a network without buffers"
             )
         self.shapes = {name: p.shape for name, p in start.items()}
         self.dtype = next(iter(start.values())).dtype
-        self.module = module.to("meta")  # every call brings its own weights
+        self.module = module.to("meta")  # only shapes: every call has its own weights
         flat = torch.cat([p.reshape(-1) for p in start.values()])
         self.space = Space(
             initialization=Real(init=flat.tolist(), shape=tuple(flat.shape), per_example=False),
@@ -131,11 +130,12 @@ class FewShot(Problem):
         ).override(space or {})
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
-        """The offsets δ = 0, whatever the generator: the start is λ's to give."""
-        return {
+        """Return the offsets δ = 0 for any generator, because λ holds the initial weights."""
+        offsets = {
             name: torch.zeros(self.tasks, *shape, dtype=self.dtype)
             for name, shape in self.shapes.items()
-        }, {}
+        }
+        return offsets, {}
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         seed = int(torch.randint(2**62, (), generator=generator))
@@ -148,7 +148,7 @@ class FewShot(Problem):
         return Tasks(*(t.to(self.dtype) for t in self.draw(count, generator)))
 
     def initialization(self, hypers: Hypers) -> Params:
-        """The start φ by the names of the network's weights."""
+        """Return φ by the names of the network's weights."""
         parts = hypers["initialization"].split([shape.numel() for shape in self.shapes.values()])
         return {
             name: part.view(shape)
@@ -165,7 +165,7 @@ class FewShot(Problem):
         train: bool,
         generator: torch.Generator | None,
     ) -> tuple[Prediction, Carry]:
-        """Of each task, at its own weights; of unseen tasks, at each step of their adaptation."""
+        """Return the outputs of each task; for unseen tasks, those after each adaptation step."""
         φ = self.initialization(hypers)
         if "support_x" not in batch:
             return vmap(self._outputs, in_dims=(None, 0, 0))(φ, params, batch["x"]), carry
@@ -174,14 +174,13 @@ class FewShot(Problem):
     def adapted(
         self, hypers: Hypers, batch: Batch, steps: int
     ) -> Float[Tensor, "tasks steps queries outputs"]:
-        """Predictions on the queries of unseen tasks, before, between and after `steps` steps of gradient descent on L_T."""
+        """Return predictions on queries of unseen tasks, before and after each adaptation step."""
         φ = self.initialization(hypers)
 
         def loss(δ: Params, x: Tensor, y: Tensor) -> Tensor:
-            proximity = sum((d.square().sum() for d in δ.values()), start=y.new_zeros(()))
-            return (self._outputs(φ, δ, x) - y).square().mean() + 0.5 * hypers[
-                "proximity"
-            ] * proximity
+            norm = sum((d.square().sum() for d in δ.values()), start=y.new_zeros(()))
+            fit = (self._outputs(φ, δ, x) - y).square().mean()
+            return fit + 0.5 * hypers["proximity"] * norm
 
         slopes, outputs = vmap(grad(loss)), vmap(self._outputs, in_dims=(None, 0, 0))
         δ = {name: p.new_zeros(len(batch["x"]), *p.shape) for name, p in φ.items()}
@@ -193,7 +192,7 @@ class FewShot(Problem):
         return torch.stack(path, 1)
 
     def _outputs(self, φ: Params, δ: Params, x: Tensor) -> Tensor:
-        """Of one task."""
+        """Return the outputs of one task."""
         return functional_call(self.module, {name: p + δ[name] for name, p in φ.items()}, (x,))
 
     def inner_objective(
@@ -205,24 +204,27 @@ class FewShot(Problem):
     def outer_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Tensor:
-        """On unseen tasks, after the last step."""
-        return (
-            self._errors(prediction[:, -1] if "support_x" in batch else prediction, batch)
-        ).mean()
+        """Return the mean error on queries; of unseen tasks, the one after the last step."""
+        last = prediction[:, -1] if "support_x" in batch else prediction
+        return self._errors(last, batch).mean()
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
-        """The MSE of each task as `loss` [T]; of unseen ones that after the last step, and `mse_0`, `mse_1`, … after others."""
+        """Return the MSE of each task as `loss` [T].
+
+        For unseen tasks `loss` is the MSE after the last step; `mse_0`, `mse_1`, … are those after
+        other steps.
+        """
         if "support_x" not in batch:
             return {"loss": self._errors(prediction, batch)}
         errors = {
             step: self._errors(prediction[:, step], batch)
-            for step in (*STEPS, self.adaptation_steps)
+            for step in (*REPORTED_STEPS, self.adaptation_steps)
             if step < prediction.shape[1]
         }
         return {"loss": errors[self.adaptation_steps]} | {
-            f"mse_{step}": errors[step] for step in STEPS if step in errors
+            f"mse_{step}": errors[step] for step in REPORTED_STEPS if step in errors
         }
 
     def _errors(self, prediction: Tensor, batch: Batch) -> Float[Tensor, " tasks"]:
@@ -232,18 +234,20 @@ class FewShot(Problem):
 def sinusoid(
     hidden: Sequence[int] = (40, 40), shots: int = 10, queries: int = 10, **options: Any
 ) -> FewShot:
-    """Regression on sinusoids from few points, by an MLP.
+    """Return regression on sinusoids from few points, by an MLP.
+
+    Args:
+        hidden: widths of the hidden layers.
+        shots: number of support points of a task.
+        queries: number of query points of a task.
+        options: other arguments of `FewShot`.
 
     Example:
         >>> sinusoid().space["initialization"].shape
         (1761,)
 
     Raises:
-        BilevelError: as `FewShot`, or no points.
+        BilevelError: a task has no points, or `FewShot` raises it.
     """
-    for name, value in {"shots": shots, "queries": queries}.items():
-        if type(value) is not int or value < 1:
-            raise BilevelError(
-                f"{name}={value!r} gives a task no points; give a whole number, 1 or more"
-            )
+    whole(1, shots=shots, queries=queries)
     return FewShot(partial(MLP, [1, *hidden, 1]), sinusoids(shots, queries), **options)

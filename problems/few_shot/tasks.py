@@ -1,4 +1,4 @@
-"""Few-shot regression tasks, and the streams that hand out their two halves: support to adapt to, queries to be judged by."""
+"""Few-shot regression tasks, and the streams of their support and their queries."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -11,7 +11,7 @@ from bilevel import Batch, Stream
 
 
 class Tasks(NamedTuple):
-    """T tasks, each with points to adapt to and points to be judged by."""
+    """T tasks, each with support points for training and query points for validation."""
 
     support_x: Float[Tensor, "tasks shots inputs"]
     support_y: Float[Tensor, "tasks shots outputs"]
@@ -19,15 +19,15 @@ class Tasks(NamedTuple):
     query_y: Float[Tensor, "tasks queries outputs"]
 
     def support(self) -> Batch:
-        """The batch from which each task's own weights are trained."""
+        """Return the batch that trains the weights of each task."""
         return {"x": self.support_x, "y": self.support_y}
 
     def queries(self) -> Batch:
-        """The batch by which those weights are judged."""
+        """Return the batch that evaluates those weights."""
         return {"x": self.query_x, "y": self.query_y}
 
     def unseen(self, start: int, stop: int) -> Batch:
-        """Tasks that have no weights yet: queries, with the support from which they are to be adapted."""
+        """Return a batch of tasks without weights: queries, and the support that adapts them."""
         return {
             "x": self.query_x[start:stop],
             "y": self.query_y[start:stop],
@@ -36,18 +36,18 @@ class Tasks(NamedTuple):
         }
 
     def to(self, device: torch.device) -> "Tasks":
-        """The same on `device`; from pinned memory, which is not waited for."""
+        """Return the tasks on `device`; a copy to a GPU uses pinned memory and does not wait."""
         if device.type != "cuda":
             return Tasks(*(t.to(device) for t in self))
         return Tasks(*(t.pin_memory().to(device, non_blocking=True) for t in self))
 
 
 Draw: TypeAlias = Callable[[int, torch.Generator], Tasks]
-"""So many tasks of a distribution, drawn on the CPU."""
+"""Draws a number of tasks of a distribution on the CPU."""
 
 
 def sinusoids(shots: int = 10, queries: int = 10) -> Draw:
-    """Tasks y = A sin(x − b): A uniform on [0.1, 5], b on [0, π], and all x on [−5, 5].
+    """Return tasks y = A sin(x − b): A uniform on [0.1, 5], b on [0, π], and x on [−5, 5].
 
     Source: Finn, Abbeel & Levine, ICML 2017, section 5.1.
     """
@@ -65,44 +65,52 @@ def sinusoids(shots: int = 10, queries: int = 10) -> Draw:
 
 
 class Episodes:
-    """The tasks of the moment, which a `SupportStream` and a `QueryStream` share.
+    """The current tasks, which a `SupportStream` and a `QueryStream` share.
 
-    A round of a solver takes some support batches and then queries; where tasks are `fresh`, the next support batch after
-    queries is of new ones. The tasks of a round follow from the seed and its number alone.
+    A round of a solver takes some support batches, and then queries. If tasks are `fresh`, the next
+    support batch after queries has new tasks. The seed and the number of a round determine its
+    tasks.
     """
 
     def __init__(
         self, draw: Draw, tasks: int, seed: int, device: torch.device, *, fresh: bool
     ) -> None:
-        self.draw, self.tasks, self.seed, self.device, self.fresh = draw, tasks, seed, device, fresh
-        self.round, self.judged = 0, False
+        self.draw = draw
+        self.tasks = tasks
+        self.seed = seed
+        self.device = device
+        self.fresh = fresh
+        self.round = 0
+        self.judged = False
         self._held: tuple[int, int, Tasks] | None = None
 
     def now(self) -> Tasks:
-        """The tasks of this round."""
+        """Return the tasks of this round."""
         if self._held is None or self._held[:2] != (self.seed, self.round):
             generator = torch.Generator().manual_seed((self.seed + self.round) % 2**63)
             self._held = self.seed, self.round, self.draw(self.tasks, generator).to(self.device)
         return self._held[2]
 
     def support(self) -> Batch:
-        """Support, of new tasks where those at hand have been judged."""
+        """Return the support, of new tasks if queries of the current ones have been returned."""
         if self.fresh and self.judged:
             self.round, self.judged = self.round + 1, False
         return self.now().support()
 
     def queries(self) -> Batch:
-        """Queries, after which the round is over."""
+        """Return the queries, and end the round."""
         self.judged = True
         return self.now().queries()
 
 
 class SupportStream(Stream):
-    """Training batches: the support of all tasks of the moment. An example is a task."""
+    """Training batches: the support of all current tasks. An example is a task."""
 
     def __init__(self, episodes: Episodes) -> None:
-        self.episodes, self.size = episodes, episodes.tasks
-        self.steps_per_epoch, self.examples = 1, 0
+        self.episodes = episodes
+        self.size = episodes.tasks
+        self.steps_per_epoch = 1
+        self.examples = 0
 
     def next(self) -> Batch:
         self.examples += self.size
@@ -112,7 +120,7 @@ class SupportStream(Stream):
         return self.episodes.now().support()
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
-        yield self.peek()  # whole: each task goes with its own weights
+        yield self.peek()  # all tasks: each one belongs to its own weights
 
     def state_dict(self) -> dict[str, Any]:
         own = self.episodes
@@ -131,11 +139,13 @@ class SupportStream(Stream):
 
 
 class UnseenStream(Stream):
-    """Tasks that nothing was trained on, for evaluation."""
+    """Unseen tasks for evaluation."""
 
     def __init__(self, unseen: Tasks) -> None:
-        self.unseen, self.size = unseen, len(unseen.query_x)
-        self.steps_per_epoch, self.examples = 1, 0
+        self.unseen = unseen
+        self.size = len(unseen.query_x)
+        self.steps_per_epoch = 1
+        self.examples = 0
 
     def next(self) -> Batch:
         self.examples += self.size
@@ -155,7 +165,7 @@ class UnseenStream(Stream):
 
 
 class QueryStream(UnseenStream):
-    """Validation batches: the queries of the tasks of the moment; evaluated is on unseen tasks."""
+    """Validation batches: the queries of the current tasks; evaluation uses unseen tasks."""
 
     def __init__(self, episodes: Episodes, unseen: Tasks) -> None:
         super().__init__(unseen)

@@ -1,9 +1,9 @@
-"""Word-level language modelling by a recurrent network: dropout at five places and two penalties on activations are tuned."""
+"""Word-level language modeling by a recurrent network, with tuned dropout rates and penalties."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torch.func import functional_call
 
 from bilevel import (
     Batch,
-    BilevelError,
     Carry,
     Data,
     Domain,
@@ -25,54 +24,65 @@ from bilevel import (
     Problem,
     Space,
 )
-from bilevel.problems.language_modeling.corpus import Corpus, corpus
+from bilevel.problems.language_modeling.corpus import Corpus, load_corpus
 from bilevel.problems.language_modeling.windows import Windows
-from bilevel.problems.networks.dropout import Kind, named
+from bilevel.problems.networks.dropout import DropoutKind, dropout_by_name
 from bilevel.problems.networks.recurrent import RecurrentNetwork, Site
-from bilevel.problems.space_checks import shared, within
+from bilevel.problems.space_checks import SpaceChanges, require_per_batch, require_within
+from bilevel.validate import whole
 
-Changes: TypeAlias = Mapping[str, Mapping[str, Any]]
+RATES = (
+    "input_dropout",
+    "hidden_dropout",
+    "output_dropout",
+    "embedding_dropout",
+    "weight_dropout",
+)
 
 PER_BATCH = ("embedding_dropout", "weight_dropout")
-"""Their masks are of weights, which all examples share."""
+"""Rates whose masks apply to weights, which all examples share."""
 
 
 @final
 class Language(Problem):
-    """The next word, by truncated back-propagation: a batch is a window of the text, and the state is carried to the next one.
+    """Predict the next word by truncated back-propagation.
 
-        L_T = mean over tokens of CE + mean over rows of ar ‖m ∘ h‖² + tar ‖h_t − h_{t−1}‖²,    L_V = mean over tokens of CE
+        L_T = mean over tokens of CE + mean over rows of ar ‖m ∘ h‖² + tar ‖h_t − h_{t−1}‖²
+        L_V = mean over tokens of CE
 
-    with h the outputs of the last layer, m its dropout, and ‖·‖² a mean over steps and units. Tuned are
+    h are the outputs of the last layer, m is its dropout, and ‖·‖² is a mean over steps and units.
+    A batch is a window of the text, and the state is carried to the next window. Tuned are
 
-    - `input_dropout`, `hidden_dropout` (of several layers), `output_dropout`: of activations, one mask for all steps of a row;
-    - `embedding_dropout`: of whole words, and `weight_dropout`: DropConnect of the hidden-to-hidden matrices, one mask for the
-      batch;
-    - `ar` and `tar`: penalties on activations and on their change.
+    - `input_dropout`, `hidden_dropout` (with several layers) and `output_dropout` of activations,
+      with one mask for all steps of a row;
+    - `embedding_dropout` of whole words, and `weight_dropout`, which is DropConnect of the
+      hidden-to-hidden matrices, with one mask for the batch;
+    - `ar` and `tar`, penalties on activations and on their change.
 
-    A prediction is {logits, raw, dropped}; an example is a row of the batch, and metrics count tokens. Validation windows
-    continue each other too.
+    A prediction is {logits, raw, dropped}. An example is a row of the batch, and metrics count
+    tokens. Validation windows continue each other too.
 
     Args:
         corpus: the text.
-        embedding: numbers per word.
-        hidden: units per layer.
-        layers: how many.
+        embedding: length of the vector of a word.
+        hidden: number of units per layer.
+        layers: number of layers.
         cell: `lstm` or `gru`.
-        tied: whether the decoder is the embedding's table.
+        tied: whether the decoder shares the table of the embedding.
         dropout: `bernoulli`, `gaussian` or `concrete`, as in `bilevel.problems.networks.dropout`.
-        temperature: of concrete dropout, 0.1 by default.
-        batch_size: rows, of training and of validation.
-        bptt: tokens of a window.
-        evaluation_batch_size: rows in evaluation.
-        space: changes to the space, as in `Space.override`.
-        dtype: of the weights.
+        temperature: temperature of concrete dropout, 0.1 by default.
+        batch_size: number of rows in training and in validation.
+        bptt: number of tokens in a window.
+        evaluation_batch_size: number of rows in evaluation.
+        space: changes of the space, as in `Space.override`.
+        dtype: floating-point type of the weights.
 
-    Sources: Merity, Keskar & Socher, ICLR 2018 (the places of dropout); Merity, McCann & Socher, 2017 (AR and TAR); MacKay et
-    al., ICLR 2019 (tuning them).
+    Source: Merity, Keskar & Socher, ICLR 2018 (the places of dropout); Merity, McCann & Socher,
+    2017 (AR and TAR); MacKay et al., ICLR 2019 (tuning them).
 
     Raises:
-        BilevelError: a size below 1, a text too short for one window, or a mask of weights per example.
+        BilevelError: a size is below 1, the text is too short for one window, or a rate of weights
+            is perturbed per example.
     """
 
     def __init__(
@@ -84,19 +94,16 @@ class Language(Problem):
         layers: int = 1,
         cell: str = "lstm",
         tied: bool = True,
-        dropout: Kind = "bernoulli",
+        dropout: DropoutKind = "bernoulli",
         temperature: float | None = None,
         batch_size: int = 20,
         bptt: int = 35,
         evaluation_batch_size: int = 10,
-        space: Changes | None = None,
+        space: SpaceChanges | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if bptt < 2:
-            raise BilevelError(
-                f"bptt={bptt} leaves no two steps of a window to compare; choose 2 or more"
-            )
-        with torch.device("meta"):  # shapes alone: every call brings its own weights
+        whole(2, "choose 2 or more, because TAR compares two steps", bptt=bptt)
+        with torch.device("meta"):  # only shapes: every call has its own weights
             self.network = RecurrentNetwork(
                 len(corpus.vocabulary),
                 embedding=embedding,
@@ -105,20 +112,12 @@ class Language(Problem):
                 cell=cell,
                 tied=tied,
             )
-        self.corpus, self.dtype = corpus, dtype
-        self.batch_size, self.bptt, self.evaluation_batch_size = (
-            batch_size,
-            bptt,
-            evaluation_batch_size,
-        )
-        self._drop = named(dropout, temperature)
-        names = [
-            "input_dropout",
-            "hidden_dropout",
-            "output_dropout",
-            "embedding_dropout",
-            "weight_dropout",
-        ]
+        self.corpus = corpus
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.bptt = bptt
+        self.evaluation_batch_size = evaluation_batch_size
+        self._drop = dropout_by_name(dropout, temperature)
         domains: dict[str, Domain] = {
             name: Interval(
                 low=0.0,
@@ -127,22 +126,21 @@ class Language(Problem):
                 differentiable=dropout != "bernoulli",
                 per_example=name not in PER_BATCH,
             )
-            for name in names
+            for name in RATES
             if name != "hidden_dropout" or layers > 1
         }
         domains |= {"ar": Positive(init=0.05), "tar": Positive(init=0.05)}
         tuned = Space(**domains).override(space or {})
-        self.space = shared(
-            within(tuned, dict.fromkeys(names, (0.0, 1.0))),
-            dict.fromkeys(PER_BATCH, "masks weights"),
-        )
+        require_within(tuned, dict.fromkeys(RATES, (0.0, 1.0)))
+        reason = "masks weights, which all examples share"
+        self.space = require_per_batch(tuned, dict.fromkeys(PER_BATCH, reason))
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         params = self.network.initial(generator, self.dtype)
         return params, self.network.fresh(self.batch_size, params["bias"])
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        """Windows in the order of the text, whatever the generator."""
+        """Return windows in the order of the text, for any generator."""
 
         def windows(name: str, batch_size: int) -> Windows:
             return Windows(
@@ -180,7 +178,7 @@ class Language(Problem):
     def _masked(
         self, hypers: Hypers, params: Params, like: Tensor, generator: torch.Generator | None
     ) -> tuple[Params, tuple[Any, ...]]:
-        """The weights under DropConnect, what happens at each dropout site, and a factor for every word."""
+        """Return the weights under DropConnect, the dropout function, and a factor per word."""
         matrices = {}
         for name in self.network.recurrent_weights():
             ones = like.new_ones(params[name].shape)
@@ -213,7 +211,7 @@ class Language(Problem):
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
-        """Cross-entropy of every token, `loss` [B·T]."""
+        """Return the cross-entropy of every token, `loss` [B·T]."""
         return {
             "loss": F.cross_entropy(
                 prediction["logits"].flatten(0, 1), batch[1].flatten(), reduction="none"
@@ -221,7 +219,7 @@ class Language(Problem):
         }
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """`perplexity` = e^loss, of the mean over all tokens."""
+        """Return `perplexity` = e^loss with the mean loss over all tokens."""
         return {"perplexity": math.exp(means["loss"]) if means["loss"] < 700 else math.inf}
 
     def fresh_carry(self, carry: Carry, batch: Batch) -> Carry:
@@ -239,32 +237,33 @@ def language(
     embedding: int = 64,
     hidden: int = 64,
     layers: int = 2,
-    cell: str = "lstm",
-    tied: bool = True,
-    dropout: Kind = "bernoulli",
-    temperature: float | None = None,
-    batch_size: int = 20,
     bptt: int = 20,
-    evaluation_batch_size: int = 10,
-    space: Changes | None = None,
+    **options: Any,
 ) -> Language:
-    """A text as in `bilevel.problems.language_modeling.corpus.read`, by default the embedded one with a small LSTM; tuned: five dropout rates, AR and TAR.
+    """Return a language model of a text; by default a small LSTM on the text that Python ships.
+
+    Tuned are five dropout rates, AR and TAR.
+
+    Args:
+        text: as in `bilevel.problems.language_modeling.texts.read_text`.
+        root: folder for the published corpora.
+        download: whether missing files of these are downloaded.
+        vocabulary_size: number of words; None takes all words of the training split.
+        embedding: length of the vector of a word.
+        hidden: number of units per layer.
+        layers: number of layers.
+        bptt: number of tokens in a window.
+        options: other arguments of `Language`.
 
     Example:
-        >>> list(language().space)
-        ['input_dropout', 'hidden_dropout', 'output_dropout', 'embedding_dropout', 'weight_dropout', 'ar', 'tar']
+        >>> [name for name in language().space if name.endswith("dropout")]
+        ['input_dropout', 'hidden_dropout', 'output_dropout', 'embedding_dropout', 'weight_dropout']
     """
     return Language(
-        corpus(text, vocabulary_size=vocabulary_size, root=root, download=download),
+        load_corpus(text, vocabulary_size=vocabulary_size, root=root, download=download),
         embedding=embedding,
         hidden=hidden,
         layers=layers,
-        cell=cell,
-        tied=tied,
-        dropout=dropout,
-        temperature=temperature,
-        batch_size=batch_size,
         bptt=bptt,
-        evaluation_batch_size=evaluation_batch_size,
-        space=space,
+        **options,
     )

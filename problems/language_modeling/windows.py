@@ -1,4 +1,4 @@
-"""A text as a stream of windows that continue each other, for truncated back-propagation."""
+"""A text as a stream of consecutive windows, for truncated back-propagation."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,27 +9,30 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bilevel import Batch, BilevelError, Stream
+from bilevel.validate import whole
 
 
 class Windows(Stream):
-    """Consecutive windows of a text that is laid out in rows, so that the state after one window is the state before the next.
+    """Consecutive windows of a text in rows; each window continues the state of the last one.
 
-    The tokens are cut into `batch_size` rows of equal length; a batch is a window of all rows,
+    The tokens are cut into `batch_size` rows of equal length. A batch is a window of all rows,
 
         (tokens [B, T], the tokens that follow them [B, T], whether a row begins here [B])
 
-    and an example is a row's part of it. At the end of the rows the last, shorter window is left out of training.
+    and an example is the part of one row. Training leaves out the last, shorter window of the rows.
 
     Args:
-        tokens: of one split.
-        batch_size: rows.
-        length: T, the tokens of a window.
-        vocabulary: the words, which a checkpoint must agree with.
-        name: what errors call this split.
-        evaluation_batch_size: rows in evaluation, where every token but the few that do not fill a column is predicted once.
+        tokens: tokens of one split.
+        batch_size: number of rows.
+        length: T, the number of tokens in a window.
+        vocabulary: the words; those of a checkpoint must be equal.
+        device: device of the batches.
+        name: name of the split in errors.
+        evaluation_batch_size: number of rows in evaluation. Evaluation predicts every token once,
+            except the few that do not fill a column.
 
     Raises:
-        BilevelError: there are too few tokens for one window.
+        BilevelError: a size is below 1, or there are too few tokens for one window.
 
     Example:
         >>> stream = Windows(torch.arange(13), 2, 3, evaluation_batch_size=1)
@@ -51,26 +54,21 @@ class Windows(Stream):
         name: str = "train",
         evaluation_batch_size: int = 10,
     ) -> None:
-        for option, value in (
-            ("batch_size", batch_size),
-            ("bptt", length),
-            ("evaluation_batch_size", evaluation_batch_size),
-        ):
-            if value < 1:
-                raise BilevelError(f"{option}={value} is below 1; choose {option} ≥ 1")
+        whole(1, batch_size=batch_size, bptt=length, evaluation_batch_size=evaluation_batch_size)
         columns = (len(tokens) - 1) // batch_size
         if columns < length:
             raise BilevelError(
-                f"the {name} split has {len(tokens):,} tokens, too few for {batch_size} rows of {length} and the token that "
-                "follows; lower batch_size or bptt, or give a longer text"
+                f"the {name} split has {len(tokens):,} tokens, which is too few for {batch_size} "
+                f"rows of {length} tokens and one more; lower batch_size or bptt, or give a longer "
+                "text"
             )
         self.tokens = tokens.to(device)
-        self.batch_size, self.length, self.name = batch_size, length, name
+        self.batch_size = batch_size
+        self.length = length
+        self.name = name
         self.evaluation_batch_size = min(evaluation_batch_size, (len(tokens) - 1) // length)
-        self.words, self.digest = (
-            len(vocabulary),
-            hashlib.sha256("\n".join(vocabulary).encode()).hexdigest(),
-        )
+        self.words = len(vocabulary)
+        self.digest = hashlib.sha256("\n".join(vocabulary).encode()).hexdigest()
         self.steps_per_epoch = columns // length
         self.size = batch_size * self.steps_per_epoch
         self.examples = 0
@@ -108,20 +106,24 @@ class Windows(Stream):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["vocabulary"] != self.digest:
-            differ = f"{state['words']:,} words and this text {self.words:,}"
+            differ = (
+                f"{state['words']:,} words and this text {self.words:,} words"
+                if state["words"] != self.words
+                else "other words than this text"
+            )
             raise BilevelError(
-                f"the checkpoint's vocabulary is another: it has {differ if state['words'] != self.words else 'other words'}; "
-                "resume it with the text, the Python and the vocabulary_size that it was started with"
+                f"the vocabulary of the checkpoint has {differ}; resume the run with the text, the "
+                "Python and the vocabulary_size that it started with"
             )
         if state["tokens"] != len(self.tokens):
             raise BilevelError(
-                f"the checkpoint's {self.name} split has {state['tokens']:,} tokens, this one has {len(self.tokens):,}: "
-                "the text changed"
+                f"the {self.name} split of the checkpoint has {state['tokens']:,} tokens, and this "
+                f"one has {len(self.tokens):,}; resume the run with the text that it started with"
             )
         self.examples, self._position = state["examples"], state["position"]
 
     def _laid_out(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Tokens and those that follow, [rows, columns] each."""
+        """Return tokens and the tokens that follow them, [rows, columns] each."""
         columns = (len(self.tokens) - 1) // rows
         inputs, targets = self.tokens[: rows * columns], self.tokens[1 : rows * columns + 1]
         return inputs.view(rows, columns), targets.view(rows, columns)

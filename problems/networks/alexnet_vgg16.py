@@ -1,4 +1,4 @@
-"""AlexNet and VGG16 in the forms that fit small images, with a dropout site after every layer of weights but the last."""
+"""AlexNet and VGG16 for small images, with a dropout site after each layer but the last."""
 
 from collections.abc import Iterable
 
@@ -20,21 +20,22 @@ from bilevel.problems.networks.building_blocks import (
 
 
 class Convolutional(nn.Module):
-    """3×3 convolutions with ReLU, some pooled 2×2 by their maximum, then linear layers with ReLU, and the logits.
+    """3×3 convolutions with ReLU, some with 2×2 maximum pooling, then linear layers with ReLU.
 
-    Dropout sites: 0 the input, then each convolution (whole channels, after its pooling), then each linear layer but the last.
+    Dropout sites: 0 the input, then each convolution (whole channels, after its pooling), then each
+    linear layer but the last.
 
     Args:
         shape: channels, height and width of an image.
-        classes: how many logits there are.
-        channels: of each convolution.
-        pooled: the convolutions after which there is a pooling, counted from 1.
-        hidden: units of the linear layers.
-        stride: of the first convolution.
-        norm: after each convolution: `none`, `batch` or `group`.
+        classes: number of logits.
+        channels: number of channels of each convolution.
+        pooled: convolutions that a pooling follows, counted from 1.
+        hidden: number of units of each hidden linear layer.
+        stride: stride of the first convolution.
+        norm: layer after each convolution: `none`, `batch` or `group`.
 
     Raises:
-        BilevelError: the image is so small that nothing of it is left after the pooling, or a width that makes no layer.
+        BilevelError: the image is too small for the poolings, or a layer has no unit.
     """
 
     def __init__(
@@ -49,16 +50,18 @@ class Convolutional(nn.Module):
         norm: Norm = "none",
     ) -> None:
         super().__init__()
-        channels, hidden, self.pooled = list(channels), list(hidden), frozenset(pooled)
+        channels, hidden = list(channels), list(hidden)
+        self.pooled = frozenset(pooled)
         check_widths(channels=channels, hidden=hidden)
         height, width = (remaining(side, stride, len(self.pooled)) for side in shape[1:])
         if not height * width:
             least = stride * 2 ** len(self.pooled)
             raise BilevelError(
-                f"{type(self).__name__} halves an image {len(self.pooled) + (stride > 1)} times, and nothing is left of "
-                f"{shape[1]} × {shape[2]} pixels; give images of {least} × {least} or more (pad them), or another network"
+                f"{type(self).__name__} halves an image of {shape[1]} × {shape[2]} pixels "
+                f"{len(self.pooled) + (stride > 1)} times, and nothing is left; give images of at "
+                f"least {least} × {least} pixels (pad them), or choose another network"
             )
-        bias = norm == "none"  # a norm takes the mean off again, and shifts by itself
+        bias = norm == "none"  # a norm subtracts the mean, and adds its own shift
         self.convolutions = nn.ModuleList(
             nn.Conv2d(fan_in, fan_out, 3, stride=1 if i else stride, padding=1, bias=bias)
             for i, (fan_in, fan_out) in enumerate(
@@ -88,21 +91,23 @@ class Convolutional(nn.Module):
 
 
 def remaining(side: int, stride: int, poolings: int) -> int:
-    """Pixels to a side after a convolution of padding 1 with `stride`, and so many poolings by two."""
+    """Return the pixels of a side after a convolution with `stride` and padding 1, and poolings."""
     return ((side - 1) // stride + 1) >> poolings
 
 
 class AlexNet(Convolutional):
-    """AlexNet for 32 × 32 pixels: 5 convolutions, 2 hidden linear layers, 23.27 million weights; 8 dropout sites.
+    """AlexNet for 32 × 32 pixels, with 23.27 million weights and 8 dropout sites.
+
+    It has 5 convolutions and 2 hidden linear layers.
 
     Args:
-        shape: channels, height and width of an image, 16 × 16 at least.
-        classes: how many logits there are.
-        norm: after each convolution: `none`, `batch` or `group`.
-        width: a factor on all channels and units.
+        shape: channels, height and width of an image, at least 16 × 16 pixels.
+        classes: number of logits.
+        norm: layer after each convolution: `none`, `batch` or `group`.
+        width: factor on all numbers of channels and units.
 
-    Source: Krizhevsky et al., NeurIPS 2012; in this form Bae & Grosse, NeurIPS 2020, the CIFAR-10 experiment of the official
-    code.
+    Source: Krizhevsky et al., NeurIPS 2012; in this form Bae & Grosse, NeurIPS 2020, the CIFAR-10
+    experiment of the official code.
 
     Example:
         >>> import torch
@@ -124,19 +129,20 @@ class AlexNet(Convolutional):
 
 
 class VGG16(Convolutional):
-    """VGG16 for 32 × 32 pixels: 13 convolutions, 2 hidden linear layers, 15.25 million weights; 16 dropout sites.
+    """VGG16 for 32 × 32 pixels, with 15.25 million weights and 16 dropout sites.
 
-    Its convolutions begin as `he_` has them: from PyTorch's own initial values activations fade, and without a norm it does not
+    It has 13 convolutions and 2 hidden linear layers. `he_` gives the initial values of the
+    convolutions: with those of PyTorch, activations fade, and a network without a norm does not
     train.
 
     Args:
-        shape: channels, height and width of an image, 32 × 32 at least.
-        classes: how many logits there are.
-        norm: after each convolution: `none`, `batch` or `group`.
-        width: a factor on all channels and units.
+        shape: channels, height and width of an image, at least 32 × 32 pixels.
+        classes: number of logits.
+        norm: layer after each convolution: `none`, `batch` or `group`.
+        width: factor on all numbers of channels and units.
 
-    Source: Simonyan & Zisserman, ICLR 2015, configuration D; in this form Bae & Grosse, NeurIPS 2020, the CIFAR-10 experiment
-    of the official code.
+    Source: Simonyan & Zisserman, ICLR 2015, configuration D; in this form Bae & Grosse, NeurIPS
+    2020, the CIFAR-10 experiment of the official code.
 
     Example:
         >>> import torch

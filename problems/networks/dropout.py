@@ -1,7 +1,7 @@
-"""Dropout whose rate may differ from example to example: sampled, and in two forms with a derivative in the rate.
+"""Dropout with one rate per example: a sampled form, and two forms with a derivative in the rate.
 
-All three have E[x ∘ m] = x (the concrete one in the limit of a low temperature) and draw the same numbers for a rate given
-once, [], as for one per example, [B].
+All three have E[x ∘ m] = x; concrete dropout has it in the limit of a low temperature. They draw
+the same numbers for one rate, [], and for one rate per example, [B].
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilevel import BilevelError, along_examples
-from bilevel.text import near
+from bilevel import along_examples
+from bilevel.validate import one_of, positive, wrong
 
 Dropout: TypeAlias = Callable[[Tensor, Tensor, torch.Generator | None], Tensor]
-"""X [B, …] after dropout at rates [] or [B], with noise from the generator."""
+"""Maps x [B, …], a rate [] or [B] and a generator to x after dropout."""
 
-Kind: TypeAlias = Literal["bernoulli", "gaussian", "concrete"]
+DropoutKind: TypeAlias = Literal["bernoulli", "gaussian", "concrete"]
 
 
 def dropout(
@@ -26,14 +26,14 @@ def dropout(
     rate: Float[Tensor, ""] | Float[Tensor, " batch"],
     generator: torch.Generator | None,
 ) -> Float[Tensor, "batch *shape"]:
-    """X ∘ m with m = Bernoulli(1 − rate)/(1 − rate), elementwise: E[x ∘ m] = x.
+    """Return x ∘ m with m = Bernoulli(1 − rate)/(1 − rate), elementwise: E[x ∘ m] = x.
 
-    The mask is a sample, so nothing is differentiated with respect to `rate`; one mask serves x and its tangent alike.
+    The mask is a sample, so there is no derivative in `rate`. One mask serves x and its tangent.
 
     Args:
         x: activations.
         rate: in [0, 1), one for all or one per example.
-        generator: on the device of x.
+        generator: generator on the device of x.
 
     Example:
         >>> dropout(torch.ones(1, 4), torch.tensor(0.5), torch.Generator().manual_seed(1))
@@ -49,14 +49,16 @@ def gaussian_dropout(
     rate: Float[Tensor, ""] | Float[Tensor, " batch"],
     generator: torch.Generator | None,
 ) -> Float[Tensor, "batch *shape"]:
-    """X ∘ (1 + √(rate/(1 − rate)) n) with n ~ N(0, 1): mean and variance of Bernoulli dropout, differentiable in the rate.
+    """Return x ∘ (1 + √(rate/(1 − rate)) n) with n ~ N(0, 1).
+
+    It has the mean and the variance of Bernoulli dropout, and a derivative in the rate.
 
     Source: Srivastava et al., JMLR 2014, section 10; Kingma et al., NeurIPS 2015, section 3.
 
     Args:
         x: activations.
         rate: in [0, 1), one for all or one per example.
-        generator: on the device of x.
+        generator: generator on the device of x.
 
     Example:
         >>> rate = torch.tensor(0.5, requires_grad=True)
@@ -74,25 +76,27 @@ def concrete_dropout(
     generator: torch.Generator | None,
     temperature: float = 0.1,
 ) -> Float[Tensor, "batch *shape"]:
-    """X ∘ (1 − z)/(1 − rate) with z from the binary concrete distribution, which is near 0 or 1 at a low temperature.
+    """Return x ∘ (1 − z)/(1 − rate) with z from the binary concrete distribution.
 
         z = sigmoid((log rate − log(1 − rate) + log v − log(1 − v)) / temperature),    v ~ U(0, 1)
 
-    P(z > ½) = rate at any temperature, and z → Bernoulli(rate) as it falls; E[z] is nearer ½ than the rate until then.
+    At a low temperature z is near 0 or 1. P(z > ½) = rate at any temperature. As the temperature
+    falls, z → Bernoulli(rate); before the limit, E[z] is nearer to ½ than the rate.
 
-    Source: Gal, Hron & Kendall, NeurIPS 2017, section 3 (their code: 0.1).
+    Source: Gal, Hron & Kendall, NeurIPS 2017, section 3 (their code: temperature 0.1).
 
     Args:
         x: activations.
         rate: in [0, 1), one for all or one per example.
-        generator: on the device of x.
-        temperature: above zero; derivatives in the rate grow as its inverse.
+        generator: generator on the device of x.
+        temperature: positive; derivatives in the rate grow as its inverse.
 
     Example:
-        >>> concrete_dropout(torch.ones(1, 4), torch.tensor(0.5), torch.Generator().manual_seed(1), temperature=0.01).round()
+        >>> x, rate, draws = torch.ones(1, 4), torch.tensor(0.5), torch.Generator().manual_seed(1)
+        >>> concrete_dropout(x, rate, draws, temperature=0.01).round()
         tensor([[0., 2., 2., 0.]])
     """
-    # Where the rate is below eps², z underflows anyway, and 1/rate² would overflow in a second derivative.
+    # Below eps², z underflows anyway, and 1/rate² would overflow in a second derivative.
     rate = along_examples(rate, x).clamp_min(torch.finfo(rate.dtype).eps ** 2)
     wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 has 256 numbers between 0 and 1
     half = torch.finfo(wide).eps / 2
@@ -103,35 +107,35 @@ def concrete_dropout(
     return x * ((1 - z) / (1 - rate)).to(x.dtype)
 
 
-def named(kind: Kind, temperature: float | None = None) -> Dropout:
-    """The dropout called `kind`; `temperature` is that of the concrete one, 0.1 where it is None.
+def dropout_by_name(kind: DropoutKind, temperature: float | None = None) -> Dropout:
+    """Return the dropout function called `kind`.
+
+    Args:
+        kind: `bernoulli`, `gaussian` or `concrete`.
+        temperature: temperature of concrete dropout; None takes 0.1.
 
     Raises:
-        BilevelError: an unknown name, or a temperature that is not above zero or not concrete dropout's.
+        BilevelError: the name is unknown, the temperature is not positive, or the dropout has none.
     """
-    if kind not in (
-        known := {"bernoulli": dropout, "gaussian": gaussian_dropout, "concrete": concrete_dropout}
-    ):
-        raise BilevelError(
-            f"dropout={kind!r}{near(str(kind), known)} is none of {', '.join(known)}; choose one of these"
-        )
+    known: dict[str, Dropout] = {
+        "bernoulli": dropout,
+        "gaussian": gaussian_dropout,
+        "concrete": concrete_dropout,
+    }
+    one_of(known, dropout=kind)
     if temperature is None:
         return known[kind]
     if kind != "concrete":
-        raise BilevelError(
-            f"{kind} dropout has no temperature; leave it out, or use dropout=concrete"
-        )
-    if not temperature > 0:
-        raise BilevelError(
-            f"temperature={temperature} is not above zero, where z would have no derivative; 0.1 is usual"
-        )
+        remedy = "set it to null, or set dropout=concrete"
+        raise wrong("temperature", temperature, f"does not apply to {kind} dropout", remedy)
+    positive("choose for example 0.1", temperature=temperature)
     return partial(concrete_dropout, temperature=temperature)
 
 
 def _root(variance: Tensor) -> Tensor:
-    """√variance, and a straight line below eps², where the noise is lost beside 1 in rounding.
+    """Return √variance, and a straight line below eps², where rounding removes the noise anyway.
 
-    √ has an infinite slope at zero, which would meet the vanishing slope of the rate as inf · 0.
+    √ has an infinite slope at zero; its product with the vanishing slope of the rate is inf · 0.
     """
     least = torch.finfo(variance.dtype).eps ** 2
     return torch.where(variance > least, variance.clamp_min(least).sqrt(), variance / least**0.5)

@@ -14,12 +14,19 @@ from bilevel.problems.networks.building_blocks import Drop, check_widths, keep
 class MLP(nn.Module):
     """A fully connected ReLU network on flattened inputs, with the layer sizes n₀, n₁, …, n_L.
 
-    Dropout site 0 is the input, site i the output of hidden layer i: there are L of them, one before each layer of weights.
+    Dropout site 0 is the input, and site i is the output of hidden layer i. So there are L sites,
+    one before each layer of weights.
+
+    Args:
+        sizes: n₀, n₁, …, n_L.
 
     Example:
         >>> import torch
         >>> MLP([64, 32, 32, 10])(torch.zeros(5, 1, 8, 8)).shape
         torch.Size([5, 10])
+
+    Raises:
+        BilevelError: a hidden layer has no unit.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:

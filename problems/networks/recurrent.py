@@ -1,4 +1,4 @@
-"""Recurrent networks for language: words in, scores of the next word out, with named places where a problem may put dropout."""
+"""Recurrent networks that score the next word, with named dropout sites."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
@@ -8,24 +8,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bilevel import BilevelError, Carry, Params
-from bilevel.text import near
+from bilevel import Carry, Params
+from bilevel.validate import one_of, whole
 
 Site: TypeAlias = Literal["input", "hidden", "output"]
 Drop: TypeAlias = Callable[[Site, Tensor], Tensor]
-"""What happens to the activations [B, T, n] at a dropout site."""
+"""Maps a dropout site and its activations [B, T, n] to the activations after dropout."""
 
 CELLS = {"lstm": (nn.LSTM, ("hidden", "cell")), "gru": (nn.GRU, ("hidden",))}
 
 
 class Outputs(NamedTuple):
-    """What a network says of a window.
+    """The outputs of a network for one window of text.
 
     Attributes:
         logits: scores of the next word.
         raw: outputs of the last layer.
-        dropped: the same after dropout.
-        state: after the last token.
+        dropped: outputs of the last layer after dropout.
+        state: recurrent state after the last token.
     """
 
     logits: Float[Tensor, "batch time words"]
@@ -35,25 +35,26 @@ class Outputs(NamedTuple):
 
 
 def keep(site: Site, x: Tensor) -> Tensor:
-    """No dropout at any site."""
+    """Return x: no dropout at any site."""
     return x
 
 
 class RecurrentNetwork(nn.Module):
-    """Embedding, layers of LSTM or GRU, and a decoder that may be tied to the embedding.
+    """An embedding, LSTM or GRU layers, and a decoder that may be tied to the embedding.
 
-    The last layer has as many units as a tied decoder needs. Dropout sites are the embedded words (`input`), what goes between
-    layers (`hidden`) and what the last one says (`output`); the factors of whole words come beside them.
+    The last layer has as many units as a tied decoder needs. Dropout sites are the embedded words
+    (`input`), the activations between layers (`hidden`) and the outputs of the last layer
+    (`output`). Factors of whole words are a separate argument.
 
     Args:
         words: size of the vocabulary.
-        embedding: numbers per word.
-        hidden: units per layer.
-        layers: how many.
+        embedding: length of the vector of a word.
+        hidden: number of units per layer.
+        layers: number of layers.
         cell: `lstm` or `gru`.
-        tied: whether the decoder is the embedding's table.
+        tied: whether the decoder shares the table of the embedding.
 
-    Source: Merity, Keskar & Socher, ICLR 2018, whose names for the sites these are.
+    Source: Merity, Keskar & Socher, ICLR 2018, also for the names of the sites.
 
     Example:
         >>> network = RecurrentNetwork(words=7, embedding=4, hidden=5, layers=2)
@@ -62,7 +63,7 @@ class RecurrentNetwork(nn.Module):
         (torch.Size([3, 6, 7]), ['cell.0', 'cell.1', 'hidden.0', 'hidden.1'], torch.Size([3, 5]))
 
     Raises:
-        BilevelError: an unknown cell, or a size below 1.
+        BilevelError: the cell is unknown, or a size is below 1.
     """
 
     def __init__(
@@ -76,13 +77,8 @@ class RecurrentNetwork(nn.Module):
         tied: bool = True,
     ) -> None:
         super().__init__()
-        if cell not in CELLS:
-            raise BilevelError(
-                f"cell={cell!r}{near(str(cell), CELLS)} is none of {', '.join(CELLS)}; choose one of these"
-            )
-        for name, value in (("embedding", embedding), ("hidden", hidden), ("layers", layers)):
-            if value < 1:
-                raise BilevelError(f"{name}={value} is below 1; choose {name} ≥ 1")
+        one_of(CELLS, cell=cell)
+        whole(1, embedding=embedding, hidden=hidden, layers=layers)
         make, self.states = CELLS[cell]
         self.units = [hidden] * (layers - 1) + [embedding if tied else hidden]
         self.embedding = nn.Embedding(words, embedding)
@@ -94,7 +90,7 @@ class RecurrentNetwork(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words))
 
     def initial(self, generator: torch.Generator, dtype: torch.dtype) -> Params:
-        """Weights: U(±0.1) for words and decoder, U(±1/√units) for layers, a bias of zero."""
+        """Draw weights: U(±0.1) for words and decoder, U(±1/√units) for layers, bias zero."""
         params = {}
         for name, p in self.named_parameters():
             bound = (
@@ -108,7 +104,7 @@ class RecurrentNetwork(nn.Module):
         return params
 
     def fresh(self, batch: int, like: Tensor) -> Carry:
-        """The state before the first token: zeros."""
+        """Return the state before the first token: zeros."""
         return {
             f"{s}.{i}": like.new_zeros(batch, units)
             for i, units in enumerate(self.units)
@@ -116,7 +112,7 @@ class RecurrentNetwork(nn.Module):
         }
 
     def recurrent_weights(self) -> list[str]:
-        """Names of the hidden-to-hidden matrices."""
+        """Return the names of the hidden-to-hidden matrices."""
         return [f"layers.{i}.weight_hh_l0" for i in range(len(self.layers))]
 
     def forward(

@@ -1,9 +1,9 @@
-"""Networks by name: those of this package, and torchvision's."""
+"""Networks for images by name: those of this package, and those of torchvision."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
-from math import inf, prod
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -11,22 +11,23 @@ from torch import Tensor, nn
 
 from bilevel import BilevelError
 from bilevel.problems.networks.alexnet_vgg16 import VGG16, AlexNet
-from bilevel.problems.networks.building_blocks import Norm, check_norm, scaled
+from bilevel.problems.networks.building_blocks import Norm, scaled
 from bilevel.problems.networks.mlp import MLP
 from bilevel.problems.networks.resnet18 import ResNet18
 from bilevel.problems.networks.simple_cnn import SimpleCNN
 from bilevel.problems.networks.torchvision_network import TorchvisionNetwork, names
 from bilevel.text import near
+from bilevel.validate import one_of, positive, wrong
 
 Shape = tuple[int, int, int]
 
 
 class Network(NamedTuple):
-    """What `Classification` needs of a network.
+    """A network as `Classification` takes it.
 
     Attributes:
-        make: makes one, a module with `forward(x, drop)`.
-        sites: how many dropout sites it has, numbered from 0.
+        make: makes a module with `forward(x, drop)`.
+        sites: number of dropout sites, numbered from 0.
     """
 
     make: Callable[[], nn.Module]
@@ -36,7 +37,7 @@ class Network(NamedTuple):
 def image_network(
     name: str, shape: Shape, classes: int, norm: Norm | None = None, **options: Any
 ) -> Network:
-    """The network called `name` for images of `shape`.
+    """Return the network called `name` for images of `shape`.
 
     | name | options | norm | dropout sites |
     |---|---|---|---|
@@ -45,45 +46,43 @@ def image_network(
     | `alexnet` | `width` | **none**, batch, group | 8 |
     | `vgg16` | `width` | **none**, batch, group | 16 |
     | `resnet18` | `width` | none, **batch**, group | 5 |
-    | `torchvision/NAME` | those of `torchvision.models.NAME` | its own | the input and its own `nn.Dropout`s |
+    | `torchvision/NAME` | those of `torchvision.models.NAME` | its own | input, `nn.Dropout`s |
 
-    `width` is a factor on all channels and hidden units. `torchvision/` may be left out where the name is none of ours.
+    `width` is a factor on all numbers of channels and hidden units. The prefix `torchvision/` can
+    be omitted if this package has no network of that name.
 
     Args:
-        name: in this table.
+        name: a name in this table.
         shape: channels, height and width of an image.
-        classes: how many logits there are.
-        norm: after each convolution; None for the network's usual one, in bold.
-        options: of the network.
+        classes: number of logits.
+        norm: layer after each convolution; None takes the usual one of the network, in bold.
+        options: options of the network.
 
     Example:
         >>> image_network("mlp", (1, 28, 28), 10, hidden=[32]).sites
         2
-        >>> sum(p.numel() for p in image_network("vgg16", (3, 32, 32), 10).make().parameters())
+        >>> vgg16 = image_network("vgg16", (3, 32, 32), 10).make()
+        >>> sum(p.numel() for p in vgg16.parameters())
         15245130
 
     Raises:
-        BilevelError: an unknown name, norm or option, or images that do not fit.
+        BilevelError: the name, the norm or an option is unknown, or the images do not fit.
     """
     theirs = str(name).removeprefix("torchvision/")
     if name in OURS:
         network = _ours(name, shape, classes, norm, options)
     elif theirs in names():
         if norm is not None:
-            raise BilevelError(
-                f"norm={norm}: {theirs} of torchvision has the norms that it has; leave norm out (norm=null)"
-            )
-        make = partial(TorchvisionNetwork, theirs, classes, options)
-        network = Network(make, 0)
+            raise wrong("norm", norm, f"does not apply to {theirs} of torchvision", "set norm=null")
+        network = Network(partial(TorchvisionNetwork, theirs, classes, options), 0)
     else:
-        raise BilevelError(
-            f"there is no network {name!r}{near(theirs, dict.fromkeys([*OURS, *names()]))}; there are {', '.join(OURS)}, and "
-            "those of torchvision.models by their names"
-        )
-    module = _fitting(name, network.make, shape, classes)
-    return (
-        network._replace(sites=module.sites) if isinstance(module, TorchvisionNetwork) else network
-    )
+        meant = near(theirs, dict.fromkeys([*OURS, *names()]))
+        remedy = f"choose {', '.join(OURS)} or a network of torchvision.models"
+        raise wrong("network", name, f"is unknown{meant}", remedy)
+    module = _checked_module(name, network.make, shape, classes)
+    if isinstance(module, TorchvisionNetwork):
+        return network._replace(sites=module.sites)
+    return network
 
 
 def _ours(
@@ -91,22 +90,17 @@ def _ours(
 ) -> Network:
     known = list(signature(OURS[name]).parameters)[2:]
     if norm is not None:
-        check_norm(norm)
+        one_of(("none", "batch", "group"), norm=norm)
         if "norm" not in known and norm != "none":
-            raise BilevelError(
-                f"norm={norm}: {name} has no convolutions to put one after; leave norm out (norm=null)"
-            )
+            reason = f"needs convolutions, and {name} has none"
+            raise wrong("norm", norm, reason, "set norm=null")
     taken = [option for option in known if option != "norm"]
     for option in options:
         if option not in taken:
             raise BilevelError(
-                f"{name} has no option {option!r}{near(option, taken)}; it has {', '.join(taken)}"
+                f"{name} has no option `{option}`{near(option, taken)}; choose {', '.join(taken)}"
             )
-    width = options.get("width", 1)
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width < inf:
-        raise BilevelError(
-            f"width={width!r} is no factor on channels; give a number above zero, 1 for the network as it is"
-        )
+    positive("choose 1 for the network as it is", width=options.get("width", 1))
     given = {"norm": norm} if norm is not None and "norm" in known else {}
     return OURS[name](shape, classes, **given, **options)
 
@@ -128,10 +122,8 @@ def _simple_cnn(
     width: float = 1,
 ) -> Network:
     if width != 1:
-        first, second, *units = scaled(
-            [first, second, *([] if hidden is None else [hidden])], width
-        )
-        hidden = units[0] if units else None
+        first, second = scaled([first, second], width)
+        hidden = None if hidden is None else scaled([hidden], width)[0]
     return Network(partial(SimpleCNN, first, second, hidden, shape, classes, norm), SimpleCNN.SITES)
 
 
@@ -154,33 +146,41 @@ OURS: dict[str, Callable[..., Network]] = {
     "vgg16": _vgg16,
     "resnet18": _resnet18,
 }
-"""The networks of this package by name: from (shape, classes, norm where there is one, options)."""
+"""Functions of (shape, classes, norm if there is one, options), by the names of the networks."""
 
 
-def _fitting(name: str, make: Callable[[], nn.Module], shape: Shape, classes: int) -> nn.Module:
-    """The network, after a pass over two images, both without values where that works: whether they fit is seen at once."""
+def _checked_module(
+    name: str, make: Callable[[], nn.Module], shape: Shape, classes: int
+) -> nn.Module:
+    """Return the network after a pass over two images, which shows that the images fit.
+
+    Neither the network nor the images hold values, unless a constructor reads them.
+    """
     try:
         try:
-            module, logits = _passed(make, shape, "meta")
-        except NotImplementedError:  # a constructor that reads values (regnet's)
+            module, logits = _make_and_run(make, shape, "meta")
+        except NotImplementedError:  # a constructor that reads values, as in regnet
             with torch.random.fork_rng(devices=[]):
-                module, logits = _passed(make, shape, "cpu")
+                module, logits = _make_and_run(make, shape, "cpu")
     except BilevelError:
         raise
-    except Exception as error:  # of torchvision's own code, about its options or its input
-        said = " ".join(str(error).split())
+    except Exception as error:  # torchvision raises many classes about options and inputs
+        reason = " ".join(str(error).split())
         raise BilevelError(
-            f"{name} cannot be made for images of {' × '.join(map(str, shape))} ({type(error).__name__}: {said}); give options "
-            "that its constructor takes (image_size=32 for a vision transformer, say), larger images, or another network"
+            f"network={name!r} cannot be made for images of {' × '.join(map(str, shape))} "
+            f"({type(error).__name__}: {reason}); give options that its constructor accepts (such "
+            "as image_size=32 for a vision transformer), larger images, or another network"
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-        raise BilevelError(
-            f"{name} gives more than logits in training; switch its other outputs off (aux_logits=false), or take another one"
-        )
+        reason = "returns more than logits in training"
+        remedy = "switch its other outputs off (aux_logits=false), or choose another network"
+        raise wrong("network", name, reason, remedy)
     return module
 
 
-def _passed(make: Callable[[], nn.Module], shape: Shape, device: str) -> tuple[nn.Module, Any]:
+def _make_and_run(
+    make: Callable[[], nn.Module], shape: Shape, device: str
+) -> tuple[nn.Module, Any]:
     with torch.device(device), torch.no_grad():
         module = make()
         return module, module(torch.zeros(2, *shape))

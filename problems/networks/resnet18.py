@@ -1,4 +1,4 @@
-"""ResNet-18 for small images, with a norm or without one."""
+"""ResNet-18 for small images, with or without a norm."""
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +17,20 @@ from bilevel.problems.networks.building_blocks import (
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions with norms beside a shortcut, which is a 1×1 convolution where the shape changes.
+    """Two 3×3 convolutions with norms, and a shortcut around them.
 
         x ← relu(shortcut(x) + α · norm(conv(relu(norm(conv(x))))))
 
-    α is 1 with a norm. Without one it is a weight that begins at 0, so that the sum over blocks does not grow with them.
+    The shortcut is a 1×1 convolution if the shape changes, otherwise the identity. With a norm,
+    α is 1. Without a norm, α is a weight that starts at 0, so that the sum over blocks does not
+    grow with their number.
 
     Source: He et al., CVPR 2016, figure 2; α: De & Smith, NeurIPS 2020, section 4 (SkipInit).
     """
 
     def __init__(self, fan_in: int, fan_out: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        bias = norm == "none"  # a norm takes the mean off again, and shifts by itself
+        bias = norm == "none"  # a norm subtracts the mean, and adds its own shift
         self.first = nn.Conv2d(fan_in, fan_out, 3, stride=stride, padding=1, bias=bias)
         self.first_norm = normalization(norm, fan_out)
         self.second = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=bias)
@@ -45,16 +47,18 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 for 32 × 32 pixels: a 3×3 stem and no pooling before four stages of two blocks; 11.17 million weights.
+    """ResNet-18 for 32 × 32 pixels, with 11.17 million weights and 5 dropout sites.
 
-    Dropout sites: 0 the input, 1 to 3 the first three stages (whole channels), 4 the pooled features, which are the channels of
+    A 3×3 stem without pooling precedes four stages of two blocks. Dropout sites: 0 the input,
+    1 to 3 the first three stages (whole channels), 4 the pooled features, which are the channels of
     the last stage.
 
     Args:
         shape: channels, height and width of an image, of any size.
-        classes: how many logits there are.
-        norm: after each convolution: `batch` or `group`; or `none`, where each block begins as its shortcut (`Block`).
-        width: a factor on all channels.
+        classes: number of logits.
+        norm: layer after each convolution: `none`, `batch` or `group`. With `none`, each block
+            starts as its shortcut (`Block`).
+        width: factor on all numbers of channels.
 
     Source: He et al., CVPR 2016, table 1; the stem for small images: section 4.2.
 

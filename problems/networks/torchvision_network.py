@@ -1,4 +1,4 @@
-"""Networks of `torchvision.models` as they are, but for their dropout, which becomes sites with tuned rates."""
+"""Networks of `torchvision.models`, whose dropout layers become sites with tuned rates."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -12,14 +12,14 @@ from bilevel.problems.networks.building_blocks import Drop, keep
 
 @cache
 def names() -> tuple[str, ...]:
-    """The classification networks of `torchvision.models`."""
+    """Return the names of the classification networks of `torchvision.models`."""
     from torchvision import models
 
     return tuple(models.list_models(module=models))
 
 
 class Site(nn.Module):
-    """Stands where a network had a dropout."""
+    """A dropout site that replaces a dropout layer."""
 
     def __init__(self, site: int) -> None:
         super().__init__()
@@ -31,16 +31,16 @@ class Site(nn.Module):
 
 
 class TorchvisionNetwork(nn.Module):
-    """A network of torchvision from its name, without pretrained weights; grey images are repeated for its three channels.
+    """A network of torchvision by its name, without pretrained weights.
 
-    Dropout sites: 0 the input, then the network's own `nn.Dropout` modules in the order in which it holds them. Whatever else
-    is random in it (stochastic depth, dropout within attention) stays as it is, with draws that follow from the generator of
-    `predict`.
+    A grey image is repeated for the three input channels. Dropout sites: 0 the input, then the
+    `nn.Dropout` modules of the network in their order. Its other random parts (stochastic depth,
+    dropout within attention) are unchanged; their draws follow from the generator of `predict`.
 
     Args:
-        name: as in `torchvision.models.list_models()`.
-        classes: how many logits there are.
-        options: of the function that builds it.
+        name: name in `torchvision.models.list_models()`.
+        classes: number of logits.
+        options: arguments of the function that builds the network.
 
     Example:
         >>> TorchvisionNetwork("squeezenet1_1", 10).sites
@@ -61,7 +61,7 @@ class TorchvisionNetwork(nn.Module):
 
     @property
     def sites(self) -> int:
-        """How many dropout sites there are."""
+        """Return the number of dropout sites."""
         return 1 + len(self._own)
 
     def forward(self, x: Float[Tensor, "batch channels height width"], drop: Drop = keep) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bilevel import BilevelError, Real, Refused, SolverWarning, Space, check_problem, solvers
-from bilevel.problems.dataset_distillation.initial_images import starting_images
+from bilevel.problems.dataset_distillation.initial_images import initial_images
 from bilevel.problems.dataset_distillation.problem import Distillation, distillation
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.mlp import MLP
@@ -198,18 +198,18 @@ def test_pixels_are_in_stored_units(images):
 def test_starts(images):
     for label in range(3):
         own = images.train[0][images.train[1] == label]
-        mean = starting_images(images, 1, "mean", generator())[label]
+        mean = initial_images(images, 1, "mean", generator())[label]
         torch.testing.assert_close(mean, (own.mean(0) - images.mean) / images.std)
         real = (
-            starting_images(images, 2, "real", generator())[2 * label : 2 * label + 2] * images.std
+            initial_images(images, 2, "real", generator())[2 * label : 2 * label + 2] * images.std
             + images.mean
         )
         assert all(((own - x).abs().amax((1, 2, 3)) < 1e-12).any() for x in real)
     assert not torch.equal(
-        starting_images(images, 1, "real", generator(0)),
-        starting_images(images, 1, "real", generator(1)),
+        initial_images(images, 1, "real", generator(0)),
+        initial_images(images, 1, "real", generator(1)),
     )
-    assert starting_images(images, 4, "noise", generator()).shape == (12, 1, 2, 2)
+    assert initial_images(images, 4, "noise", generator()).shape == (12, 1, 2, 2)
 
 
 def test_labels_begin_at_their_class_and_are_distributions(images):
@@ -254,11 +254,11 @@ def test_self_tuning_is_refused_where_its_response_would_not_fit(images):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"start": "reel"}, r"start='reel' \(did you mean `real`\?\) is none of"),
-        ({"loss": "hinge"}, "loss='hinge' is none of cross_entropy, squared"),
-        ({"per_class": 0}, "per_class=0 leaves a class without an image"),
-        ({"per_class": 11}, "per_class=11 real images of class 0 cannot be drawn from 10"),
-        ({"start": "mean", "per_class": 11}, "per_class=11 real images"),
+        ({"start": "reel"}, r"start='reel' is unknown \(did you mean `real`\?\)"),
+        ({"loss": "hinge"}, "loss='hinge' is unknown; choose cross_entropy or squared"),
+        ({"per_class": 0}, "per_class=0 must be a whole number of at least 1"),
+        ({"per_class": 11}, "per_class=11 exceeds the 10 images of class 0"),
+        ({"start": "mean", "per_class": 11}, "per_class=11 exceeds the 10 images"),
     ],
 )
 def test_bad_arguments_are_one_sentence(images, options, sentence):

@@ -86,11 +86,11 @@ def test_noise_follows_from_its_seed_alone():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rate": 1.0}, r"rate=1\.0 is no part of the labels"),
-        ({"rate": -0.1}, r"rate=-0\.1 is no part"),
-        ({"noise": "uniforn"}, r"noise='uniforn' \(did you mean `uniform`\?\) is neither"),
-        ({"train_size": 0}, "train_size=0 of 60 images cannot be taken"),
-        ({"valid_size": 61}, "valid_size=61 of 60 images cannot be taken; give 1 to 60"),
+        ({"rate": 1.0}, r"rate=1\.0 must be at least 0 and below 1"),
+        ({"rate": -0.1}, r"rate=-0\.1 must be at least 0"),
+        ({"noise": "uniforn"}, r"noise='uniforn' is unknown \(did you mean `uniform`"),
+        ({"train_size": 0}, "train_size=0 must be between 1 and 60"),
+        ({"valid_size": 61}, "valid_size=61 must be between 1 and 60"),
     ],
 )
 def test_nonsense_is_told(options, said):

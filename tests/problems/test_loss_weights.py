@@ -76,16 +76,16 @@ def test_digits_have_a_tail_and_a_whole_test_split():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ratio": 0.5}, r"ratio=0\.5 is below 1"),
+        ({"ratio": 0.5}, r"ratio=0\.5 must be at least 1"),
         (
             {"ratio": 1000.0},
-            r"ratio=1000\.0 leaves no image of the rarest class; give one of at most 40",
+            r"ratio=1000\.0 leaves the rarest class empty; choose at most 40",
         ),
         (
             {"class_weight": "softmax"},
-            "class_weight='softmax' is none of positive, simplex and false",
+            "class_weight='softmax' is unknown; choose positive, simplex or false",
         ),
-        ({"smoothing": "each"}, "smoothing='each' is none of true, false and per_class"),
+        ({"smoothing": "each"}, "smoothing='each' is unknown; choose true, false or per_class"),
     ],
 )
 def test_nonsense_is_told(options, said):

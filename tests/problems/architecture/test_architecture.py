@@ -12,7 +12,7 @@ from bilevel import BilevelError, Refused, check_problem, solvers
 from bilevel.cli.app import main
 from bilevel.problems import digits
 from bilevel.problems.architecture.drawing import draw_cell, draw_search
-from bilevel.problems.architecture.genotype import Genotype, derive, genotype, random_genotype
+from bilevel.problems.architecture.genotype import Genotype, derive, random_genotype, read_genotype
 from bilevel.problems.architecture.operations import IMAGE, TABLE
 from bilevel.problems.architecture.problem import Architecture
 from bilevel.problems.architecture.recipes import architecture_images, architecture_tabular
@@ -410,18 +410,18 @@ def test_random_cells_have_the_form_of_derived_ones():
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("0-1:conv", "no operation `conv`.*conv3x3"),
-        ("0-1:none", "no operation `none`"),
-        ("1-1:skip", "`1-1:skip` is no edge"),
-        ("skip", "`skip` is no edge"),
+        ("0-1:conv", "unknown operation `conv`.*conv3x3"),
+        ("0-1:none", "unknown operation `none`"),
+        ("1-1:skip", "`1-1:skip`, which is not an edge"),
+        ("skip", "`skip`, which is not an edge"),
         ("0-1:skip 0-1:conv3x3", "an edge twice"),
         ("0-2:skip", "leaves node 1 without an edge"),
-        ("runs/missing", "is no directory of a run"),
+        ("runs/missing", "is not the directory of a run"),
     ],
 )
 def test_a_genotype_that_cannot_be_had_is_one_sentence(source, said):
     with pytest.raises(BilevelError, match=said):
-        genotype(source, list(IMAGE.operations), 2, 2)
+        read_genotype(source, list(IMAGE.operations), 2, 2)
 
 
 def test_a_run_that_is_no_search_of_these_cells_is_one_sentence(tmp_path):
@@ -434,26 +434,26 @@ def test_a_run_that_is_no_search_of_these_cells_is_one_sentence(tmp_path):
         (tmp_path / "summary.json").write_text(json.dumps(told))
 
     operations = ["skip", "relu"]
-    with pytest.raises(BilevelError, match=r"holds no summary\.json of a run that ended"):
-        genotype(str(tmp_path), operations, 1, 2)
+    with pytest.raises(BilevelError, match=r"has no summary\.json of a finished run"):
+        read_genotype(str(tmp_path), operations, 1, 2)
     summary()
-    assert str(genotype(str(tmp_path), operations, 1, 2)) == "0-1:relu"
+    assert str(read_genotype(str(tmp_path), operations, 1, 2)) == "0-1:relu"
     for nodes, names in ((2, operations), (1, ["none", *operations])):
         with pytest.raises(BilevelError, match="did not search cells"):
-            genotype(str(tmp_path), names, nodes, 2)
+            read_genotype(str(tmp_path), names, nodes, 2)
     summary(diverged=True)
-    with pytest.raises(BilevelError, match="that search diverged"):
-        genotype(str(tmp_path), operations, 1, 2)
+    with pytest.raises(BilevelError, match="a search that diverged"):
+        read_genotype(str(tmp_path), operations, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"operations": ["skip", "conv5x5"]}, "no operation `conv5x5`"),
-        ({"operations": ["skip"]}, "nothing to choose from"),
-        ({"operations": ["skip", "skip"]}, "nothing to choose from"),
-        ({"nodes": 0}, "nodes=0 makes no network"),
-        ({"free_price": -1.0}, "is no price"),
+        ({"operations": ["skip", "conv5x5"]}, "operations='conv5x5' is unknown"),
+        ({"operations": ["skip"]}, "leaves no choice, or repeats an operation"),
+        ({"operations": ["skip", "skip"]}, "leaves no choice, or repeats an operation"),
+        ({"nodes": 0}, "nodes=0 must be a whole number of at least 1"),
+        ({"free_price": -1.0}, "free_price=-1.0 must be at least 0"),
         ({"data": "minst"}, "mnist"),
     ],
 )
@@ -594,9 +594,9 @@ def test_search_draw_and_train_the_derived_cell():
     told = json.loads(Path("derived/summary.json").read_text())
     assert list(told["hypers"]) == ["weight_decay"]
     assert told["last"]["test_accuracy"] > 0.4
-    with pytest.raises(BilevelError, match="derived holds no search among cells"):
+    with pytest.raises(BilevelError, match="derived holds no architecture search"):
         draw_search("derived")
-    with pytest.raises(BilevelError, match="cannot read the search in nowhere"):
+    with pytest.raises(BilevelError, match="run=nowhere cannot be read"):
         draw_search("nowhere")
 
 

@@ -448,13 +448,13 @@ def test_networks_follow_the_images():
 
 def test_fewer_images_are_the_first_ones():
     images = pictures()
-    few = labelled_images.few(images, 3, 2)
+    few = labelled_images.first_examples(images, 3, 2)
     assert torch.equal(few.train[0], images.train[0][:3])
     assert (len(few.valid[1]), len(few.test[1])) == (2, 8)
     with pytest.raises(
-        BilevelError, match="train_size=13 of 12 images cannot be taken; give 1 to 12"
+        BilevelError, match="train_size=13 must be between 1 and 12; choose at most 12"
     ):
-        labelled_images.few(images, 13)
+        labelled_images.first_examples(images, 13)
 
 
 # --- refusals ---
@@ -465,15 +465,15 @@ def test_fewer_images_are_the_first_ones():
     [
         (
             {"scale": {"high": 1.5}},
-            r"`scale` goes from 0 to 1.5, and with 9 × 12 pixels it may go from 0 to 0.9; give",
+            r"space\.scale goes from 0 to 1.5 and must stay between 0 and 0.9 for images of 9 × 12 pixels; set",
         ),
-        ({"degrees": {"low": -45.0}}, r"`degrees` goes from -45 to 45"),
-        ({"hue": {"high": 0.6}}, r"`hue` goes from 0 to 0.6"),
+        ({"degrees": {"low": -45.0}}, r"space\.degrees goes from -45 to 45"),
+        ({"hue": {"high": 0.6}}, r"space\.hue goes from 0 to 0.6"),
         (
             {"cutout_length": {"high": 10}},
-            r"`cutout_length` goes from 0 to 10, and with 9 × 12 pixels it may go from 0 to 9;",
+            r"space\.cutout_length goes from 0 to 10 and must stay between 0 and 9 for images of 9 × 12",
         ),
-        ({"cutout_holes": {"high": 101}}, r"`cutout_holes` goes from 0 to 101"),
+        ({"cutout_holes": {"high": 101}}, r"space\.cutout_holes goes from 0 to 101"),
         ({"degrees": {"init": 50.0}}, r"`degrees`: init=50.0 is outside \(0, 45\)"),
         ({"saturation": {"low": 0.0, "init": 0.0}}, r"`saturation`: init=0.0 lies on the edge"),
     ],
@@ -485,26 +485,27 @@ def test_strengths_that_mean_nothing(change, said):
 
 def test_images_that_an_operation_cannot_work_on():
     with pytest.raises(
-        BilevelError, match="holes would cover most of 3 × 3 pixels; leave cutout out of augment"
+        BilevelError, match="would cover most of 3 × 3 pixels; remove cutout from augment"
     ):
         small(pictures(1, 3, 3), ["cutout"])
     with pytest.raises(
         BilevelError,
-        match="images of 2 channels have no known colours; leave colour out of augment",
+        match="needs images of 1 or 3 channels, and these have 2; remove colour from augment",
     ):
         small(pictures(2), ["colour"])
     with pytest.raises(
         BilevelError,
-        match=r"augment='colours' \(did you mean `colour`\?\) is none of affine, colour, cutout",
+        match=r"augment='colours' is unknown \(did you mean `colour`\?\); choose affine, colour or",
     ):
         small(operations=["colours"])
     with pytest.raises(
-        BilevelError, match=r"augment='affine' is no list of operations; write augment=\[affine,"
+        BilevelError,
+        match=r"augment='affine' must be a list of operations; choose from augment=\[affine,",
     ):
         small(operations="affine")
     for ours in (image_transforms.hue, image_transforms.saturation):
         with pytest.raises(
-            BilevelError, match="is of images with red, green and blue, and these have 1 channel"
+            BilevelError, match="needs images with red, green and blue, and these have 1 channel"
         ):
             ours(torch.zeros(2, 1, 3, 3), torch.tensor(0.1))
     with pytest.raises(BilevelError, match="hyperparameter `hue` is unknown"):

@@ -10,7 +10,12 @@ from bilevel import BilevelError, Interval, Need, Refused, Space, problems, solv
 from bilevel.cli import targets
 from bilevel.problems import MLP, Classification
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.networks.dropout import concrete_dropout, dropout, gaussian_dropout, named
+from bilevel.problems.networks.dropout import (
+    concrete_dropout,
+    dropout,
+    dropout_by_name,
+    gaussian_dropout,
+)
 from bilevel.requirements import check_space
 
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -225,7 +230,7 @@ def test_dropout_acts_in_training_alone(kind):
 def test_an_unknown_dropout_is_one_sentence():
     with pytest.raises(
         BilevelError,
-        match=r"dropout='gausian' \(did you mean `gaussian`\?\) is none of bernoulli, gaussian",
+        match=r"dropout='gausian' is unknown \(did you mean `gaussian`\?\); choose bernoulli, gaussian",
     ):
         small(dropout="gausian")
     with pytest.raises(
@@ -233,21 +238,23 @@ def test_an_unknown_dropout_is_one_sentence():
         match=r"`problem.dropout` = 'gausian' is a str; give 'bernoulli' or 'gaussian'",
     ):
         targets.check({"_target_": "bilevel.problems.digits", "dropout": "gausian"}, "problem")
-    with pytest.raises(BilevelError, match="gaussian dropout has no temperature"):
+    with pytest.raises(BilevelError, match="does not apply to gaussian dropout"):
         small(dropout="gaussian", temperature=0.1)
-    with pytest.raises(BilevelError, match="temperature=0 is not above zero"):
+    with pytest.raises(BilevelError, match="temperature=0 must be positive"):
         small(dropout="concrete", temperature=0)
-    with pytest.raises(BilevelError, match="weight_decay='per_layer' is none of"):
+    with pytest.raises(BilevelError, match="weight_decay='per_layer' is unknown"):
         small(weight_decay="per_layer")
 
 
 def test_the_temperature_is_passed_on():
     x, rate = torch.ones(2, 100), torch.tensor(0.5)
     assert torch.equal(
-        named("concrete", 0.7)(x, rate, generator()), concrete_dropout(x, rate, generator(), 0.7)
+        dropout_by_name("concrete", 0.7)(x, rate, generator()),
+        concrete_dropout(x, rate, generator(), 0.7),
     )
     assert torch.equal(
-        named("concrete")(x, rate, generator()), concrete_dropout(x, rate, generator(), 0.1)
+        dropout_by_name("concrete")(x, rate, generator()),
+        concrete_dropout(x, rate, generator(), 0.1),
     )
 
 

@@ -319,12 +319,12 @@ def test_a_problem_without_errors_that_gradient_based_solvers_tune(fresh):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"tasks": 0}, "tasks=0 leaves nothing to learn from"),
-        ({"unseen": 1.5}, "unseen=1.5 leaves nothing"),
-        ({"adaptation_steps": 0}, "adaptation_steps=0 leaves nothing"),
-        ({"adaptation_lr": -0.1}, "adaptation_lr=-0.1 is no step size"),
-        ({"shots": 0}, "shots=0 gives a task no points"),
-        ({"queries": -1}, "queries=-1 gives a task no points"),
+        ({"tasks": 0}, "tasks=0 must be a whole number of at least 1"),
+        ({"unseen": 1.5}, "unseen=1.5 must be a whole number"),
+        ({"adaptation_steps": 0}, "adaptation_steps=0 must be a whole number"),
+        ({"adaptation_lr": -0.1}, "adaptation_lr=-0.1 must be positive"),
+        ({"shots": 0}, "shots=0 must be a whole number of at least 1"),
+        ({"queries": -1}, "queries=-1 must be a whole number"),
         ({"proximity": -1.0}, "is below 0"),
     ],
 )
@@ -334,7 +334,7 @@ def test_bad_arguments_are_one_sentence(options, sentence):
 
 
 def test_a_network_with_buffers_is_refused():
-    with pytest.raises(BilevelError, match="Sequential has buffers, which tasks cannot share"):
+    with pytest.raises(BilevelError, match="Sequential has buffers, and tasks cannot share them"):
         FewShot(lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), lines)
 
 

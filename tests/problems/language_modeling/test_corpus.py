@@ -10,17 +10,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-import bilevel.problems.language_modeling.corpus
+import bilevel.problems.language_modeling.texts
 from bilevel import BilevelError
-from bilevel.problems.language_modeling.corpus import (
-    SPLITS,
-    Text,
-    contents,
-    corpus,
-    numbered,
-    prose,
-    read,
-)
+from bilevel.problems.language_modeling.corpus import load_corpus, number_words
+from bilevel.problems.language_modeling.texts import SPLITS, Text, read_file, read_text, split_prose
 from bilevel.problems.language_modeling.windows import Windows
 
 LINES = "the cat sat .\nthe dog sat <unk> N\n\nThe end\n"
@@ -41,7 +34,7 @@ def words(corpus, split):
 
 
 def test_the_embedded_text_is_split_by_position():
-    text = read("python")
+    text = read_text("python")
     sizes = [sum(map(len, lines)) for lines in text[:3]]
     assert [size / sum(sizes) for size in sizes] == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
     assert sum(sizes) > 200_000
@@ -50,13 +43,13 @@ def test_the_embedded_text_is_split_by_position():
 
 def test_prose_keeps_every_word_in_order():
     text = "\n\n".join(f"a{i} b{i}\nc{i}" for i in range(50))
-    parts = prose(text, "it")
+    parts = split_prose(text, "it")
     assert " ".join(" ".join(lines) for lines in parts[:3]).split() == text.split()
     assert "a1 b1 c1" in parts.train  # a paragraph is a line
 
 
 def test_the_vocabulary_is_of_the_training_split_alone():
-    made = numbered(Text(["The cat, the dog."], ["the cow"], ["Dog"], tokenized=False))
+    made = number_words(Text(["The cat, the dog."], ["the cow"], ["Dog"], tokenized=False))
     assert made.vocabulary[:3] == ("<unk>", "<eos>", "the")
     assert sorted(made.vocabulary[3:]) == [",", ".", "cat", "dog"]
     assert words(made, "train") == ["the", "cat", ",", "the", "dog", ".", "<eos>"]
@@ -65,7 +58,7 @@ def test_the_vocabulary_is_of_the_training_split_alone():
 
 
 def test_a_tokenized_text_is_cut_at_spaces_and_keeps_its_case_and_its_unknowns(tmp_path):
-    made = corpus(str(written(tmp_path, train=LINES, valid="the cow\n", test="N\n")))
+    made = load_corpus(str(written(tmp_path, train=LINES, valid="the cow\n", test="N\n")))
     assert (
         " ".join(words(made, "train"))
         == "the cat sat . <eos> the dog sat <unk> N <eos> <eos> The end <eos>"
@@ -77,22 +70,23 @@ def test_a_tokenized_text_is_cut_at_spaces_and_keeps_its_case_and_its_unknowns(t
 def test_a_mark_of_byte_order_and_other_line_ends_are_no_words(tmp_path):
     folder = written(tmp_path, valid="the\n", test="the\n")
     (folder / "train.txt").write_bytes("\ufeffthe cat\r\nthe \u2028 dog\r\n".encode())
-    made = corpus(str(folder))
+    made = load_corpus(str(folder))
     assert " ".join(words(made, "train")) == "the cat <eos> the dog <eos>"
 
 
 def test_the_most_frequent_words_stay_and_ties_do_not_depend_on_the_order():
     lines = ["b a c c d d"]
     first, other = (
-        numbered(Text(split, lines, lines, tokenized=True), 5) for split in (lines, ["d c b a d c"])
+        number_words(Text(split, lines, lines, tokenized=True), 5)
+        for split in (lines, ["d c b a d c"])
     )
     assert first.vocabulary == other.vocabulary == ("<unk>", "<eos>", "c", "d", "a")
     assert words(first, "train")[0] == "<unk>"
 
 
 def test_the_embedded_corpus_has_the_size_that_was_asked_for():
-    assert len(corpus(vocabulary_size=100).vocabulary) == 100
-    assert len(corpus(vocabulary_size=None).vocabulary) > 2000
+    assert len(load_corpus(vocabulary_size=100).vocabulary) == 100
+    assert len(load_corpus(vocabulary_size=None).vocabulary) > 2000
 
 
 # --- windows
@@ -170,17 +164,17 @@ def served(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(source)))
     address = f"http://127.0.0.1:{server.server_port}/"
     md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in source.iterdir()}
-    monkeypatch.setattr(bilevel.problems.language_modeling.corpus, "PTB", address)
+    monkeypatch.setattr(bilevel.problems.language_modeling.texts, "PTB", address)
     monkeypatch.setattr(
-        bilevel.problems.language_modeling.corpus,
+        bilevel.problems.language_modeling.texts,
         "PTB_MD5",
         {split: md5[f"ptb.{split}.txt"] for split in SPLITS},
     )
     monkeypatch.setattr(
-        bilevel.problems.language_modeling.corpus, "WIKITEXT2", f"{address}wikitext-2-v1.zip"
+        bilevel.problems.language_modeling.texts, "WIKITEXT2", f"{address}wikitext-2-v1.zip"
     )
     monkeypatch.setattr(
-        bilevel.problems.language_modeling.corpus, "WIKITEXT2_MD5", md5["wikitext-2-v1.zip"]
+        bilevel.problems.language_modeling.texts, "WIKITEXT2_MD5", md5["wikitext-2-v1.zip"]
     )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -192,13 +186,13 @@ def served(tmp_path, monkeypatch):
 
 def test_corpora_are_fetched_once(served, tmp_path):
     root = tmp_path / "data"
-    first = read("ptb", root=root), read("wikitext2", root=root)
+    first = read_text("ptb", root=root), read_text("wikitext2", root=root)
     assert first[0].train == ["the cat sat .", "the dog sat <unk> N", "", "The end"]
     assert first[1].valid == ["", "= valid =", ""]
     shutil.rmtree(served)
     assert (
-        read("ptb", root=root, download=False),
-        read("wikitext2", root=root, download=False),
+        read_text("ptb", root=root, download=False),
+        read_text("wikitext2", root=root, download=False),
     ) == first
 
 
@@ -207,17 +201,19 @@ def test_a_download_with_another_checksum_is_refused(served, tmp_path):
     with pytest.raises(
         BilevelError, match=r"valid\.txt .* is missing and .* could not be downloaded"
     ):
-        read("ptb", root=tmp_path / "data")
+        read_text("ptb", root=tmp_path / "data")
 
 
 def test_a_damaged_file_is_found_and_ones_own_is_taken_as_it_is(served, tmp_path):
     root = tmp_path / "data"
-    read("ptb", root=root)
+    read_text("ptb", root=root)
     (root / "ptb" / "ptb.test.txt").write_text("cut off")
-    with pytest.raises(BilevelError, match=r"ptb\.test\.txt is not the published file"):
-        read("ptb", root=root)
+    with pytest.raises(
+        BilevelError, match=r"ptb\.test\.txt has another MD5 than the published file"
+    ):
+        read_text("ptb", root=root)
     written(root / "ptb", test="my own\n")
-    assert read("ptb", root=root).test == ["my own"]
+    assert read_text("ptb", root=root).test == ["my own"]
 
 
 @pytest.mark.parametrize(
@@ -227,45 +223,49 @@ def test_a_corpus_that_is_missing_offline_says_where_it_belongs(text, wanted, tm
     with pytest.raises(
         BilevelError, match=rf"{wanted}.* is missing and download is off; put it there"
     ):
-        read(text, root=tmp_path, download=False)
+        read_text(text, root=tmp_path, download=False)
 
 
 # --- bad input: one sentence each
 
 
 def test_a_text_that_is_not_there(tmp_path):
-    with pytest.raises(BilevelError, match=r"no text 'pyton' \(did you mean `python`\?\); give"):
-        read("pyton")
-    with pytest.raises(BilevelError, match=r"cannot read .*valid\.txt: No such file"):
-        read(str(written(tmp_path, train=LINES)))
+    with pytest.raises(
+        BilevelError, match=r"text='pyton' does not exist \(did you mean `python`\?\); choose"
+    ):
+        read_text("pyton")
+    with pytest.raises(BilevelError, match=r"valid\.txt cannot be read: No such file"):
+        read_text(str(written(tmp_path, train=LINES)))
 
 
 @pytest.mark.parametrize("content", ["", " \n\n"])
 def test_an_empty_file(tmp_path, content):
     (tmp_path / "it.txt").write_text(content)
     with pytest.raises(BilevelError, match=r"it\.txt is empty"):
-        read(str(tmp_path / "it.txt"))
+        read_text(str(tmp_path / "it.txt"))
 
 
 def test_another_encoding(tmp_path):
     (tmp_path / "it.txt").write_bytes("die Brücke".encode("latin1"))
-    with pytest.raises(BilevelError, match="is not UTF-8: byte 6 is 0xfc; convert it first"):
-        contents(tmp_path / "it.txt")
+    with pytest.raises(
+        BilevelError, match="is not UTF-8, because byte 6 is 0xfc; convert it first"
+    ):
+        read_file(tmp_path / "it.txt")
 
 
 def test_a_text_too_short_to_split():
-    with pytest.raises(BilevelError, match="it is too short: its valid part has no word"):
-        prose("a few words alone", "it")
+    with pytest.raises(BilevelError, match="it is too short, because its valid split has no word"):
+        split_prose("a few words alone", "it")
 
 
 def test_a_vocabulary_without_room():
-    with pytest.raises(BilevelError, match="vocabulary_size=2 has no room"):
-        numbered(Text(["a"], ["a"], ["a"], tokenized=True), 2)
+    with pytest.raises(BilevelError, match="vocabulary_size=2 leaves no place"):
+        number_words(Text(["a"], ["a"], ["a"], tokenized=True), 2)
 
 
 def test_a_sequence_shorter_than_the_batch():
     with pytest.raises(
-        BilevelError, match="the valid split has 20 tokens, too few for 5 rows of 4"
+        BilevelError, match="the valid split has 20 tokens, which is too few for 5 rows of 4"
     ):
         Windows(torch.arange(20), 5, 4, name="valid")
     Windows(torch.arange(21), 5, 4)
@@ -273,16 +273,16 @@ def test_a_sequence_shorter_than_the_batch():
 
 @pytest.mark.parametrize(("options", "name"), [((0, 5), "batch_size"), ((5, 0), "bptt")])
 def test_sizes_below_one(options, name):
-    with pytest.raises(BilevelError, match=f"{name}=0 is below 1"):
+    with pytest.raises(BilevelError, match=f"{name}=0 must be a whole number of at least 1"):
         Windows(torch.arange(50), *options)
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "tokens", "sentence"),
     [
-        (["a", "b"], 50, "it has 3 words and this text 2"),
-        (["a", "b", "d"], 50, "it has other words"),
-        (["a", "b", "c"], 40, "has 50 tokens, this one has 40"),
+        (["a", "b"], 50, "checkpoint has 3 words and this text 2"),
+        (["a", "b", "d"], 50, "checkpoint has other words"),
+        (["a", "b", "c"], 40, "has 50 tokens, and this one has 40"),
     ],
 )
 def test_a_checkpoint_of_another_text(vocabulary, tokens, sentence):

@@ -15,7 +15,7 @@ from bilevel.problems import Classification
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.alexnet_vgg16 import VGG16
 from bilevel.problems.networks.building_blocks import drop_channels, normalization
-from bilevel.problems.networks.dropout import named
+from bilevel.problems.networks.dropout import dropout_by_name
 from bilevel.problems.networks.registry import OURS, image_network
 from bilevel.problems.networks.resnet18 import Block, ResNet18
 from bilevel.problems.networks.simple_cnn import SimpleCNN
@@ -164,7 +164,9 @@ def test_width_scales_channels_and_units(width):
 def test_images_of_any_size_and_depth_or_a_sentence(name, shape):
     """VGG16 halves an image five times; torchvision's networks see a grey image three times."""
     if name == "vgg16" and shape == GREY:
-        with pytest.raises(BilevelError, match=r"VGG16 halves an image 5 times.*32 × 32 or more"):
+        with pytest.raises(
+            BilevelError, match=r"VGG16 halves an image .* 5 times.*at least 32 × 32 pixels"
+        ):
             image_network(name, shape, 10)
         return
     options = {"width": 1 / 16} if name in OURS else {}
@@ -183,34 +185,34 @@ def test_a_name_costs_no_random_number_and_no_weights():
 @pytest.mark.parametrize(
     ("arguments", "options", "sentence"),
     [
-        (("resnt18", COLOUR, 10), {}, r"no network 'resnt18' \(did you mean `resnet18`"),
+        (("resnt18", COLOUR, 10), {}, r"network='resnt18' is unknown \(did you mean `resnet18`"),
         (("torchvision/vgg_11", COLOUR, 10), {}, r"did you mean `vgg11`"),
         (
             ("vgg16", COLOUR, 10, "bach"),
             {},
-            r"norm='bach' \(did you mean `batch`\?\) is none of none, batch, group",
+            r"norm='bach' is unknown \(did you mean `batch`\?\); choose none, batch or group",
         ),
-        (("mlp", COLOUR, 10, "batch"), {}, r"mlp has no convolutions"),
-        (("vgg11", COLOUR, 10, "batch"), {}, r"has the norms that it has"),
-        (("vgg16", COLOUR, 10), {"widht": 2}, r"no option 'widht' \(did you mean `width`"),
-        (("vgg16", COLOUR, 10), {"width": 0}, r"width=0 is no factor"),
-        (("mlp", COLOUR, 10), {"hidden": [0]}, r"hidden=\[0\] makes no network"),
-        (("simple_cnn", (3, 3, 3), 10), {}, r"nothing is left of 3 × 3 pixels"),
+        (("mlp", COLOUR, 10, "batch"), {}, r"needs convolutions, and mlp has none"),
+        (("vgg11", COLOUR, 10, "batch"), {}, r"does not apply to vgg11 of torchvision"),
+        (("vgg16", COLOUR, 10), {"widht": 2}, r"no option `widht` \(did you mean `width`"),
+        (("vgg16", COLOUR, 10), {"width": 0}, r"width=0 must be positive"),
+        (("mlp", COLOUR, 10), {"hidden": [0]}, r"hidden=\[0\] must be whole numbers of at least 1"),
+        (("simple_cnn", (3, 3, 3), 10), {}, r"3 × 3 pixels twice, and nothing is left"),
         (
             ("vit_b_16", COLOUR, 10),
             {},
-            r"vit_b_16 cannot be made for images of 3 × 32 × 32.*image_size=32",
+            r"vit_b_16' cannot be made for images of 3 × 32 × 32.*image_size=32",
         ),
         (
             ("vgg11", COLOUR, 10),
             {"dropuot": 0.1},
-            r"vgg11 cannot be made.*dropuot.*options that its constructor takes",
+            r"vgg11' cannot be made.*dropuot.*options that its constructor accepts",
         ),
         (("squeezenet1_1", (4, 32, 32), 10), {}, r"images of 4 × 32 × 32"),
         (
             ("googlenet", COLOUR, 10),
             {"init_weights": False},
-            r"googlenet gives more than logits.*aux_logits=false",
+            r"googlenet' returns more than logits.*aux_logits=false",
         ),
     ],
 )
@@ -297,7 +299,7 @@ def scales():
     """What dropout of each kind multiplies 4000 channels of each of four examples by, at a rate for each example."""
 
     def at(kind, **options):
-        generator, f = torch.Generator().manual_seed(3), named(kind, **options)
+        generator, f = torch.Generator().manual_seed(3), dropout_by_name(kind, **options)
         x = torch.ones(4, 4000, 2, 3)
         out = drop_channels(lambda site, x: f(x, RATES, generator), 1, x)
         assert torch.equal(out, out[:, :, :1, :1].expand_as(out))  # a channel as a whole
@@ -335,7 +337,7 @@ def test_concrete_drops_each_example_s_share_to_below_a_half(scales):
 
 @pytest.mark.parametrize("kind", ["gaussian", "concrete"])
 def test_relaxed_dropout_of_channels_has_the_derivative_in_the_rate_of_each_example(kind):
-    rate, f, h = RATES[1:].double().requires_grad_(), named(kind), 1e-6
+    rate, f, h = RATES[1:].double().requires_grad_(), dropout_by_name(kind), 1e-6
     x = torch.randn(3, 5, 2, 2, dtype=torch.float64)
     weights = torch.randn_like(x)
 
