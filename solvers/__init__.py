@@ -1,4 +1,4 @@
-"""Solvers: each answers the best response ŵ(λ) its own way."""
+"""Solvers: each approximates the best response ŵ(λ) in its own way."""
 
 from bilevel.solvers.autodiff.pullback import Pullback
 from bilevel.solvers.black_box.population import PopulationBased

@@ -124,7 +124,6 @@ class EvolutionMethod(WrittenHypergradient):
         if not warmup:
             with self.core.services.phase("response"):
                 self.perturb()
-        self.losses = []
         # Settings that λ holds lie on the device, where the twin takes them without waiting.
         self.centre = self.here() if self.twin.tuned else None
 
@@ -177,7 +176,9 @@ class EvolutionMethod(WrittenHypergradient):
         if self.centre is not None:
             self.twin.write(self.centre.params, self.centre.moments)
             self.core.carry = self.centre.carry
-        return {"inner_loss": torch.stack(self.losses).mean()}
+        loss = torch.stack(self.losses).mean()
+        self.centre, self.losses = None, []
+        return {"inner_loss": loss}
 
     def here(self) -> InnerState:
         """Return where the central training stands."""

@@ -105,7 +105,7 @@ class SOBAMethod(Method):
     Attributes:
         adjoint: q, [m].
         top: v, [m], of length 1, near the eigenvector of the largest eigenvalue.
-        direction: D_λ of this round, [h].
+        direction: D_λ between the two steps of a round, [h].
     """
 
     inner_takes: ClassVar[tuple[Split, ...]] = ("train", "valid")
@@ -119,7 +119,7 @@ class SOBAMethod(Method):
         drawn = torch.randn(size, dtype=like.dtype, generator=on_cpu(core.generator, 1))
         drawn = drawn.to(core.device)
         self.top = drawn / drawn.norm()
-        self.direction = torch.zeros_like(core.search.u0)
+        self.direction: Tensor | None = None
 
     def inner_step(self, *batches: Batch) -> Metrics:
         """Move w and q, and keep D_λ."""
@@ -136,8 +136,10 @@ class SOBAMethod(Method):
 
     def outer_step(self, *batches: Batch) -> Metrics:
         """Move u along D_λ of the inner step."""
-        apply_gradients([self.direction], self.core.search.mean)
-        return {"hypergradient_norm": self.direction.norm()}
+        assert self.direction is not None, "the inner step of a round comes first"
+        direction, self.direction = self.direction, None
+        apply_gradients([direction], self.core.search.mean)
+        return {"hypergradient_norm": direction.norm()}
 
     def directions(self, batch: Batch, valid: Batch) -> Directions:
         """Return D_w, D_q and D_λ on a training and a validation batch; nothing moves."""

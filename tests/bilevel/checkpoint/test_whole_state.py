@@ -26,18 +26,18 @@ LEFT_OUT = (
     torch.nn.Module,
 )
 """What holds no state of a run: the clock of the phases, code, and the user's module."""
-NO_STATE = {
+NO_STATE = (
     ".first_bad_step",  # nothing is saved once there was one
     ".recent",  # the batches of the round before: the next round gathers its own
     ".report",  # the metrics of the last outer step, which has told them
     ".calls",  # what set-up has learned of the problem's functions
     ".data.2",  # of the test split nothing is drawn
-}
+)
 
 
 def walk(value, path="", above=()):
     """Path and comparable value of everything that can be reached from `value`."""
-    if path in NO_STATE:
+    if path.endswith(NO_STATE):
         return
     if isinstance(value, (int, float, str, bytes, bool, type(None), torch.dtype, torch.device)):
         yield path, value
