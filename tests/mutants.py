@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "σ² for σ in the outer phase",
         "solvers/base/search_distribution.py",
-        "return moved + self.sigma * self.noise",
-        "return moved + self.sigma**2 * self.noise",
+        "else moved + self.sigma * self.noise",
+        "else moved + self.sigma**2 * self.noise",
         "solvers/base/test_search_distribution.py",
     ),
     Mutant(
@@ -70,9 +70,9 @@ MUTANTS = [
     ),
     Mutant(
         "entropy subtracted twice: its sign turned",
-        "solvers/base/descent.py",
-        "loss - self.entropy_weight * entropy",
-        "loss + self.entropy_weight * entropy",
+        "solvers/base/method.py",
+        "objective - weight * value",
+        "objective + weight * value",
         "solvers/test_theory_nonlinear.py",
     ),
     Mutant(
@@ -85,29 +85,29 @@ MUTANTS = [
     Mutant(
         "the response of training taken at u, not at ε, though centered",
         "solvers/self_tuning.py",
-        "offset = noise if self.centered else perturbed",
+        "offset = noise if flags.centered else perturbed",
         "offset = perturbed",
         "solvers/test_theory.py solvers/test_self_tuning.py",
     ),
     Mutant(
         "the response of the outer phase taken at u, not at ε, though centered",
         "solvers/self_tuning.py",
-        "at = offset if self.centered else self.belief.centre + offset",
-        "at = self.belief.centre + offset",
+        "at = offset if self.settings.centered else self.core.search.u0 + offset",
+        "at = self.core.search.u0 + offset",
         "solvers/test_theory.py solvers/test_self_tuning.py",
     ),
     Mutant(
         "batch-norm statistics of the perturbed pass kept",
         "solvers/self_tuning.py",
-        "self.carry, self.response_carry = detached(carry), response_carry",
-        "self.carry, self.response_carry = response_carry, response_carry",
+        "core.carry, self.response_carry = detached(carry), response_carry",
+        "core.carry, self.response_carry = response_carry, response_carry",
         "solvers/test_solver_state.py",
     ),
     Mutant(
         "batch-norm statistics written twice per batch",
         "solvers/self_tuning.py",
-        "self.perturbed_loss(self.weights.detached(), self.response_carry, batch)",
-        "self.perturbed_loss(self.weights.detached(), carry, batch)",
+        "self.perturbed_loss(w0, self.response_carry, batch)",
+        "self.perturbed_loss(w0, carry, batch)",
         "solvers/test_solver_state.py",
     ),
     Mutant(
@@ -127,41 +127,47 @@ MUTANTS = [
     Mutant(
         "a stale u₀: the centre never moves",
         "solvers/base/search_distribution.py",
-        "        self.centre.copy_(self.u.detach())\n\n    def scales",
-        "        pass\n\n    def scales",
+        "        self.u0.copy_(self.u.detach())\n",
+        "        pass\n",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
         "u₀ moves in the middle of an outer phase",
         "solvers/base/descent.py",
-        "        self.belief.recentre()\n        return metrics",
-        "            self.belief.recentre()\n        return metrics",
+        "        self.core.search.recentre()\n        return metrics",
+        "            self.core.search.recentre()\n        return metrics",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
         "w₀ moves with the perturbed loss, though regularized",
         "solvers/self_tuning.py",
-        "self.perturbed_loss(self.weights.detached(), self.response_carry, batch)\n"
+        "            w0 = core.weights.detached()\n"
+        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n"
         "            descend(response_loss, self.theta)",
-        "self.perturbed_loss(self.weights.tensors, self.response_carry, batch)\n"
-        "            descend(response_loss, self.theta, self.weights)",
+        "            w0 = core.weights.tensors\n"
+        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n"
+        "            descend(response_loss, self.theta, core.weights)",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
         "Θ's step sees w₀ as it was before its own step",
         "solvers/self_tuning.py",
-        '        descend(loss, self.weights)\n        with self.phase("response"):\n'
-        "            response_loss, response_carry = self.perturbed_loss("
-        "self.weights.detached(), self.response_carry, batch)\n",
-        '        with self.phase("response"):\n            response_loss, response_carry = self.perturbed_loss('
-        "self.weights.detached(), self.response_carry, batch)\n            descend(loss, self.weights)\n",
+        "        descend(loss, core.weights)\n"
+        '        with core.services.phase("response"):\n'
+        "            w0 = core.weights.detached()\n"
+        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n",
+        '        with core.services.phase("response"):\n'
+        "            w0 = core.weights.detached()\n"
+        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n"
+        "            descend(loss, core.weights)\n",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
         "the penalty at w₀, not at w₀ + ΔW(ε), under linearization",
         "solvers/self_tuning.py",
-        "return self.problem.inner_objective(hypers, params, prediction, batch), detached(carry)",
-        "return self.problem.inner_objective(hypers, base if self.linearize else params, prediction, batch), detached(carry)",
+        "        return core.problem.inner_objective(hypers, params, prediction, batch), detached(carry)",
+        "        params = w0 if flags.linearize else params\n"
+        "        return core.problem.inner_objective(hypers, params, prediction, batch), detached(carry)",
         "solvers/autodiff/test_linearization.py",
     ),
     Mutant(
@@ -194,7 +200,7 @@ MUTANTS = [
     ),
     Mutant(
         "the warm-up moves λ",
-        "solvers/base/training.py",
+        "solvers/base/descent.py",
         "return metrics if warmup else metrics | self.outer_phase()",
         "return metrics | self.outer_phase()",
         "solvers/test_self_tuning.py",
@@ -251,14 +257,14 @@ MUTANTS = [
     Mutant(
         "the sign of the implicit term turned",
         "solvers/implicit.py",
-        "return -ctx.solver.adjoint(u, v), None",
-        "return ctx.solver.adjoint(u, v), None",
+        "return -ctx.method.adjoint(u, v), None",
+        "return ctx.method.adjoint(u, v), None",
         "solvers/test_hypergradients.py",
     ),
     Mutant(
         "a finite difference under two masks",
         "solvers/sama.py",
-        "        self.generator.set_state(masks)\n        behind",
+        "        generator.set_state(masks)\n        behind",
         "        behind",
         "solvers/test_soba_sama_penalty.py",
     ),
@@ -335,8 +341,9 @@ MUTANTS = [
     Mutant(
         "first order follows the response of w",
         "solvers/first_order.py",
-        "        return self.weights.detached()",
-        "        return {name: w * (1 + offset.sum()) for name, w in self.weights.detached().items()}",
+        "        return self.core.weights.detached()",
+        "        w = self.core.weights.detached()\n"
+        "        return {name: leaf * (1 + offset.sum()) for name, leaf in w.items()}",
         "problems/architecture/test_architecture.py",
     ),
     Mutant(
@@ -391,8 +398,9 @@ MUTANTS = [
     Mutant(
         "what a captured step binds anew stays where the recording left it",
         "bilevel/run/cuda_graph.py",
-        "            if bound is not before.get(name):\n                self._keep(name, bound)\n        return metrics",
-        "            pass\n        return metrics",
+        "            if cell.value is not old and cell.value is not None:\n"
+        "                self._keep(cell, cell.value)\n",
+        "            pass\n",
         "bilevel/run/test_cuda_graph.py",
     ),
     Mutant(
