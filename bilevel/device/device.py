@@ -1,4 +1,4 @@
-"""The device a run computes on: choosing it, what a run costs on it, and its global random state."""
+"""The device of a run: its choice, time and memory, random state, determinism and threads."""
 
 import os
 import sys
@@ -13,22 +13,22 @@ from bilevel.errors import BilevelError
 from bilevel.params import Params
 
 MANY_WEIGHTS = 1_000_000
-"""From here on several threads of the CPU help more than they hinder."""
+"""Number of weights from which several CPU threads are faster than one."""
 
 
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
-"""Settings of CUBLAS_WORKSPACE_CONFIG under which cuBLAS is deterministic, in the words of its manual."""
+"""Values of CUBLAS_WORKSPACE_CONFIG that make cuBLAS deterministic (cuBLAS manual)."""
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA where there is one, else the CPU.
+    """Return the device called `name`; `auto` is CUDA where it is available, else the CPU.
 
     Example:
         >>> choose_device("cpu")
         device(type='cpu')
 
     Raises:
-        BilevelError: there is no such device here.
+        BilevelError: the device is not available.
     """
     try:
         device = torch.device(
@@ -37,17 +37,21 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BilevelError(
-            f"device={name!r} is not available here; use device=auto, or device=cpu"
+            f"runner.device={name} is not available here; use runner.device=auto, or "
+            "runner.device=cpu"
         ) from None
     return device
 
 
 class Meter:
-    """Seconds and peak memory of training alone: what lies between `stop` and `start` (evaluation, checkpoints) is not counted.
+    """Seconds and peak memory of training alone.
+
+    Work between `stop` and the next `start` (evaluation, checkpoints) is not counted.
 
     Attributes:
-        seconds: counted up to the last `stop`.
-        peak_memory: in bytes; on CUDA of the tensors, on the CPU of the whole process, None where neither is known.
+        seconds: seconds counted up to the last `stop`.
+        peak_memory: peak memory in bytes, None where it is unknown. On CUDA it is that of the
+            tensors, on the CPU that of the whole process.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,7 +67,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def stop(self) -> None:
-        """Wait for the device and count what has passed since `start`."""
+        """Wait for the device and count the time since `start`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds, self._since = self.elapsed(), None
@@ -71,7 +75,7 @@ class Meter:
         self.peak_memory = max(memory or 0, self.peak_memory or 0) or None
 
     def elapsed(self) -> float:
-        """Seconds so far, without waiting for the device."""
+        """Return the seconds so far, without waiting for the device."""
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
 
@@ -88,7 +92,7 @@ def _memory(device: torch.device) -> int | None:
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """PyTorch's global random states, which a user's own `nn.Dropout` may draw from."""
+    """Return PyTorch's global random states, from which a user's `nn.Dropout` may draw."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -96,7 +100,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore what `rng_state` returned."""
+    """Restore a state from `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -104,9 +108,10 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Within it, where that is wanted, PyTorch refuses operations whose bits may differ from one run to the next.
+    """Make PyTorch refuse operations whose bits may differ between runs, if `wanted`.
 
-    cuBLAS reads its environment variable when it is first used in a process: a run in one that used it before may be refused.
+    cuBLAS reads its environment variable at its first use in a process. A run in a process that
+    used cuBLAS before may therefore be refused.
     """
     if not wanted:
         yield
@@ -131,7 +136,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def cpu_threads(threads: int | None, params: Params) -> Iterator[None]:
-    """Within it, PyTorch computes on so many threads of the CPU; by default on one where the weights are few."""
+    """Set the number of CPU threads inside; by default one thread for few weights."""
     before = torch.get_num_threads()
     few = sum(p.numel() for p in params.values()) < MANY_WEIGHTS
     torch.set_num_threads(threads or (1 if few else before))

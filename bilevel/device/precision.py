@@ -1,4 +1,4 @@
-"""In which floating-point format a run multiplies: float32, TensorFloat-32 or bfloat16."""
+"""The floating-point format of products in a run: float32, TensorFloat-32 or bfloat16."""
 
 import warnings
 from collections.abc import Iterator
@@ -15,32 +15,34 @@ from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.requirements import Trait
 from bilevel.solver import Solver
-from bilevel.text import near
+from bilevel.validate import one_of
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 class Autocast(ProblemWrapper):
-    """`problem`, with the products of `predict` in bfloat16 (`torch.autocast`).
+    """`problem` with the products of `predict` in bfloat16 (`torch.autocast`).
 
-    w, λ and the carry stay as they are, and predictions come back in float32, so that both objectives, all penalties on w and
-    whatever a solver does with them are computed in float32. Gradients, forward-mode and second derivatives go through the
-    same bfloat16 products.
+    w, λ and the carry keep their types, and predictions are returned in float32. So both
+    objectives, all penalties on w, and a solver's own computations on them are in float32.
+    Gradients, forward-mode derivatives and second derivatives pass through the same bfloat16
+    products.
 
     Example:
         >>> from bilevel.problems import digits
         >>> problem = Autocast(digits(hidden=[8]))
         >>> params, carry = problem.init(torch.Generator())
         >>> hypers = problem.space.constrain(problem.space.init())
-        >>> problem.predict(hypers, params, carry, (torch.zeros(2, 1, 8, 8),), train=False, generator=None)[0].dtype
+        >>> batch = (torch.zeros(2, 1, 8, 8),)
+        >>> problem.predict(hypers, params, carry, batch, train=False, generator=None)[0].dtype
         torch.float32
     """
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
-        """Those of the problem.
+        """Return the initial w and carry of the problem.
 
         Raises:
-            BilevelError: they are not float32, and autocast would leave them alone in silence.
+            BilevelError: they are not float32, the only type that autocast narrows.
         """
         params, carry = self.problem.init(generator)
         if odd := [
@@ -48,8 +50,9 @@ class Autocast(ProblemWrapper):
         ]:
             kind = str(params[odd[0]].dtype).removeprefix("torch.")
             raise BilevelError(
-                f"precision=bf16 would leave `{odd[0]}` in {kind}, since autocast narrows float32 alone; "
-                "give the problem float32 weights, or use precision=fp32, which keeps every type as it is"
+                f"runner.precision=bf16 leaves `{odd[0]}` in {kind}, since autocast narrows "
+                "float32 alone; give the problem float32 weights, or use runner.precision=fp32, "
+                "which keeps every type"
             )
         return params, carry
 
@@ -64,28 +67,31 @@ class Autocast(ProblemWrapper):
         generator: torch.Generator | None,
     ) -> tuple[Prediction, Carry]:
         device = next(iter(params.values())).device.type
-        # without the cache, so that a cast is made, and differentiated, where it is used: passes differ in what they follow
+        # no cache, so that every pass differentiates its own casts
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             prediction, after = self.problem.predict(
                 hypers, params, carry, batch, train=train, generator=generator
             )
-        return pytree.tree_map(_widened, prediction), {
+        return pytree.tree_map(_to_float32, prediction), {
             name: t.to(carry[name].dtype) for name, t in after.items()
         }
 
 
 def at_precision(problem: Problem, solver: Solver, precision: str, device: torch.device) -> Problem:
-    """The problem as `solver` meets it at `precision`.
+    """Return the problem that `solver` works on at `precision`.
 
     Raises:
-        Refused: the solver takes differences in which bfloat16's rounding would drown.
+        Refused: the solver takes differences that are smaller than the rounding of bfloat16.
 
     Warns:
-        SpeedWarning: `tf32` on a device that has none.
+        SpeedWarning: `tf32` on a device without TensorFloat-32.
     """
     if precision == "tf32" and device.type != "cuda":
         warnings.warn(
-            f"precision=tf32 changes nothing on {device.type}, which has no TensorFloat-32; the run goes on in float32",
+            (
+                f"runner.precision=tf32 has no effect on {device.type}, which has no "
+                "TensorFloat-32; the run continues in float32"
+            ),
             SpeedWarning,
             stacklevel=3,
         )
@@ -93,35 +99,30 @@ def at_precision(problem: Problem, solver: Solver, precision: str, device: torch
         return problem
     if Trait.SUBTRACTS in solver.traits:
         raise Refused(
-            f"{type(solver).__name__} follows the difference of nearly equal numbers, which bfloat16 rounds to 3 digits; "
-            "use precision=fp32 or tf32, or a solver that differentiates (of SAMA: finite_difference=false)"
+            f"{type(solver).__name__} follows the difference of nearly equal numbers, which "
+            "bfloat16 rounds to 3 digits; use runner.precision=fp32 or tf32, or a solver that "
+            "differentiates (for SAMA: finite_difference=false)"
         )
     return Autocast(problem)
 
 
 def check_precision(precision: str) -> None:
-    """Raise where there is no such precision."""
-    if precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
-        raise BilevelError(
-            f"runner.precision={precision!r}{near(str(precision), PRECISIONS)} is none of {known}; choose one"
-        )
+    """Raise where the precision is unknown."""
+    one_of(PRECISIONS, **{"runner.precision": precision})
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Within it, CUDA multiplies float32 as TensorFloat-32 if `precision` is `tf32`, and as float32 otherwise.
+    """Set the precision of CUDA's products inside: TensorFloat-32 for `tf32`, otherwise float32.
 
-    PyTorch's own default is neither: matrix products are exact there and convolutions are not.
+    PyTorch's own default is mixed: matrix products are in float32, and convolutions are not.
     """
     switches: list[tuple[Any, str, Any]]
     matrices, cudnn, narrow = torch.backends.cuda.matmul, torch.backends.cudnn, precision == "tf32"
     switches = [(place, "allow_tf32", narrow) for place in (matrices, cudnn)]
     try:
         before = [getattr(place, name) for place, name, _ in switches]
-    except (
-        RuntimeError
-    ):  # someone has set the newer switches (PyTorch 2.9), and these cannot be read any more
+    except RuntimeError:  # after use of the newer switches (PyTorch 2.9) these cannot be read
         newer: Any = cudnn
         wanted = "tf32" if narrow else "ieee"
         switches = [
@@ -137,5 +138,5 @@ def matmul_precision(precision: str) -> Iterator[None]:
             setattr(place, name, value)
 
 
-def _widened(x: object) -> object:
+def _to_float32(x: object) -> object:
     return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,1 +1,1 @@
-"""One run on several processes of PyTorch's own engine: every rank holds everything but its share of each batch."""
+"""One run on several processes: every rank holds all state and computes a shard of each batch."""

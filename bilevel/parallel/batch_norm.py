@@ -1,4 +1,4 @@
-"""Batch normalization by the statistics of the whole batch, of which a rank has a shard."""
+"""Batch normalization with the statistics of the whole batch, of which each rank has a shard."""
 
 from typing import Any
 
@@ -13,12 +13,13 @@ from bilevel.parallel.shards import Shard
 
 
 class BatchStatistics:
-    """`F.batch_norm` over all ranks, in elementary operations: it has every derivative, of either mode.
+    """`F.batch_norm` over all ranks, in elementary operations.
 
         mean = Σ_ranks (b_r/B) mean_r,    var = Σ_ranks (b_r/B) (var_r + mean_r²) − mean²
 
-    One all-reduce of two numbers for each channel, and one in the backward pass. The sums are in float64, where the difference
-    loses nothing that float32 has. Running statistics come out alike on all ranks.
+    It has every derivative in either mode. It costs one all-reduce of two numbers per channel, and
+    one in the backward pass. The sums are in float64, where the difference keeps all digits of
+    float32. Running statistics are equal on all ranks.
     """
 
     def __init__(self, ranks: ProcessGroup) -> None:
@@ -43,7 +44,8 @@ class BatchStatistics:
         items = input.numel() // input.shape[1] * shard.whole / shard.size
         if items <= 1:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {input.shape}"
+                "Expected more than 1 value per channel when training, got input size "
+                f"{input.shape}"
             )
         x = input if input.dtype in (torch.float32, torch.float64) else input.float()
         axes, tail = [0, *range(2, x.ndim)], [1] * (x.ndim - 2)
@@ -73,12 +75,15 @@ def without_statistics(
     *options: Any,
     **named: Any,
 ) -> Tensor:
-    """The scale and the shift alone, which look at no other example."""
+    """Apply the scale and the shift alone, which depend on no other example."""
     return scaled(input, weight, bias)
 
 
 def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """X times weight plus bias, channel by channel; either may vary from example to example, which the last axis is for."""
+    """Return x times `weight` plus `bias`, channel by channel.
+
+    Either may vary from example to example, so the channel axis is moved to the end.
+    """
     x = x.movedim(1, -1)
     x = x if weight is None else x * weight
     x = x if bias is None else x + bias

@@ -1,4 +1,4 @@
-"""What cannot be shared among ranks, found before a run: the losses of two shares held against those of the whole batch."""
+"""A check before a run: the losses of two shards must agree with those of the whole batch."""
 
 import torch
 from torch import Tensor
@@ -17,17 +17,19 @@ from bilevel.params import Batch, Carry, count_examples
 from bilevel.text import describe
 
 FEW = 5
-"""Examples that the rehearsal begins with: shares of three and two."""
+"""Number of examples of the first check: shards of three and two."""
 
 
 def dry_run_shards(problem: ShardedProblem, data: Data, device: torch.device) -> None:
-    """Learn what `problem` needs to know of the wrapped one, and refuse that if it cannot be shared.
+    """Find the example axes that `problem` needs, and refuse a problem that cannot be sharded.
 
-    Everything is computed by every rank on its own, on a few examples and on the first batches; what one refuses, all refuse.
+    Every rank computes everything on its own, on a few examples and on the first batches. A refusal
+    on one rank is raised on all.
 
     Raises:
-        Refused: an objective or the carry of two shares is not that of the whole batch.
-        BilevelError: a batch has fewer examples than there are ranks, or is another on another rank.
+        Refused: an objective or the carry of two shards differs from that of the whole batch.
+        BilevelError: a batch has fewer examples than there are ranks, or ranks read different
+            batches.
     """
     batches = [stream.peek() for stream in (data.train, data.valid)]
     refusal: BilevelError | None = None
@@ -35,9 +37,9 @@ def dry_run_shards(problem: ShardedProblem, data: Data, device: torch.device) ->
         _dry_run(problem, FirstBatch(problem.problem, data, device), *map(count_examples, batches))
     except BilevelError as error:
         refusal = error
-    except Exception as error:  # whatever a user's own code raises
+    except Exception as error:  # the problem is a user's own code
         refusal = Refused(
-            f"the problem cannot be computed on a part of a batch, {describe(error)}; {_REMEDY}"
+            f"the problem cannot be computed on a part of a batch ({describe(error)}); {_REMEDY}"
         )
     seen = [int(bits(leaf)) for leaf in pytree.tree_leaves(batches) if isinstance(leaf, Tensor)]
     for others, refused in problem.ranks.gather((seen, refusal)):
@@ -45,8 +47,9 @@ def dry_run_shards(problem: ShardedProblem, data: Data, device: torch.device) ->
             raise refused
         if others != seen:
             raise BilevelError(
-                "the ranks read different batches, and each computes its part of what should be one: give all of them the same "
-                "data in the same order (split and shuffle by a seed; transform in the problem, not in a loader's workers)"
+                "the ranks read different batches; give all of them the same data in the same "
+                "order (split and shuffle by a seed, and transform in the problem instead of a "
+                "loader's workers)"
             )
 
 
@@ -54,8 +57,8 @@ def _dry_run(problem: ShardedProblem, case: FirstBatch, size: int, valid_size: i
     world = problem.ranks.world
     if any(1 < n < world for n in (size, valid_size)):
         raise BilevelError(
-            f"a batch of {min(size, valid_size)} examples cannot be shared by {world} processes; take larger ones, or fewer "
-            "processes"
+            f"batch_size={min(size, valid_size)} must be at least the number of processes, "
+            f"{world}; take larger batches or fewer processes"
         )
     if size < 2:
         return
@@ -69,7 +72,8 @@ def _dry_run(problem: ShardedProblem, case: FirstBatch, size: int, valid_size: i
         for n in range(count_examples(few), size + 1)
         if problem.fixed_lengths.isdisjoint(s.size for s in even_shards(n, 2))
     ]
-    # few, where one example that is seen by others weighs most; and all, since what is rare (padding) may not be among few
+    # in a few examples, a coupling of examples has the largest effect; the whole batch also holds
+    # rare cases such as padding
     parts = [(case.batch, True, n) for n in (clear[:1] + clear[1:][-1:] or [size])]
     valid = case.data.valid.peek()
     parts += [(valid, False, n) for n in sorted({min(FEW, valid_size), valid_size} - {0, 1})]
@@ -80,17 +84,18 @@ def _dry_run(problem: ShardedProblem, case: FirstBatch, size: int, valid_size: i
 def compare_shards_with_whole(
     problem: ShardedProblem, case: FirstBatch, batch: Batch, *, train: bool
 ) -> None:
-    """Raise where L_T or L_V of two shares, or what is carried on, is not that of the whole; batch norm is left out of both."""
+    """Raise where L_T, L_V or the carry of two shards differs from that of the whole batch.
+
+    Batch norm is left out of both computations.
+    """
     inner = problem.problem
     whole = Shard(0, count_examples(batch), count_examples(batch))
     carry = inner.fresh_carry(case.start[1], batch)
     name, objective = ("L_T", inner.inner_objective) if train else ("L_V", inner.outer_objective)
 
-    def passed(shard: Shard) -> tuple[Tensor, Carry]:
-        own, part = (
-            shard.of(batch),
-            {key: _narrow(t, problem.state_axes.get(key), shard) for key, t in carry.items()},
-        )
+    def loss_and_carry(shard: Shard) -> tuple[Tensor, Carry]:
+        own = shard.of(batch)
+        part = {key: _narrow(t, problem.state_axes.get(key), shard) for key, t in carry.items()}
         generator = torch.Generator(case.device).manual_seed(0) if train else None
         with torch.no_grad(), WholeBatchDraws(shard, without_statistics):
             prediction, after = inner.predict(
@@ -99,14 +104,13 @@ def compare_shards_with_whole(
             return objective(case.hypers, case.params, prediction, own), after
 
     with torch.random.fork_rng(devices=[case.device] if case.device.type == "cuda" else []):
-        truth, carried = passed(whole)
-        parts = [(shard.weight, *passed(shard)) for shard in even_shards(whole.size, 2)]
+        truth, carried = loss_and_carry(whole)
+        parts = [(shard.weight, *loss_and_carry(shard)) for shard in even_shards(whole.size, 2)]
     total = torch.stack([weight * loss for weight, loss, _ in parts]).sum()
-    if truth.ndim == 0 and not nearly_equal(
-        truth, total
-    ):  # that it is [] is another check's to see
+    if truth.ndim == 0 and not nearly_equal(truth, total):  # `check_setup` checks the shape
         raise Refused(
-            f"{name} of a batch is {float(truth):.6g}, and {float(total):.6g} on average over its two parts: {_WHY}; {_REMEDY}"
+            f"{name} of a batch is {float(truth):.6g}, but the average over its two parts is "
+            f"{float(total):.6g}, since it {_WHY}; {_REMEDY}"
         )
     for key, t in carried.items():
         axis = problem.state_axes.get(key)
@@ -117,21 +121,26 @@ def compare_shards_with_whole(
             else not all(nearly_equal(t, after) for after in afters)
         ):
             raise Refused(
-                f"`{key}`, which `predict` carries on, differs between parts of a batch: {_WHY}; {_REMEDY}"
+                f"`{key}` of the carry differs between parts of a batch, since it {_WHY}; {_REMEDY}"
             )
 
 
-_WHY = "it is no mean over examples, looks from one example at another, or draws without an example axis that comes first"
+_WHY = (
+    "is not a mean over examples, lets examples interact, or draws without a leading example axis"
+)
 _REMEDY = "run it in one process"
 
 
 def first(batch: Batch, count: int) -> Batch:
-    """The first examples of a batch."""
+    """Return the first examples of a batch."""
     return Shard(0, min(count, count_examples(batch)), count_examples(batch)).of(batch)
 
 
 def state_axes(case: FirstBatch, few: Batch, fewer: Batch) -> dict[str, int]:
-    """The axis of every carried tensor that is as long as there are examples: where two fresh ones differ."""
+    """Return the example axis of every carried tensor that has one.
+
+    It is the axis along which the fresh states of two batches differ in length.
+    """
     ours, theirs = (case.problem.fresh_carry(case.start[1], batch) for batch in (few, fewer))
     axes = {}
     for name, state in ours.items():
@@ -146,7 +155,7 @@ def state_axes(case: FirstBatch, few: Batch, fewer: Batch) -> dict[str, int]:
 
 
 def fixed_lengths(case: FirstBatch, few: Batch, fewer: Batch) -> frozenset[int]:
-    """First axes of what is drawn in training that are the same for either number of examples."""
+    """Return the first axes of training draws that are equal for both numbers of examples."""
     with torch.random.fork_rng(devices=[case.device] if case.device.type == "cuda" else []):
         seen = [_lengths(case, batch) for batch in (few, fewer)]
     return frozenset(m for m, n in zip(*seen, strict=False) if m == n)
@@ -154,7 +163,7 @@ def fixed_lengths(case: FirstBatch, few: Batch, fewer: Batch) -> frozenset[int]:
 
 def _lengths(case: FirstBatch, batch: Batch) -> list[int]:
     carry = case.problem.fresh_carry(case.start[1], batch)
-    hypers, params = case.hypers, case.params  # which are drawn when they are first asked for
+    hypers, params = case.hypers, case.params  # the first access draws them
     lengths, generator = DrawLengths(), torch.Generator(case.device).manual_seed(0)
     with torch.no_grad(), lengths:
         case.problem.predict(hypers, params, carry, batch, train=True, generator=generator)

@@ -1,11 +1,11 @@
-"""From what all ranks hold to what each works on, and back: two operators that are each other's derivative.
+"""Two operators between tensors that all ranks hold and tensors that each rank computes.
 
     enter: replicated → local,   forward x ↦ x,                  backward ḡ ↦ Σ_ranks ḡ
     leave: local → replicated,   forward x ↦ Σ_ranks x,          backward ḡ ↦ ḡ
 
-The derivative of either is the other, so that any number of derivatives is right by itself: a product with the Hessian is
-summed over ranks inside a linear solve, and an unrolled step may be pulled back through. In forward mode both are linear, and
-act on primal and tangent alike.
+Each is the derivative of the other, so derivatives of any order are correct. A product with the
+Hessian is summed over ranks inside a linear solve, and an unrolled step can be differentiated. In
+forward mode both are linear, and act on primal and tangent alike.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ from bilevel.parallel.process_group import ProcessGroup
 
 
 def enter(ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, whose cotangents are summed over ranks in the backward pass: in one flat all-reduce for all of them.
+    """Return the tensors; the backward pass sums their cotangents over ranks.
 
-    What needs no gradient is handed on as it is, and costs nothing.
+    One flat all-reduce serves all of them. Tensors that need no gradient are returned as they are.
     """
     return _through_duals(lambda parts: _moving(_Enter, ranks, parts), tensors)
 
 
 def leave(ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Σ over ranks of every tensor, in one flat all-reduce."""
+    """Return the sum over ranks of every tensor, in one flat all-reduce."""
     return _through_duals(lambda parts: list(_Leave.apply(ranks, *parts)), tensors)
 
 
@@ -58,14 +58,17 @@ class _Leave(torch.autograd.Function):
 def _some(
     operator: Any, ranks: ProcessGroup, cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The operator on those that are there: of what a loss does not depend on, there is no cotangent on any rank."""
+    """Apply the operator to the cotangents that exist.
+
+    A tensor that a loss does not depend on has no cotangent on any rank.
+    """
     present = [g for g in cotangents if g is not None]
     moved = iter(operator.apply(ranks, *present) if present else ())
     return [None if g is None else next(moved) for g in cotangents]
 
 
 def _moving(operator: Any, ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The operator on those that need a gradient; the others as they are."""
+    """Apply the operator to the tensors that need a gradient; return the others as they are."""
     needed = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
     moving = [t for t, wanted in zip(tensors, needed, strict=True) if wanted]
     moved = iter(operator.apply(ranks, *moving) if moving else ())
@@ -75,9 +78,9 @@ def _moving(operator: Any, ranks: ProcessGroup, tensors: Sequence[Tensor]) -> li
 def _through_duals(
     act: Callable[[list[Tensor]], list[Tensor]], tensors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """A linear `act` on primals and tangents.
+    """Apply a linear `act` to primals and tangents.
 
-    Written out, since a formula for forward mode on the functions themselves could not be differentiated again.
+    A `jvp` formula of the autograd functions could not be differentiated again.
     """
     duals = [forward_ad.unpack_dual(t) for t in tensors]
     tangents = [dual.tangent for dual in duals if dual.tangent is not None]
@@ -92,7 +95,7 @@ def _through_duals(
 
 
 def _summed(ranks: ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sums over ranks, of one buffer for each type."""
+    """Return the sums over ranks, with one buffer per type."""
     out: list[Tensor] = list(tensors)
     for dtype in dict.fromkeys(t.dtype for t in tensors):
         places = [i for i, t in enumerate(tensors) if t.dtype == dtype]

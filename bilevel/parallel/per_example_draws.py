@@ -1,4 +1,4 @@
-"""Within a share of a batch, what is drawn per example is drawn for the whole batch, so that all ranks' generators go alike."""
+"""Random draws per example: made for the whole batch on every rank, then cut to its shard."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,15 @@ from torch.overrides import TorchFunctionMode
 from bilevel.parallel.shards import Shard
 
 Normalize = Callable[..., Tensor]
-"""What stands for `F.batch_norm` in training: called with a shard, and with the arguments of that."""
+"""A replacement of `F.batch_norm` in training, called with a shard and the same arguments."""
 
 
 class WholeBatchDraws(TorchFunctionMode):
-    """Within it, what is drawn for a first axis of the shard's length is drawn for the whole batch, and cut to the shard.
+    """A mode in which draws with the length of the shard are made for the whole batch.
 
-    The masks are then the rows of those that a single process would have drawn, and the generator's state afterwards is that of
-    a single process. A draw of another first axis is the same on all ranks: DropConnect, a word dropped everywhere. Batch norm,
-    which looks at all examples, goes by `normalize`.
+    The masks are then the rows of those of a single process, and the generator ends in the same
+    state. A draw with another first axis is the same on all ranks: DropConnect, or a word dropped
+    everywhere. Batch norm uses all examples, so it goes through `normalize`.
     """
 
     def __init__(self, shard: Shard, normalize: Normalize) -> None:
@@ -35,10 +35,10 @@ class WholeBatchDraws(TorchFunctionMode):
 
 
 class DrawLengths(TorchFunctionMode):
-    """Looks on, and notes the first axis of everything that is drawn.
+    """A mode that records the first axis of every draw.
 
     Attributes:
-        seen: of every draw, in their order.
+        seen: length of the first axis of every draw, in order.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,10 @@ class DrawLengths(TorchFunctionMode):
 
 
 def _created(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
-    """`torch.rand(size)` and its kin; the size is named, or a sequence, or all of the arguments."""
+    """Handle `torch.rand(size)` and similar functions.
+
+    The size is a keyword, a sequence, or all positional arguments.
+    """
     args = list(args)
     if func in (torch.rand, torch.randn) and args and isinstance(args[0], int):
         args, kwargs = [], {**kwargs, "size": tuple(args)}
@@ -86,8 +89,9 @@ def _in_place(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _padded(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
-    """A function of rows that draws as many numbers whatever their values: of the batch, with other rows than the shard's made
-    up.
+    """Handle functions of rows that draw the same count for any values of the rows.
+
+    The function is applied to the whole batch; rows outside the shard are made up.
     """
     if not any(_leads(shard, a) for a in (*args, *kwargs.values())):
         return func(*args, **kwargs)
@@ -98,7 +102,10 @@ def _padded(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _dropout(shard: Shard, func: Any, args: Any, kwargs: Any) -> Any:
-    """X times the function of ones: the same kernel draws the same mask, and no activation is padded."""
+    """Multiply x by the function of ones.
+
+    The same kernel then draws the same mask, and no activation is padded.
+    """
     x, p, train, inplace = _dropout_arguments(*args, **kwargs)
     if not (train and p > 0 and _leads(shard, x)):
         return func(*args, **kwargs)
@@ -167,4 +174,4 @@ DRAWS: dict[Any, Callable[[Shard, Any, Any, Any], Any]] = {
         _dropout,
     ),
 }
-"""How each function that draws is called for a shard."""
+"""The handler of each drawing function for a shard."""

@@ -1,4 +1,4 @@
-"""A problem of which every rank computes its share of each batch."""
+"""A problem of which every rank computes its shard of each batch."""
 
 from collections.abc import Callable
 
@@ -28,26 +28,28 @@ from bilevel.problem_wrapper import ProblemWrapper
 
 
 class ShardedProblem(ProblemWrapper):
-    """`problem`, spread over ranks: solvers see the whole batch, losses over all of it, and λ, w and gradients that all hold.
+    """`problem`, computed by several ranks that each take a shard of every batch.
 
         L(λ, w) = Σ_ranks (b_r/B) L_r(λ, w),    ∇L = Σ_ranks (b_r/B) ∇L_r
 
-    with L_r the mean over the b_r of B examples that are the rank's own: exact, also where they differ in number. w and λ enter
-    the shard (`bilevel.parallel.collectives`), and the loss leaves it; between them all is local, the prediction too. A batch
-    of fewer examples than ranks, that of a closed form say, is computed whole by every rank.
+    L_r is the mean over the rank's own b_r of the B examples, so the sums are exact for shards of
+    different sizes too. Solvers see the whole batch and its losses; all ranks hold the same λ, w
+    and gradients. w and λ enter the shard, and the loss leaves it (`bilevel.parallel.collectives`).
+    Everything between is local, including the prediction. Every rank computes a batch of fewer
+    examples than ranks as a whole, for example that of a closed form.
 
     Args:
-        problem: any whose objectives are means over examples.
-        ranks: that shard it.
+        problem: a problem whose objectives are means over examples.
+        ranks: the process group.
     """
 
     def __init__(self, problem: Problem, ranks: ProcessGroup) -> None:
         super().__init__(problem)
         self.ranks = ranks
         self.state_axes: dict[str, int] = {}
-        """The example axis of what is carried from batch to batch, by name: recurrent state."""
+        """The example axis of recurrent state in the carry, by name."""
         self.fixed_lengths: frozenset[int] = frozenset()
-        """First axes of what `predict` draws that are no example axis."""
+        """First axes of draws in `predict` that are not the example axis."""
         self._statistics = BatchStatistics(ranks)
         self._entered: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -56,7 +58,7 @@ class ShardedProblem(ProblemWrapper):
         return params, carry
 
     def shard(self, batch: Batch) -> Shard | None:
-        """The rank's own part; None where the batch is not shared."""
+        """Return the shard of this rank; None where every rank computes the whole batch."""
         examples = count_examples(batch)
         return (
             None
@@ -65,13 +67,14 @@ class ShardedProblem(ProblemWrapper):
         )
 
     def check_lengths(self, examples: int) -> None:
-        """Raise where a share of a training batch is as long as something else that is drawn."""
+        """Raise where a shard of a training batch has the length of another draw."""
         if ambiguous := self.fixed_lengths.intersection(
             part.size for part in even_shards(examples, self.ranks.world)
         ):
             raise BilevelError(
-                f"a batch of {examples} examples gives a rank {min(ambiguous)} of them, and the network draws something else "
-                "of that length, a mask of weights say, which cannot be told from one per example; choose another batch size"
+                f"batch_size={examples} gives a rank {min(ambiguous)} examples, and the network "
+                "draws another tensor of that length (a mask of weights, for example), which "
+                "cannot be distinguished; choose another batch size"
             )
 
     def predict(
@@ -91,13 +94,13 @@ class ShardedProblem(ProblemWrapper):
         if train and self.fixed_lengths:
             self.check_lengths(shard.whole)
         self._entered = {}
-        hypers, params = self._localized(hypers, params, shard, self._entered)
-        own = {name: self._own_state(name, state, shard) for name, state in carry.items()}
+        hypers, params = self._localize(hypers, params, shard, self._entered)
+        own = {name: self._state_of_shard(name, state, shard) for name, state in carry.items()}
         with WholeBatchDraws(shard, self._statistics):
             prediction, after = self.problem.predict(
                 hypers, params, own, shard.of(batch), train=train, generator=generator
             )
-        return prediction, self._gathered(after, shard)
+        return prediction, self._gather(after, shard)
 
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
@@ -117,24 +120,25 @@ class ShardedProblem(ProblemWrapper):
         prediction: Prediction,
         batch: Batch,
     ) -> Tensor:
-        """An objective over the whole batch."""
+        """Return an objective over the whole batch."""
         if (shard := self.shard(batch)) is None:
             return objective(hypers, params, prediction, batch)
-        known, self._entered = (
-            self._entered,
-            {},
-        )  # of no use to any other pass, and they hold its graph
-        hypers, params = self._localized(hypers, params, shard, known)
+        # no other pass can use the entered tensors, and they hold this pass's graph
+        known, self._entered = self._entered, {}
+        hypers, params = self._localize(hypers, params, shard, known)
         loss = objective(hypers, params, prediction, shard.of(batch))
         return leave(self.ranks, [shard.weight * loss])[0]
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
-        """Of the whole batch, on all ranks: values of one rank after those of another."""
+        """Return the metrics of the whole batch on all ranks.
+
+        Values per item are joined in the order of ranks.
+        """
         if (shard := self.shard(batch)) is None:
             return self.problem.metrics(hypers, params, prediction, batch)
-        hypers, params = self._localized(hypers, params, shard, {})
+        hypers, params = self._localize(hypers, params, shard, {})
         own = {
             name: widen(shard.weight * value if value.ndim == 0 else value)
             for name, value in self.problem.metrics(
@@ -143,9 +147,8 @@ class ShardedProblem(ProblemWrapper):
         }
         found = self.ranks.gather({name: list(value.shape) for name, value in own.items()})
         gathered: Metrics = {}
-        for name in dict.fromkeys(
-            name for shapes in found for name in shapes
-        ):  # a rank may lack one: that of a rare class
+        # a rank may lack a metric, for example that of a rare class
+        for name in dict.fromkeys(name for shapes in found for name in shapes):
             present = [shapes[name] for shapes in found if name in shapes]
             if not present[0]:
                 gathered[name] = own.get(name, self._zeros([]))
@@ -160,12 +163,13 @@ class ShardedProblem(ProblemWrapper):
     def _zeros(self, shape: list[int]) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.ranks.device)
 
-    def _localized(
+    def _localize(
         self, hypers: Hypers, params: Params, shard: Shard, known: dict[int, tuple[Tensor, Tensor]]
     ) -> tuple[Hypers, Params]:
-        """λ and w as the shard sees them; `known` are tensors that have entered it, and gains those that do now.
+        """Return λ and w for the shard.
 
-        λ and w enter apart: where the derivative in one of them is asked for, the other's is not computed and not sent.
+        `known` holds tensors that have entered already, and new ones are added to it. λ and w enter
+        separately, so that a derivative in one of them neither computes nor sends the other.
         """
         leaves = self._enter(list(hypers.values()), known)
         own = shard.of_hypers(self.space, dict(zip(hypers, leaves, strict=True)))
@@ -187,7 +191,7 @@ class ShardedProblem(ProblemWrapper):
     def _enter(
         self, tensors: list[Tensor], known: dict[int, tuple[Tensor, Tensor]]
     ) -> list[Tensor]:
-        """The tensors in the shard; an `id` is that of a tensor which `known` keeps alive."""
+        """Return the tensors in the shard; `known` keeps those alive whose `id` it holds."""
         fresh = [t for t in tensors if not self._holds(known, t)]
         known |= {
             id(t): (t, entered) for t, entered in zip(fresh, enter(self.ranks, fresh), strict=True)
@@ -200,12 +204,15 @@ class ShardedProblem(ProblemWrapper):
             t.requires_grad and torch.is_grad_enabled()
         )
 
-    def _own_state(self, name: str, state: Tensor, shard: Shard) -> Tensor:
+    def _state_of_shard(self, name: str, state: Tensor, shard: Shard) -> Tensor:
         axis = self.state_axes.get(name)
         return state if axis is None else state.narrow(axis, shard.start, shard.size)
 
-    def _gathered(self, carry: Carry, shard: Shard) -> Carry:
-        """The carry with the state of all examples, as constants: what is carried is a constant of the next step."""
+    def _gather(self, carry: Carry, shard: Shard) -> Carry:
+        """Return the carry with the state of all examples.
+
+        The state is detached, since it is a constant of the next step.
+        """
         names = [name for name in carry if name in self.state_axes]
         if not names:
             return carry

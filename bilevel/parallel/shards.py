@@ -1,4 +1,4 @@
-"""Which examples of a batch are a rank's own, and that part of what goes with them."""
+"""Shards: the examples of a batch that one rank computes, and their part of its tensors."""
 
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from bilevel.space import Space
 
 
 class Shard(NamedTuple):
-    """Examples `start` up to `stop` of a batch of `whole`."""
+    """Examples `start` up to `stop` of a batch of `whole` examples."""
 
     start: int
     stop: int
@@ -19,21 +19,21 @@ class Shard(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Return the number of examples."""
         return self.stop - self.start
 
     @property
     def weight(self) -> float:
-        """What their mean counts in the mean over the batch."""
+        """Return the weight of their mean in the mean over the batch."""
         return self.size / self.whole
 
     @property
     def rows(self) -> slice:
-        """Where they lie."""
+        """Return the slice of the examples."""
         return slice(self.start, self.stop)
 
     def of(self, batch: Batch) -> Batch:
-        """Their part of a batch; what has no example axis stays whole."""
+        """Return their part of a batch; leaves without an example axis stay whole."""
 
         def part(x: Any) -> Any:
             return x[self.rows] if isinstance(x, Tensor) and x.ndim and len(x) == self.whole else x
@@ -41,7 +41,7 @@ class Shard(NamedTuple):
         return pytree.tree_map(part, batch)
 
     def of_hypers(self, space: Space, hypers: Hypers) -> Hypers:
-        """Their rows of the leaves that are given per example, [B, *shape]."""
+        """Return λ with their rows of the leaves that are given per example, [B, *shape]."""
         return {
             name: leaf[self.rows]
             if name in space and leaf.ndim > len(space[name].shape) and len(leaf) == self.whole
@@ -51,7 +51,7 @@ class Shard(NamedTuple):
 
 
 def even_shards(examples: int, world: int) -> list[Shard]:
-    """A batch in contiguous parts, whose sizes differ by one at most.
+    """Cut a batch into contiguous shards, whose sizes differ by at most one.
 
     Example:
         >>> [shard.size for shard in even_shards(8, 3)]

@@ -112,11 +112,11 @@ def language():
 # --- one case, alone or together ---
 
 
-def trained(problem, solver, ranks=None, *, rehearsed=True):
+def trained(problem, solver, ranks=None, *, dry_run=True):
     """Return λ, w, carry, metrics, generator, evaluation and hypergradient after some rounds."""
     data = problem.data(CPU, torch.Generator().manual_seed(1))
     if ranks is not None:
-        problem = shard(problem, data, CPU, ranks) if rehearsed else ShardedProblem(problem, ranks)
+        problem = shard(problem, data, CPU, ranks) if dry_run else ShardedProblem(problem, ranks)
     solver.setup(problem, data, CPU, torch.Generator().manual_seed(2))
     for _ in range(ROUNDS):
         metrics = solver.step()
@@ -146,7 +146,7 @@ def unweighted(ranks):
     """Train the wrong way: the losses of five and of four examples get equal weight."""
     right, Shard.weight = Shard.weight, property(lambda shard: 0.5)
     try:
-        return trained(mlp(), Fixed(), ranks, rehearsed=False)
+        return trained(mlp(), Fixed(), ranks, dry_run=False)
     finally:
         Shard.weight = right
 
@@ -302,11 +302,11 @@ def runs(ranks, out):
         mlp("bernoulli"), delta_stn(), directory=out / f"whole{ranks.rank or ''}", seed=3
     )
     stopping = delta_stn()
-    step, told = stopping.step, []
+    step, stopped = stopping.step, []
 
     def interrupted(**options):
-        if stopping.inner_count > 5 and ranks.rank == 1 and not told:
-            told.append(signal.raise_signal(signal.SIGINT))
+        if stopping.inner_count > 5 and ranks.rank == 1 and not stopped:
+            stopped.append(signal.raise_signal(signal.SIGINT))
         return step(**options)
 
     stopping.step = interrupted

@@ -1,4 +1,4 @@
-"""On a GPU: no step synchronizes, one seed means one start on every device, a resumed run is the undisturbed one."""
+"""On a GPU: no step synchronizes, seeds give one start, and a resumed run equals a whole one."""
 
 import io
 
@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda")
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # functional_call hands an LSTM its weights one by one; cuDNN packs them anew in every call, and says so
+    # functional_call passes an LSTM its weights one by one; cuDNN packs them anew and warns
     pytest.mark.filterwarnings(
         "ignore:RNN module weights are not part of single contiguous chunk:UserWarning"
     ),

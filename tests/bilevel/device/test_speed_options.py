@@ -1,4 +1,4 @@
-"""Fused optimizers, and images whose channels lie side by side: the same training, to rounding, and resumed bit for bit."""
+"""Fused optimizers and channels-last images: the same training up to rounding, exact resumption."""
 
 import copy
 from functools import partial

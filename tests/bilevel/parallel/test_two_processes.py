@@ -1,4 +1,4 @@
-"""Two processes of gloo give what one gives on the same batches, solver by solver; and what would not be the same, shows."""
+"""Two gloo processes give the results of one; problems that cannot be sharded are refused."""
 
 import json
 import os
@@ -40,13 +40,13 @@ QUICK = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What every case gave on both ranks: one pair of processes runs them all."""
+    """Return the results of every case on both ranks, from one pair of processes."""
     out = tmp_path_factory.mktemp("parallel")
     command = [sys.executable, "-m", "tests.support.parallel_cases", out]
     options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
     pair = [subprocess.Popen([*command, str(rank), out / "store"], **options) for rank in (0, 1)]
-    said = [process.communicate(timeout=600)[1] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said
+    errors = [process.communicate(timeout=600)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], errors
     results = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     return {name: (results[0][name], results[1][name]) for name in results[0]} | {"out": out}
 
@@ -60,7 +60,7 @@ def test_every_solver_is_among_the_cases():
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_give_what_one_gives(name, outcomes):
-    """λ, w, carry, metrics, evaluation, hypergradient and generators; both ranks hold the same bits."""
+    """Compare λ, w, carry, metrics, hypergradient and generators; both ranks hold the same bits."""
     ours, theirs = outcomes[name]
     assert not isinstance(ours, str), ours
     (alone, together), (_, second) = ours, theirs
@@ -92,23 +92,23 @@ def test_solves_on_shares_averaged_are_off(outcomes):
 
 def test_what_cannot_be_shared_is_refused_in_a_sentence(outcomes):
     for name, words in {
-        "a sum": "it is no mean over examples",
-        "padding": "it is no mean over examples",
-        "a mean over the batch": "looks from one example at another",
-        "a mean that is kept": "`seen`, which `predict` carries on, differs between parts of a batch",
+        "a sum": "is not a mean over examples",
+        "padding": "is not a mean over examples",
+        "a mean over the batch": "lets examples interact",
+        "a mean that is kept": "`seen` of the carry differs between parts of a batch",
         "other batches": "the ranks read different batches",
-        "weights of each task": "the problem cannot be computed on a part of a batch, ValueError",
-        "a mask of weights": "a batch of 9 examples gives a rank 5 of them, and the network draws something else",
+        "weights of each task": "the problem cannot be computed on a part of a batch (ValueError",
+        "a mask of weights": (
+            "batch_size=9 gives a rank 5 examples, and the network draws another tensor"
+        ),
     }.items():
-        for said in outcomes[name]:
-            assert words in said
+        for message in outcomes[name]:
+            assert words in message
 
 
-def test_ranks_that_have_parted_are_told(outcomes):
-    for said in outcomes["parted"]:
-        assert said.startswith(
-            "the ranks have parted: at step 3 they hold different values of the hypers `decay`"
-        )
+def test_ranks_that_differ_are_named(outcomes):
+    for message in outcomes["parted"]:
+        assert message.startswith("the ranks hold different values of the hypers `decay` at step 3")
 
 
 def test_an_error_of_the_first_rank_is_that_of_all(outcomes):
@@ -213,8 +213,8 @@ def test_torchrun_leaves_one_set_of_files_and_the_metrics_of_one_process(
     device, tolerance, tmp_path
 ):
     process = torchrun(*QUICK, f"runner.device={device}", cwd=tmp_path)
-    shown, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    shown, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     assert shown.count("saved in") == 1
     (run,) = (tmp_path / "runs").iterdir()
     files = {path.name for path in run.iterdir()}
@@ -242,11 +242,11 @@ def test_torchrun_leaves_one_set_of_files_and_the_metrics_of_one_process(
             assert ours[key] == pytest.approx(value, rel=tolerance, abs=1e-5), key
 
 
-def test_a_mistake_is_told_once_and_leaves_nothing(tmp_path):
+def test_a_mistake_is_reported_once_and_leaves_nothing(tmp_path):
     process = torchrun(*QUICK, "runner.device=cpu", "problem.space.dropout1.init=7", cwd=tmp_path)
-    said = process.communicate(timeout=300)[1]
+    errors = process.communicate(timeout=300)[1]
     assert process.returncode != 0
-    assert said.count("is outside (0, 0.95)") == 1
+    assert errors.count("lies outside (0, 0.95)") == 1
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -271,8 +271,8 @@ def test_a_rank_that_dies_does_not_leave_the_other(tmp_path):
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ]
     os.kill(ranks[1], signal.SIGKILL)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode != 0, said
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode != 0, errors
     assert not any(alive(pid) for pid in ranks)
 
 
@@ -314,14 +314,14 @@ class Twice:
         return [value, value]
 
 
-def rehearsed(problem):
+def dry_run(problem):
     parallel = ShardedProblem(problem, Twice())
     dry_run_shards(parallel, problem.data(CPU, torch.Generator().manual_seed(1)), CPU)
     return parallel
 
 
 def through(*tensors):
-    """A sum over two ranks of a function that is not linear, in two tensors of which one enters beside the other."""
+    """Return a nonlinear function of two tensors, summed over two ranks."""
     x, y = enter(Twice(), tensors)
     return leave(Twice(), [torch.tanh(x @ y), (x * x).sum()])
 
@@ -444,7 +444,7 @@ def test_every_function_that_is_taught_is_called_above():
 
 
 def test_batch_norm_in_shares_is_that_of_the_batch():
-    """Outputs, running statistics, and the gradient of shares with the same values on both ranks."""
+    """Compare outputs, running statistics and gradients; both ranks hold the same values."""
     x = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e3
     weight, bias = torch.rand(3).double() + 1, torch.rand(3).double()
     running = [torch.zeros(3).double(), torch.ones(3).double()]
@@ -458,7 +458,7 @@ def test_batch_norm_in_shares_is_that_of_the_batch():
 
 @all_problems
 def test_the_problems_of_the_laws_can_be_shared(make_problem):
-    parallel = rehearsed(make_problem())
+    parallel = dry_run(make_problem())
     assert parallel.state_axes == ({"h": 0} if isinstance(parallel.problem, Recurrent) else {})
 
 
@@ -503,16 +503,16 @@ def attend(module, x):
 )
 def test_draws_that_cannot_be_cut_are_refused(module, apply):
     with pytest.raises(
-        Refused, match="draws without an example axis that comes first; run it in one process"
+        Refused, match="draws without a leading example axis; run it in one process"
     ):
-        rehearsed(Decayed(Network(module, apply), (6, 4)))
+        dry_run(Decayed(Network(module, apply), (6, 4)))
 
 
 def test_draws_per_example_after_a_fused_layer_can_be_cut():
     def apply(module, x):
         return F.dropout(module(x)[0], 0.5, module.training)
 
-    rehearsed(Decayed(Network(nn.GRU(4, 4, batch_first=True), apply), (6, 4)))
+    dry_run(Decayed(Network(nn.GRU(4, 4, batch_first=True), apply), (6, 4)))
 
 
 def test_one_process_is_alone():
@@ -521,4 +521,4 @@ def test_one_process_is_alone():
     assert SINGLE_PROCESS.maximum(1.5, True) == [1.5, True]
     assert SINGLE_PROCESS.on_first(lambda: 3) == 3
     with pytest.raises(RuntimeError, match="gloo"), open_ranks(CPU):
-        raise RuntimeError("of gloo, where there is no other process")
+        raise RuntimeError("of gloo, without another process")
