@@ -1,1 +1,1 @@
-"""Loggers: what a run records, and where it is written and drawn."""
+"""Loggers: the records of a run, and the files, dashboards and displays that receive them."""

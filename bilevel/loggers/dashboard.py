@@ -1,4 +1,4 @@
-"""What dashboards show of a record: a section per kind, an entry per number, and pictures on a sheet."""
+"""Entries of dashboards: a section per kind of number, and pictures in a grid."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,20 +11,20 @@ from bilevel.loggers.records import Record
 
 SECTIONS = ("train", "valid", "hypers", "scales", "exact", "hypergradient", "seconds", "solver")
 AXES = ("step", "epoch", "seconds", "examples", "peak_memory_bytes")
-"""Entries that stand by themselves: what others are drawn against, and the memory."""
+"""Entries without a section: the horizontal axes, and the memory."""
 COLUMNS = 8
-"""Pictures in a row of a sheet."""
+"""Pictures in a row of a grid."""
 SIDE = 64
-"""Pixels to which smaller pictures are magnified."""
+"""Side in pixels to which smaller pictures are magnified."""
 
 
 def sections(record: Record) -> dict[str, Any]:
-    """The numbers of a record as `section/name`; what is not known is left out, and so are non-numbers.
+    """Return the numbers of a record as `section/name`; missing values are left out.
 
     Example:
-        >>> sections({"step": 3, "valid_loss": 0.5, "hypers.rates": [0.1, 0.2], "seconds.inner": 1.5, "inner_loss": 0.7})
-        {'step': 3, 'valid/loss': 0.5, 'hypers/rates/0': 0.1, 'hypers/rates/1': 0.2, 'seconds/inner': 1.5,
-         'solver/inner_loss': 0.7}
+        >>> record = {"step": 3, "valid_loss": 0.5, "hypers.rates": [0.1, 0.2], "loss": 0.7}
+        >>> list(sections(record))
+        ['step', 'valid/loss', 'hypers/rates/0', 'hypers/rates/1', 'solver/loss']
     """
     return {
         entry: number
@@ -34,10 +34,10 @@ def sections(record: Record) -> dict[str, Any]:
 
 
 def comparison_metrics(record: Record) -> dict[str, Any]:
-    """The numbers by which solvers are compared at equal cost: of the validation split, and the regret and its like.
+    """Return the numbers that compare solvers at equal cost: validation scores and exact values.
 
     Example:
-        >>> comparison_metrics({"step": 3, "train_loss": 0.4, "valid_loss": 0.5, "exact.regret": 0.1})
+        >>> comparison_metrics({"step": 3, "valid_loss": 0.5, "exact.regret": 0.1})
         {'valid_loss': 0.5, 'regret': 0.1}
     """
     return {
@@ -49,21 +49,25 @@ def comparison_metrics(record: Record) -> dict[str, Any]:
 
 
 def flat_summary(summary: Record) -> dict[str, Any]:
-    """A summary in one level: `best/valid_loss`, `best/test_loss`, `best/regret`, `last/…`, `examples`, `stopped` and so on.
+    """Return a summary on one level: `best/valid_loss`, `best/test_loss`, `last/…`, `examples`, ….
 
     Example:
-        >>> flat_summary({"best": {"valid_loss": 0.5, "exact.regret": 0.1, "test_loss": None}, "seconds": 2.0})
+        >>> summary = {"best": {"valid_loss": 0.5, "exact.regret": 0.1}, "seconds": 2.0}
+        >>> flat_summary(summary)
         {'best/valid_loss': 0.5, 'best/regret': 0.1, 'seconds': 2.0}
     """
-    told: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, value in summary.items():
         for entry, number in _entries(name, value):
-            told[entry.replace("/exact.", "/")] = number
-    return told
+            entries[entry.replace("/exact.", "/")] = number
+    return entries
 
 
 def picture_grid(pictures: Tensor) -> Tensor:
-    """Pictures [n, C, H, W] in [0, 1] side by side, eight to a row, as bytes [3, height, width]; small ones are magnified."""
+    """Return pictures [n, C, H, W] in [0, 1] as one image of bytes, [3, height, width].
+
+    Eight stand in a row, and small ones are magnified.
+    """
     from torchvision.utils import make_grid
 
     factor = max(1, SIDE // max(pictures.shape[-2:]))

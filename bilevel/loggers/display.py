@@ -1,4 +1,4 @@
-"""What a run shows while it goes and when it ends; it reads the numbers and never touches them."""
+"""The display of a run in the terminal, while it runs and at its end."""
 
 import math
 import time
@@ -27,20 +27,20 @@ DISPLAYS = ("auto", "live", "plain", "none")
 
 
 def display(kind: str, console: "Console | None" = None) -> list[Logger]:
-    """The loggers that show a run: none, or one."""
+    """Return the loggers that show a run: none, or one."""
     if kind == "none":
         return []
     from rich.console import Console
 
-    class Unread(Console):
-        """Rich would end the process where nobody reads any more, and the run would be lost with it."""
+    class ClosablePipeConsole(Console):
+        """A console that raises where the reader of a pipe ends; Rich would end the run."""
 
         def on_broken_pipe(self) -> None:
             with suppress(SystemExit):
                 super().on_broken_pipe()
-            raise BrokenPipeError("nobody reads the output any more")
+            raise BrokenPipeError("the reader of the output has ended")
 
-    console = console or Unread(highlight=False)
+    console = console or ClosablePipeConsole(highlight=False)
     live = kind == "live" or (
         kind == "auto" and console.is_terminal and not console.is_dumb_terminal
     )
@@ -48,23 +48,21 @@ def display(kind: str, console: "Console | None" = None) -> list[Logger]:
 
 
 class _Display(Logger):
-    """What both displays share: where the run stands, and the table at its end."""
+    """The parts that both displays share: progress, and the tables at the end."""
 
     def __init__(self, console: "Console") -> None:
         self.console = console
         self.record: Record = {}
         self.progress = Progress(0, 0.0, 0.0)
-        unicode = console.encoding.lower().startswith(
-            "utf"
-        )  # any other may raise on these in the middle of a run
+        # other encodings may raise on these characters in the middle of a run
+        unicode = console.encoding.lower().startswith("utf")
         self.arrow, self.sigma, self.dot = ("→", "σ", "·") if unicode else ("->", "sigma", "-")
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         self.run = run
         self.best = run.best
-        self._began: tuple[float, float] | None = (
-            None  # when and at which fraction this process took over
-        )
+        # time and fraction at which this process began
+        self._began: tuple[float, float] | None = None
 
     def log(self, record: Record) -> None:
         self.record = record
@@ -76,19 +74,18 @@ class _Display(Logger):
 
     def advance(self, progress: Progress) -> None:
         warm = self.run.warmup_epochs
-        if (
-            self._began is None or self.progress.epoch < warm <= progress.epoch
-        ):  # rounds after warm-up take longer
+        # rounds after warm-up take longer
+        if self._began is None or self.progress.epoch < warm <= progress.epoch:
             self._began = (time.monotonic(), progress.fraction)
         self.progress = progress
         self.tick()
 
     @abstractmethod
     def show(self) -> None:
-        """There is a new record."""
+        """Show the new record."""
 
     def tick(self) -> None:
-        """A round is over."""
+        """Note the end of a round."""
 
     def title(self) -> str:
         parts = [
@@ -106,7 +103,7 @@ class _Display(Logger):
         return f"epoch {max(self.progress.epoch, self.record.get('epoch', 0.0)):.4g}{budget}"
 
     def time_left(self) -> str:
-        """Until the budget that is reached first; patience may end the run before."""
+        """Return the time until the budget that is reached first; patience may stop earlier."""
         if self._began is None or self.progress.fraction <= self._began[1]:
             return ""
         passed, done = time.monotonic() - self._began[0], self.progress.fraction - self._began[1]
@@ -114,16 +111,16 @@ class _Display(Logger):
         return f"{most}{duration(passed * (1 - self.progress.fraction) / done)} left"
 
     def stalled(self) -> str:
-        """How far patience is used up; empty while it is not."""
+        """Return the used part of patience; empty while it is unused."""
         if self.run.patience is None or not self.progress.stalled:
             return ""
         return f"no new best for {self.progress.stalled} of {self.run.patience}"
 
     def finish(self, summary: Record) -> None:
         self.close()
-        if summary["diverged"]:  # the command line says why, as an error
+        if summary["diverged"]:  # the command line prints the reason
             self.console.print(
-                f"diverged: last is where it ended, best is kept in {self.run.directory}",
+                f"diverged: `last` is the end of the run; the best step is in {self.run.directory}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -149,9 +146,7 @@ class PlainDisplay(_Display):
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         super().start(run, state)
-        with suppress(
-            OSError
-        ):  # no reason to end the run: of a full disk the first evaluation says it
+        with suppress(OSError):  # a full disk is reported at the first evaluation
             self._print(self.title())
 
     def show(self) -> None:
@@ -179,7 +174,7 @@ class PlainDisplay(_Display):
 
 
 class LiveDisplay(_Display):
-    """A panel that is drawn anew with every evaluation and a few times a second: for a terminal."""
+    """A panel that is redrawn with every evaluation and a few times a second, for a terminal."""
 
     INTERVAL = 0.25  # seconds; drawing costs some milliseconds
 
@@ -188,7 +183,7 @@ class LiveDisplay(_Display):
 
         super().start(run, state)
         self._drawn = -math.inf
-        # no thread that draws on its own: it would compete with training
+        # no drawing thread, since it would compete with training
         self.live: Live | None = Live(
             self.panel(), console=self.console, auto_refresh=False, transient=True
         )
@@ -213,7 +208,7 @@ class LiveDisplay(_Display):
             self.live = None
 
     def panel(self) -> "RenderableType":
-        """Progress, losses, and where each hyperparameter went so far."""
+        """Return progress, losses, and the path of each hyperparameter so far."""
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar

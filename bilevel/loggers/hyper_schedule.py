@@ -1,4 +1,7 @@
-"""The hyperparameter schedule of a run, to be replayed: `python -m bilevel.loggers.hyper_schedule RUN`."""
+"""The hyperparameter schedule of a run, for replaying it in another run.
+
+Export with `python -m bilevel.loggers.hyper_schedule RUN`.
+"""
 
 import json
 import math
@@ -13,23 +16,25 @@ from typing import Any
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
 from bilevel.loggers.records import METRICS, SUMMARY, read_metrics
+from bilevel.validate import is_number
 
 SCHEDULE = "schedule.json"
 
 
 @dataclass(frozen=True)
 class RecordedSchedule:
-    """What every hyperparameter was, in its own units, after so many inner steps; it holds until the next entry.
+    """The values of all hyperparameters by inner steps; each holds until the next entry.
 
         λ(n) = λ_k    for the largest k with steps[k] ≤ n,    and λ_0 before the first
 
-    Records are made between rounds, and λ moves at the end of a round alone: of a run that is evaluated after every round
-    this is the schedule exactly, of others it lags by less than one interval between evaluations.
+    Records are made between rounds, and λ moves only at the end of a round. For a run that is
+    evaluated after every round this schedule is exact. For other runs it lags by less than one
+    evaluation interval.
 
     Attributes:
         steps: inner steps, ascending.
         hypers: by name, one value (a number or nested lists) for each of `steps`.
-        origin: which run it is of: problem, solver, seed; {} where that is not known.
+        origin: problem, solver and seed of the run; {} where they are unknown.
 
     Example:
         >>> schedule = RecordedSchedule([0, 10, 20], {"dropout": [0.1, 0.3, 0.4]})
@@ -37,7 +42,7 @@ class RecordedSchedule:
         [0.1, 0.1, 0.3, 0.4]
 
     Raises:
-        BilevelError: steps that do not ascend, or other than one finite value for each.
+        BilevelError: the steps do not ascend, or a step lacks a finite value.
     """
 
     steps: Sequence[int]
@@ -52,15 +57,17 @@ class RecordedSchedule:
             or any(type(n) is not int or n < 0 for n in steps)
         ):
             raise BilevelError(
-                "a schedule's `steps` are whole numbers of inner steps, one at least; give such a list"
+                "steps of a hyperparameter schedule must be whole numbers of at least 0; give at "
+                "least one"
             )
         if any(later <= earlier for earlier, later in pairwise(steps)):
             raise BilevelError(
-                "a schedule's `steps` must ascend; sort them, and leave repeated ones out"
+                "steps of a hyperparameter schedule must ascend; sort them and remove repeated ones"
             )
         if not isinstance(self.hypers, Mapping) or not self.hypers:
             raise BilevelError(
-                "a schedule needs the `hypers` by name, each with a list of values; give one at least"
+                "hypers of a hyperparameter schedule must map names to lists of values; give at "
+                "least one name"
             )
         for name, values in self.hypers.items():
             if (
@@ -69,49 +76,55 @@ class RecordedSchedule:
                 or len(values) != len(steps)
             ):
                 raise BilevelError(
-                    f"the schedule of `{name}` must have {len(steps)} values, one for each of `steps`"
+                    f"hypers[{name!r}] must have {len(steps)} values; give one for each of `steps`"
                 )
             for step, value in zip(steps, values, strict=True):
                 if not _finite(value):
                     raise BilevelError(
-                        f"the schedule of `{name}` has no finite number at step {step}; cut it before that"
+                        f"hypers[{name!r}] must be finite at step {step}; cut the schedule before "
+                        "it"
                     )
 
     def index(self, step: int) -> int:
-        """K, the entry that holds after `step` inner steps."""
+        """Return k, the entry that holds after `step` inner steps."""
         return max(0, bisect_right(self.steps, step) - 1)
 
     def at(self, step: int) -> dict[str, Any]:
-        """λ after `step` inner steps, by name."""
+        """Return λ after `step` inner steps, by name."""
         return {name: values[self.index(step)] for name, values in self.hypers.items()}
 
 
 def from_run(run: str | Path) -> RecordedSchedule:
-    """The schedule of the run in a directory, from its `metrics.jsonl`; it may still be going on.
+    """Return the schedule of the run in a directory, from its `metrics.jsonl`.
+
+    The run may still be in progress.
 
     Raises:
-        BilevelError: the directory is not a run's, or its records do not say what every hyperparameter was.
+        BilevelError: the directory is not that of a run, or its records lack values of a
+            hyperparameter.
     """
     run = Path(run)
     try:
         records = read_metrics(run / METRICS)
     except OSError as error:
         raise BilevelError(
-            f"{run / METRICS} cannot be read ({error.strerror}); give the directory of a run"
+            f"cannot read {run / METRICS} ({error.strerror}); give the directory of a run"
         ) from None
     except ValueError:
         raise BilevelError(
-            f"{run / METRICS} is damaged: a line is no JSON; give the directory of another run"
+            f"{run / METRICS} is damaged, since a line is not JSON; give the directory of another "
+            "run"
         ) from None
     names = [key for key in (records[0] if records else {}) if key.startswith("hypers.")]
     if not names:
         raise BilevelError(
-            f"{run / METRICS} records no hyperparameter; give the directory of a run that has some"
+            f"{run / METRICS} records no hyperparameter; give the directory of a run with "
+            "hyperparameters"
         )
     if large := [name for name in names if isinstance(records[0][name], Mapping)]:
         raise BilevelError(
-            f"`{large[0].removeprefix('hypers.')}` has so many entries that {run / METRICS} keeps mean, min and max alone; "
-            "replay a run with fewer"
+            f"`{large[0].removeprefix('hypers.')}` is too large, so {run / METRICS} keeps only its "
+            "mean, min and max; replay a run with fewer entries"
         )
     hypers = {name.removeprefix("hypers."): [record[name] for record in records] for name in names}
     try:
@@ -121,7 +134,7 @@ def from_run(run: str | Path) -> RecordedSchedule:
 
 
 def export(run: str | Path, path: str | Path | None = None) -> Path:
-    """Write the schedule of the run in a directory as JSON, by default to its `schedule.json`; where it is.
+    """Write the schedule of a run as JSON, by default to its `schedule.json`; return the path.
 
     Raises:
         BilevelError: see `from_run`; or the file cannot be written.
@@ -134,10 +147,10 @@ def export(run: str | Path, path: str | Path | None = None) -> Path:
 
 
 def read(path: str | Path) -> RecordedSchedule:
-    """The schedule in a file that `export` wrote, or that of a run's directory.
+    """Return the schedule in a file that `export` wrote, or that of the run in a directory.
 
     Raises:
-        BilevelError: it is missing, or no schedule.
+        BilevelError: the file is missing, or is not a schedule.
     """
     path = Path(path)
     if path.is_dir():
@@ -146,15 +159,18 @@ def read(path: str | Path) -> RecordedSchedule:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BilevelError(
-            f"cannot read the schedule {path} ({error.strerror}); give a schedule.json, or the directory of a run"
+            f"cannot read the schedule {path} ({error.strerror}); give a schedule.json or the "
+            "directory of a run"
         ) from None
     except ValueError:
         raise BilevelError(
-            f"{path} is no JSON; write one with: python -m bilevel.loggers.hyper_schedule RUN"
+            f"{path} is not JSON; write a schedule with: python -m bilevel.loggers.hyper_schedule "
+            "RUN"
         ) from None
     if not isinstance(content, dict) or not {"steps", "hypers"} <= content.keys():
         raise BilevelError(
-            f"{path} has no `steps` and `hypers`; write one with: python -m bilevel.loggers.hyper_schedule RUN"
+            f"{path} lacks `steps` or `hypers`; write it with: python -m "
+            "bilevel.loggers.hyper_schedule RUN"
         )
     try:
         return RecordedSchedule(content["steps"], content["hypers"], content.get("origin"))
@@ -165,7 +181,7 @@ def read(path: str | Path) -> RecordedSchedule:
 def _origin(run: Path) -> dict[str, Any]:
     try:
         summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a run that goes on has none yet
+    except (OSError, ValueError):  # a run in progress has none
         return {}
     return {key: summary.get(key) for key in ("problem", "solver", "seed")}
 
@@ -173,11 +189,11 @@ def _origin(run: Path) -> dict[str, Any]:
 def _finite(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_finite(entry) for entry in value)
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Export the schedule of every run that is named, and say where."""
+    """Export the schedule of every named run, and print its path."""
     if not arguments or arguments[0].startswith("-"):
         print(
             "usage: python -m bilevel.loggers.hyper_schedule RUN…    (writes RUN/schedule.json)",

@@ -1,4 +1,4 @@
-"""The lines of a run on disk, which outlive a disk that is full for a while."""
+"""The files of a run: run.json, metrics.jsonl and summary.json."""
 
 import hashlib
 import os
@@ -14,10 +14,11 @@ from bilevel.loggers.space_json import space_to_json
 
 
 class JsonLines(Logger):
-    """`run.json` at the start, `metrics.jsonl` with a line per evaluation, and `summary.json` at the end.
+    """Writes `run.json` first, a line of `metrics.jsonl` per evaluation, then `summary.json`.
 
-    A resumed run cuts the file at its checkpoint, so that lines written after it are not there twice. Lines that cannot be
-    written are held, in the checkpoints too, until they can be.
+    A resumed run cuts `metrics.jsonl` at its checkpoint, so no line appears twice. Lines that
+    cannot be written, for example on a full disk, are kept in memory and in the checkpoints until
+    they can be.
     """
 
     vital = True
@@ -26,48 +27,49 @@ class JsonLines(Logger):
         path = self.path = run.directory / METRICS
         self.lines, self.durable = state.get("lines", 0), state.get("bytes", 0)
         try:
-            self.file = open(path, "r+b" if state else "wb", buffering=0)  # noqa: SIM115  # closed by `close`
+            self.file = open(path, "r+b" if state else "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise BilevelError(
-                f"cannot write {path}: {error.strerror or error}; choose another directory"
+                f"cannot write {path} ({error.strerror or error}); choose another directory"
             ) from None
         self.digest = hashlib.sha256(self.file.read(self.durable) if state else b"")
         if state and self.digest.hexdigest() != state["digest"]:
             self.file.close()
             raise BilevelError(
-                f"{path} does not begin with the {state['lines']} lines that its checkpoint was saved after: "
+                f"{path} does not begin with the {state['lines']} lines of its checkpoint, since "
                 "one of the two was cut or replaced; start a new run"
             )
         self.file.truncate()
-        self.held = [
-            line.encode() for line in state.get("held", [])
-        ]  # what follows the durable bytes
-        self.written, self.told = 0, False  # how many of these lines are in the file
+        self.pending = [line.encode() for line in state.get("held", [])]  # after the durable bytes
+        self.written = 0  # number of pending lines that are in the file
+        self.warned = False
         if run.resumed:
             (run.directory / SUMMARY).unlink(missing_ok=True)  # the run has not ended yet
         else:
-            told = {
+            description = {
                 "problem": run.problem,
                 "solver": run.solver,
                 "seed": run.seed,
                 "epochs": run.epochs,
+                "warmup_epochs": run.warmup_epochs,
+                "space": space_to_json(run.space),
             }
-            told |= {"warmup_epochs": run.warmup_epochs, "space": space_to_json(run.space)}
             write_atomically(
                 run.directory / DESCRIPTION,
-                lambda file: file.write(strict_json(told, indent=2) + "\n"),
+                lambda file: file.write(strict_json(description, indent=2) + "\n"),
             )
 
     def log(self, record: Record) -> None:
-        self.held.append(strict_json(record).encode() + b"\n")
+        self.pending.append(strict_json(record).encode() + b"\n")
         self._write()
 
     def finish(self, summary: Record) -> None:
         if (error := self._write()) is not None:
-            lines = len(self.held) - self.written
+            lines = len(self.pending) - self.written
             raise Unwritable(
-                f"{lines} lines could not be written to {self.path}: {error.strerror or error}; the checkpoint has them: free "
-                f"some space, and resume={self.path.parent} writes them"
+                f"{lines} lines cannot be written to {self.path} ({error.strerror or error}), but "
+                "the checkpoint has them; free some space and continue with "
+                f"resume={self.path.parent}"
             )
         write_atomically(
             self.path.with_name(SUMMARY),
@@ -78,45 +80,51 @@ class JsonLines(Logger):
         self.file.close()
 
     def state(self) -> dict[str, Any]:
-        """What is on disk for good, and the lines beyond: a checkpoint vouches for both."""
+        """Return the size of the durable file and the lines beyond it, for the checkpoint."""
         if self._write() is None:
             try:
                 os.fsync(self.file.fileno())
             except OSError as error:
                 self._fall_back(error)
             else:
-                for line in self.held:
+                for line in self.pending:
                     self.digest.update(line)
-                self.lines, self.durable = self.lines + len(self.held), self.file.tell()
-                self.held, self.written = [], 0
-        held = [line.decode() for line in self.held]
+                self.lines, self.durable = self.lines + len(self.pending), self.file.tell()
+                self.pending, self.written = [], 0
+        pending = [line.decode() for line in self.pending]
         return {
             "bytes": self.durable,
             "lines": self.lines,
             "digest": self.digest.hexdigest(),
-            "held": held,
+            "held": pending,
         }
 
     def _write(self) -> OSError | None:
-        """Bring the file up to date; the error where that cannot be done."""
+        """Write the pending lines; return the error where that fails."""
         try:
-            for line in self.held[self.written :]:
+            for line in self.pending[self.written :]:
                 left = memoryview(line)
-                while left:  # a disk that fills up takes a part
+                while left:  # a disk that is nearly full takes a part
                     left = left[self.file.write(left) :]
                 self.written += 1
         except OSError as error:
             self._fall_back(error)
             return error
-        self.told = False
+        self.warned = False
         return None
 
     def _fall_back(self, error: OSError) -> None:
-        """To what is durable: the same lines are written to the same place again, over what was begun."""
+        """Return to the durable end of the file.
+
+        The next attempt writes the same lines to the same place again.
+        """
         self.written = 0
-        with suppress(OSError):  # the next write meets it again
+        with suppress(OSError):  # the next write fails again
             self.file.seek(self.durable)
-        if not self.told:
-            self.told = True
-            message = f"cannot write {self.path}: {error.strerror or error}; the run goes on, and holds its lines until it can"
+        if not self.warned:
+            self.warned = True
+            message = (
+                f"cannot write {self.path} ({error.strerror or error}); the run continues "
+                "and keeps its lines until it can"
+            )
             warnings.warn(message, FaultWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""The interface of loggers: what a run passes to them, and when."""
+"""The interface of loggers, and the facts about a run that they receive."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from bilevel.space import Space
 
 
 class Place(NamedTuple):
-    """A run's place in a sweep: the sweep's name, the run's number from 1, and how many there are, where that is known."""
+    """The place of a run in a sweep: name of the sweep, number from 1, total where it is known."""
 
     sweep: str
     run: int
@@ -22,13 +22,13 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What loggers know of a run before it begins.
+    """The facts about a run before it begins.
 
     Attributes:
         initial: every hyperparameter before training, by name.
-        best: the best record so far of a run that is resumed; {} otherwise.
-        patience: as the runner's.
-        place: in the sweep that the run is part of, if it is.
+        best: the best record so far of a resumed run; {} otherwise.
+        patience: the setting of the runner.
+        place: the place in a sweep; None for a single run.
     """
 
     directory: Path
@@ -47,9 +47,10 @@ class RunInfo:
 
 
 class Progress(NamedTuple):
-    """Where a run is between two evaluations.
+    """The state of a run between two evaluations.
 
-    `fraction` is the part of the budget that is spent, `stalled` the evaluations since the best one that patience counts.
+    `fraction` is the spent part of the budget. `stalled` counts the evaluations since the best one,
+    for patience.
     """
 
     step: int
@@ -59,36 +60,37 @@ class Progress(NamedTuple):
 
 
 class Logger(ABC):
-    """Receives what a run tells; several compose in a list. It must not touch the numbers that it is given.
+    """Receives the records of a run and must not change them; several loggers form a list.
 
-    First comes `start`, then `log` and `advance`, then `finish` unless the run raised, and at last `close`.
+    The runner calls `start`, then `log` and `advance`, then `finish` unless the run raised, and
+    `close`.
     """
 
     takes_pictures: bool = False
-    """Whether it wants `show_pictures` to be called."""
+    """True where `show_pictures` should be called."""
     vital: bool = False
-    """Whether a run ends where it raises; otherwise that is told in a sentence, and the run goes on without it."""
+    """True where an error of this logger ends the run; otherwise it is a warning."""
 
     @abstractmethod
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
-        """The run begins, or resumes with the `state` of its checkpoint ({} otherwise)."""
+        """Begin a run, or resume one with the `state` of its checkpoint ({} otherwise)."""
 
     @abstractmethod
     def log(self, record: Record) -> None:
-        """An evaluation was made."""
+        """Log the record of an evaluation."""
 
-    def advance(self, progress: Progress) -> None:  # optional, as the next two
-        """A round is over; called often, so it must be quick."""
+    def advance(self, progress: Progress) -> None:
+        """Note the end of a round; this method is called often and must be fast."""
 
     def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
-        """`Problem.pictures` on the CPU, at some evaluations, just before their `log`."""
+        """Show `Problem.pictures`, on the CPU, before the `log` of some evaluations."""
 
     def finish(self, summary: Record) -> None:
-        """The run ended in order, interrupted and diverged ones included."""
+        """Log the end of a run in order, also of an interrupted or diverged one."""
 
     def close(self) -> None:
-        """Release what `start` took."""
+        """Release the resources that `start` acquired."""
 
     def state(self) -> dict[str, Any]:
-        """What `start` needs in order to go on from this checkpoint: numbers, strings and containers of them."""
+        """Return the state that `start` needs to continue from this checkpoint, in plain types."""
         return {}

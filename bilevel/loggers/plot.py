@@ -1,4 +1,4 @@
-"""The picture of a run: its losses and accuracies, and the paths of its hyperparameters."""
+"""The plot of a run: its losses and accuracies, and the paths of its hyperparameters."""
 
 import math
 from collections.abc import Sequence
@@ -16,16 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PICTURE = "curves.png"
-TRAIN, VALID, PATH = (
-    "#E69F00",
-    "#0072B2",
-    "#009E73",
-)  # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
+# Okabe and Ito's palette: distinct for colour-blind readers, and in grey
+TRAIN, VALID, PATH = "#E69F00", "#0072B2", "#009E73"
 PATHS = (PATH, "#CC79A7", "#56B4E9", "#D55E00")
 
 
 class CurvesPlot(Logger):
-    """Draws `curves.png` when a run ends."""
+    """Writes `curves.png` when a run ends."""
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         self.run = run
@@ -56,11 +53,11 @@ def draw(
     """Write the curves of a `metrics.jsonl`, or of its records, as an image.
 
     Args:
-        metrics: where the records are, or they themselves.
+        metrics: the file with the records, or the records.
         picture: the file to write; its ending chooses the format.
-        space: draws the band λ(u ± σ) around the path of each perturbed hyperparameter.
-        warmup_epochs: shaded.
-        title: above all panels.
+        space: with it, the band λ(u ± σ) is drawn around the path of each perturbed hyperparameter.
+        warmup_epochs: length of the shaded part.
+        title: title above all panels.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -83,11 +80,11 @@ def draw(
         for ax in axes[panels:]:
             ax.set_visible(False)
         for index, ax in enumerate(axes[:panels]):
-            _mark(ax, records, warmup_epochs, labelled=index == 0)
+            _mark(ax, records, warmup_epochs, with_labels=index == 0)
             if index + columns >= panels:
                 ax.set_xlabel("epoch")
                 ax.xaxis.set_tick_params(labelbottom=True)
-        for first in {0, len(scores)}:  # the first panel of each kind explains its kind
+        for first in {0, len(scores)}:  # one legend per kind of panel
             if first < panels and axes[first].get_legend_handles_labels()[0]:
                 axes[first].legend(loc="best")
         if title:
@@ -96,7 +93,7 @@ def draw(
 
 
 def _scores(records: Sequence[Record]) -> list[str]:
-    """What was measured over both splits: the loss first."""
+    """Return the scores that both splits have, the loss first."""
     first = records[0] if records else {}
     measured = [name.removeprefix("valid_") for name in first if name.startswith("valid_")]
     return sorted(measured, key=lambda name: (name != "loss", name != "accuracy"))
@@ -109,13 +106,16 @@ def _draw_score(ax: "Axes", records: Sequence[Record], score: str) -> None:
         values = [r[f"{split}_{score}"] for r in known]
         ax.plot([r["epoch"] for r in known], values, color=color, label=split)
         shown += values
-    _dot(ax, records, f"valid_{score}", VALID)
-    _spread(ax, shown)
+    _mark_best_point(ax, records, f"valid_{score}", VALID)
+    _logarithmic_if_wide(ax, shown)
     ax.set_title(score)
 
 
 def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | None) -> None:
-    """The path in the hyperparameter's own units; of a large one its mean within its range."""
+    """Draw the path of a hyperparameter in its own units.
+
+    For a large one, draw its mean within its range.
+    """
     points = [r for r in records if r.get(f"hypers.{name}") is not None]
     values = [_with_nan(r[f"hypers.{name}"]) for r in points]
     epochs = [r["epoch"] for r in points]
@@ -138,9 +138,8 @@ def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | 
     entries = path.reshape(len(values), -1).unbind(1)
     for index, entry in enumerate(entries):
         color = PATHS[index % len(PATHS)]
-        if band is not None and len(entries) <= len(
-            PATHS
-        ):  # bands of many entries would hide one another
+        # bands of many entries would hide one another
+        if band is not None and len(entries) <= len(PATHS):
             low, high = (edge.reshape(len(values), -1)[:, index].tolist() for edge in band)
             ax.fill_between(
                 epochs,
@@ -153,14 +152,14 @@ def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | 
             )
         ax.plot(epochs, entry.tolist(), color=color)
     if len(entries) == 1:
-        _dot(ax, records, f"hypers.{name}", PATH)
-    _spread(ax, path.flatten().tolist())
+        _mark_best_point(ax, records, f"hypers.{name}", PATH)
+    _logarithmic_if_wide(ax, path.flatten().tolist())
 
 
 def sigma_band(
     space: Space | None, name: str, path: Tensor, scales: Sequence[Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """λ(u − σ) and λ(u + σ) along the path."""
+    """Return λ(u − σ) and λ(u + σ) along the path; None without a finite band."""
     if space is None or name not in space or any(scale is None for scale in scales):
         return None
     u, sigma = space[name].unconstrain(path), torch.tensor(_with_nan(scales), dtype=torch.float64)
@@ -169,7 +168,7 @@ def sigma_band(
 
 
 def _with_nan(value: Any) -> Any:
-    """The same with NaN for null: of a hyperparameter that diverged, JSON holds nulls in lists and ranges."""
+    """Return the value with NaN for null, which JSON holds where a hyperparameter diverged."""
     if isinstance(value, dict):
         return {name: _with_nan(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -177,8 +176,10 @@ def _with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _mark(ax: "Axes", records: Sequence[Record], warmup_epochs: float, *, labelled: bool) -> None:
-    """Warm-up shaded, the best evaluation marked."""
+def _mark(
+    ax: "Axes", records: Sequence[Record], warmup_epochs: float, *, with_labels: bool
+) -> None:
+    """Shade the warm-up and mark the best evaluation."""
     from matplotlib.ticker import MaxNLocator
 
     end = records[-1]["epoch"] if records else 0
@@ -188,7 +189,7 @@ def _mark(ax: "Axes", records: Sequence[Record], warmup_epochs: float, *, labell
             min(warmup_epochs, end),
             color="0.93",
             zorder=0,
-            label="warm-up" if labelled else None,
+            label="warm-up" if with_labels else None,
         )
     if best := _best(records):
         ax.axvline(
@@ -197,7 +198,7 @@ def _mark(ax: "Axes", records: Sequence[Record], warmup_epochs: float, *, labell
             linestyle=":",
             linewidth=1,
             zorder=1,
-            label="best" if labelled else None,
+            label="best" if with_labels else None,
         )
     if end > 0:
         ax.set_xlim(0, end)
@@ -209,8 +210,8 @@ def _best(records: Sequence[Record]) -> Record:
     return min(known, key=lambda r: r["valid_loss"], default={})
 
 
-def _dot(ax: "Axes", records: Sequence[Record], name: str, color: str) -> None:
-    """The best evaluation on its curve."""
+def _mark_best_point(ax: "Axes", records: Sequence[Record], name: str, color: str) -> None:
+    """Mark the best evaluation on its curve."""
     best = _best(records)
     if isinstance(best.get(name), (int, float)):
         ax.plot(
@@ -225,8 +226,8 @@ def _dot(ax: "Axes", records: Sequence[Record], name: str, color: str) -> None:
         )
 
 
-def _spread(ax: "Axes", values: Sequence[float]) -> None:
-    """A logarithmic axis where the values are of different orders of magnitude."""
+def _logarithmic_if_wide(ax: "Axes", values: Sequence[float]) -> None:
+    """Use a logarithmic axis where the values span orders of magnitude."""
     if values and min(values) > 0 and max(values) > 30 * min(values):
         ax.set_yscale("log")
 

@@ -1,4 +1,4 @@
-"""What a run tells as it goes, to whom, and what it leaves on disk."""
+"""Records of evaluations, the files that hold them, and how they are read."""
 
 import json
 from collections.abc import Mapping
@@ -34,16 +34,20 @@ def make_record(
     exact: Mapping[str, float] | None = None,
     hypergradient: Mapping[str, float] | None = None,
 ) -> Record:
-    """One flat line: `train_loss`, `valid_loss`, …, `hypers.<name>`, `scales.<name>`, the solver's own step metrics, and
-    `exact.<name>` where the problem knows the truth.
+    """Return one flat record of an evaluation.
 
-    `seconds` are those of training; `seconds.<phase>` their parts, as the solver tells them apart, and `seconds.evaluation`,
-    which is no part of them. `hypergradient.<name>` compares the solver's with the exact one, as `bilevel.run.hypergradient_error` does.
+    Its entries are `train_loss`, `valid_loss`, …, `hypers.<name>`, `scales.<name>`, the metrics of
+    the solver's steps, and `exact.<name>` for a problem with a closed form. `seconds` is the
+    training time. `seconds.<phase>` are its parts by the solver's timers; `seconds.evaluation` is
+    separate from it. `hypergradient.<name>` compares the solver's hypergradient with the exact one
+    (`bilevel.run.hypergradient_error`).
 
     Example:
         >>> import torch
-        >>> record = make_record(step=3, epoch=1.0, seconds=0.1, examples=6, train={"loss": 1.0}, valid={"loss": 2.0},
-        ...                      hypers={"decay": torch.tensor(0.5)}, scales={}, metrics={}, peak_memory_bytes=None)
+        >>> record = make_record(
+        ...     step=3, epoch=1.0, seconds=0.1, examples=6,
+        ...     train={"loss": 1.0}, valid={"loss": 2.0},
+        ...     hypers={"decay": torch.tensor(0.5)}, scales={}, metrics={}, peak_memory_bytes=None)
         >>> record["valid_loss"], record["hypers.decay"]
         (2.0, 0.5)
     """
@@ -65,13 +69,13 @@ def make_record(
 
 
 def read_metrics(path: str | Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line that a killed run left unfinished is skipped."""
+    """Return the records of a `metrics.jsonl`; an unfinished last line is skipped."""
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
 def brief(leaf: Tensor) -> Any:
-    """A hyperparameter as a number or nested lists; a large one as its mean, min and max."""
+    """Return a hyperparameter as a number or nested lists; a large one as mean, min and max."""
     if leaf.numel() <= LARGE:
         return leaf.tolist()
     leaf = leaf.double()

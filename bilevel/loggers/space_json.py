@@ -1,4 +1,4 @@
-"""What a run is, as `run.json` keeps it for those who read the run later."""
+"""The hyperparameter space as JSON, which `run.json` keeps for later readers."""
 
 from dataclasses import fields
 from typing import Any
@@ -9,11 +9,13 @@ from bilevel.errors import BilevelError
 from bilevel.space import Space
 
 LARGE = 64
-"""A hyperparameter of more entries is recorded by its mean, min and max."""
+"""Number of entries above which a hyperparameter is recorded by mean, min and max."""
 
 
 def space_to_json(space: Space) -> dict[str, Any]:
-    """The domains of a space in JSON's types; without large ones, and without those of a user's own class.
+    """Return the domains of a space in JSON's types.
+
+    Large domains and domains of a user's own class are left out.
 
     Example:
         >>> space_to_json(Space(decay=domains.Positive(init=0.1, scale=0.5)))
@@ -23,18 +25,19 @@ def space_to_json(space: Space) -> dict[str, Any]:
 
 
 def space_from_json(description: Any) -> Space:
-    """The space that was described; what is no description of a domain is left out.
+    """Return the space of a description; entries that do not describe a domain are left out.
 
     Example:
-        >>> space_from_json(space_to_json(Space(p=domains.Interval(init=0.1, low=0.0, high=0.9, shape=(2,)))))["p"].shape
+        >>> space = Space(p=domains.Interval(init=0.1, low=0.0, high=0.9, shape=(2,)))
+        >>> space_from_json(space_to_json(space))["p"].shape
         (2,)
     """
     known: dict[str, Domain] = {}
-    for name, told in (description if isinstance(description, dict) else {}).items():
-        cls = getattr(domains, str(told.get("domain")), None) if isinstance(told, dict) else None
+    for name, entry in (description if isinstance(description, dict) else {}).items():
+        cls = getattr(domains, str(entry.get("domain")), None) if isinstance(entry, dict) else None
         if isinstance(cls, type) and issubclass(cls, Domain) and cls is not Domain:
             try:
-                known[name] = cls(**{key: value for key, value in told.items() if key != "domain"})
+                known[name] = cls(**{key: value for key, value in entry.items() if key != "domain"})
             except (BilevelError, TypeError):
                 continue
     return Space(**known)
@@ -45,9 +48,9 @@ def _is_plain(domain: Domain) -> bool:
 
 
 def _fields(domain: Domain) -> dict[str, Any]:
-    told: dict[str, Any] = {"domain": type(domain).__name__, "init": domain.initial().tolist()}
+    entries: dict[str, Any] = {"domain": type(domain).__name__, "init": domain.initial().tolist()}
     for field in fields(domain):
         value = getattr(domain, field.name)
         if field.name != "init" and value != field.default:
-            told[field.name] = list(value) if isinstance(value, tuple) else value
-    return told
+            entries[field.name] = list(value) if isinstance(value, tuple) else value
+    return entries

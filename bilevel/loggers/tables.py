@@ -1,4 +1,4 @@
-"""Records and summaries as tables for people."""
+"""Records and summaries as tables for the terminal."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def final_tables(summary: Record, arrow: str = "→", sigma: str = "σ") -> list["RenderableType"]:
-    """Losses and accuracies at the best and the last step, and each hyperparameter's move with its scale."""
+    """Return the scores at the best and the last step, and the moves of all hyperparameters."""
     return [
         scores_table(best=summary["best"], last=summary["last"]),
         moves_table(summary["initial"], summary["hypers"], summary["scales"], arrow, sigma, "to"),
@@ -17,7 +17,7 @@ def final_tables(summary: Record, arrow: str = "→", sigma: str = "σ") -> list
 
 
 def scores_table(**columns: Record) -> "RenderableType":
-    """Losses and accuracies in rows, one column for each of the records."""
+    """Return a table of losses and accuracies with one column for each record."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2), header_style="bold")
@@ -38,7 +38,7 @@ def scores_table(**columns: Record) -> "RenderableType":
 def moves_table(
     start: Record, now: Record, scales: Record, arrow: str, sigma: str, end: str
 ) -> "RenderableType":
-    """Each hyperparameter in its own units, from where to where, and σ of its perturbation."""
+    """Return a table of hyperparameters: start, end, and σ of the perturbation."""
     from rich.table import Table
     from rich.text import Text
 
@@ -50,7 +50,7 @@ def moves_table(
         (end, "right"),
         (sigma, "right"),
     ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]  # a literal in rich's types
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, value in now.items():
         table.add_row(
             Text(name), units(start.get(name)), arrow, units(value), units(scales.get(name))
@@ -59,7 +59,7 @@ def moves_table(
 
 
 def scores(record: Record) -> Record:
-    """Losses and whatever else was measured over the splits, by name, those that are known."""
+    """Return the known losses and other scores of a record, by name."""
     scores = {
         name: value
         for name, value in record.items()
@@ -69,7 +69,7 @@ def scores(record: Record) -> Record:
 
 
 def title(name: str) -> str:
-    """A score's name as people read it.
+    """Return the readable name of a score.
 
     Example:
         >>> title("valid_loss"), title("exact.regret")
@@ -79,7 +79,7 @@ def title(name: str) -> str:
 
 
 def part(record: Record, prefix: str) -> Record:
-    """The entries under `prefix`, without it."""
+    """Return the entries under `prefix`, without the prefix."""
     return {
         name.removeprefix(prefix): value
         for name, value in record.items()
@@ -88,11 +88,11 @@ def part(record: Record, prefix: str) -> Record:
 
 
 def number(name: str, value: Any) -> str:
-    """A measurement as people read it: accuracies in percent.
+    """Return a score as text; accuracies are in percent.
 
     Example:
-        >>> number("valid_accuracy", 0.9612), number("valid_loss", 0.123456), number("test_loss", None)
-        ('96.12 %', '0.1235', '')
+        >>> number("valid_accuracy", 0.9612), number("valid_loss", 0.123456)
+        ('96.12 %', '0.1235')
     """
     if value is None:
         return ""
@@ -100,7 +100,7 @@ def number(name: str, value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them.
+    """Return seconds as text in suitable units.
 
     Example:
         >>> duration(7.25), duration(75), duration(7500)
@@ -117,7 +117,7 @@ def duration(seconds: float) -> str:
 
 
 def units(value: Any) -> str:
-    """A hyperparameter in its own units; of many entries their mean and range."""
+    """Return a hyperparameter as text in its own units; mean and range for many entries."""
     if value is None:
         return ""
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""TensorBoard: event files of a run, beside W&B's or instead of them."""
+"""TensorBoard: event files of a run, beside those of W&B or instead of them."""
 
 import time
 from collections.abc import Mapping
@@ -17,21 +17,22 @@ from bilevel.loggers.records import Record
 
 FOLDER = "tensorboard"
 SETTINGS = ("problem", "solver", "response", "lr", "trial", "runner")
-"""Of the configuration: what the HParams page lists."""
+"""Settings that the HParams page lists."""
 
 
 @dataclass(kw_only=True)
 class TensorBoard(Logger):
-    """Writes a run for TensorBoard, into its directory: `tensorboard --logdir runs` compares all.
+    """Writes event files into the directory of a run; `tensorboard --logdir runs` compares runs.
 
-    Scalars are named as W&B's are. Their step is the inner step, and their wall time that of training, so that the horizontal
-    axis RELATIVE shows its seconds; the step of `by_examples/…` is the number of examples. The HParams page has the settings of
-    every run that ended, with its best validation loss, and test loss, regret and cost there.
+    Scalars have the names of W&B's. Their step is the inner step, and their wall time is training
+    time, so the axis RELATIVE shows seconds of training. The step of `by_examples/…` is the number
+    of examples. The HParams page has the settings of every finished run, with its best validation
+    loss, and the test loss, regret and cost there.
 
-    A resumed run cuts its files at its checkpoint, so that no step is there twice.
+    A resumed run cuts its files at its checkpoint, so no step appears twice.
 
     Attributes:
-        flush_seconds: between writes to disk.
+        flush_seconds: seconds between writes to disk.
 
     Raises:
         BilevelError: TensorBoard is not installed.
@@ -45,7 +46,8 @@ class TensorBoard(Logger):
         self._pictures: dict[str, Tensor] = {}
         if find_spec("tensorboard") is None:
             raise BilevelError(
-                "TensorBoard is not installed; `pip install 'bilevel[tensorboard]'`, or choose another logger"
+                "logger=tensorboard needs TensorBoard, which is not installed; run `pip install "
+                "'bilevel[tensorboard]'`, or choose another logger"
             )
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
@@ -58,7 +60,8 @@ class TensorBoard(Logger):
             self._writer = SummaryWriter(str(self.folder), flush_secs=self.flush_seconds)
         except OSError as error:
             raise BilevelError(
-                f"cannot write in {self.folder}: {error.strerror or error}; choose another directory"
+                f"cannot write in {self.folder} ({error.strerror or error}); choose another "
+                "directory"
             ) from None
         if not state:
             settings = strict_json(dict(run.config), indent=2)
@@ -83,7 +86,7 @@ class TensorBoard(Logger):
         self._pictures = {}
 
     def finish(self, summary: Record) -> None:
-        told = flat_summary(
+        results = flat_summary(
             {
                 name: summary[name]
                 for name in ("best", "seconds", "examples", "outer_steps", "peak_memory_bytes")
@@ -91,7 +94,7 @@ class TensorBoard(Logger):
         )
         metrics = {
             f"outcome/{name}": float(value)
-            for name, value in told.items()
+            for name, value in results.items()
             if isinstance(value, (int, float))
         }
         settings = flat_summary({name: self.info.config.get(name) for name in SETTINGS})
@@ -100,7 +103,7 @@ class TensorBoard(Logger):
             for name, value in settings.items()
             if isinstance(value, (bool, int, float, str))
         }
-        # within the run's own folder, or TensorBoard would list it as a run beside it
+        # in the folder of the run, or TensorBoard would list a separate run
         self._writer.add_hparams(
             {
                 **plain,
@@ -131,7 +134,7 @@ def _events(folder: Path) -> list[Path]:
 
 
 def _cut(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Leave of the event files what a checkpoint vouches for: nothing of a run that begins."""
+    """Cut the event files to the sizes of a checkpoint; a new run removes them."""
     for file in _events(folder):
         if file.name not in sizes:
             file.unlink()

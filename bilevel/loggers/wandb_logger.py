@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.errors import BilevelError
 from bilevel.loggers.dashboard import (
     SECTIONS,
     comparison_metrics,
@@ -21,46 +20,55 @@ from bilevel.loggers.dashboard import (
 )
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.records import METRICS, Record, read_metrics
-from bilevel.text import near
+from bilevel.text import first_line
+from bilevel.validate import one_of
 
 MODES = ("offline", "online", "disabled")
 AT_EQUAL_COST = {"by_seconds": "seconds", "by_examples": "examples"}
-"""Sections that show the validation split again, with their x-axis: W&B gives a metric one, a second needs a second name."""
+"""Sections that repeat the validation split, with their horizontal axis.
+
+W&B gives a metric one axis, so a second axis needs a second name.
+"""
 REACH_SECONDS = 5.0
 FINISH_SECONDS = 60.0
-"""For which the end of an online run is waited for: W&B itself would wait for as long as it is not reached."""
+"""Longest wait for the end of an online run; W&B itself would wait without limit."""
 LONGEST_TAG = 64
 MARK = "last_step"
-"""The file in W&B's folder of a run that holds the last step logged there. Offline it is written when
-W&B has written all, online with every step."""
+"""Name of the file in W&B's folder of a run that holds the last step logged there.
+
+Offline it is written when W&B has written everything, online with every step.
+"""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class WandB(Logger):
-    """Logs a run to W&B; `offline` by default, which needs no account and no network.
+    """Logs a run to W&B; the default mode `offline` needs no account and no network.
 
-    Runs are grouped by problem and typed by solver, and both are tags, as are the sweep that a run belongs to and `resumed`.
-    Sections are drawn against the epoch: `train/…`, `valid/…`, `hypers/…`, `scales/…`, `exact/…` and `hypergradient/…` where
-    the problem knows the truth, `seconds/…` by phase, `solver/…` and `pictures/…`. What was measured on the validation split is
-    there again as `by_seconds/…` and `by_examples/…`, so that solvers which spend differently are compared at equal cost. The
-    summary has what the run's own has: `best/valid_loss`, `best/test_loss`, `best/regret`, `examples` and so on.
+    Runs are grouped by problem, and their type is the solver. Both are tags, and so are the sweep
+    of the run and `resumed`. Sections are drawn against the epoch: `train/…`, `valid/…`,
+    `hypers/…`, `scales/…`, `seconds/…` by phase, `solver/…` and `pictures/…`; also `exact/…` and
+    `hypergradient/…` for a problem with a closed form. The scores of the validation split appear
+    again as `by_seconds/…` and `by_examples/…`, which compare solvers at equal cost. The summary
+    has the entries of the run's own summary: `best/valid_loss`, `best/test_loss`, `best/regret`,
+    `examples` and others.
 
     A resumed run continues under its id, and no step is logged twice. If an offline run was killed,
     W&B's own process had not written everything. The resumed run then logs these steps again and
-    renames the incomplete folder to `killed-…`. Pictures of these steps stay in that folder. An online
-    run that was killed can lack its last seconds on the server.
+    renames the incomplete folder to `killed-…`. Pictures of these steps stay in that folder. An
+    online run that was killed can lack its last seconds on the server.
 
     Attributes:
-        mode: `offline` (upload it later with `wandb sync`), `online` (offline where that fails) or `disabled`.
-        project: of W&B.
-        entity: of W&B; None is the account's default.
-        name: of the run; None is solver and seed.
-        tags: besides those above.
+        mode: `offline` (upload later with `wandb sync`), `online` (offline where that fails) or
+            `disabled`.
+        project: project in W&B.
+        entity: entity in W&B; None for the default of the account.
+        name: name of the run; None for solver and seed.
+        tags: further tags.
 
     Raises:
-        BilevelError: an unknown mode.
+        BilevelError: the mode is unknown.
     """
 
     mode: str = "offline"
@@ -70,10 +78,7 @@ class WandB(Logger):
     tags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise BilevelError(
-                f"wandb.mode={self.mode!r}{near(str(self.mode), MODES)} is none of {', '.join(MODES)}"
-            )
+        one_of(MODES, **{"wandb.mode": self.mode})
         self.takes_pictures = self.mode != "disabled"
         self.run: Any = None
         self._exit_code = 1  # until the run ends in order
@@ -117,7 +122,7 @@ class WandB(Logger):
                 self.run = wandb.init(mode="online", **arguments)
                 self._online = True
             except wandb.errors.Error as error:
-                problem = str(error).splitlines()[0]
+                problem = first_line(error)
         if self.run is None:
             self.run = wandb.init(mode="offline", **arguments)
             if self.mode == "online":
@@ -190,25 +195,28 @@ class WandB(Logger):
             except Exception as error:
                 raised.append(error)
 
-        leaving = threading.Thread(
-            target=leave, daemon=True
-        )  # it waits for the network as long as that takes
+        # `finish` waits for the network without limit
+        leaving = threading.Thread(target=leave, daemon=True)
         leaving.start()
         leaving.join(FINISH_SECONDS)
         if raised:
             raise raised[0]
         if leaving.is_alive():
-            said = "W&B has not taken the run in within %g s; it is complete on disk, and can be uploaded with: wandb sync %s"
-            log.warning(said, FINISH_SECONDS, Path(run.dir).parent)
+            message = (
+                "W&B has not received the run within %g s; the run is complete on disk, "
+                "so upload it with: wandb sync %s"
+            )
+            log.warning(message, FINISH_SECONDS, Path(run.dir).parent)
 
     def state(self) -> dict[str, Any]:
         return {"id": self._id} if self._id else {}
 
 
 def _complete_until(directory: Path, run_id: str) -> int:
-    """Return the last step that W&B holds of a run, -1 for none; set incomplete offline parts aside.
+    """Return the last step that W&B holds of a run, -1 for none.
 
-    W&B's process writes an offline file in blocks. If the run is killed, the last block is missing.
+    W&B's process writes an offline file in blocks. If the run is killed, the last block is missing,
+    and this function sets the incomplete part aside.
     """
     for part in directory.glob(f"wandb/offline-run-*-{run_id}"):
         if not (part / MARK).exists():
@@ -218,7 +226,7 @@ def _complete_until(directory: Path, run_id: str) -> int:
 
 
 def _unreachable(wandb: Any, settings: Any) -> str | None:
-    """Why W&B cannot be used online, found out without a prompt and without a long wait; None where it can."""
+    """Return the reason why W&B cannot be used online, without a prompt or a long wait; or None."""
     url = wandb.setup(settings=settings).settings.base_url
     try:
         urllib.request.urlopen(url, timeout=REACH_SECONDS).close()
@@ -231,5 +239,5 @@ def _unreachable(wandb: Any, settings: Any) -> str | None:
     except TypeError:  # an older wandb, whose login would ask
         known = wandb.api.api_key is not None
     except wandb.errors.Error as error:
-        return str(error).splitlines()[0]
-    return None if known else "there is no API key here; run `wandb login` first"
+        return first_line(error)
+    return None if known else "this machine has no API key; run `wandb login` first"

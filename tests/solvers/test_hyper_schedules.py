@@ -341,7 +341,7 @@ def test_by_command(tmp_path, elsewhere, capsys):
     assert hyper_schedule.main([]) == 2
     said = capsys.readouterr().err
     assert (
-        "bilevel: third/metrics.jsonl cannot be read (No such file or directory); give the directory of a run\n"
+        "bilevel: cannot read third/metrics.jsonl (No such file or directory); give the directory of a run\n"
         in said
     )
     assert main([*base, "solver=fixed", replayed.replace("first/", "frist/")]) == 1
@@ -371,16 +371,16 @@ def test_by_command(tmp_path, elsewhere, capsys):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("{", "is no JSON; write one with: python -m bilevel.loggers.hyper_schedule RUN"),
-        ("[]", "has no `steps` and `hypers`"),
-        ('{"steps": [], "hypers": {"a": []}}', "`steps` are whole numbers"),
-        ('{"steps": [0.5], "hypers": {"a": [1]}}', "`steps` are whole numbers"),
-        ('{"steps": [0, 0], "hypers": {"a": [1, 1]}}', "`steps` must ascend"),
-        ('{"steps": [0], "hypers": {}}', "needs the `hypers` by name"),
-        ('{"steps": [0, 1], "hypers": {"a": [1]}}', "the schedule of `a` must have 2 values"),
+        ("{", "is not JSON; write a schedule with: python -m bilevel.loggers.hyper_schedule RUN"),
+        ("[]", "lacks `steps` or `hypers`"),
+        ('{"steps": [], "hypers": {"a": []}}', "steps of a hyperparameter schedule must be whole"),
+        ('{"steps": [0.5], "hypers": {"a": [1]}}', "steps of a hyperparameter schedule must be whole"),
+        ('{"steps": [0, 0], "hypers": {"a": [1, 1]}}', "steps of a hyperparameter schedule must ascend"),
+        ('{"steps": [0], "hypers": {}}', "must map names to lists"),
+        ('{"steps": [0, 1], "hypers": {"a": [1]}}', "hypers\\['a'\\] must have 2 values"),
         (
             '{"steps": [0, 7], "hypers": {"a": [1, null]}}',
-            "the schedule of `a` has no finite number at step 7",
+            "hypers\\['a'\\] must be finite at step 7",
         ),
     ],
 )
@@ -393,7 +393,7 @@ def test_what_is_no_schedule(tmp_path, content, sentence):
 def test_what_is_no_run(tmp_path):
     with pytest.raises(
         BilevelError,
-        match=r"metrics\.jsonl cannot be read \(No such file or directory\); give the directory",
+        match=r"cannot read .*metrics\.jsonl \(No such file or directory\); give the directory",
     ):
         export(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(

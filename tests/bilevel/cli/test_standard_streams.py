@@ -36,7 +36,7 @@ def test_a_run_whose_output_nobody_reads_goes_on(tmp_path, both):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"] is False
     if not both:
         assert (
-            "PlainDisplay failed to log (BrokenPipeError: nobody reads the output any more); the run goes on"
+            "PlainDisplay failed to log (BrokenPipeError: the reader of the output has ended); the run goes on"
             in told
         )
 

@@ -41,11 +41,11 @@ def test_runs_are_found_at_any_depth_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_a_run_is_what_its_files_say(tmp_path):
-    told = records(
+    made = records(
         [3.0, 1.0, 2.0], hypers__decay=[0.1, 0.2, 0.3], hypers__rates=[[1, 2], [3, 4], [5, 6]]
     )
-    told[2]["hypers.large"] = {"mean": 1.0, "min": 0.0, "max": 2.0}
-    (run,) = read_runs(write_run(tmp_path / "r", told, seed=4))
+    made[2]["hypers.large"] = {"mean": 1.0, "min": 0.0, "max": 2.0}
+    (run,) = read_runs(write_run(tmp_path / "r", made, seed=4))
     assert (run.problem, run.solver, run.label, run.seed, run.status) == (
         "ridge",
         "stn",
@@ -53,7 +53,7 @@ def test_a_run_is_what_its_files_say(tmp_path):
         4,
         "finished",
     )
-    assert run.records == told
+    assert run.records == made
     assert run.column("hypers.rates").tolist() == [[1, 2], [3, 4], [5, 6]]
     assert np.isnan(run.column("hypers.large")[:2]).all()
     assert run.column("hypers.large.max")[2] == 2
@@ -80,26 +80,26 @@ def test_a_run_that_goes_on_after_an_interruption_is_running(tmp_path):
     assert (run.status, run.total("seconds"), run.at_best("valid_loss")) == ("running", 2.0, 0.5)
 
 
-def test_a_line_that_is_half_written_is_passed_over_and_one_that_is_damaged_is_told(tmp_path):
+def test_a_line_that_is_half_written_is_passed_over_and_one_that_is_damaged_is_made(tmp_path):
     place = write_run(tmp_path / "r", records([2.0, 1.0]), ended=None)
-    told: list[str] = []
+    messages: list[str] = []
     with open(place / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "valid_l')
-    (run,) = read_runs(place, warn=told.append)
-    assert (run.evaluations, told) == (2, [])
+    (run,) = read_runs(place, warn=messages.append)
+    assert (run.evaluations, messages) == (2, [])
     lines = (place / "metrics.jsonl").read_text().splitlines(keepends=True)
     (place / "metrics.jsonl").write_text(lines[0] + "\0\0garbage\n[1]\n" + lines[1])
-    (run,) = read_runs(place, warn=told.append)
+    (run,) = read_runs(place, warn=messages.append)
     assert run.evaluations == 2
-    assert len(told) == 1
-    assert "2 of its lines are damaged" in told[0]
+    assert len(messages) == 1
+    assert "2 of its lines are damaged" in messages[0]
 
 
 def test_losses_that_are_not_numbers_are_no_losses(tmp_path):
-    told = records([3.0, None, "much", 2.0])
+    made = records([3.0, None, "much", 2.0])
     place = write_run(tmp_path / "r", records([1.0]), ended=None)
     (place / "metrics.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in told) + '{"valid_loss": NaN}\n'
+        "".join(json.dumps(r) + "\n" for r in made) + '{"valid_loss": NaN}\n'
     )
     (run,) = read_runs(place)
     assert run.best == 3
@@ -150,8 +150,8 @@ def test_labels_tell_what_differs_and_nothing_else():
         "fixed lr.inner=0.3",
     ]
     # a shared setting that only one of the solvers reads
-    told = label([run("tpe", 0, 0.1, epochs=5), run("stn", 0, 0.1)])
-    assert told == ["tpe", "stn"]
+    labels = label([run("tpe", 0, 0.1, epochs=5), run("stn", 0, 0.1)])
+    assert labels == ["tpe", "stn"]
     trials = [
         ("p", solver, {"trial": {"epochs": n}, "solver": {"n": 1, **own}})
         for solver, n, own in TRIALS
@@ -168,10 +168,10 @@ def test_a_band_is_the_mean_of_what_is_interpolated(tmp_path):
     generator = np.random.default_rng(0)
     runs = []
     for seed in range(3):
-        told = records(generator.uniform(1, 2, 6).tolist())
-        for record in told:
+        made = records(generator.uniform(1, 2, 6).tolist())
+        for record in made:
             record["seconds"] *= 1 + seed / 7  # runs of different speed
-        runs += read_runs(write_run(tmp_path / str(seed), told, seed=seed))
+        runs += read_runs(write_run(tmp_path / str(seed), made, seed=seed))
     over = band(runs, x="seconds", points=50)
     for index in range(0, len(over.x), 7):
         values = [
@@ -259,7 +259,7 @@ def test_paired_tests_are_scipys_over_the_seeds_that_both_have(tmp_path):
     assert {pair.first for pair in against} == {best}
 
 
-def test_what_cannot_be_tested_is_told_without_a_p(tmp_path):
+def test_what_cannot_be_tested_is_made_without_a_p(tmp_path):
     runs = [
         one(tmp_path / f"{s}{seed}", [9.0, 1.0 + (s == "b")], solver=s, seed=seed)
         for s in "ab"
@@ -287,24 +287,24 @@ def test_runs_of_one_seed_count_once_in_a_paired_test(tmp_path):
 
 
 def test_a_step_costs_what_the_records_say_in_warm_up_and_after(tmp_path):
-    told = records([5.0, 4.0, 3.0, 2.0], per_step=0.1)
-    for record in told[2:]:
+    made = records([5.0, 4.0, 3.0, 2.0], per_step=0.1)
+    for record in made[2:]:
         record["seconds"] += 0.3 * (
             record["epoch"] - 1
         )  # after an epoch of warm-up each epoch of 2 steps takes 0.3 s more
-    (run,) = read_runs(write_run(tmp_path / "r", told))
+    (run,) = read_runs(write_run(tmp_path / "r", made))
     assert milliseconds(run, warmup=True) == pytest.approx(100)
     assert milliseconds(run, warmup=False) == pytest.approx(250)
     assert milliseconds(run) == pytest.approx(200)
 
 
 def test_a_step_costs_what_its_phases_cost_where_records_tell_them(tmp_path):
-    told = records([5.0, 4.0, 3.0])  # two steps between evaluations
-    for number, record in enumerate(told):
+    made = records([5.0, 4.0, 3.0])  # two steps between evaluations
+    for number, record in enumerate(made):
         record |= {"seconds.inner": 0.2 * number, "seconds.evaluation": 0.5 * (number + 1)}
         if number:
             record["seconds.outer"] = 0.1 * (number - 1)
-    runs = read_runs(write_run(tmp_path / "r", told))
+    runs = read_runs(write_run(tmp_path / "r", made))
     titles, (cells,) = rows({"stn": runs}, STEP)
     assert cells[titles.index("inner phase")] == "100"  # 0.4 s for 4 steps
     assert cells[titles.index("outer phase")] == "25"
@@ -318,14 +318,14 @@ def test_a_step_costs_what_its_phases_cost_where_records_tell_them(tmp_path):
 
 def test_the_range_of_a_perturbation_is_that_of_its_domain(tmp_path):
     space = Space(p=Interval(low=0.0, high=0.5, init=0.1), mix=Simplex(shape=(2,), init=0.5))
-    told = records(
+    made = records(
         [2.0, 1.0],
         hypers__p=[0.1, 0.2],
         scales__p=[1.0, 0.5],
         hypers__mix=[[0.5, 0.5]] * 2,
         scales__mix=[[1.0, 0.5]] * 2,
     )
-    (run,) = read_runs(write_run(tmp_path / "r", told, space=space_to_json(space)))
+    (run,) = read_runs(write_run(tmp_path / "r", made, space=space_to_json(space)))
     low, high = perturbation_band(run, "p")
     odds, sigma = np.log(np.array([0.1, 0.2]) / np.array([0.4, 0.3])), np.array([1.0, 0.5])
     assert low == pytest.approx(0.5 / (1 + np.exp(sigma - odds)))

@@ -109,17 +109,17 @@ def test_settings_stand_beside_the_outcome(tmp_path):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     run(tmp_path)
-    told = {}
+    settings = {}
     for event in events(tmp_path):
         for value in event.summary.value:
             if value.metadata.plugin_data.plugin_name == "hparams":
                 data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
-                told |= dict(data.session_start_info.hparams)
-    assert told["solver/rate"].number_value == 0.05
+                settings |= dict(data.session_start_info.hparams)
+    assert settings["solver/rate"].number_value == 0.05
     assert (
-        told["problem"].string_value,
-        told["solver"].string_value,
-        told["seed"].number_value,
+        settings["problem"].string_value,
+        settings["solver"].string_value,
+        settings["seed"].number_value,
     ) == ("fake", "walk", 0)
 
 
@@ -165,7 +165,7 @@ def test_pictures(tmp_path):
     )
 
 
-def test_it_is_told_where_tensorboard_is_missing(monkeypatch):
+def test_it_is_settings_where_tensorboard_is_missing(monkeypatch):
     monkeypatch.setattr("bilevel.loggers.tensorboard_logger.find_spec", lambda name: None)
     with pytest.raises(BilevelError, match=r"pip install 'bilevel\[tensorboard\]'"):
         TensorBoard()
@@ -220,16 +220,16 @@ def test_loggers_compose(choice, names):
         ),
         (["loggers.wandb=maybe"], "`loggers.wandb` = 'maybe' is a str; give bool"),
         (
-            ["+mine._target_=fakes.FakeProblem", "+loggers.mine=true"],
+            ["+mine._target_=tests.support.fakes.FakeProblem", "+loggers.mine=true"],
             "a logger is a subclass of bilevel.loggers.logger.Logger",
         ),
     ],
 )
 def test_a_choice_of_loggers_that_cannot_be_is_one_sentence(choice, words, capfd):
     assert main([*QUICK, *QUIET, *choice]) == 1
-    told = capfd.readouterr().err.strip().splitlines()
-    assert len(told) == 1
-    assert words in told[0]
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
     assert not Path("runs").exists() or not list(Path("runs").iterdir())
 
 

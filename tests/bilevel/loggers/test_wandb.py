@@ -1,4 +1,4 @@
-"""W&B's offline files, read back and uploaded: groups, axes, metrics, summary; and what happens without a network."""
+"""W&B's offline files, read back and uploaded, and runs without a network."""
 
 import gzip
 import json
@@ -359,14 +359,18 @@ def test_wandb_sync_uploads_a_run_and_its_resumption(tmp_path, wandb_server):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("Finished syncing") == 2
-    told = wandb_server.runs[0]
-    assert (told["project"], told["groupName"], told["jobType"]) == ("bilevel", "fake", "walk")
+    uploaded = wandb_server.runs[0]
+    assert (uploaded["project"], uploaded["groupName"], uploaded["jobType"]) == (
+        "bilevel",
+        "fake",
+        "walk",
+    )
     assert {tuple(run["tags"]) for run in wandb_server.runs if run.get("tags")} == {
         ("fake", "walk"),
         ("fake", "walk", "resumed"),
     }
-    assert {run["name"] for run in wandb_server.runs} == {told["name"]}
-    assert json.loads(told["config"])["solver"]["value"] == {"rate": 0.05}
+    assert {run["name"] for run in wandb_server.runs} == {uploaded["name"]}
+    assert json.loads(uploaded["config"])["solver"]["value"] == {"rate": 0.05}
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in wandb_server.history] == [line["step"] for line in lines]
     assert [row["_step"] for row in wandb_server.history] == [line["step"] for line in lines]

@@ -96,7 +96,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, disk, undisturb
         _, solver = run(tmp_path / "run", FakeSolver(hooks=hooks))
     lines, saved = told(caught)
     assert "cannot write" in lines
-    assert "File too large; the run goes on, and holds its lines until it can" in lines
+    assert "(File too large); the run continues and keeps its lines until it can" in lines
     assert "checkpoint.pt" in saved
     assert "tries again at every evaluation" in saved
     assert seen == {"lines": 2, "step": 6}
@@ -136,7 +136,7 @@ def test_lines_that_are_held_are_in_the_checkpoint(tmp_path, disk):
         1,
         ['{"step": 1}\n', '{"step": 2}\n'],
     )
-    with pytest.raises(Unwritable, match=r"2 lines could not be written .* resume="):
+    with pytest.raises(Unwritable, match=r"2 lines cannot be written .* resume="):
         first.finish({})
     first.close()
     disk(None)
