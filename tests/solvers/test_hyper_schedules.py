@@ -374,8 +374,14 @@ def test_by_command(tmp_path, elsewhere, capsys):
         ("{", "is not JSON; write a schedule with: python -m bilevel.loggers.hyper_schedule RUN"),
         ("[]", "lacks `steps` or `hypers`"),
         ('{"steps": [], "hypers": {"a": []}}', "steps of a hyperparameter schedule must be whole"),
-        ('{"steps": [0.5], "hypers": {"a": [1]}}', "steps of a hyperparameter schedule must be whole"),
-        ('{"steps": [0, 0], "hypers": {"a": [1, 1]}}', "steps of a hyperparameter schedule must ascend"),
+        (
+            '{"steps": [0.5], "hypers": {"a": [1]}}',
+            "steps of a hyperparameter schedule must be whole",
+        ),
+        (
+            '{"steps": [0, 0], "hypers": {"a": [1, 1]}}',
+            "steps of a hyperparameter schedule must ascend",
+        ),
         ('{"steps": [0], "hypers": {}}', "must map names to lists"),
         ('{"steps": [0, 1], "hypers": {"a": [1]}}', "hypers\\['a'\\] must have 2 values"),
         (
