@@ -284,7 +284,7 @@ MUTANTS = [
     ),
     Mutant(
         "members of a population share their weights",
-        "solvers/black_box/population.py",
+        "solvers/black_box/member.py",
         "    return {name: t.detach().clone() for name, t in tensors.items()}",
         "    return {name: t.detach() for name, t in tensors.items()}",
         "solvers/black_box/test_population.py",

@@ -1,6 +1,5 @@
 """Population-based training: the worst of many trainings continue from the best, at a λ near it."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,63 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import (
-    Carry,
-    Data,
-    Metrics,
-    Params,
-    Problem,
-    Solution,
-    Solver,
-    Space,
-)
+from bilevel import Data, Metrics, Problem, Solution, Solver, Space
 from bilevel.params import detached, to_device
 from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
 from bilevel.services import Services
 from bilevel.solver import on_cpu
 from bilevel.solvers.base.settings import InnerSettings
+from bilevel.solvers.black_box.member import Best, Member, copied, set_settings
 from bilevel.solvers.black_box.ranges import ranges_of
 from bilevel.solvers.optim.optimized import Optimized, descend
-from bilevel.solvers.optim.settings import apply_settings, configured, optimizer_settings
+from bilevel.solvers.optim.settings import configured, optimizer_settings
 from bilevel.validate import at_least, between, positive, whole
-
-
-@dataclass
-class Member:
-    """One training of the population; `score` is its last loss on the validation split."""
-
-    weights: Optimized
-    carry: Carry
-    u: Tensor
-    steps: int = 0
-    score: float | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        weights = self.weights.state_dict()
-        return {
-            "weights": weights,
-            "carry": self.carry,
-            "u": self.u,
-            "steps": self.steps,
-            "score": self.score,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weights.load_state_dict(state["weights"])
-        self.u.copy_(state["u"])
-        self.carry = to_device(state["carry"], self.u.device)
-        self.steps, self.score = state["steps"], state["score"]
-
-
-@dataclass
-class Best:
-    """A copy of the member with the lowest score so far, as it was at that score."""
-
-    u: Tensor
-    params: Params
-    carry: Carry
-    score: float
 
 
 @dataclass(kw_only=True, eq=False)
@@ -212,7 +166,7 @@ class PopulationBased(InnerSettings, Solver):
             if math.isfinite(member.score):
                 scores.append(member.score)
                 if self.best is None or member.score < self.best.score:
-                    params, carry = _copied(solution.params), _copied(solution.carry)
+                    params, carry = copied(solution.params), copied(solution.carry)
                     self.best = Best(member.u.clone(), params, carry, member.score)
         if not scores:
             bad = torch.tensor(math.nan, device=self.device)
@@ -229,25 +183,21 @@ class PopulationBased(InnerSettings, Solver):
 
     def decide(self) -> None:
         """Let the worst quarter, and every lost member, continue from the best quarter."""
-        ranked = sorted(self.members, key=_rank)
-        finite = [m for m in ranked if _rank(m) < math.inf]
+        ranked = sorted(self.members, key=lambda m: m.rank)
+        finite = [m for m in ranked if m.rank < math.inf]
         quarter = max(1, self.population // 4)
         donors = finite[:quarter]
-        for member in (
-            ranked[max(len(donors), min(len(finite), self.population - quarter)) :]
-            if donors
-            else []
-        ):
+        if not donors:
+            return
+        worst = max(len(donors), min(len(finite), self.population - quarter))
+        for member in ranked[worst:]:
             donor = donors[int(torch.randint(len(donors), (), generator=self.draws))]
             self.exploit(member, donor)
             self.explore(member)
 
     def exploit(self, member: Member, donor: Member) -> None:
-        """Copy weights, memory, schedule, carry and λ of the donor."""
-        state = donor.weights.state_dict()
-        member.weights.load_state_dict(state | {"schedule": copy.deepcopy(state["schedule"])})
-        member.carry = _copied(donor.carry)
-        member.u.copy_(donor.u)
+        """Let a member continue from the donor."""
+        member.copy_from(donor)
 
     def explore(self, member: Member) -> None:
         """Move λ, and with it the settings of the optimizer that it holds."""
@@ -304,26 +254,3 @@ class PopulationBased(InnerSettings, Solver):
         self.generator.set_state(state["generator"].cpu())
         self.draws.set_state(state["draws"].cpu())
         self.inner_count, self.outer_count = state["inner_count"], state["outer_count"]
-
-
-def set_settings(
-    trained: Optimized, before: Mapping[str, float], after: Mapping[str, float]
-) -> None:
-    """Change tuned settings from `before` to `after`; a learning rate keeps its schedule's factor."""
-    for group in trained.optimizer.param_groups:
-        factor = group["lr"] / before["lr"] if "lr" in before else 1.0
-        apply_settings(group, after)
-        if "lr" in after:
-            group["lr"] = factor * after["lr"]
-            if "initial_lr" in group:
-                group["initial_lr"] = after["lr"]
-    if "lr" in after and trained.scheduler is not None and hasattr(trained.scheduler, "base_lrs"):
-        trained.scheduler.base_lrs = [after["lr"] for _ in trained.optimizer.param_groups]
-
-
-def _rank(member: Member) -> float:
-    return member.score if member.score is not None and math.isfinite(member.score) else math.inf
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in tensors.items()}

@@ -1,0 +1,84 @@
+"""The members of a population: trainings side by side, and a copy of the best."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bilevel import Carry, Params
+from bilevel.params import to_device
+from bilevel.solvers.optim.optimized import Optimized
+from bilevel.solvers.optim.settings import apply_settings
+
+
+@dataclass
+class Member:
+    """One training of the population; `score` is its last loss on the validation split."""
+
+    weights: Optimized
+    carry: Carry
+    u: Tensor
+    steps: int = 0
+    score: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = self.weights.state_dict()
+        return {
+            "weights": weights,
+            "carry": self.carry,
+            "u": self.u,
+            "steps": self.steps,
+            "score": self.score,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weights.load_state_dict(state["weights"])
+        self.u.copy_(state["u"])
+        self.carry = to_device(state["carry"], self.u.device)
+        self.steps, self.score = state["steps"], state["score"]
+
+    @property
+    def rank(self) -> float:
+        """The score; ∞ if there is none or it is not finite."""
+        finite = self.score is not None and math.isfinite(self.score)
+        return self.score if self.score is not None and finite else math.inf
+
+    def copy_from(self, donor: "Member") -> None:
+        """Take over weights, memory, schedule, carry and λ of the donor."""
+        state = donor.weights.state_dict()
+        self.weights.load_state_dict(state | {"schedule": copy.deepcopy(state["schedule"])})
+        self.carry = copied(donor.carry)
+        self.u.copy_(donor.u)
+
+
+@dataclass
+class Best:
+    """A copy of the member with the lowest score so far, as it was at that score."""
+
+    u: Tensor
+    params: Params
+    carry: Carry
+    score: float
+
+
+def set_settings(
+    trained: Optimized, before: Mapping[str, float], after: Mapping[str, float]
+) -> None:
+    """Change tuned settings from `before` to `after`; a learning rate keeps its schedule's factor."""
+    for group in trained.optimizer.param_groups:
+        factor = group["lr"] / before["lr"] if "lr" in before else 1.0
+        apply_settings(group, after)
+        if "lr" in after:
+            group["lr"] = factor * after["lr"]
+            if "initial_lr" in group:
+                group["initial_lr"] = after["lr"]
+    if "lr" in after and trained.scheduler is not None and hasattr(trained.scheduler, "base_lrs"):
+        trained.scheduler.base_lrs = [after["lr"] for _ in trained.optimizer.param_groups]
+
+
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy that shares no memory."""
+    return {name: t.detach().clone() for name, t in tensors.items()}
