@@ -188,6 +188,6 @@ def _download(url: str, folder: Path, md5: str, download: bool, wanted: str) -> 
         except (OSError, RuntimeError) as error:
             reason = f"{url} could not be downloaded ({error})"
     raise BilevelError(
-        f"{wanted} is missing and {' '.join(reason.split())}; put it there, set data.root=PATH of a "
-        "folder that has it, or run once with data.download=true and a network"
+        f"{wanted} is missing and {' '.join(reason.split())}; put it there, set data.root=PATH "
+        "of a folder that has it, or run once with data.download=true and a network"
     )

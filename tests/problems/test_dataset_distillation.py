@@ -1,4 +1,4 @@
-"""Distilled data against ridge regression in closed form, in float64; and what a fresh network learns of them."""
+"""Tests of distilled data against ridge regression in closed form, and of retraining."""
 
 import warnings
 from functools import partial
@@ -26,7 +26,7 @@ def generator(seed=0):
 
 @pytest.fixture(scope="module")
 def images():
-    """Two-by-two images of three classes, in float64."""
+    """Return two-by-two images of three classes, in float64."""
     draws = generator(3)
 
     def split(n):
@@ -53,7 +53,7 @@ def with_ones(x):
 
 
 def best_response(problem, hypers):
-    """(X̃ᵀX̃/n + γ I)⁻¹ X̃ᵀỸ/n with a column of ones, written without a line of the problem's."""
+    """Return (X̃ᵀX̃/n + γ I)⁻¹ X̃ᵀỸ/n with a column of ones."""
     X, Y = with_ones(hypers["images"]), hypers.get("labels", F.one_hot(problem.labels, 3).double())
     n = len(X)
     W = torch.linalg.solve(
@@ -63,7 +63,7 @@ def best_response(problem, hypers):
 
 
 def truth(problem, images, u):
-    """dL_V(w*(λ(u)))/du by autograd through the closed form."""
+    """Return dL_V(w*(λ(u)))/du by autograd through the closed form."""
     u = u.clone().requires_grad_()
     w = best_response(problem, problem.space.constrain(u))
     real = with_ones((images.train[0] - images.mean) / images.std)
@@ -112,7 +112,10 @@ def test_implicit_hypergradient_is_exact_at_the_best_response(images, options):
 
 @pytest.mark.parametrize("K", [5, 40])
 def test_unrolling_misses_what_the_steps_have_not_contracted(images, K):
-    """From w*(λ), the K-step hypergradient lacks (I − ηH)^K of the response: a relative error of at most (1 − ηγ)^K."""
+    """From w*(λ), the K-step hypergradient lacks (I − ηH)^K of the response.
+
+    The relative error is at most (1 − ηγ)^K.
+    """
     η = 0.2
     problem = ridge(images)
     solver = at_best_response(
@@ -242,7 +245,7 @@ def test_a_clean_problem_that_gradient_based_solvers_tune():
 
 
 def test_self_tuning_is_refused_where_its_response_would_not_fit(images):
-    """A column of Θ for every pixel; whatever is linear in λ alone stays."""
+    """Θ has a column for every pixel; solvers that are linear in λ accept the problem."""
     wide = Distillation(lambda: MLP([4, 1000, 3]), images, per_class=10)
     wide.space = Space(images=Real(init=0.0, shape=(600_000, 1, 2, 2), per_example=False))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Data hyper-cleaning: what is corrupted, what its loss is, how detection is measured, and that solvers find wrong labels."""
+"""Tests of data hyper-cleaning: label noise, its loss, measures of detection, and solvers."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def generator(seed=0):
 
 
 def blobs(n=60, classes=3, spread=0.3, **options):
-    """Points around the corners of a triangle, in float64: easy, so that wrong labels stand out."""
+    """Return points around the corners of a triangle, where wrong labels are obvious."""
 
     def split(seed):
         labels = torch.arange(n) % classes
@@ -84,7 +84,7 @@ def test_noise_follows_from_its_seed_alone():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rate": 1.0}, r"rate=1\.0 must be at least 0 and below 1"),
         ({"rate": -0.1}, r"rate=-0\.1 must be at least 0"),
@@ -93,8 +93,8 @@ def test_noise_follows_from_its_seed_alone():
         ({"valid_size": 61}, "valid_size=61 must be between 1 and 60"),
     ],
 )
-def test_nonsense_is_told(options, said):
-    with pytest.raises(BilevelError, match=said):
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(BilevelError, match=message):
         blobs(**options)
     with pytest.raises(BilevelError, match="of one class"):
         corrupt(torch.zeros(5, dtype=torch.long), 0.5, "uniform", generator())
@@ -167,8 +167,8 @@ def test_detection_agrees_with_an_independent_computation():
 def test_detection_at_its_extremes():
     truth = torch.tensor([True, True, False, False, False])
     level = detection(torch.zeros(5), truth, torch.zeros(5, dtype=torch.bool))
-    told = {"precision": 0, "recall": 0, "f1": 0, "roc_auc": 0.5, "average_precision": 0.4}
-    assert {name: float(value) for name, value in level.items()} == pytest.approx(told)
+    result = {"precision": 0, "recall": 0, "f1": 0, "roc_auc": 0.5, "average_precision": 0.4}
+    assert {name: float(value) for name, value in level.items()} == pytest.approx(result)
     perfect, inverted = (
         detection(truth.float(), truth, truth),
         detection(-truth.float(), truth, ~truth),
@@ -190,7 +190,7 @@ def test_a_low_weight_means_wrong():
     assert blobs(rate=0.0).exact({"example_weight": weight}) == {}
     assert (
         blobs(rate=0.999).exact({"example_weight": weight}) == {}
-    )  # rounded to all: no right label to be told from
+    )  # rounded to all labels, so no label is right
 
 
 # --- solvers ---
@@ -222,19 +222,19 @@ def found(problem, solver, rounds=30):
 )
 def test_gradient_based_solvers_find_wrong_labels(name, batch_size):
     problem = blobs(rate=0.3, batch_size=batch_size, space={"weight_decay": {"init": 1e-2}})
-    told = found(problem, FINDERS[name](**RATES))
-    assert told["roc_auc"] > 0.9
-    assert told["f1"] > 0.75
+    result = found(problem, FINDERS[name](**RATES))
+    assert result["roc_auc"] > 0.9
+    assert result["f1"] > 0.75
 
 
 def test_fixed_weights_find_nothing():
-    told = found(blobs(rate=0.3), Fixed(inner_optimizer=RATES["inner_optimizer"]))
-    assert told["roc_auc"] == 0.5
-    assert told["f1"] == 0
+    result = found(blobs(rate=0.3), Fixed(inner_optimizer=RATES["inner_optimizer"]))
+    assert result["roc_auc"] == 0.5
+    assert result["f1"] == 0
 
 
 def test_hypergradient_of_a_converged_model_is_the_implicit_one():
-    """dL_V/dλ_i = −vᵀ H⁻¹ ∇ℓ_i/n with H and the mixed derivative formed, at a w found to rounding."""
+    """It is dL_V/dλ_i = −vᵀ H⁻¹ ∇ℓ_i/n, at w* to machine precision."""
     problem = blobs(n=15, rate=0.2, space={"weight_decay": {"init": 0.3}})
     data = problem.data(CPU, generator())
     hypers = problem.space.constrain(problem.space.init(torch.float64))
@@ -277,8 +277,8 @@ def test_self_tuning_solvers_take_it_and_doubt_a_thousand_weights(response, numb
     assert solver.doubts(solver.step()) == {}
     doubt = ready(large, SelfTuning(response=response)).doubts({})["response"]
     assert (
-        f"1,078 coordinates (most of them `example_weight`), and the response holds {numbers} numbers"
-        in doubt
+        "1,078 coordinates (most of them `example_weight`), and the response holds "
+        f"{numbers} numbers" in doubt
     )
     assert f"{each:,} for each weight" in doubt
 

@@ -1,4 +1,4 @@
-"""Loss weights on long-tailed data: the splits, the loss against an independent one, its derivatives, and who tunes it."""
+"""Tests of loss weights on long-tailed data: splits, loss, derivatives and solvers."""
 
 from functools import partial
 
@@ -25,7 +25,10 @@ def generator(seed=0):
 
 
 def small(classes=3, spread=0.6, **options):
-    """Points around the corners of a simplex, in float64; 40 a class, of which a long tail is kept."""
+    """Return points around the corners of a simplex, in float64.
+
+    40 per class, of which a long tail is kept.
+    """
 
     def split(seed):
         labels = torch.arange(40 * classes) % classes
@@ -74,7 +77,7 @@ def test_digits_have_a_tail_and_a_whole_test_split():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"ratio": 0.5}, r"ratio=0\.5 must be at least 1"),
         (
@@ -88,8 +91,8 @@ def test_digits_have_a_tail_and_a_whole_test_split():
         ({"smoothing": "each"}, "smoothing='each' is unknown; choose true, false or per_class"),
     ],
 )
-def test_nonsense_is_told(options, said):
-    with pytest.raises(BilevelError, match=said):
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(BilevelError, match=message):
         small(**options)
 
 
@@ -97,7 +100,7 @@ def test_nonsense_is_told(options, said):
 
 
 def reference(hypers, logits, y, simplex=False):
-    """The loss example by example, from probabilities."""
+    """Return the loss example by example, from probabilities."""
     total, classes = 0.0, logits.shape[1]
     for row, label in zip(logits, y.tolist(), strict=True):
         p = (row + hypers.get("logit_offset", 0.0)).exp()
@@ -219,12 +222,12 @@ def test_balanced_and_worst_accuracy_are_over_classes(tmp_path):
     problem = small()
     logits = F.one_hot(torch.tensor([0, 0, 0, 1, 0, 2]), 3).double()  # as predicted
     batch = (torch.zeros(6, 3), torch.tensor([0, 0, 0, 0, 1, 2]))
-    told = {
+    result = {
         name: float(value.mean()) for name, value in problem.metrics({}, {}, logits, batch).items()
     }
-    assert told["accuracy"] == pytest.approx(4 / 6)
-    assert [told[f"accuracy_{c}"] for c in range(3)] == [0.75, 0, 1]
-    assert problem.derived(told) == pytest.approx(
+    assert result["accuracy"] == pytest.approx(4 / 6)
+    assert [result[f"accuracy_{c}"] for c in range(3)] == [0.75, 0, 1]
+    assert problem.derived(result) == pytest.approx(
         {"balanced_accuracy": 1.75 / 3, "worst_accuracy": 0.0}
     )
     missing = problem.metrics({}, {}, logits[:4], tuple(leaf[:4] for leaf in batch))
@@ -232,7 +235,7 @@ def test_balanced_and_worst_accuracy_are_over_classes(tmp_path):
 
 
 def test_evaluation_in_parts_is_evaluation_at_once():
-    """The split's batches have different shares of each class."""
+    """The batches of the split have different shares of each class."""
     from bilevel.run.evaluation import evaluate
 
     problem = small(spread=1.0)
@@ -281,7 +284,7 @@ def test_no_step_waits_for_the_device(kind, make):
 
 @pytest.mark.parametrize("name", TUNERS)
 def test_a_rare_class_comes_to_count_for_more(name):
-    """Every solver raises the offset of the common class over that of the rare one, as the shares of the two demand."""
+    """Every solver raises the offset of the common class above that of the rare one."""
     problem = small(
         class_weight=False,
         smoothing=False,

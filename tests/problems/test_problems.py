@@ -60,7 +60,7 @@ def u(closed):
 
 
 def losses(problem):
-    """L_T and L_V as functions of u and of w, by name."""
+    """Return L_T and L_V as functions of u and of w, by name."""
     data = problem.data(CPU, generator())
 
     def inner(u, params):
@@ -205,7 +205,7 @@ def test_ridge_with_fewer_examples_than_features():
 
 @pytest.mark.parametrize(("weights", "hypers"), [(1, 1), (5, 1), (2, 4), (1, 3)])
 def test_quadratics_of_any_dimensions(weights, hypers):
-    """With more hyperparameters than weights there are many λ*; each is as good as w̄ itself."""
+    """With more hyperparameters than weights there are many λ*; each is as good as w̄."""
     problem = Quadratic.random(weights, hypers, seed=4, dtype=F64)
     best = problem.optimum()
     assert problem.hypergradient(best).abs().max() < 1e-11
@@ -445,7 +445,10 @@ def test_missing_mnist_is_one_sentence_that_says_what_to_do(tmp_path, monkeypatc
 
 def test_problems_are_imported_without_heavy_libraries():
     heavy = ["sklearn", "torchvision", "matplotlib", "hydra", "wandb", "rich"]
-    code = f"import sys, problems, bilevel.problems.closed_form.quadratic; print([m for m in {heavy} if m in sys.modules])"
+    code = (
+        "import sys, bilevel.problems.closed_form.quadratic; "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
 

@@ -1,4 +1,4 @@
-"""Architecture search: the cell, the terms of its hypergradient, the derived cell, and the collapse that is measured."""
+"""Tests of architecture search: cells, hypergradients, derived cells and the collapse."""
 
 import json
 from functools import partial
@@ -32,7 +32,10 @@ QUIET = (
 
 
 def tiny(operations=("none", "skip", "tanh"), *, nodes=2, decay=0.3, **options):
-    """A smooth cell on twenty rows of three features, whole splits at once, strictly regularized."""
+    """Return a smooth cell on twenty rows of three features.
+
+    Batches are whole splits, and weight decay is strong.
+    """
     draws = torch.Generator().manual_seed(3)
     x = torch.randn(40, 3, generator=draws, dtype=F64)
     y = (x[:, 0] * x[:, 1] > 0).long()
@@ -59,7 +62,7 @@ def rows_of(**options):
 
 
 def outer(problem, u, params):
-    """L_V(λ(u), w) on the validation split."""
+    """Return L_V(λ(u), w) on the validation split."""
     batch = problem.data(CPU, torch.Generator()).valid.peek()
     return problem.outer_loss(problem.space.constrain(u), params, {}, batch)[0]
 
@@ -70,7 +73,7 @@ def inner(problem, u, params):
 
 
 def differences(f, u, step=1e-5):
-    """∇f by central differences."""
+    """Return ∇f by central differences."""
     with torch.no_grad():
         return torch.stack(
             [
@@ -130,7 +133,7 @@ def test_a_cell_is_the_sum_over_its_edges_of_mixed_operations():
     "make", [partial(images, cells=2), partial(rows_of, nodes=3)], ids=["images", "table"]
 )
 def test_the_derived_cell_is_the_search_network_at_a_corner_of_the_simplexes(make):
-    """Kept edges at one operation, the others at `none`: the same prediction with the same weights."""
+    """With kept edges at one operation and all others at `none`, the prediction is the same."""
     search = make(dtype="float64")
     cell = random_genotype(4, search.operations, search.nodes, keep=2)
     derived = make(genotype=str(cell), dtype="float64")
@@ -196,7 +199,10 @@ def test_first_order_is_the_direct_term_alone(price):
 
 
 def test_second_order_is_one_step_unrolled():
-    """dL_V(λ, w − η ∇_w L_T(λ, w))/du by differences; the direct term alone is far from it."""
+    """The truth is dL_V(λ, w − η ∇_w L_T(λ, w))/du by differences.
+
+    The direct term is far from it.
+    """
     problem, u, rate = tiny(), some_u(tiny()), 0.5
     solver = ready(problem, solvers.Unrolled(inner_steps=1, inner_optimizer=sgd(rate)))
     place(solver, u)
@@ -216,7 +222,10 @@ def test_second_order_is_one_step_unrolled():
 
 
 def test_a_self_tuning_hypergradient_holds_the_direct_term_beside_the_response():
-    """dL_V(λ(u), w₀ + Θ(u − u₀))/du at u = u₀ by differences; with Θ = 0 it is the direct term."""
+    """The truth is dL_V(λ(u), w₀ + Θ(u − u₀))/du at u = u₀ by differences.
+
+    Θ = 0 gives the direct term.
+    """
     problem, u = tiny(), some_u(tiny())
     for away in (0.0, 0.3):
         solver = ready(
@@ -239,7 +248,10 @@ def test_a_self_tuning_hypergradient_holds_the_direct_term_beside_the_response()
 
 
 def minimized(problem, u, params, steps):
-    """w*(λ) by Newton's method from near it, the gradient and the Hessian; w stays along symmetries (rotations about 1)."""
+    """Return w*(λ) by Newton's method, with gradient and Hessian.
+
+    The weights stay fixed along symmetries (rotations about 1).
+    """
     names, shapes = list(params), [p.shape for p in params.values()]
 
     def unflat(flat):
@@ -260,7 +272,7 @@ def minimized(problem, u, params, steps):
 
 
 def trained(problem, u):
-    """Weights near the minimum, by L-BFGS."""
+    """Return weights near the minimum, by L-BFGS."""
     params = {
         name: p.requires_grad_()
         for name, p in problem.init(torch.Generator().manual_seed(0))[0].items()
@@ -280,7 +292,10 @@ def trained(problem, u):
 
 
 def test_the_implicit_hypergradient_is_that_of_the_minimizer():
-    """dL_V(λ, w*(λ))/du, w* solved anew at every λ; the identity in place of H⁻¹ is far from it, and so is the direct term."""
+    """The truth is dL_V(λ, w*(λ))/du with a new w* at every λ.
+
+    H⁻¹ = I and the direct term are far from it.
+    """
     problem = tiny(nodes=1, decay=0.1)
     u = some_u(problem, seed=1)
     w, gradient, curvature = minimized(problem, u, trained(problem, u), steps=4)
@@ -408,7 +423,7 @@ def test_random_cells_have_the_form_of_derived_ones():
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("0-1:conv", "unknown operation `conv`.*conv3x3"),
         ("0-1:none", "unknown operation `none`"),
@@ -419,19 +434,19 @@ def test_random_cells_have_the_form_of_derived_ones():
         ("runs/missing", "is not the directory of a run"),
     ],
 )
-def test_a_genotype_that_cannot_be_had_is_one_sentence(source, said):
-    with pytest.raises(BilevelError, match=said):
+def test_a_genotype_that_cannot_be_had_is_one_sentence(source, message):
+    with pytest.raises(BilevelError, match=message):
         read_genotype(source, list(IMAGE.operations), 2, 2)
 
 
 def test_a_run_that_is_no_search_of_these_cells_is_one_sentence(tmp_path):
     def summary(**fields):
-        told = {
+        result = {
             "diverged": False,
             "interrupted": False,
             "hypers": {"edge_0_1": [0.2, 0.8]},
         } | fields
-        (tmp_path / "summary.json").write_text(json.dumps(told))
+        (tmp_path / "summary.json").write_text(json.dumps(result))
 
     operations = ["skip", "relu"]
     with pytest.raises(BilevelError, match=r"has no summary\.json of a finished run"):
@@ -447,7 +462,7 @@ def test_a_run_that_is_no_search_of_these_cells_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"operations": ["skip", "conv5x5"]}, "operations='conv5x5' is unknown"),
         ({"operations": ["skip"]}, "leaves no choice, or repeats an operation"),
@@ -457,8 +472,8 @@ def test_a_run_that_is_no_search_of_these_cells_is_one_sentence(tmp_path):
         ({"data": "minst"}, "mnist"),
     ],
 )
-def test_bad_settings_are_one_sentence(options, said):
-    with pytest.raises(BilevelError, match=said):
+def test_bad_settings_are_one_sentence(options, message):
+    with pytest.raises(BilevelError, match=message):
         architecture_images(**options)
 
 
@@ -481,7 +496,10 @@ def test_the_share_of_parameter_free_operations_is_measured():
 
 
 def test_the_price_is_part_of_the_validation_loss_alone():
-    """L_V and its `loss` grow by price · F(α), F here by hand; L_T stays; a derived cell has no α and pays nothing."""
+    """L_V and its `loss` grow by price · F(α), computed by hand.
+
+    L_T does not, and a derived cell pays nothing.
+    """
     operations = ("none", "skip", "tanh", "relu")
     plain, priced = (tiny(operations, free_price=price) for price in (0.0, 0.7))
     u, params = some_u(plain), plain.init(torch.Generator().manual_seed(0))[0]
@@ -525,7 +543,10 @@ def test_a_price_where_nothing_but_none_is_left_is_finite():
     ids=["first order", "delta_stn"],
 )
 def test_a_price_turns_a_search_away_from_parameter_free_operations(make):
-    """From one seed, on the same batches: the pool's weight, ½ at first, rises without the price and nearly goes with it."""
+    """The weight of the pool starts at ½.
+
+    It rises without the price and falls with it, on the same batches.
+    """
     shares = {}
     for price in (0.0, 1.0):
         problem = images(
@@ -562,7 +583,7 @@ def test_an_unknown_table_is_one_sentence():
 
 
 def test_no_linear_function_tells_the_classes_of_interactions():
-    """Least squares on the labels does no better than guessing; on the products it does."""
+    """Least squares on the labels is no better than guessing; on the products it is."""
     rows = load_table("interactions")
     (x, y), (x_test, y_test) = rows.train, rows.test
 
@@ -591,9 +612,9 @@ def test_search_draw_and_train_the_derived_cell():
     assert picture.read_bytes().startswith(b"\x89PNG")
     retrain = [*search, "solver=fixed", "problem.genotype=found", "hydra.run.dir=derived"]
     assert main(retrain) == 0
-    told = json.loads(Path("derived/summary.json").read_text())
-    assert list(told["hypers"]) == ["weight_decay"]
-    assert told["last"]["test_accuracy"] > 0.4
+    result = json.loads(Path("derived/summary.json").read_text())
+    assert list(result["hypers"]) == ["weight_decay"]
+    assert result["last"]["test_accuracy"] > 0.4
     with pytest.raises(BilevelError, match="derived holds no architecture search"):
         draw_search("derived")
     with pytest.raises(BilevelError, match="run=nowhere cannot be read"):
@@ -621,7 +642,7 @@ def test_the_picture_of_a_cell_names_every_operation():
 
 
 def test_a_linear_head_on_the_pooled_cell_is_all_that_is_left_without_an_operation():
-    """The smallest cell, one edge: F.linear of the mean over pixels of what it makes."""
+    """The smallest cell with one edge equals F.linear of the mean over pixels."""
     problem = images(genotype="0-1:skip", cells=1, dtype="float64")
     params, _ = problem.init(torch.Generator().manual_seed(0))
     batch = problem.data(CPU, torch.Generator()).valid.peek()

@@ -1,4 +1,4 @@
-"""Augmentation: against torchvision image by image, its derivatives against differences, and what is drawn and refused."""
+"""Tests of augmentation against torchvision, of its derivatives, and of draws and errors."""
 
 import math
 from functools import partial
@@ -44,7 +44,7 @@ def uniform(*shape, low=0.0, high=1.0, seed=0, dtype=F64):
 
 
 def pictures(channels=3, height=9, width=12, n=12, white=255):
-    """Random images of bytes."""
+    """Return random images of bytes."""
     draws = generator(3)
 
     def split(n):
@@ -68,7 +68,7 @@ def small(images=None, operations=("affine", "colour"), **options):
 
 @pytest.fixture
 def double():
-    """Weights, inputs and draws in float64."""
+    """Use float64 for weights, inputs and draws."""
     torch.set_default_dtype(F64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -157,8 +157,9 @@ def test_cutout_by_a_loop_over_pixels():
             top, left = int(y * height) - side // 2, int(z * width) - side // 2
             wanted[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 7.0
         assert torch.equal(ours[i], wanted)
-    assert torch.equal(image_transforms.cutout(x, torch.tensor(3.0), torch.tensor(4.0), centres)[5:6],
-                       image_transforms.cutout(x[5:6], torch.tensor([3.0]), torch.tensor([4.0]), centres[5:6]))  # fmt: skip
+    holes, length = torch.tensor([3.0]), torch.tensor([4.0])
+    alone = image_transforms.cutout(x[5:6], holes, length, centres[5:6])
+    assert torch.equal(image_transforms.cutout(x, holes[0], length[0], centres)[5:6], alone)
 
 
 def test_flip_mirrors_the_chosen():
@@ -174,8 +175,11 @@ def test_flip_mirrors_the_chosen():
 def test_derivatives_of_the_operations_by_differences(per_example):
     x, shape = uniform(2, 3, 3, 4, low=0.2, high=0.8), (2,) if per_example else ()
     check = partial(torch.autograd.gradcheck, atol=1e-6)
-    parameters = [uniform(*shape, low=low, high=high, seed=seed).requires_grad_() for seed, (low, high) in
-                  enumerate([(-40, 40), (0.6, 1.4), (-40, 40)])]  # fmt: skip
+    ranges = [(-40, 40), (0.6, 1.4), (-40, 40)]
+    parameters = [
+        uniform(*shape, low=low, high=high, seed=seed).requires_grad_()
+        for seed, (low, high) in enumerate(ranges)
+    ]
     shift = uniform(2, 2, low=-0.3, high=0.3, seed=9).requires_grad_()
     assert check(
         lambda d, s, c, h: image_transforms.affine(x, d, s, c, h),
@@ -200,7 +204,7 @@ def test_hue_of_grey_has_finite_derivatives():
 
 @pytest.mark.parametrize("per_example", [False, True])
 def test_derivative_of_the_inner_loss_by_central_differences(per_example, double):
-    """All strengths at once, at the same draws: they scale draws that do not depend on them."""
+    """All strengths have derivatives, because they scale draws that do not depend on them."""
     problem = small(dropout="gaussian")
     params, carry = problem.init(generator())
     batch = problem.data(CPU, generator()).train.next()
@@ -220,7 +224,10 @@ def test_derivative_of_the_inner_loss_by_central_differences(per_example, double
 
 
 def test_an_implicit_hypergradient_goes_through_the_augmentation(double):
-    """With the identity for H⁻¹ it is −(∂∇_w L_T/∂u)ᵀ ∇_w L_V, the derivative taken by differences of plain gradients."""
+    """With H⁻¹ = I it is −(∂∇_w L_T/∂u)ᵀ ∇_w L_V.
+
+    The derivative is taken by differences of plain gradients.
+    """
     problem = small(dropout="gaussian")
     solver = ready(problem, solvers.implicit_identity())
     train, valid = solver.data.train.peek(), solver.data.valid.peek()
@@ -250,7 +257,7 @@ def test_an_implicit_hypergradient_goes_through_the_augmentation(double):
 
 
 def recorded(monkeypatch, images, hypers, n, seed=0, **changes):
-    """The parameters with which the operations were called, on n images at strengths `hypers`."""
+    """Return the arguments of the operations on n images at strengths `hypers`."""
     calls = {}
     for name in ("affine", "brightness", "contrast", "saturation", "hue", "cutout"):
         monkeypatch.setattr(
@@ -292,8 +299,8 @@ def test_one_strength_for_all_is_the_same_strength_for_each():
     images = pictures(n=6)
     space = all_of(images)
     apply, x = Augmentation(space, images, flip=True), images.train[0]
-    once = {name: torch.tensor(0.4 * domain.high).round() if name in OPERATIONS["cutout"] else torch.tensor(0.4 * domain.high)
-            for name, domain in space.items()}  # fmt: skip
+    once = {name: torch.tensor(0.4 * domain.high) for name, domain in space.items()}
+    once |= {name: once[name].round() for name in OPERATIONS["cutout"]}
     wanted = apply(once, x, generator())
     assert torch.equal(
         apply({name: t.expand(6) for name, t in once.items()}, x, generator()), wanted
@@ -331,7 +338,10 @@ def test_half_of_the_images_are_flipped():
 
 
 def test_holes_do_not_collapse_at_a_whole_number():
-    """From one hole, and from a hair less, where floor() would leave none; and of perturbed draws as many as the value says."""
+    """One hole stays one hole, and slightly less than one does too.
+
+    Floor() would give none. The mean over perturbed draws is the value.
+    """
     space = Space(cutout_holes=all_of(pictures())["cutout_holes"])
     u, draws = space.init(F64), generator()
     for start in (u, torch.nextafter(u, u - 1), u - 1e-6):
@@ -461,25 +471,25 @@ def test_fewer_images_are_the_first_ones():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"scale": {"high": 1.5}},
-            r"space\.scale goes from 0 to 1.5 and must stay between 0 and 0.9 for images of 9 × 12 pixels; set",
+            r"space\.scale goes from 0 to 1.5 and must stay between 0 and 0.9 for images of 9 × 12",
         ),
         ({"degrees": {"low": -45.0}}, r"space\.degrees goes from -45 to 45"),
         ({"hue": {"high": 0.6}}, r"space\.hue goes from 0 to 0.6"),
         (
             {"cutout_length": {"high": 10}},
-            r"space\.cutout_length goes from 0 to 10 and must stay between 0 and 9 for images of 9 × 12",
+            r"space\.cutout_length goes from 0 to 10 and must stay between 0 and 9 for",
         ),
         ({"cutout_holes": {"high": 101}}, r"space\.cutout_holes goes from 0 to 101"),
         ({"degrees": {"init": 50.0}}, r"`degrees`: init=50.0 is outside \(0, 45\)"),
         ({"saturation": {"low": 0.0, "init": 0.0}}, r"`saturation`: init=0.0 lies on the edge"),
     ],
 )
-def test_strengths_that_mean_nothing(change, said):
-    with pytest.raises(BilevelError, match=said):
+def test_strengths_that_mean_nothing(change, message):
+    with pytest.raises(BilevelError, match=message):
         small(operations=["affine", "colour", "cutout"], space=change)
 
 

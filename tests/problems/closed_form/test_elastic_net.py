@@ -1,4 +1,4 @@
-"""The elastic net against scikit-learn, ridge, gradient descent and differences, in float64."""
+"""Tests of the elastic net against other solutions and differences, in float64."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_best_response_is_stationary_to_rounding(smoothing, at):
     size = (
         problem.moment.abs().max() + math.exp(at[0]) + math.exp(at[1]) * w.abs().max()
     )  # what it is a difference of
-    # where δ is small, a weight near zero has the slope 1/δ: a rounding error of its own moves the gradient that far
+    # With a small δ, a weight near zero has the slope 1/δ, so rounding moves the gradient.
     assert gradient.abs().max() < 2e-14 * size + 1e-16 * math.exp(at[0]) * w.abs().max() / smoothing
 
 
@@ -81,7 +81,8 @@ def test_as_the_smoothing_vanishes_it_is_scikit_learns_elastic_net():
     assert (w != 0).any()
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1e-2
-    # a weight that is zero without smoothing lies at δ s/√(1 − s²), with s its subgradient: the error is proportional to δ
+    # A weight that is zero without smoothing lies at δ s/√(1 − s²), with its subgradient s. So the
+    # error is proportional to δ.
     assert errors[-1] / errors[-2] == pytest.approx(1e-2, rel=0.01)
     assert errors[-1] < 1e-6
 
@@ -100,7 +101,10 @@ def test_without_an_l1_penalty_it_is_ridge_on_the_same_data():
 
 
 def test_derivatives_of_the_best_response_to_third_order():
-    """Two steps of Newton's method carry them; their closed form and differences of it do not know that."""
+    """Two Newton steps carry the derivatives.
+
+    The closed form and its differences are independent of them.
+    """
     problem = made(smoothing=0.1)
     u = torch.tensor([-1.0, -2.0], dtype=F64)
     X, y = problem.data(CPU, generator()).valid.peek()

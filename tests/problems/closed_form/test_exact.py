@@ -1,4 +1,4 @@
-"""What a problem with closed forms says of λ itself: regret and hypergradient, in float64."""
+"""Tests of the exact regret and hypergradient of problems with closed forms, in float64."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""The toy regressions beyond ridge: what their penalties are on average, and what of a linear network is unique."""
+"""Tests of the toy regressions: expected penalties, and the unique map of a linear network."""
 
 import itertools
 import math
@@ -40,7 +40,10 @@ def dropout_pair(per_feature):
 
 @pytest.mark.parametrize("per_feature", [False, True])
 def test_the_sampled_loss_is_the_expected_one_on_average(per_feature, monkeypatch):
-    """Over every mask of four features with its probability: the loss is a sum over examples, so that all may share one."""
+    """The test sums over all masks of four features.
+
+    The loss is a sum over examples, so all share one mask.
+    """
     sampled, expected, λ = dropout_pair(per_feature)
     batch, (params, _) = sampled.data(CPU, generator()).train.peek(), sampled.init(generator(1))
     rate = torch.sigmoid(λ["logit_rate"]).expand(4)
@@ -81,7 +84,7 @@ def test_masks_follow_each_examples_own_rate(per_feature):
 
 
 def test_dropout_is_weight_decay_scaled_by_the_feature():
-    """Wager et al.: on features of unit second moment it is ridge with e^λ = p/(1 − p)."""
+    """With second moments 1 it is ridge regression with e^λ = p/(1 − p) (Wager et al.)."""
     (X, y), valid, _ = linear_data.synthetic(40, 5, dtype=F64)
     X = X / X.square().mean(0).sqrt()
     λ = torch.tensor(-0.7, dtype=F64)
@@ -123,7 +126,10 @@ def test_a_sampled_rate_is_refused_where_its_derivative_is_needed():
 
 
 def test_self_tuning_finds_the_response_of_sampled_dropout():
-    """Θ under sampled masks, averaged over steps, against the closed form; the same masks at rate zero would give Θ = 0."""
+    """Θ under sampled masks, averaged over steps, is compared with the closed form.
+
+    At rate zero Θ would be 0.
+    """
     problem = InputDropout.synthetic(
         200, 3, noise=0.3, dtype=F64, space={"logit_rate": {"scale": 0.5}}
     )
@@ -211,7 +217,10 @@ def test_training_comes_to_the_best_response_of_the_map_from_any_factors():
 
 @pytest.mark.parametrize("λ", [-3.0, 0.0, 2.0])
 def test_t8_in_principal_components_the_first_layer_is_gated_row_by_row(λ):
-    """W_1 = diag(gate(λ)) V, W_2 = V w_OLS, gate_i = sigmoid(2 log d_i − log n − λ) (L_T has the 1/n), is a best response."""
+    """A best response has W_1 = diag(gate(λ)) V and W_2 = V w_OLS.
+
+    The gate is gate_i = sigmoid(2 log d_i − log n − λ); L_T has the 1/n.
+    """
     problem = network(hidden=[5])
     X, y = batch = problem.data(CPU, generator()).train.peek()
     _, d, V = torch.linalg.svd(X, full_matrices=False)
@@ -242,7 +251,10 @@ EXACT = {
 
 @pytest.mark.parametrize("make", EXACT.values(), ids=EXACT)
 def test_the_hypergradient_is_unique_though_the_hessian_is_singular(make):
-    """Null directions of the Hessian leave the map, and so L_V and ∂L_T/∂λ, unmoved: solves in its range are exact."""
+    """Null directions of the Hessian do not change the map, L_V and ∂L_T/∂λ.
+
+    So solves in its range are exact.
+    """
     problem = LinearNetwork.synthetic(features=5, condition=5.0, dtype=F64, hidden=[3])
     solver = ready(problem, make())
     λ = problem.space.constrain(solver.belief.centre)
@@ -256,7 +268,10 @@ def test_the_hypergradient_is_unique_though_the_hessian_is_singular(make):
 
 @pytest.mark.parametrize("response", [solvers.Structured, Dense])
 def test_delta_stn_learns_the_jacobian_of_the_map(response):
-    """Small σ, from the best response: ∂w/∂λ of the solver's own ŵ. With one λ a structured response holds it, too."""
+    """With a small σ, from the best response, ∂w/∂λ of ŵ is right.
+
+    With one λ a structured response can represent it too.
+    """
     problem = network(hidden=[3], space={"log_penalty": {"scale": 0.05, "per_example": False}})
     solver = ready(
         problem,

@@ -1,4 +1,4 @@
-"""Few-shot learning against ridge regression around φ in closed form, and MAML written out, in float64."""
+"""Tests of few-shot learning against closed forms and an explicit MAML, in float64."""
 
 import math
 import warnings
@@ -24,7 +24,7 @@ def generator(seed=0):
 
 
 def lines(count, draws):
-    """Tasks y = a·x + noise with a ~ N(1, I)."""
+    """Return tasks y = a·x + noise with a ~ N(1, I)."""
     x = torch.randn(count, SHOTS + QUERIES, D, generator=draws)
     a = 1 + torch.randn(count, D, 1, generator=draws)
     y = x @ a + 0.1 * torch.randn(count, SHOTS + QUERIES, 1, generator=draws)
@@ -37,13 +37,16 @@ def linear(**options):
 
 
 def small(**options):
-    """A network that is not linear, on sinusoids."""
+    """Return a nonlinear network on sinusoids."""
     options = {"tasks": 3, "unseen": 4, "start_seed": 1} | options
     return FewShot(lambda: MLP([1, 5, 1]).double(), sinusoids(shots=4, queries=6), **options)
 
 
 def best_response(hypers, tasks):
-    """w_t* = (2 XᵀX/n + ρI)⁻¹ (2 Xᵀy/n + ρφ), [T, D, 1]; of ‖Xw − y‖²/n + ½ρ‖w − φ‖²."""
+    """Return w_t* = (2 XᵀX/n + ρI)⁻¹ (2 Xᵀy/n + ρφ), [T, D, 1].
+
+    It minimizes ‖Xw − y‖²/n + ½ρ‖w − φ‖².
+    """
     X, y, φ = tasks.support_x, tasks.support_y, hypers["initialization"][:, None]
     A = 2 * X.mT @ X / SHOTS + hypers["proximity"] * torch.eye(D, dtype=F64)
     return torch.linalg.solve(A, 2 * X.mT @ y / SHOTS + hypers["proximity"] * φ)
@@ -86,7 +89,7 @@ def test_implicit_maml_is_exact_at_the_best_response(space):
 
 
 def test_the_meta_gradient_is_the_papers():
-    """dL_V/dφ = mean over t of (I + H_t/ρ)⁻¹ ∇q_t, Rajeswaran et al., eq. 6."""
+    """It is dL_V/dφ = mean over t of (I + H_t/ρ)⁻¹ ∇q_t (Rajeswaran et al., eq. 6)."""
     solver = ready(linear(), solvers.Unrolled())
     tasks, hypers = at_hand(solver), solver.problem.space.constrain(solver.belief.centre)
     w = best_response(hypers, tasks)
@@ -106,7 +109,10 @@ def test_training_ends_at_the_best_response():
 
 
 def test_unrolling_for_longer_comes_to_the_implicit_one():
-    """The K-step hypergradient lacks (I − ηA)^K of the response, and w_K is that far off: no more than (1 − ηρ)^K, twice."""
+    """The K-step hypergradient lacks (I − ηA)^K of the response.
+
+    w_K has the same error, so it is at most (1 − ηρ)^K, twice.
+    """
     η, errors = 0.1, {}
     for K in (10, 20, 80):
         solver = ready(
@@ -122,7 +128,7 @@ def test_unrolling_for_longer_comes_to_the_implicit_one():
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("rho", [0.0, 0.3])
 def test_maml_is_unrolling_from_the_offset_zero(K, rho):
-    """K steps of gradient descent on w_t from φ itself, written for one task at a time, and differentiated."""
+    """The truth is K gradient steps on w_t from φ, written for one task at a time."""
     α = 0.05
     problem = small(proximity=rho)
     solver = ready(problem, solvers.Unrolled(restart=True, inner_steps=K, inner_optimizer=sgd(α)))

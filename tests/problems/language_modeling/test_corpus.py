@@ -1,4 +1,4 @@
-"""Texts, vocabularies and windows: every token once, nothing of validation in the vocabulary, one sentence for bad input."""
+"""Tests of texts, vocabularies and windows, and of their errors."""
 
 import hashlib
 import shutil
@@ -93,7 +93,7 @@ def test_the_embedded_corpus_has_the_size_that_was_asked_for():
 
 
 def text_of(stream, steps):
-    """What a stream hands out, row by row: tokens, and those that follow them."""
+    """Return the tokens of a stream and the tokens that follow them, row by row."""
     batches = [stream.next() for _ in range(steps)]
     return (
         torch.cat([b[0] for b in batches], 1),
@@ -153,7 +153,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """Both corpora on a server of our own, with their own checksums."""
+    """Serve both corpora locally, with their own checksums."""
     source = tmp_path / "served"
     source.mkdir()
     for split in SPLITS:

@@ -1,4 +1,4 @@
-"""The language model: state carried over windows, masks where they belong, penalties by their formulas, and tuned."""
+"""Tests of the language model: carried state, masks, penalties and tuning."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def small(**options):
 
 
 def start(problem, away=0.3):
-    """Weights away from the start, where biases are zero, and a state that is not zero."""
+    """Return weights away from the start, where biases are zero, and a nonzero state."""
     draws = generator(1)
     params, carry = problem.init(generator())
     moved = {
@@ -161,7 +161,7 @@ def test_a_row_that_begins_forgets_the_state():
 
 
 def reference(problem, params, carry, batch, rates, seed):
-    """The training pass once more, step by step, with masks drawn in the same order."""
+    """Compute the training pass step by step, with masks drawn in the same order."""
     draws, tokens = generator(seed), batch[0]
 
     def mask(shape, rate):
@@ -209,7 +209,10 @@ def reference(problem, params, carry, batch, rates, seed):
 
 @architectures
 def test_training_equals_its_steps_written_out_with_locked_masks(options):
-    """Masks of activations do not change over time, that of the recurrent weights is one for all steps and rows."""
+    """Masks of activations do not change over time.
+
+    The mask of the recurrent weights is one for all steps and rows.
+    """
     problem = small(**options)
     params, carry = start(problem)
     rates = {
@@ -367,7 +370,10 @@ def test_rounds_run_without_waiting_and_move_every_hyperparameter(options, flags
 
 
 def test_the_two_passes_carry_states_of_their_own():
-    """Without learning, dropout and perturbation both are the state of w₀; the perturbed pass has its own, of its own mean."""
+    """Without learning, dropout and perturbation both states are those of w₀.
+
+    The perturbed pass has its own state.
+    """
     problem = small(space=STILL)
     still = ready(problem, SelfTuning(inner_steps=3, inner_optimizer=sgd(0.0)), away=0.3)
     params, carry = still.weights.detached(), dict(still.carry)
@@ -392,7 +398,7 @@ def test_the_two_passes_carry_states_of_their_own():
 
 @pytest.mark.parametrize("flags", RECIPES.values(), ids=RECIPES)
 def test_outer_batches_continue_each_other_and_leave_the_states_of_training(flags):
-    """At Θ = 0 they read w₀: what a pass over validation would, and again from the start after its end."""
+    """At Θ = 0 they read w₀, as a pass over validation does, and then start again."""
     problem = small()
     solver = ready(problem, SelfTuning(inner_steps=1, tune_scale=False, **flags))
     solver.step(warmup=True)
@@ -414,7 +420,7 @@ def test_outer_batches_continue_each_other_and_leave_the_states_of_training(flag
 @architectures
 @pytest.mark.parametrize("tangent", [False, True])
 def test_the_response_is_that_of_dense_weights_for_each_row(options, tangent):
-    """Embedding (scaled by columns, the tied decoder too), masked recurrent weights and decoder, together."""
+    """The test covers embedding, tied decoder, masked recurrent weights and decoder together."""
     problem = small(**options)
     solver = ready(problem, SelfTuning(), away=0.3)
     assert solver.response.axes["embedding.weight"] == 1
@@ -443,7 +449,7 @@ def test_the_response_is_that_of_dense_weights_for_each_row(options, tangent):
 
 
 def test_the_response_of_an_lstm_costs_five_units():
-    """Forward W₀x, W₀ẋ and W₁x; backward W₀ᵀδ and ∂W₁: for the recurrent products too."""
+    """Units: W₀x, W₀ẋ and W₁x forward, W₀ᵀδ and ∂W₁ backward, recurrent products included."""
     problem = small(
         dtype=torch.float32, tied=False, embedding=24, hidden=32, batch_size=8, layers=1
     )
@@ -474,7 +480,7 @@ def test_the_response_of_an_lstm_costs_five_units():
         )
     assert plain == unit
     rows = 4 * 2 * 8 * solver.theta.tensors["rows"].numel()
-    # what would be multiplied with the tangent before the first step, which is zero, needs no gradient
+    # The tangent before the first step is zero, so its factors need no gradient.
     first = 2 * 2 * 8 * params["layers.0.weight_hh_l0"].numel()
     assert 5 * unit - first <= count(response) <= 5 * unit + rows
 
@@ -540,7 +546,10 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(tmp_path, words):
 
 
 def test_it_learns_and_tunes(tmp_path):
-    """Two sentences in turn, 14 words, of which all but one in eight follow from the last."""
+    """The text has two sentences in turn, 14 words.
+
+    All but one word in eight follow from the last one.
+    """
     once = "the cat sat on a mat . \n\n the dog lay in a basket . \n\n"
     problem = Language(
         number_words(split_prose(once * 40, "it")),

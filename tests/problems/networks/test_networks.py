@@ -1,4 +1,4 @@
-"""Networks by name: their weights, dropout sites, norms and images; plain modules, so that every response is right in them."""
+"""Tests of networks by name: weights, dropout sites, norms, images and responses."""
 
 from functools import partial
 from itertools import pairwise
@@ -29,7 +29,7 @@ NORMED = ("simple_cnn", "alexnet", "vgg16", "resnet18")
 
 
 def images(shape=COLOUR, n=6):
-    """Random images, three times the same."""
+    """Return the same random images three times."""
     generator = torch.Generator().manual_seed(0)
     split = torch.rand(n, *shape, generator=generator), torch.arange(n) % 10
     return Images(split, split, split, mean=0.5, std=0.3)
@@ -48,7 +48,7 @@ def problem(name, shape=COLOUR, *, n=6, per_example=True, **options):
 
 
 def visits(module, x):
-    """The dropout sites that a forward pass visits, and what it hands over there."""
+    """Return the dropout sites that a forward pass visits, and their activations."""
     seen = []
 
     def drop(site, x):
@@ -98,7 +98,7 @@ def linear(*units):
     ],
 )
 def test_weights_are_those_of_the_published_networks(name, shape, weights, millions):
-    """ResNet-18 is torchvision's, but for its stem of 3 × 3 instead of 7 × 7."""
+    """ResNet-18 is that of torchvision, except for its stem of 3 × 3 instead of 7 × 7."""
     with torch.device("meta"):
         counted = sum(p.numel() for p in image_network(name, shape, 10).make().parameters())
     assert counted == weights
@@ -162,7 +162,7 @@ def test_width_scales_channels_and_units(width):
 @pytest.mark.parametrize("name", [*OURS, "torchvision/resnet18", "squeezenet1_1"])
 @pytest.mark.parametrize("shape", [COLOUR, GREY, (3, 64, 48)])
 def test_images_of_any_size_and_depth_or_a_sentence(name, shape):
-    """VGG16 halves an image five times; torchvision's networks see a grey image three times."""
+    """VGG16 halves an image five times; networks of torchvision repeat a grey image three times."""
     if name == "vgg16" and shape == GREY:
         with pytest.raises(
             BilevelError, match=r"VGG16 halves an image .* 5 times.*at least 32 × 32 pixels"
@@ -175,7 +175,7 @@ def test_images_of_any_size_and_depth_or_a_sentence(name, shape):
 
 
 def test_a_name_costs_no_random_number_and_no_weights():
-    """But for a constructor that reads values: RegNet's."""
+    """The exception is a constructor that reads values, as in RegNet."""
     before = torch.get_rng_state()
     image_network("alexnet", COLOUR, 10, width=64)  # 95 billion weights, if they were made
     image_network("regnet_x_400mf", COLOUR, 10)
@@ -225,7 +225,10 @@ def test_what_makes_no_network_is_said_in_a_sentence(arguments, options, sentenc
 
 
 def best(module, steps):
-    """The least loss of SGD at the paper's rate and momentum on images whose mean colour tells their class; chance: 1.386."""
+    """Return the least loss of SGD on images whose mean color gives the class.
+
+    Rate and momentum are the paper's; chance is 1.386.
+    """
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(16) % 4
     x = (
@@ -250,9 +253,11 @@ def with_pytorchs_values(module):
 
 
 def test_vgg16_keeps_the_size_of_its_activations_where_pytorchs_initial_values_let_them_fade():
-    """Through ReLU, a k × k convolution multiplies the mean square by k² in σ²/2: ours by in/out, PyTorch's by 1/6.
+    """Through ReLU, a k × k convolution multiplies the mean square by k² in σ²/2.
 
-    Without biases the network is homogeneous, so that pooling and padding have the same part in both.
+    Ours multiplies by in/out, PyTorch's by 1/6.
+
+    Without biases the network is homogeneous, so pooling and padding have the same effect in both.
     """
     x, channels = torch.randn(16, *COLOUR), [64 // 4]
 
@@ -296,7 +301,7 @@ RATES = torch.tensor([0.0, 0.2, 0.5, 0.8])
 
 @pytest.fixture(scope="module")
 def scales():
-    """What dropout of each kind multiplies 4000 channels of each of four examples by, at a rate for each example."""
+    """Return the factors of each dropout on 4000 channels, at one rate per example."""
 
     def at(kind, **options):
         generator, f = torch.Generator().manual_seed(3), dropout_by_name(kind, **options)
@@ -309,7 +314,7 @@ def scales():
 
 
 def sure(p, n=4000):
-    """Four standard deviations of a share."""
+    """Return four standard deviations of a share."""
     return 4 * (p * (1 - p) / n).sqrt()
 
 
@@ -328,7 +333,7 @@ def test_gaussian_has_the_variance_of_each_example_s_rate(scales):
 
 
 def test_concrete_drops_each_example_s_share_to_below_a_half(scales):
-    """P(z > ½) = rate, at any temperature."""
+    """P(z > ½) = rate at any temperature."""
     m = scales("concrete", temperature=0.3)
     assert ((m * (1 - RATES[:, None]) < 0.5).double().mean(1) - RATES).abs().le(sure(RATES)).all()
     hard = scales("concrete", temperature=1e-3) * (1 - RATES[:, None])
@@ -362,7 +367,7 @@ def statistics(carry):
 
 
 def test_statistics_are_written_once_a_batch_by_the_pass_that_trains_w0_and_by_no_other():
-    """They are bit for bit those of one plain pass at λ₀ and w₀, whatever the response is."""
+    """They equal those of one plain pass at λ₀ and w₀ bit for bit, for any response."""
     for away in (0.0, 0.3):
         solver = ready(problem("resnet18", SMALL, width=1 / 16), delta_stn(), away=away)
         batch, before = solver.data.train.next(), statistics(solver.carry)
@@ -423,7 +428,7 @@ def test_a_network_of_torchvision_keeps_no_dropout_between_calls():
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
 def test_delta_stn_tunes_networks_of_torchvision(name):
-    """In-place ReLUs and hard swishes, fire modules, squeeze and excitation."""
+    """They have in-place ReLUs, hard swishes, fire modules, and squeeze and excitation."""
     solver = ready(problem(name, n=4), delta_stn(inner_steps=1))
     metrics = solver.step()
     assert all(torch.isfinite(value) for value in metrics.values())
@@ -431,7 +436,7 @@ def test_delta_stn_tunes_networks_of_torchvision(name):
 
 
 def assert_responds(solver):
-    """The gradient of the linearized loss in Θ is the central difference along a random direction."""
+    """Compare the gradient of the linearized loss in Θ with a central difference."""
     batch, h = solver.data.train.peek(), 1e-6
     gradients = torch.autograd.grad(drawn(solver, batch), solver.theta.leaves, allow_unused=True)
     directions = [torch.randn_like(leaf) for leaf in solver.theta.leaves]
@@ -451,7 +456,7 @@ def assert_responds(solver):
 
 
 class Residual(nn.Module):
-    """X plus a branch of its own that is left out now and then for an example."""
+    """Add to x a branch that is dropped at random for an example."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -509,7 +514,7 @@ WHOLE = [
 
 @pytest.mark.parametrize(("name", "norm"), WHOLE)
 def test_whole_networks_respond_rightly(name, norm):
-    """In all tuned hyperparameters at once, augmentation among them."""
+    """All hyperparameters are tuned at once, augmentation included."""
     torch.set_default_dtype(torch.float64)
     try:
         network = image_network(name, COLOUR, 10, norm, width=1 / 16)
@@ -539,7 +544,7 @@ def test_a_layer_without_a_response_rule_is_named_and_can_be_registered(monkeypa
     classified = Classification(with_prelu, images(SMALL), sites=4, batch_size=6)
     with pytest.raises(
         Refused,
-        match=r"response rule for `prelu`, which acts on `norms\.1\.weight`; register one with bilevel\.solvers\.",
+        match=r"response rule for `prelu`, which acts on `norms\.1\.weight`; register one",
     ):
         ready(classified)
 
