@@ -78,7 +78,7 @@ def _error(problem: Problem, solver: Descent) -> dict[str, float]:
     )
     while solver.inner_count < STEPS:
         solver.step()
-    exact = problem.hypergradient(problem.space.constrain(solver.belief.centre))  # type: ignore[attr-defined]
+    exact = problem.hypergradient(problem.space.constrain(solver.core.search.u0))  # type: ignore[attr-defined]
     drawn = []
     for _ in range(DRAWS):
         solver.step()

@@ -103,8 +103,8 @@ def measured(
             "of_plain": median_ratio(taken[f"{point}"], taken[f"plain {Point(FEW, point.units)}"]),
             "of_first": median_ratio(taken[f"{point}"], taken[f"{points[0]}"]),
             "gigaflops": multiplications(steps[f"{point}"]) / 1e9,
-            "weights": sum(leaf.numel() for leaf in solver.weights.leaves),
-            "response": sum(leaf.numel() for leaf in solver.theta.leaves),  # type: ignore[union-attr]
+            "weights": sum(leaf.numel() for leaf in solver.core.weights.leaves),
+            "response": sum(leaf.numel() for leaf in solver.method.theta.leaves),  # type: ignore[union-attr]
             "peak_bytes": memory[point],
             "rounds": len(taken[f"{point}"]),
         }

@@ -131,18 +131,18 @@ def hypergradient(case: str, solver: Descent) -> Step:
     """One hypergradient: of `hypergradient`, or of a whole round where it is the round that is differentiated."""
     if CASES[case].whole:
         return solver.step
-    batch = solver.data.valid.peek()
+    batch = solver.core.data.valid.peek()
     return lambda: solver.hypergradient(batch)
 
 
 def plain_gradient(solver: Descent) -> Step:
     """∇_w L_T on one batch: forward and backward, nothing else."""
-    problem, batch, carry = solver.problem, solver.data.train.peek(), solver.carry
-    params = {name: p.detach().requires_grad_() for name, p in solver.weights.tensors.items()}
-    hypers = problem.space.constrain(solver.belief.centre)
+    problem, batch, carry = solver.core.problem, solver.core.data.train.peek(), solver.core.carry
+    params = {name: p.detach().requires_grad_() for name, p in solver.core.weights.tensors.items()}
+    hypers = problem.space.constrain(solver.core.search.u0)
 
     def step() -> None:
-        loss, _ = problem.inner_loss(hypers, params, carry, batch, solver.generator)
+        loss, _ = problem.inner_loss(hypers, params, carry, batch, solver.core.generator)
         torch.autograd.grad(loss, list(params.values()))
 
     return step

@@ -23,7 +23,7 @@ from bilevel.device.precision import PRECISIONS, at_precision, matmul_precision
 from bilevel.problems import Classification, images
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.run.cuda_graph import Capture
-from bilevel.timers import Phases
+from bilevel.timers import Timers
 
 VARIANTS: dict[str, Callable[[], Timed]] = {
     "plain": solvers.Fixed,
@@ -154,7 +154,7 @@ def prepared(network: str, variant: str, setting: Setting, device: torch.device)
     generator = torch.Generator(device).manual_seed(2)
     solver.setup(problem, data, device, generator)
     if setting.capture:
-        solver.capture = Capture.of(solver, device, generator)
+        solver.services.capture = Capture.of(solver, device, generator)
     return solver
 
 
@@ -230,9 +230,14 @@ def measured(
 def augmentation(solver: Timed) -> Step:
     """One batch augmented at strengths of its own for every image."""
     problem = problem_in(solver)
-    (x, *_), generator = solver.data.train.peek(), torch.Generator(solver.device).manual_seed(3)
-    u = problem.space.init().to(solver.device)
-    hypers = problem.space.constrain(u + torch.zeros(len(x), 1, device=solver.device), generator)
+    (x, *_), generator = (
+        solver.core.data.train.peek(),
+        torch.Generator(solver.core.device).manual_seed(3),
+    )
+    u = problem.space.init().to(solver.core.device)
+    hypers = problem.space.constrain(
+        u + torch.zeros(len(x), 1, device=solver.core.device), generator
+    )
 
     def step() -> None:
         with torch.no_grad():
@@ -243,7 +248,7 @@ def augmentation(solver: Timed) -> Step:
 
 def problem_in(solver: Timed) -> Classification:
     """The classification that is tuned, without what it is wrapped in."""
-    problem = solver.problem
+    problem = solver.core.problem
     while not isinstance(problem, Classification):
         problem = problem.problem  # type: ignore[attr-defined]  # a `ProblemWrapper` one
     return problem
@@ -251,15 +256,15 @@ def problem_in(solver: Timed) -> Classification:
 
 def phases(solver: Timed, device: torch.device) -> dict[str, float]:
     """Milliseconds by phase: of a training step, `outer` of an outer step."""
-    clock = solver.phases = Phases(device)
+    timers = solver.services.timers = Timers(device)
     before = solver.inner_count, solver.outer_count
     for _ in range(PHASE_ROUNDS):
         solver.step()
-    solver.phases = None
+    solver.services.timers = None
     inner, outer = solver.inner_count - before[0], max(1, solver.outer_count - before[1])
     return {
         name: 1e3 * value / (outer if name == "outer" else inner)
-        for name, value in clock.read().items()
+        for name, value in timers.read().items()
     }
 
 

@@ -117,16 +117,16 @@ def outer_step(solver: SelfTuning) -> Step:
     """One step of u and σ on the next validation batch, and u₀ ← u."""
 
     def step() -> None:
-        solver.outer_step(solver.data.valid.next())
-        solver.belief.recentre()
+        solver.method.outer_step(solver.core.data.valid.next())
+        solver.core.search.recentre()
 
     return step
 
 
 def forward(solver: Timed) -> Step:
     """One unit: a multiplication by all the weights, plain ones, for a batch."""
-    problem, (hypers, params, carry) = solver.problem, solver.solution()
-    batch = solver.data.train.peek()
+    problem, (hypers, params, carry) = solver.core.problem, solver.solution()
+    batch = solver.core.data.train.peek()
     return lambda: problem.predict(hypers, params, carry, batch, train=False, generator=None)
 
 

@@ -73,17 +73,19 @@ def follow(job: Job) -> Run:
     moments = range(WARMUP, job.rounds + 1, max(1, job.rounds // 80))
     for rounds in train(solver, moments, job.warmup):
         steps.append(5 * rounds)
-        path.append(solver.belief.centre.item())
+        path.append(solver.core.search.u0.item())
         if rounds in (moments[0], moments[-1]):
             offsets = (
-                REACH * solver.belief.sigma.detach() * torch.linspace(-1, 1, 9, dtype=torch.float64)
+                REACH
+                * solver.core.search.sigma.detach()
+                * torch.linspace(-1, 1, 9, dtype=torch.float64)
             )
             with torch.no_grad():
                 maps = torch.stack(
-                    [problem.linear_map(solver.respond(offset[None])) for offset in offsets]
+                    [problem.linear_map(solver.method.respond(offset[None])) for offset in offsets]
                 )
             shots.append(((path[-1] + offsets).tolist(), maps.tolist()))
-    hypers = problem.space.constrain(solver.belief.centre)
+    hypers = problem.space.constrain(solver.core.search.u0)
     return {
         "best": best,
         "path": path,

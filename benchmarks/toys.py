@@ -91,8 +91,8 @@ def train(solver: SelfTuning, rounds: Iterable[int], warmup: int) -> Iterator[in
 def response_jacobian(problem: GeneralizedRidge, solver: SelfTuning) -> Tensor:
     """∂ŵ/∂λ at λ₀, [d, h]: of the linear map, as an outer step sees it."""
     return jacobian(
-        lambda offset: problem.linear_map(solver.respond(offset)),
-        torch.zeros_like(solver.belief.centre),
+        lambda offset: problem.linear_map(solver.method.respond(offset)),
+        torch.zeros_like(solver.core.search.u0),
     )
 
 
@@ -103,7 +103,7 @@ def watch(job: Job) -> dict[str, Any]:
     moments = sorted({round(job.rounds ** (k / 24)) for k in range(25)})
     points = []
     for rounds in train(solver, moments, job.warmup):
-        leaves = (solver.belief.centre, *solver.weights.leaves, *solver.theta.leaves)
+        leaves = (solver.core.search.u0, *solver.core.weights.leaves, *solver.method.theta.leaves)
         if not all(bool(leaf.isfinite().all()) for leaf in leaves):
             break
         points.append(compare(problem, solver, rounds))
@@ -116,10 +116,10 @@ def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[
     `response_cosine` and `response_error` are of Θ, against ∂w*/∂λ; `projected_error` against what a structured Θ would come
     to, whose own error is `floor`; `weight_error` is ‖ŵ − w*‖/‖w*‖.
     """
-    hypers = problem.space.constrain(solver.belief.centre)
+    hypers = problem.space.constrain(solver.core.search.u0)
     exact, theta = problem.best_response_jacobian(hypers), response_jacobian(problem, solver)
-    w, best = problem.linear_map(solver.effective_weights()), problem.minimizer(hypers)
-    nearest = one_direction(exact, problem.hessian(hypers), solver.belief.sigma.detach())
+    w, best = problem.linear_map(solver.method.effective_weights()), problem.minimizer(hypers)
+    nearest = one_direction(exact, problem.hessian(hypers), solver.core.search.sigma.detach())
     size = theta.norm() * exact.norm()
     values = {
         "response_cosine": (theta * exact).sum() / size
@@ -132,8 +132,8 @@ def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[
     }
     return {
         "steps": 5 * rounds,
-        "hypers": solver.belief.centre.tolist(),
-        "sigma": solver.belief.sigma.tolist(),
+        "hypers": solver.core.search.u0.tolist(),
+        "sigma": solver.core.search.sigma.tolist(),
         **{name: float(value) for name, value in values.items()},
     }
 

@@ -7,23 +7,30 @@ from torch import Tensor
 from bilevel import Batch, Carry, Hypers, Params, Prediction
 from bilevel.solvers import SelfTuning
 from bilevel.solvers.autodiff.linearization import double_backward
+from bilevel.solvers.base.core import Core
+from bilevel.solvers.self_tuning import SelfTuningMethod
 
 
 class DoubleBackward(SelfTuning):
-    """Δ-STN whose tangent ẏ = J_w f · Θε is the derivative of v ↦ ∂(vᵀ f(x; w₀ + Θδ))/∂δ · ε at δ = 0.
+    """Δ-STN with the linearization of `DoubleBackwardMethod`."""
 
-    The response is evaluated where it is zero, and the network is gone through backward before the loss is. Spared here is what
-    the official code computes beyond, the gradients of w₀ and λ; those of Θ are the same as `solvers.delta_stn`'s.
+    def start(self, core: Core) -> "DoubleBackwardMethod":
+        """Return the method with Θ = 0."""
+        return DoubleBackwardMethod(self, core)
+
+
+class DoubleBackwardMethod(SelfTuningMethod):
+    """Compute ẏ = J_w f · Θε as the derivative of v ↦ ∂(vᵀ f(x; w₀ + Θδ))/∂δ · ε at δ = 0.
+
+    The response is evaluated where it is zero, and the network is gone through backward before the
+    loss is. The official code also computes the gradients of w₀ and λ, which are left out here. The
+    gradients of Θ equal those of `solvers.delta_stn`.
     """
 
     def linearized(
-        self, hypers: Hypers, base: Params, offset: Tensor, carry: Carry, batch: Batch
+        self, hypers: Hypers, w0: Params, offset: Tensor, carry: Carry, batch: Batch
     ) -> tuple[Prediction, Carry]:
-        def predict(params: Params) -> tuple[Prediction, Carry]:
-            return self.problem.predict(
-                hypers, params, carry, batch, train=True, generator=self.generator
-            )
-
-        return double_backward(
-            predict, partial(self.response.weights, self.theta.tensors, base), offset
-        )
+        """Return y₀ + ẏ and the carry after y₀."""
+        predict = partial(self.core.predict, hypers, carry, batch)
+        weights = partial(self.response.weights, self.theta.tensors, w0)
+        return double_backward(predict, weights, offset)

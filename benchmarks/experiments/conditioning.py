@@ -215,12 +215,12 @@ def network(job: tuple[int, float]) -> list[dict[str, Any]]:
         CPU,
         torch.Generator().manual_seed(seed),
     )
-    told, u, sigma = [], solver.belief.centre, solver.belief.sigma.detach()
+    told, u, sigma = [], solver.core.search.u0, solver.core.search.sigma.detach()
     for steps in MOMENTS:
         while solver.inner_count < steps:
             solver.step(warmup=True)
-        theta = torch.cat([t.detach().reshape(-1, len(u)) for t in solver.theta.leaves])
-        weights = torch.cat([w.detach().reshape(-1) for w in solver.weights.leaves])
+        theta = torch.cat([t.detach().reshape(-1, len(u)) for t in solver.method.theta.leaves])
+        weights = torch.cat([w.detach().reshape(-1) for w in solver.core.weights.leaves])
         spectra = {
             c: curvature(problem, theta, weights, u, sigma, centered=c) for c in (True, False)
         }

@@ -15,8 +15,8 @@ from bilevel.cli.targets import build
 from bilevel.comparison import plot_style
 from bilevel.comparison.runs import Run
 from bilevel.solvers import Structured, delta_stn
-from bilevel.solvers.base.dry_run import MOST_RESPONSE_BYTES, units
-from bilevel.solvers.self_tuning import MOST_DIRECTIONS
+from bilevel.solvers.base.dry_run import MANY_COORDINATES, MOST_RESPONSE_BYTES
+from bilevel.text import byte_size
 
 COLUMNS = {"valid_loss": ".4f", "test_loss": ".4f", "valid_accuracy": "%", "test_accuracy": "%"}
 HEAD = [
@@ -80,7 +80,7 @@ def response(hidden: list[int]) -> list[str]:
     params, _ = problem.init(torch.Generator())
     h, weights = problem.space.numel, sum(p.numel() for p in params.values())
     numbers = Structured().size(params, h)
-    said = "runs, with a warning" if h > MOST_DIRECTIONS else "runs"
+    said = "runs, with a warning" if h > MANY_COORDINATES else "runs"
     if 2 * 4 * numbers > MOST_RESPONSE_BYTES:
         device = torch.device("cpu")
         try:
@@ -90,7 +90,7 @@ def response(hidden: list[int]) -> list[str]:
     return [
         " × ".join(map(str, hidden)),
         f"{weights:,}",
-        units(4 * numbers),
+        byte_size(4 * numbers),
         f"{numbers / weights:,.0f}",
         said,
     ]

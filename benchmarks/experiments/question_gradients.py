@@ -70,13 +70,13 @@ class Probe(Logger):
     def advance(self, progress: Progress) -> None:
         train, valid = self.gradients()
         product = train @ valid
-        before = self.solver.generator.get_state()
-        push = -self.solver.hypergradient(next(self.solver.data.valid.once()))
-        self.solver.generator.set_state(before)
+        before = self.solver.core.generator.get_state()
+        push = -self.solver.hypergradient(next(self.solver.core.data.valid.once()))
+        self.solver.core.generator.set_state(before)
         space = self.problem.space
         push, u = (
             torch.stack([space.by_name(v)[name] for name in RATES])
-            for v in (push, self.solver.belief.centre)
+            for v in (push, self.solver.core.search.u0)
         )
         numbers = torch.stack(
             [product, product / (train.norm() * valid.norm()), push @ u / (push.norm() * u.norm())]
@@ -86,7 +86,7 @@ class Probe(Logger):
     def gradients(self) -> tuple[Tensor, Tensor]:
         """∇_w L_T as it is trained on, penalties and sampled dropout included, and ∇_w L_V: over the whole splits, flat."""
         hypers, params, carry = self.solver.solution()
-        data = self.solver.data
+        data = self.solver.core.data
 
         def inner(w: Params) -> Iterator[tuple[Tensor, int]]:
             for batch in data.train.once():

@@ -90,7 +90,7 @@ def test_the_probe_sees_the_gradients_of_both_losses(tmp_path):
         for name, p in params.items():
             moved[name] = (p.double() + step * valid[at : at + p.numel()].reshape(p.shape)).detach()
             at += p.numel()
-        (batch,) = solver.data.valid.once()
+        (batch,) = solver.core.data.valid.once()
         return problem.outer_loss(hypers, moved, carry, (batch[0].double(), batch[1]))[0].item()
 
     slope = (outer(1e-3) - outer(-1e-3)) / 2e-3
@@ -99,7 +99,7 @@ def test_the_probe_sees_the_gradients_of_both_losses(tmp_path):
     w = torch.cat([p.reshape(-1) for p in params.values()])
     penalized = problems.digits(hidden=[8], space={"weight_decay": {"init": 1e-6}})
     probe.problem, probe.masks = penalized, torch.Generator()
-    solver.problem, solver.belief.centre = penalized, penalized.space.init(torch.float32)
+    solver.core.problem, solver.core.search.u0 = penalized, penalized.space.init(torch.float32)
     torch.testing.assert_close(train - probe.gradients()[0], (0.1 - 1e-6) * w, rtol=1e-3, atol=1e-5)
 
 

@@ -87,14 +87,14 @@ def job(kind, recipe="delta_stn", response="dense", **options):
 def test_errors_vanish_at_the_closed_form_and_not_beside_it(kind):
     problem = make(job(kind, init=0.5))
     solver = ready(job(kind, init=0.5), problem)
-    hypers = problem.space.constrain(solver.belief.centre)
+    hypers = problem.space.constrain(solver.core.search.u0)
     exact = problem.best_response_jacobian(hypers)
     with torch.no_grad():
         for name, w in problem.best_response(hypers).items():
-            solver.weights.tensors[name].copy_(w)
+            solver.core.weights.tensors[name].copy_(w)
     if kind != "linear network":
         with torch.no_grad():
-            solver.theta.tensors["weight"].copy_(exact[None])
+            solver.method.theta.tensors["weight"].copy_(exact[None])
         told = compare(problem, solver, 7)
         assert told["response_error"] < 1e-12
         assert told["response_cosine"] == pytest.approx(1)
@@ -102,7 +102,7 @@ def test_errors_vanish_at_the_closed_form_and_not_beside_it(kind):
     told = compare(problem, solver, 7)
     assert told["weight_error"] < 1e-12
     with torch.no_grad():
-        for leaf in (*solver.theta.leaves, *solver.weights.leaves):
+        for leaf in (*solver.method.theta.leaves, *solver.core.weights.leaves):
             leaf.add_(0.1 * normal(*leaf.shape))
     told = compare(problem, solver, 7)
     assert told["response_error"] > 1e-2
@@ -119,7 +119,7 @@ def test_the_jacobian_of_a_network_is_that_of_its_product(recipe):
     assert (solver.inner_count, solver.outer_count) == (20, 3)
     step = torch.tensor([1e-5], dtype=F64)
     with torch.no_grad():
-        moved = [problem.linear_map(solver.respond(move)) for move in (step, -step)]
+        moved = [problem.linear_map(solver.method.respond(move)) for move in (step, -step)]
     difference = (moved[0] - moved[1]) / 2e-5
     assert difference.norm() > 1e-6
     torch.testing.assert_close(

@@ -73,9 +73,11 @@ def truth(problem, images, u):
 
 
 def at_best_response(solver):
-    best = best_response(solver.problem, solver.problem.space.constrain(solver.belief.centre))
+    best = best_response(
+        solver.core.problem, solver.core.problem.space.constrain(solver.core.search.u0)
+    )
     with torch.no_grad():
-        for name, leaf in solver.weights.tensors.items():
+        for name, leaf in solver.core.weights.tensors.items():
             leaf.copy_(best[name])
     return solver
 
@@ -101,7 +103,7 @@ def test_the_closed_form_is_where_training_ends(images, options):
 def test_implicit_hypergradient_is_exact_at_the_best_response(images, options):
     solve = solvers.CG(iterations=20, tolerance=1e-14)
     solver = at_best_response(ready(ridge(images, **options), solvers.Implicit(linear_solve=solve)))
-    expected = truth(solver.problem, images, solver.belief.centre)
+    expected = truth(solver.core.problem, images, solver.core.search.u0)
     torch.testing.assert_close(solver.hypergradient(), expected, rtol=1e-10, atol=1e-13)
     # two iterations do not solve a system of five eigenvalues, and the law must see it
     rough = at_best_response(
@@ -121,8 +123,8 @@ def test_unrolling_misses_what_the_steps_have_not_contracted(images, K):
     solver = at_best_response(
         ready(problem, solvers.Unrolled(inner_steps=K, inner_optimizer=sgd(η)))
     )
-    expected = truth(problem, images, solver.belief.centre)
-    X = with_ones(problem.space.constrain(solver.belief.centre)["images"])
+    expected = truth(problem, images, solver.core.search.u0)
+    X = with_ones(problem.space.constrain(solver.core.search.u0)["images"])
     eigenvalues = torch.linalg.eigvalsh(X.T @ X / len(X)) + DECAY
     error = ((solver.hypergradient() - expected).norm() / expected.norm()).item()
     assert 0.02 * (1 - η * eigenvalues.max().item()) ** K < error
@@ -138,7 +140,7 @@ def test_cheaper_directions_descend(images, name):
             solver.inner_phase(1, warmup=True) if not isinstance(
                 solver, solvers.SOBA
             ) else solver.step(warmup=True)
-        expected = truth(solver.problem, images, solver.belief.centre)
+        expected = truth(solver.core.problem, images, solver.core.search.u0)
         assert torch.cosine_similarity(solver.hypergradient(), expected, dim=0) > 0.5
 
 
@@ -152,7 +154,7 @@ def test_what_is_distilled_is_learned_by_a_fresh_network(images):
     for _ in range(2):
         hypers = solver.solution().hypers
         fresh = problem.retrained(hypers, generator(9), steps=300, lr=0.1)
-        losses.append(problem.outer_loss(*fresh, solver.data.valid.peek())[0])
+        losses.append(problem.outer_loss(*fresh, solver.core.data.valid.peek())[0])
         for _ in range(60):
             solver.step()
     assert losses[1] < 0.7 * losses[0]

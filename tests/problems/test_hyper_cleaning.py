@@ -257,7 +257,7 @@ def test_hypergradient_of_a_converged_model_is_the_implicit_one():
         problem, implicit_cg(linear_solve=CG(iterations=60, tolerance=1e-12), curvature=Hessian())
     )
     with torch.no_grad():
-        for leaf, value in zip(solver.weights.leaves, unflat(w).values(), strict=True):
+        for leaf, value in zip(solver.core.weights.leaves, unflat(w).values(), strict=True):
             leaf.copy_(value)
     solver.step(limit=0, warmup=True)
     torch.testing.assert_close(
@@ -274,8 +274,8 @@ def test_self_tuning_solvers_take_it_and_doubt_a_thousand_weights(response, numb
         bilevel.check_problem(small, solvers={"it": SelfTuning(response=response)}).refused_by == {}
     )
     solver = ready(small, SelfTuning(response=response))
-    assert solver.doubts(solver.step()) == {}
-    doubt = ready(large, SelfTuning(response=response)).doubts({})["response"]
+    assert solver.warnings(solver.step()) == {}
+    doubt = ready(large, SelfTuning(response=response)).warnings({})["response"]
     assert (
         "1,078 coordinates (most of them `example_weight`), and the response holds "
         f"{numbers} numbers" in doubt

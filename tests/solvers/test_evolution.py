@@ -22,7 +22,7 @@ from bilevel import (
 )
 from bilevel.problems import Quadratic, Ridge, digits
 from bilevel.solvers import Fixed
-from bilevel.solvers.evolution import EvolutionStrategies
+from bilevel.solvers.evolution import EvolutionMethod, EvolutionStrategies
 from bilevel.solvers.optim.functional import Moments
 from bilevel.solvers.unroll.trajectory import InnerState
 from tests.support.device_waits import no_waiting
@@ -56,7 +56,7 @@ def hypergradient(problem, w, u, steps):
 
 def signs(solver, rounds):
     """Perturbations ±σ for each of the rounds to come, in all combinations: as good as Gaussian ones for a quadratic loss."""
-    h = solver.belief.u.numel()
+    h = solver.core.search.u.numel()
     every = (
         torch.tensor(list(itertools.product([-1.0, 1.0], repeat=h * rounds)))
         .double()
@@ -64,13 +64,13 @@ def signs(solver, rounds):
     )
     assert len(every) == solver.pairs
     taken = itertools.count()
-    solver.noise = lambda: solver.sigma * every[:, next(taken) % rounds]
+    solver.method.noise = lambda: solver.method.sigma * every[:, next(taken) % rounds]
 
 
 def quickly(solver):
     """The same steps of gradient descent on the quadratic, with nothing around them: thousands of particles in a second."""
-    A, B, d = solver.problem.A, solver.problem.B, solver.problem.d
-    group, slow = solver.weights.optimizer.param_groups[0], solver.trajectory.step
+    A, B, d = solver.core.problem.A, solver.core.problem.B, solver.core.problem.d
+    group, slow = solver.core.weights.optimizer.param_groups[0], solver.method.trajectory.step
 
     def step(point, u, batch, *, create_graph):
         w, (slots, steps) = point.params["w"], point.moments
@@ -82,15 +82,15 @@ def quickly(solver):
             slots = {"w": {"momentum_buffer": change}}
         return InnerState({"w": w - group["lr"] * change}, Moments(slots, steps), {}), None
 
-    batch, u = solver.data.train.peek(), torch.ones_like(solver.belief.u)
+    batch, u = solver.core.data.train.peek(), torch.ones_like(solver.core.search.u)
     ends = []
     for how in (step, slow):
-        point = InnerState(*solver.twin.read(), {})
+        point = InnerState(*solver.method.twin.read(), {})
         for _ in range(2):
             point, _ = how(point, u, batch, create_graph=False)
         ends.append(point.params["w"])
     torch.testing.assert_close(*ends)
-    solver.trajectory.step = step
+    solver.method.trajectory.step = step
     return solver
 
 
@@ -102,15 +102,15 @@ def test_expectation_is_the_unrolled_hypergradient(persistent):
     """Exactly, where the loss is quadratic; a σ that differs from coordinate to coordinate, and the direct term included."""
     problem = quadratic(direct=0.5, hypers=3)
     solver = strategies(problem, pairs=8, persistent=persistent)
-    set_to(solver.belief.s, torch.tensor([0.1, 1.0, -2.0]).double())
-    set_to(solver.belief.u, torch.tensor([0.3, -1.0, 2.0]).double())
-    solver.belief.recentre()
+    set_to(solver.core.search.s, torch.tensor([0.1, 1.0, -2.0]).double())
+    set_to(solver.core.search.u, torch.tensor([0.3, -1.0, 2.0]).double())
+    solver.core.search.recentre()
     signs(solver, 1)
     solver.inner_phase(K, warmup=False)
-    exact = hypergradient(problem, solver.weights.detached()["w"], solver.belief.centre, K)
+    exact = hypergradient(problem, solver.core.weights.detached()["w"], solver.core.search.u0, K)
     torch.testing.assert_close(solver.hypergradient(), exact, rtol=1e-10, atol=1e-12)
     one_step_short = hypergradient(
-        problem, solver.weights.detached()["w"], solver.belief.centre, K - 1
+        problem, solver.core.weights.detached()["w"], solver.core.search.u0, K - 1
     )
     assert (one_step_short - exact).norm() > 0.1 * exact.norm()
 
@@ -120,7 +120,7 @@ def test_the_mean_of_many_pairs_is_the_unrolled_hypergradient():
     problem = quadratic(weights=2, hypers=1)
     solver = quickly(strategies(problem, pairs=3400, inner_steps=2))
     solver.inner_phase(2, warmup=False)
-    exact = hypergradient(problem, solver.weights.detached()["w"], solver.belief.centre, 2)
+    exact = hypergradient(problem, solver.core.weights.detached()["w"], solver.core.search.u0, 2)
     error = (2 / solver.pairs) ** 0.5 * exact.abs()  # Var[z² g] = 2g², for a standard normal z
     assert (4 * error < 0.1 * exact.abs()).all()
     assert ((solver.hypergradient() - exact).abs() < 4 * error).all()
@@ -129,7 +129,7 @@ def test_the_mean_of_many_pairs_is_the_unrolled_hypergradient():
 def test_noise_is_normal_with_the_scale_of_the_space_times_spread():
     problem = quadratic(space={"hyper": {"scale": 0.5}})
     solver = strategies(problem, pairs=20_000, spread=0.4)
-    z = solver.noise() / 0.2
+    z = solver.method.noise() / 0.2
     assert (z.mean(0).abs() < 4 / len(z) ** 0.5).all()
     torch.testing.assert_close(
         z.T @ z / len(z), torch.eye(2).double(), rtol=0, atol=4 * (2 / len(z)) ** 0.5
@@ -154,7 +154,7 @@ def test_what_each_round_sees_of_the_past(mode, seen):
     estimates, predicted, unrolled = [], [], []
     for t in range(rounds):
         solver.inner_phase(K, warmup=False)
-        w, u = solver.weights.detached()["w"].clone(), solver.belief.centre
+        w, u = solver.core.weights.detached()["w"].clone(), solver.core.search.u0
         estimates.append(solver.hypergradient())
         predicted.append(hypergradient(problem, w, u, seen[t] * K))
         unrolled.append(hypergradient(problem, w, u, (t + 1) * K))
@@ -176,18 +176,18 @@ def test_persistent_pairs_sampled():
         draws, exact = [], 0.0
         for t in range(rounds):
             solver.inner_phase(2, warmup=False)
-            batch = solver.data.valid.peek()
+            batch = solver.core.data.valid.peek()
             exact = exact + hypergradient(
-                problem, solver.weights.detached()["w"], solver.belief.centre, 2 * (t + 1)
+                problem, solver.core.weights.detached()["w"], solver.core.search.u0, 2 * (t + 1)
             )
             losses = torch.stack(
                 [
-                    solver.judge(u, p, batch)
-                    for u, p in zip(solver.places, solver.particles, strict=True)
+                    solver.method.judge(u, p, batch)
+                    for u, p in zip(solver.method.places, solver.method.particles, strict=True)
                 ]
             )
             up, down = losses.chunk(2)
-            draws.append(solver.total[:, 0] * (up - down) / (2 * solver.sigma**2))
+            draws.append(solver.method.total[:, 0] * (up - down) / (2 * solver.method.sigma**2))
             torch.testing.assert_close(draws[-1].mean(), solver.hypergradient(batch)[0])
             solver.outer_phase()
         total = sum(draws)
@@ -203,12 +203,15 @@ def test_the_hypergradient_of_a_fresh_solver_unrolls_from_where_it_stands():
     w = problem.init(torch.Generator().manual_seed(1))[0]["w"]
     for _ in range(K):
         w = w - LR * (problem.A @ w + problem.d)
-    before = {"w": solver.weights.detached()["w"].clone(), "u": solver.belief.u.detach().clone()}
+    before = {
+        "w": solver.core.weights.detached()["w"].clone(),
+        "u": solver.core.search.u.detach().clone(),
+    }
     found = solver.hypergradient()  # the particles train; the central weights do not
     at_start = problem.M @ (w - problem.w_bar)
     torch.testing.assert_close(found, response(problem, K).T @ at_start, rtol=1e-10, atol=1e-12)
-    assert torch.equal(solver.weights.detached()["w"], before["w"])
-    assert torch.equal(solver.belief.u, before["u"])
+    assert torch.equal(solver.core.weights.detached()["w"], before["w"])
+    assert torch.equal(solver.core.search.u, before["u"])
 
 
 # --- common random numbers ---
@@ -219,19 +222,20 @@ def test_particles_at_the_same_place_have_the_same_loss_bit_for_bit():
     solver = strategies(digits(hidden=[16]), spread=1e-9, inner_optimizer=sgd(0.1, momentum=0.9))
     for _ in range(3):
         solver.inner_phase(K, warmup=False)
-        batch = solver.data.valid.peek()
+        batch = solver.core.data.valid.peek()
         losses = {
-            float(solver.judge(u, p, batch))
-            for u, p in zip(solver.places, solver.particles, strict=True)
+            float(solver.method.judge(u, p, batch))
+            for u, p in zip(solver.method.places, solver.method.particles, strict=True)
         }
         assert len(losses) == 1
         solver.outer_phase()
     other = strategies(digits(hidden=[16]), spread=1e-9, inner_optimizer=sgd(0.1, momentum=0.9))
-    other.generator.manual_seed(5)
+    other.core.generator.manual_seed(5)
     for _ in range(3):
         other.step()
     assert (
-        float(other.judge(other.belief.centre, other.particles[0], batch)) not in losses
+        float(other.method.judge(other.core.search.u0, other.method.particles[0], batch))
+        not in losses
     )  # the masks do matter
 
 
@@ -240,26 +244,31 @@ def test_the_central_weights_train_as_fixed_does_with_the_masks_of_their_particl
     options = {"inner_steps": K, "inner_optimizer": sgd(0.1, momentum=0.9), "clip_norm": 1.0}
     solver, fixed = strategies(problem, spread=1e-15, **options), ready(problem, Fixed(**options))
     for _ in range(2):
-        solver.noise()
-        fixed.generator.set_state(solver.generator.get_state())
-        solver.noise = lambda: solver.total.new_zeros(solver.total.shape)
+        solver.method.noise()
+        fixed.core.generator.set_state(solver.core.generator.get_state())
+        solver.method.noise = lambda: solver.method.total.new_zeros(solver.method.total.shape)
         solver.step()
         fixed.step()
-        for name, w in fixed.weights.detached().items():
-            assert torch.equal(solver.weights.detached()[name], w)
-            torch.testing.assert_close(solver.particles[0].params[name], w, rtol=1e-12, atol=1e-14)
-        assert all(torch.equal(solver.carry[name], t) for name, t in fixed.carry.items())
-        del solver.noise
+        for name, w in fixed.core.weights.detached().items():
+            assert torch.equal(solver.core.weights.detached()[name], w)
+            torch.testing.assert_close(
+                solver.method.particles[0].params[name], w, rtol=1e-12, atol=1e-14
+            )
+        assert all(torch.equal(solver.core.carry[name], t) for name, t in fixed.core.carry.items())
+        del solver.method.noise
 
 
 def test_every_use_of_an_example_is_counted():
     solver = strategies(Ridge.synthetic(features=4, batch_size=8), pairs=2)
     solver.step(warmup=True)
-    assert (solver.data.train.examples, solver.data.valid.examples) == (K * 8, 0)
+    assert (solver.core.data.train.examples, solver.core.data.valid.examples) == (K * 8, 0)
     solver.step()
-    assert (solver.data.train.examples, solver.data.valid.examples) == (K * 8 + 5 * K * 8, 5 * 8)
+    assert (solver.core.data.train.examples, solver.core.data.valid.examples) == (
+        K * 8 + 5 * K * 8,
+        5 * 8,
+    )
     solver.step(limit=1)
-    assert (solver.data.train.examples, solver.data.valid.examples) == (
+    assert (solver.core.data.train.examples, solver.core.data.valid.examples) == (
         K * 8 + 5 * K * 8 + 5 * 8,
         2 * 5 * 8,
     )
@@ -299,7 +308,7 @@ def test_tunes_a_rounded_hyperparameter(init):
     )
     for _ in range(80):
         solver.step()
-    assert abs(float(10 * torch.sigmoid(solver.belief.centre)) - 7) < 0.3
+    assert abs(float(10 * torch.sigmoid(solver.core.search.u0)) - 7) < 0.3
     assert solver.solution().hypers["n"] == 7
 
 
@@ -335,7 +344,7 @@ def test_tunes_a_learning_rate():
         solver.step()
         fixed.step()
     assert solver.solution().hypers["rate"] > 0.03
-    batch = solver.data.valid.peek()
+    batch = solver.core.data.valid.peek()
     ours, theirs = (problem.outer_loss(*s.solution(), batch)[0] for s in (solver, fixed))
     assert ours < 0.5 * theirs
 
@@ -360,7 +369,7 @@ def test_an_optimizer_without_a_twin_is_refused():
 @pytest.mark.parametrize("make", [every_domain, Recurrent, normed], ids=lambda make: make.__name__)
 def test_any_problem_runs(make):
     solver = strategies(make(), outer_optimizer=partial(torch.optim.RMSprop, lr=0.03))
-    before = solver.belief.u.detach().clone()
+    before = solver.core.search.u.detach().clone()
     for _ in range(3):
         metrics = solver.step()
     assert all(bool(torch.isfinite(value)) for value in metrics.values())
@@ -371,7 +380,7 @@ def test_any_problem_runs(make):
         "particle_spread",
         "lost_pairs",
     } == set(metrics)
-    assert bool((solver.belief.u != before).any())
+    assert bool((solver.core.search.u != before).any())
 
 
 # --- convergence ---
@@ -417,11 +426,21 @@ CONVERGING = {
 # --- lost pairs ---
 
 
-class Far(EvolutionStrategies):
-    """A learning rate of 30 in the second pair makes w infinite within a long unroll, one near 0.1 does not."""
+class FarMethod(EvolutionMethod):
+    """Two pairs with fixed perturbations of the learning rate.
+
+    A rate near 0.1 trains w. A rate of 30, in the second pair, makes w infinite in a long unroll.
+    """
 
     def noise(self):
-        return torch.tensor([[0.1], [32.0]]).double()[: self.pairs]
+        return torch.tensor([[0.1], [32.0]]).double()[: len(self.total)]
+
+
+class Far(EvolutionStrategies):
+    """Evolution strategies with the perturbations of `FarMethod`."""
+
+    def start(self, core):
+        return FarMethod(self, core)
 
 
 def test_a_pair_that_diverges_is_left_out_and_reported(tmp_path):
@@ -431,9 +450,9 @@ def test_a_pair_that_diverges_is_left_out_and_reported(tmp_path):
     metrics = solver.step()
     assert metrics["lost_pairs"] == 0.5
     assert all(bool(torch.isfinite(value)) for value in metrics.values())
-    assert bool(torch.isfinite(solver.belief.u).all())
-    assert solver.bad_step() is None
-    assert not solver.doubts({"lost_pairs": 0.0})
+    assert bool(torch.isfinite(solver.core.search.u).all())
+    assert solver.services.bad_step() is None
+    assert not solver.warnings({"lost_pairs": 0.0})
     runner = Runner(
         examples=600, warmup_epochs=0, evaluate_every=120, progress="none", picture=False
     )
@@ -446,23 +465,23 @@ def test_a_pair_that_diverges_is_left_out_and_reported(tmp_path):
 
 def test_losses_far_apart_are_doubted():
     solver = strategies(quadratic())
-    assert not solver.doubts({"particle_spread": 0.5, "outer_loss": 1.0, "lost_pairs": 0.0})
-    (sentence,) = solver.doubts(
+    assert not solver.warnings({"particle_spread": 0.5, "outer_loss": 1.0, "lost_pairs": 0.0})
+    (sentence,) = solver.warnings(
         {"particle_spread": 500.0, "outer_loss": 1.0, "lost_pairs": 0.0}
     ).values()
-    assert "vary by 500 where that of the central weights is 1" in sentence
+    assert "vary by 500, and that of the central weights is 1" in sentence
 
 
 def test_where_every_pair_is_lost_nothing_moves():
     problem = tuned_rate(init=0.1)
     solver = strategies(problem, outer_optimizer=sgd(0.1))
-    solver.judge = lambda u, point, batch: problem.w_bar.new_tensor(
-        math.nan if u is not solver.belief.centre else 1.0
+    solver.method.judge = lambda u, point, batch: problem.w_bar.new_tensor(
+        math.nan if u is not solver.core.search.u0 else 1.0
     )
-    before = solver.belief.u.detach().clone()
+    before = solver.core.search.u.detach().clone()
     metrics = solver.step()
     assert metrics["lost_pairs"] == 1
-    assert torch.equal(solver.belief.u, before)
+    assert torch.equal(solver.core.search.u, before)
 
 
 # --- the rest of a solver's duties ---
@@ -492,7 +511,12 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(persistent, rate):
     rounds(solver, 2)
     file = io.BytesIO()
     torch.save(
-        (solver.state_dict(), solver.data.train.state_dict(), solver.data.valid.state_dict()), file
+        (
+            solver.state_dict(),
+            solver.core.data.train.state_dict(),
+            solver.core.data.valid.state_dict(),
+        ),
+        file,
     )
     rounds(solver, 3)  # over the horizon
 
@@ -500,8 +524,8 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(persistent, rate):
     file.seek(0)
     state, train, valid = torch.load(file, weights_only=True)
     resumed.load_state_dict(state)
-    resumed.data.train.load_state_dict(train)
-    resumed.data.valid.load_state_dict(valid)
+    resumed.core.data.train.load_state_dict(train)
+    resumed.core.data.valid.load_state_dict(valid)
     rounds(resumed, 3)
     ours, theirs = (tree_leaves((s.state_dict(), s.solution())) for s in (resumed, solver))
     assert len(ours) == len(theirs) > 10

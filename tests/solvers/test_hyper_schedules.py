@@ -25,6 +25,7 @@ from bilevel.loggers import hyper_schedule
 from bilevel.loggers.hyper_schedule import RecordedSchedule, export, from_run, read
 from bilevel.loggers.records import read_metrics
 from bilevel.solvers import Constant, Fixed, Gaussian, Replayed, SelfTuning, Sinusoidal
+from bilevel.solvers.self_tuning import SelfTuningMethod
 from tests.support.device_waits import no_waiting
 from tests.support.solver_cases import ready, sgd
 
@@ -123,15 +124,16 @@ def test_a_run_evaluated_every_round_is_replayed_at_the_very_values_that_it_had(
 ):
     """λ moves at the end of a round alone, so that what is held between evaluations is what the run had, bit for bit."""
     had = []
-    descend = SelfTuning.inner_step
+    inner_step = SelfTuningMethod.inner_step
 
     def noted(self, batch):
-        had.append({name: leaf.clone() for name, leaf in self.solution().hypers.items()})
-        return descend(self, batch)
+        hypers = self.space.constrain(self.core.search.u0)
+        had.append({name: leaf.detach().clone() for name, leaf in hypers.items()})
+        return inner_step(self, batch)
 
-    monkeypatch.setattr(SelfTuning, "inner_step", noted)
+    monkeypatch.setattr(SelfTuningMethod, "inner_step", noted)
     tuned_run(tmp_path, every=1 / 3)
-    had = had[-24:]  # what came before was rehearsal
+    had = had[-24:]  # the steps before belong to the dry run
     problem, solver, _ = trained(Replayed(tmp_path), 24, dtype=torch.float32)
     assert len({float(each["rate"]) for each in had}) == 9  # rounds after warm-up
     for step in range(24):
@@ -172,12 +174,12 @@ def test_a_constant_schedule_is_fixed_training_bit_for_bit(tmp_path):
     _, ours, our_losses = trained(Replayed(exact), 12, dtype=torch.float32)
     for other, other_losses in ((named, named_losses), (ours, our_losses)):
         assert losses == other_losses
-        assert all(map(torch.equal, plain.weights.leaves, other.weights.leaves))
-        assert torch.equal(plain.generator.get_state(), other.generator.get_state())
+        assert all(map(torch.equal, plain.core.weights.leaves, other.core.weights.leaves))
+        assert torch.equal(plain.core.generator.get_state(), other.core.generator.get_state())
     _, moved, _ = trained(
         Replayed(written(path, [0, 5], **three([0.2, 0.25]))), 12, dtype=torch.float32
     )
-    assert not torch.equal(plain.weights.leaves[0], moved.weights.leaves[0])
+    assert not torch.equal(plain.core.weights.leaves[0], moved.core.weights.leaves[0])
 
 
 def test_all_kinds_of_hyperparameters_are_replayed(tmp_path):
@@ -222,7 +224,7 @@ def test_gaussian_noise_in_the_units_of_the_hyperparameter():
 
 def test_gaussian_noise_of_the_coordinates():
     problem, solver, _ = trained(Gaussian(0.5, unconstrained=True), 400)
-    centre = solver.hypers.u
+    centre = solver.rule.u
     for k, name in enumerate(("rate", "mask", "decay")):
         domain = problem.space[name]
         u = torch.cat([domain.unconstrain(step[name]).reshape(-1) for step in problem.seen])
@@ -299,7 +301,7 @@ def test_a_run_resumes_bit_for_bit_and_does_not_wait(tmp_path, kind):
     run("parts", 1)
     parts, second = run("parts", 3, resume=True)
     assert parts == whole
-    assert all(map(torch.equal, first.weights.leaves, second.weights.leaves))
+    assert all(map(torch.equal, first.core.weights.leaves, second.core.weights.leaves))
     if kind == "replayed":
         assert [record["hypers.rate"] for record in whole] == [0.1, 0.1, 0.4, 0.3, 0.3, 0.3, 0.3]
     with no_waiting():

@@ -32,10 +32,10 @@ def count(work):
 
 
 def plain_gradient(solver):
-    hypers = solver.problem.space.constrain(solver.belief.centre)
-    params = {name: p.detach().requires_grad_() for name, p in solver.weights.tensors.items()}
-    loss, _ = solver.problem.inner_loss(
-        hypers, params, solver.carry, solver.data.train.peek(), solver.generator
+    hypers = solver.core.problem.space.constrain(solver.core.search.u0)
+    params = {name: p.detach().requires_grad_() for name, p in solver.core.weights.tensors.items()}
+    loss, _ = solver.core.problem.inner_loss(
+        hypers, params, solver.core.carry, solver.core.data.train.peek(), solver.core.generator
     )
     torch.autograd.grad(loss, list(params.values()))
 
@@ -47,7 +47,7 @@ def cost(make, hypers=4):
     work = (
         solver.step
         if isinstance(solver, Unrolled)
-        else lambda: solver.hypergradient(solver.data.valid.peek())
+        else lambda: solver.hypergradient(solver.core.data.valid.peek())
     )
     return count(work) / count(lambda: plain_gradient(solver))
 

@@ -74,8 +74,10 @@ EXACT = {
 def at_best_response(problem, solver):
     """The solver with w = w*(λ₀), where a method that assumes it is as good as it can be."""
     solver = ready(problem, solver)
-    for name, value in problem.best_response(problem.space.constrain(solver.belief.centre)).items():
-        set_to(solver.weights.tensors[name], value)
+    for name, value in problem.best_response(
+        problem.space.constrain(solver.core.search.u0)
+    ).items():
+        set_to(solver.core.weights.tensors[name], value)
     return solver
 
 
@@ -158,7 +160,7 @@ def test_the_direct_term_is_part_of_every_hypergradient(make):
     for direct in (0.0, 1.0):
         solver = at_best_response(Quadratic.random(direct=direct, dtype=torch.float64), make(0.5))
         gradients.append(solver.hypergradient())
-    wanted = -solver.problem.lambda_bar
+    wanted = -solver.core.problem.lambda_bar
     tolerance = (
         3.0 if isinstance(solver, EvolutionStrategies) else 1e-8
     )  # of a few random directions
@@ -234,12 +236,15 @@ def place_penalized(solver, problem, weight):
     """y = argmin L_V/σ + L_T, by Newton's method on what the problem's losses say (both are quadratic in w)."""
     u = problem.space.init(torch.float64)
     hypers = problem.space.constrain(u)
-    ((name, y),) = solver.penalized.tensors.items()
+    ((name, y),) = solver.method.penalized.tensors.items()
 
     def loss(x):
         params = {name: x.reshape(y.shape)}
-        inner = problem.inner_loss(hypers, params, {}, solver.data.train.peek(), None)[0]
-        return problem.outer_loss(hypers, params, {}, solver.data.valid.peek())[0] / weight + inner
+        inner = problem.inner_loss(hypers, params, {}, solver.core.data.train.peek(), None)[0]
+        return (
+            problem.outer_loss(hypers, params, {}, solver.core.data.valid.peek())[0] / weight
+            + inner
+        )
 
     x = y.detach().reshape(-1)
     set_to(y, x - torch.linalg.solve(torch.func.hessian(loss)(x), torch.func.grad(loss)(x)))
@@ -315,6 +320,6 @@ def test_a_trained_response_gives_the_closed_form(name):
     """Δ-STN with a dense Θ at its fixed point −H⁻¹M, which its own training reaches (test_theory.py)."""
     problem, (H, M, _, _) = PROBLEMS[name](), dense(PROBLEMS[name]())
     solver = at_best_response(problem, SelfTuning(response=Dense(), tune_scale=False))
-    (theta,) = solver.theta.leaves
+    (theta,) = solver.method.theta.leaves
     set_to(theta, -torch.linalg.solve(H, M))
     close(solver.hypergradient(), exact(problem), 1e-10)

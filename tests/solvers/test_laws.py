@@ -195,11 +195,13 @@ def test_the_state_goes_from_one_solver_to_another(name):
     for _ in range(3):
         first.step()
     state = copy.deepcopy(
-        (first.state_dict(), first.data.train.state_dict(), first.data.valid.state_dict())
+        (first.state_dict(), first.core.data.train.state_dict(), first.core.data.valid.state_dict())
     )
     for solver in (second, first):
         for part, held in zip(
-            (solver, solver.data.train, solver.data.valid), copy.deepcopy(state), strict=True
+            (solver, solver.core.data.train, solver.core.data.valid),
+            copy.deepcopy(state),
+            strict=True,
         ):
             part.load_state_dict(held)
         if solver is second:
@@ -272,18 +274,18 @@ def test_every_solver_trains_on_the_same_batches_in_the_same_order(name):
     seen = []
 
     def recorded(solver):
-        draw = solver.data.train.next
+        draw = solver.core.data.train.next
 
         def drawn():
             seen.append(draw()[0].sum())
-            return torch.utils._pytree.tree_map(lambda x: x, solver.data.train.peek())
+            return torch.utils._pytree.tree_map(lambda x: x, solver.core.data.train.peek())
 
         return drawn
 
     solver = ready(suited(name, SMALL(batch_size=64)), SOLVERS[name]())
     plain = ready(SMALL(batch_size=64), Fixed())
-    own = [plain.data.train.next()[0].sum() for _ in range(12)]
-    solver.data.train.next = recorded(solver)
+    own = [plain.core.data.train.next()[0].sum() for _ in range(12)]
+    solver.core.data.train.next = recorded(solver)
     while len(seen) < 12:
         solver.step()
     assert torch.equal(torch.stack(seen[:12]), torch.stack(own))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import bilevel.solvers.base.descent
+import bilevel.solvers.base.method
 import bilevel.solvers.self_tuning
 from bilevel.problem import Problem
 from bilevel.problems import digits
@@ -64,7 +64,7 @@ def test_a_lapse_in_a_loss_is_found(where, lapse, monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("module", [bilevel.solvers.self_tuning, bilevel.solvers.base.descent])
+@pytest.mark.parametrize("module", [bilevel.solvers.self_tuning, bilevel.solvers.base.method])
 def test_an_item_in_a_descent_is_found(module, recipe, monkeypatch):
     solver = ready(digits(hidden=[8]), SelfTuning(inner_steps=1, **RECIPES[recipe]))
     descend = module.descend

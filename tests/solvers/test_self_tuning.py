@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 from bilevel import BilevelError, solvers
 from bilevel.problems import Quadratic
 from bilevel.solvers import Dense, SelfTuning
+from bilevel.solvers.optim import optimized
 from tests.support.solver_cases import RECIPES, all_flags, all_solvers, classifier, ready, sgd
 
 AWAY = 0.3
@@ -15,10 +16,10 @@ AWAY = 0.3
 
 def parts(solver):
     return {
-        "w0": solver.weights.leaves,
-        "theta": solver.theta.leaves,
-        "u": [solver.belief.u],
-        "s": [solver.belief.s],
+        "w0": solver.core.weights.leaves,
+        "theta": solver.method.theta.leaves,
+        "u": [solver.core.search.u],
+        "s": [solver.core.search.s],
     }
 
 
@@ -54,7 +55,7 @@ def watched(monkeypatch):
     """For every descent of a solver's losses: (parts that the loss depends on, parts that moved)."""
 
     def watch(solver):
-        rows, descend = [], solvers.base.descent.descend
+        rows, descend = [], optimized.descend
 
         def spy(loss, *groups):
             gradients, before = reached(loss, solver), copies(solver)
@@ -63,7 +64,7 @@ def watched(monkeypatch):
             return result
 
         monkeypatch.setattr(solvers.self_tuning, "descend", spy)
-        monkeypatch.setattr(solvers.base.descent, "descend", spy)
+        monkeypatch.setattr(solvers.base.method, "descend", spy)
         return rows
 
     return watch
@@ -82,10 +83,10 @@ def test_which_gradient_flows_where(flags, response, watched):
 
 def test_scales_stay_without_tune_scale(watched):
     solver = ready(classifier(), SelfTuning(inner_steps=1, tune_scale=False), away=AWAY)
-    rows, sigma = watched(solver), solver.belief.sigma.clone()
+    rows, sigma = watched(solver), solver.core.search.sigma.clone()
     solver.step()
     assert rows[-1] == ({"u"}, {"u"})
-    assert torch.equal(solver.belief.sigma, sigma)
+    assert torch.equal(solver.core.search.sigma, sigma)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -98,7 +99,8 @@ def test_recipes_are_presets(recipe):
 @pytest.mark.parametrize("regularized_w0", [True, False])
 def test_linearize_without_centered_is_refused_with_its_reason(regularized_w0):
     with pytest.raises(
-        BilevelError, match=r"needs centered=true: .* close where the response is small"
+        BilevelError,
+        match=r"linearize=True needs centered=True, .* far from w₀; set linearize=false",
     ):
         SelfTuning(centered=False, regularized_w0=regularized_w0, linearize=True)
 
@@ -107,8 +109,10 @@ def test_gradient_through_the_hyperparameter_itself():
     """With Θ = 0 and no perturbation, dL_V/du = ∂L_V/∂λ = P(λ − λ̄)."""
     problem = Quadratic.random(weights=4, hypers=3, direct=2.0, dtype=torch.float64)
     solver = ready(problem, SelfTuning(tune_scale=False, outer_optimizer=sgd(0.1)))
-    solver.outer_step(solver.data.valid.next())
-    torch.testing.assert_close(solver.belief.u.detach(), -0.1 * problem.P @ -problem.lambda_bar)
+    solver.method.outer_step(solver.core.data.valid.next())
+    torch.testing.assert_close(
+        solver.core.search.u.detach(), -0.1 * problem.P @ -problem.lambda_bar
+    )
 
 
 # --- controls ---
@@ -133,7 +137,7 @@ def test_without_response_or_entropy_no_rate_moves_by_one_bit(flags):
 
 
 @all_flags
-def test_warmup_trains_the_weights_and_leaves_the_belief(flags):
+def test_warmup_trains_the_weights_and_leaves_the_search_distribution(flags):
     solver = ready(classifier(), SelfTuning(**flags), away=AWAY)
     before = copies(solver)
     solver.step(warmup=True)
@@ -143,19 +147,19 @@ def test_warmup_trains_the_weights_and_leaves_the_belief(flags):
 
 def test_centre_is_held_through_an_outer_phase_and_moves_at_its_end(monkeypatch):
     solver = ready(classifier(), SelfTuning(outer_steps=3), away=AWAY)
-    seen, outer_step = [], solver.outer_step
+    seen, outer_step = [], solver.method.outer_step
 
     def spy(batch):
-        seen.append((solver.belief.centre.clone(), solver.belief.u.detach().clone()))
+        seen.append((solver.core.search.u0.clone(), solver.core.search.u.detach().clone()))
         return outer_step(batch)
 
-    monkeypatch.setattr(solver, "outer_step", spy)
-    start = solver.belief.u.detach().clone()
+    monkeypatch.setattr(solver.method, "outer_step", spy)
+    start = solver.core.search.u.detach().clone()
     solver.step()
     assert all(torch.equal(centre, start) for centre, _ in seen)
     assert len({tuple(u.tolist()) for _, u in seen}) == 3
-    assert torch.equal(solver.belief.centre, solver.belief.u)
-    assert not torch.equal(solver.belief.centre, start)
+    assert torch.equal(solver.core.search.u0, solver.core.search.u)
+    assert not torch.equal(solver.core.search.u0, start)
 
 
 def test_second_outer_step_looks_at_the_moved_hyperparameters():
@@ -167,26 +171,26 @@ def test_second_outer_step_looks_at_the_moved_hyperparameters():
         away=AWAY,
     )
     theta, w0, u = (
-        solver.theta.detached()["w"],
-        solver.weights.detached()["w"],
+        solver.method.theta.detached()["w"],
+        solver.core.weights.detached()["w"],
         torch.zeros(2, dtype=torch.float64),
     )
     for _ in range(2):
-        solver.outer_step(solver.data.valid.next())
+        solver.method.outer_step(solver.core.data.valid.next())
         u = u - 0.1 * theta.T @ problem.M @ (w0 + theta @ u - problem.w_bar)
-    torch.testing.assert_close(solver.belief.u.detach(), u)
+    torch.testing.assert_close(solver.core.search.u.detach(), u)
 
 
 def test_response_step_sees_the_weights_that_just_moved(monkeypatch):
     solver = ready(classifier(), away=AWAY)
-    before, seen, perturbed_loss = copies(solver)["w0"], [], solver.perturbed_loss
+    before, seen, perturbed_loss = copies(solver)["w0"], [], solver.method.perturbed_loss
 
     def spy(base, carry, batch):
         seen.extend(t.clone() for t in base.values())
         return perturbed_loss(base, carry, batch)
 
-    monkeypatch.setattr(solver, "perturbed_loss", spy)
-    solver.separate_step(solver.data.train.next())
+    monkeypatch.setattr(solver.method, "perturbed_loss", spy)
+    solver.method.separate_step(solver.core.data.train.next())
     after = copies(solver)["w0"]
     assert all(torch.equal(a, b) for a, b in zip(seen, after, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
@@ -199,7 +203,7 @@ def test_clipping_bounds_the_gradient_of_w0_and_of_theta_each(flags):
         classifier(), SelfTuning(clip_norm=1e-3, inner_optimizer=sgd(1.0), **flags), away=AWAY
     )
     before = copies(solver)
-    solver.inner_step(solver.data.train.next())
+    solver.method.inner_step(solver.core.data.train.next())
     after = copies(solver)
     for part in ("w0", "theta"):
         distance = sum(
@@ -213,12 +217,12 @@ def test_solution_goes_with_the_centre(recipe):
     """Centered: (λ(u₀), w₀); uncentered: (λ(u₀), φ + Θu₀)."""
     problem = Quadratic.random(weights=4, hypers=2, dtype=torch.float64)
     solver = ready(problem, SelfTuning(response=Dense(), **RECIPES[recipe]), away=AWAY)
-    solver.belief.centre.copy_(torch.tensor([0.5, -1.0]))
+    solver.core.search.u0.copy_(torch.tensor([0.5, -1.0]))
     hypers, params, _ = solver.solution()
     assert hypers["hyper"].tolist() == [0.5, -1.0]
-    w0, theta = solver.weights.detached()["w"], solver.theta.detached()["w"]
+    w0, theta = solver.core.weights.detached()["w"], solver.method.theta.detached()["w"]
     torch.testing.assert_close(
-        params["w"], w0 if RECIPES[recipe]["centered"] else w0 + theta @ solver.belief.centre
+        params["w"], w0 if RECIPES[recipe]["centered"] else w0 + theta @ solver.core.search.u0
     )
 
 
@@ -244,6 +248,8 @@ def test_a_round_reports_its_outer_phase_besides(flags):
         ready(classifier(), SelfTuning(inner_steps=2, **flags), away=AWAY) for _ in range(2)
     )
     metrics, means = whole.step(), single.step(warmup=True)
-    torch.testing.assert_close(metrics, means | single.outer_step(single.data.valid.next()))
+    torch.testing.assert_close(
+        metrics, means | single.method.outer_step(single.core.data.valid.next())
+    )
     assert metrics.keys() - means.keys() == {"outer_loss", "entropy", "hypergradient_norm"}
     assert all(value.ndim == 0 for value in tree_leaves(metrics))

@@ -139,12 +139,13 @@ def test_setup_leaves_the_streams_and_the_generator_reproducible():
     """The trial pass of set-up counts no example, and two set-ups from one seed begin alike."""
     problem = Decayed(nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.2)))
     first, second = ready(problem), ready(problem)
-    assert first.data.train.examples == 0
-    assert first.bad_step() is None
+    assert first.core.data.train.examples == 0
+    assert first.services.bad_step() is None
     first.step()
     second.step()
     assert all(
-        torch.equal(a, b) for a, b in zip(first.weights.leaves, second.weights.leaves, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(first.core.weights.leaves, second.core.weights.leaves, strict=True)
     )
 
 
@@ -163,7 +164,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("recipe", [delta_stn, stn])
 def test_an_embedding_responds_by_columns(recipe):
     solver = ready(Decayed(Tokens(), x=torch.randint(7, (B, 5))), recipe())
-    weights = solver.respond(torch.ones(B, 1))
+    weights = solver.method.respond(torch.ones(B, 1))
     assert weights["table.weight"].axis == 1
     assert weights["table.weight"].scale.shape == (B, 3)
     assert weights["head.weight"].axis == 0
@@ -189,10 +190,11 @@ def test_two_solvers_that_loaded_one_state_go_their_own_ways():
     state = source.state_dict()
     for solver in (first, second):
         solver.load_state_dict(state)
-    generator = first.generator.get_state()
+    generator = first.core.generator.get_state()
     first.step()
-    second.generator.set_state(generator)
+    second.core.generator.set_state(generator)
     second.step()
     assert all(
-        torch.equal(a, b) for a, b in zip(first.weights.leaves, second.weights.leaves, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(first.core.weights.leaves, second.core.weights.leaves, strict=True)
     )

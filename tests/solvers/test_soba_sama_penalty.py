@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from bilevel import BilevelError, Interval, Need, Positive, Refused
 from bilevel.problems import Quadratic, Ridge
 from bilevel.solvers import Fixed
-from bilevel.solvers.optim.optimized import follow
+from bilevel.solvers.optim.optimized import apply_gradients
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.sama import SAMA
 from bilevel.solvers.soba import SOBA
@@ -103,22 +103,26 @@ def unflat(vector, like):
 
 def dense(solver, w=None):
     """∇_w L_T, H, ∂²L_T/∂w∂u [m, h], ∇_w L_V, ∂_u L_V at the solver's (w, u), on its first batches and with its next masks."""
-    problem, leaves, state = solver.problem, solver.weights.leaves, solver.generator.get_state()
-    w, u = flat(leaves) if w is None else w, solver.belief.u.detach().clone()
-    names = list(solver.weights.tensors)
+    problem, leaves, state = (
+        solver.core.problem,
+        solver.core.weights.leaves,
+        solver.core.generator.get_state(),
+    )
+    w, u = flat(leaves) if w is None else w, solver.core.search.u.detach().clone()
+    names = list(solver.core.weights.tensors)
 
     def inner(w, u):
         generator = torch.Generator().set_state(state)
         hypers = problem.space.constrain(u)
         params = dict(zip(names, unflat(w, leaves), strict=True))
         return problem.inner_loss(
-            hypers, params, solver.carry, solver.data.train.peek(), generator
+            hypers, params, solver.core.carry, solver.core.data.train.peek(), generator
         )[0]
 
     def outer(w, u):
         params = dict(zip(names, unflat(w, leaves), strict=True))
         return problem.outer_loss(
-            problem.space.constrain(u), params, solver.carry, solver.data.valid.peek()
+            problem.space.constrain(u), params, solver.core.carry, solver.core.data.valid.peek()
         )[0]
 
     derivatives = torch.autograd.functional
@@ -135,13 +139,13 @@ def truth(problem):
 
 def at_minimum(solver):
     """Leave w at w*(λ)."""
-    best = solver.problem.best_response(solver.solution().hypers)
-    for name, leaf in solver.weights.tensors.items():
+    best = solver.core.problem.best_response(solver.solution().hypers)
+    for name, leaf in solver.core.weights.tensors.items():
         set_to(leaf, best[name])
 
 
 def regret(solver):
-    problem = solver.problem
+    problem = solver.core.problem
     hypers = solver.solution().hypers
     return float(problem.exact(hypers)["regret"])
 
@@ -159,9 +163,9 @@ def test_the_fixed_point_of_soba_is_the_closed_form(make_problem):
     at_minimum(solver)
     gradient, H, _, outer_gradient, _ = dense(solver)
     assert gradient.norm() < 1e-12
-    solver.adjoint = -torch.linalg.solve(H, outer_gradient)
-    close(solver.hypergradient(), truth(solver.problem), 1e-10)
-    at = solver.directions(solver.data.train.peek(), solver.data.valid.peek())
+    solver.method.adjoint = -torch.linalg.solve(H, outer_gradient)
+    close(solver.hypergradient(), truth(solver.core.problem), 1e-10)
+    at = solver.method.directions(solver.core.data.train.peek(), solver.core.data.valid.peek())
     assert max(at.w.norm(), at.q.norm()) < 1e-11
     assert at.metrics["residual"] < 1e-11
 
@@ -173,27 +177,27 @@ def test_a_step_of_soba_is_its_three_formulas_at_one_point(make_problem):
     solver = ready(
         make_problem(), SOBA(adjoint_lr=β, inner_optimizer=sgd(α), outer_optimizer=sgd(γ)), away=0.5
     )
-    w, u = flat(solver.weights.leaves), solver.belief.u.detach().clone()
-    q = solver.adjoint = torch.randn(w.shape, dtype=F64)
-    masks = solver.generator.get_state()
+    w, u = flat(solver.core.weights.leaves), solver.core.search.u.detach().clone()
+    q = solver.method.adjoint = torch.randn(w.shape, dtype=F64)
+    masks = solver.core.generator.get_state()
     gradient, H, cross, outer_gradient, direct = dense(solver)
     assert q @ H @ q > 0
     later = dense(solver, w - α * gradient)
     solver.step()
-    close(flat(solver.weights.leaves), w - α * gradient, 1e-12)
-    close(solver.adjoint, q - β * (H @ q + outer_gradient), 1e-12)
-    close(solver.belief.u.detach(), u - γ * (cross.T @ q + direct), 1e-12)
-    assert torch.equal(solver.belief.centre, solver.belief.u.detach())
+    close(flat(solver.core.weights.leaves), w - α * gradient, 1e-12)
+    close(solver.method.adjoint, q - β * (H @ q + outer_gradient), 1e-12)
+    close(solver.core.search.u.detach(), u - γ * (cross.T @ q + direct), 1e-12)
+    assert torch.equal(solver.core.search.u0, solver.core.search.u.detach())
 
-    assert not torch.equal(solver.generator.get_state(), masks) or not isinstance(
-        solver.problem, Noisy
+    assert not torch.equal(solver.core.generator.get_state(), masks) or not isinstance(
+        solver.core.problem, Noisy
     )
     assert not torch.allclose(
-        solver.adjoint, q - β * (later[1] @ q + later[3]), rtol=1e-4, atol=1e-4
+        solver.method.adjoint, q - β * (later[1] @ q + later[3]), rtol=1e-4, atol=1e-4
     )
     moved = q - β * (H @ q + outer_gradient)
     assert not torch.allclose(
-        solver.belief.u, u - γ * (cross.T @ moved + direct), rtol=1e-4, atol=1e-4
+        solver.core.search.u, u - γ * (cross.T @ moved + direct), rtol=1e-4, atol=1e-4
     )
 
 
@@ -210,12 +214,12 @@ def test_the_weights_of_soba_are_trained_as_plain_training_would():
         for solver in (ours, plain):
             solver.step(warmup=True)
             solver.epoch_ended(None)
-        close(flat(ours.weights.leaves), flat(plain.weights.leaves), 1e-11)
-        for name, statistic in plain.carry.items():
-            torch.testing.assert_close(ours.carry[name], statistic)
+        close(flat(ours.core.weights.leaves), flat(plain.core.weights.leaves), 1e-11)
+        for name, statistic in plain.core.carry.items():
+            torch.testing.assert_close(ours.core.carry[name], statistic)
     assert (ours.inner_count, ours.outer_count) == (4, 0)
-    assert torch.equal(ours.belief.u, problem.space.init(F64))
-    assert ours.adjoint.norm() > 0
+    assert torch.equal(ours.core.search.u, problem.space.init(F64))
+    assert ours.method.adjoint.norm() > 0
 
 
 def test_the_adjoint_comes_to_its_solution_at_the_rate_of_one_over_L():
@@ -226,11 +230,11 @@ def test_the_adjoint_comes_to_its_solution_at_the_rate_of_one_over_L():
     for _ in range(2):
         for _ in range(60):
             metrics = solver.step(warmup=True)
-        errors.append((solver.adjoint - exact).norm())
+        errors.append((solver.method.adjoint - exact).norm())
     assert metrics["largest_eigenvalue"] == pytest.approx(1.0, abs=1e-6)
     assert errors[1] / errors[0] == pytest.approx(0.9**60, rel=0.01)
     assert metrics["residual"] == pytest.approx(
-        float((H @ (solver.adjoint - exact)).norm() / outer_gradient.norm()), rel=0.2
+        float((H @ (solver.method.adjoint - exact)).norm() / outer_gradient.norm()), rel=0.2
     )
 
 
@@ -238,13 +242,16 @@ def test_no_step_of_the_adjoint_more_than_doubles_it():
     """However poor the power iteration still is: here it begins in the eigenvector of the smallest eigenvalue, 1/1000 of L."""
     solver = ready(quadratic(condition=1000.0), SOBA(inner_optimizer=sgd(0.0)))
     _, H, _, outer_gradient, _ = dense(solver)
-    solver.top, solver.adjoint = torch.linalg.eigh(H)[1][:, 0], torch.randn(5, dtype=F64)
+    solver.method.top, solver.method.adjoint = (
+        torch.linalg.eigh(H)[1][:, 0],
+        torch.randn(5, dtype=F64),
+    )
     for _ in range(60):
-        before = solver.adjoint
-        L = max((H @ solver.top).norm(), (H @ before).norm() / before.norm())
+        before = solver.method.adjoint
+        L = max((H @ solver.method.top).norm(), (H @ before).norm() / before.norm())
         solver.step(warmup=True)
-        close(solver.adjoint, before - (H @ before + outer_gradient) / L, 1e-10)
-        assert (solver.adjoint + outer_gradient / L).norm() <= 2 * before.norm() * (1 + 1e-9)
+        close(solver.method.adjoint, before - (H @ before + outer_gradient) / L, 1e-10)
+        assert (solver.method.adjoint + outer_gradient / L).norm() <= 2 * before.norm() * (1 + 1e-9)
 
 
 def test_an_adjoint_step_above_two_over_L_is_doubted_and_diverges():
@@ -254,13 +261,13 @@ def test_an_adjoint_step_above_two_over_L_is_doubted_and_diverges():
         for _ in range(100):
             metrics[rate] = solver.step(warmup=True)
         metrics[rate] = {name: float(value) for name, value in metrics[rate].items()}
-        metrics[rate]["doubts"] = solver.doubts(metrics[rate])
+        metrics[rate]["doubts"] = solver.warnings(metrics[rate])
     assert metrics[1.9]["residual"] < 1e-3
     assert metrics[1.9]["doubts"] == {}
     assert metrics[2.1]["residual"] > 10
     assert set(metrics[2.1]["doubts"]) == {"adjoint_lr", "residual"}
     assert "adjoint_lr=2.1 is at least 2.1/L" in metrics[2.1]["doubts"]["adjoint_lr"]
-    assert solver.doubts({}) == {}
+    assert solver.warnings({}) == {}
 
 
 def test_negative_curvature_does_not_carry_the_adjoint_off_and_is_doubted():
@@ -272,14 +279,14 @@ def test_negative_curvature_does_not_carry_the_adjoint_off_and_is_doubted():
     solver = ready(problem, SOBA(inner_optimizer=sgd(0.0)))
     for _ in range(150):
         metrics = solver.step(warmup=True)
-    rest = solver.adjoint
+    rest = solver.method.adjoint
     metrics = {name: float(value) for name, value in solver.step(warmup=True).items()}
-    close(solver.adjoint, rest, 1e-6)
+    close(solver.method.adjoint, rest, 1e-6)
     curvature = rest @ problem.A @ rest / (rest @ rest)
     assert curvature < 0
     _, H, _, outer_gradient, _ = dense(solver)
     close((H - 2 * curvature * torch.eye(5)) @ rest, -outer_gradient, 1e-5)
-    assert set(solver.doubts(metrics)) == {"curvature"}
+    assert set(solver.warnings(metrics)) == {"curvature"}
 
 
 # --- SAMA ---
@@ -299,7 +306,7 @@ def test_sama_with_sgd_is_the_identity_for_the_inverse_hessian(make_problem, fin
     solver = ready(make_problem(), SAMA(inner_optimizer=sgd(0.05), **options), away=0.5)
     expected = sama_truth(solver, 0.05)
     tolerance = (1e-7 if network else 1e-11) if finite_difference else 1e-12
-    close(solver.hypergradient(solver.data.valid.peek()), expected, tolerance)
+    close(solver.hypergradient(solver.core.data.valid.peek()), expected, tolerance)
     indirect = expected - dense(solver)[4]
     assert indirect.norm() > 1e4 * tolerance
 
@@ -310,7 +317,7 @@ def test_the_error_of_the_finite_difference_goes_with_alpha_squared():
     for alpha in (0.4, 0.2, 0.1, 0.05):
         solver = ready(problem, SAMA(alpha=alpha, inner_optimizer=sgd(0.05)), away=0.5)
         expected = sama_truth(solver, 0.05)
-        errors.append((solver.hypergradient(solver.data.valid.peek()) - expected).norm())
+        errors.append((solver.hypergradient(solver.core.data.valid.peek()) - expected).norm())
     ratios = [float(a / b) for a, b in itertools.pairwise(errors)]
     assert ratios[1:] == pytest.approx([4, 4], rel=0.1)
 
@@ -334,15 +341,15 @@ def test_the_adaptation_is_the_derivative_of_the_optimizers_own_step(optimizer, 
     solver = ready(Noisy(), SAMA(inner_optimizer=optimizer, clip_norm=clip_norm), away=0.5)
     if steps:
         solver.inner_phase(steps, warmup=True)
-    m, h = flat(solver.weights.leaves).numel(), 1e-6
+    m, h = flat(solver.core.weights.leaves).numel(), 1e-6
     vector, gradient = torch.randn(2, m, dtype=F64)
 
     def stepped(g):
-        trained = copy.deepcopy(solver.weights)
-        follow(unflat(g, trained.leaves), trained)
+        trained = copy.deepcopy(solver.core.weights)
+        apply_gradients(unflat(g, trained.leaves), trained)
         return flat(trained.leaves)
 
-    adapted = solver.adapted(vector, gradient)
+    adapted = solver.method.adapted(vector, gradient)
     for direction in torch.randn(3, m, dtype=F64):
         moved = (stepped(gradient + h * direction) - stepped(gradient - h * direction)) / (2 * h)
         assert float(adapted @ direction) == pytest.approx(
@@ -356,8 +363,8 @@ def test_the_adaptation_of_adam_and_rmsprop_is_the_diagonal_worked_out_by_hand(k
         Noisy(), SAMA(inner_optimizer=OPTIMIZERS["adamw" if kind == "adam" else kind]), away=0.5
     )
     solver.inner_phase(4, warmup=True)
-    state = [solver.weights.optimizer.state[leaf] for leaf in solver.weights.leaves]
-    vector, g = torch.randn(2, flat(solver.weights.leaves).numel(), dtype=F64)
+    state = [solver.core.weights.optimizer.state[leaf] for leaf in solver.core.weights.leaves]
+    vector, g = torch.randn(2, flat(solver.core.weights.leaves).numel(), dtype=F64)
     if kind == "adam":
         (b1, b2), t, η, eps = (0.9, 0.999), 5, 0.02, 1e-8
         m, v = (flat([s[name] for s in state]) for name in ("exp_avg", "exp_avg_sq"))
@@ -370,25 +377,25 @@ def test_the_adaptation_of_adam_and_rmsprop_is_the_diagonal_worked_out_by_hand(k
         v = a * flat([s["square_avg"] for s in state]) + (1 - a) * g**2
         root = v.sqrt() + eps
         diagonal = η * (1 / root - g * (1 - a) * g / (v.sqrt() * root**2))
-    close(solver.adapted(vector, g), diagonal * vector, 1e-10)
+    close(solver.method.adapted(vector, g), diagonal * vector, 1e-10)
 
 
 def test_sama_adapts_at_the_gradient_of_its_own_batch():
     """Adam: dL_V(w − s(∇_w L_T(λ, w)))/dλ with ∇_w L_V where w is now, by autograd through the pure update."""
     solver = ready(Noisy(), SAMA(alpha=1e-4, inner_optimizer=OPTIMIZERS["adam"]), away=0.5)
     solver.inner_phase(3, warmup=True)
-    solver.recent = None  # the first batch again: the split is one batch
-    masks = solver.generator.get_state()
+    solver.method.recent = None  # the first batch again: the split is one batch
+    masks = solver.core.generator.get_state()
     _, _, cross, outer_gradient, direct = dense(solver)
     gradient = dense(solver)[0]
-    expected = direct - cross.T @ solver.adapted(outer_gradient, gradient)
+    expected = direct - cross.T @ solver.method.adapted(outer_gradient, gradient)
     close(solver.hypergradient(), expected, 1e-6)
-    drawn = solver.generator.get_state()
-    solver.generator.set_state(masks)
+    drawn = solver.core.generator.get_state()
+    solver.core.generator.set_state(masks)
     solver.finite_difference = False
     close(solver.hypergradient(), expected, 1e-11)
     assert torch.equal(
-        solver.generator.get_state(), drawn
+        solver.core.generator.get_state(), drawn
     )  # one draw of the masks, however many passes
 
 
@@ -407,7 +414,7 @@ def test_sama_comes_to_the_fixed_point_of_the_identity(start, case):
     expected = torch.linalg.solve(
         P - η * B.T @ M @ J, P @ problem.lambda_bar + η * B.T @ M @ (at_zero - problem.w_bar)
     )
-    close(solver.belief.u.detach(), expected, 0.03)
+    close(solver.core.search.u.detach(), expected, 0.03)
     distance = (expected - problem.optimum()["hyper"]).norm()
     assert distance < 1e-10 if condition == 1.0 else distance > 0.1
     assert regret(solver) < (1e-3 if condition == 1.0 else 0.3) * first
@@ -415,14 +422,15 @@ def test_sama_comes_to_the_fixed_point_of_the_identity(start, case):
 
 def test_a_difference_that_is_rounding_is_doubted():
     assert (
-        "raise alpha" in ready(quadratic(), SAMA()).doubts({"relative_difference": 1e-15})["alpha"]
+        "raise alpha"
+        in ready(quadratic(), SAMA()).warnings({"relative_difference": 1e-15})["alpha"]
     )
     solver = ready(quadratic(), SAMA())
     metrics = {name: float(value) for name, value in solver.step().items()}
     assert (
-        solver.doubts(metrics)
-        == solver.doubts({})
-        == solver.doubts({"relative_difference": 0.0})
+        solver.warnings(metrics)
+        == solver.warnings({})
+        == solver.warnings({"relative_difference": 0.0})
         == {}
     )
 
@@ -432,22 +440,24 @@ def test_a_difference_that_is_rounding_is_doubted():
 
 def at_minima(solver, σ):
     """Z at its minimum and y at its own, by Newton's method on the dense quadratic or ridge."""
-    solver.sigma = σ
+    solver.method.sigma = σ
     at_minimum(solver)
     _, H, _, outer_gradient, _ = dense(solver)
-    z = flat(solver.weights.leaves)
+    z = flat(solver.core.weights.leaves)
     M = torch.autograd.functional.hessian(
-        lambda w: solver.problem.outer_loss(
+        lambda w: solver.core.problem.outer_loss(
             solver.solution().hypers,
-            dict(zip(solver.weights.tensors, unflat(w, solver.weights.leaves), strict=True)),
+            dict(
+                zip(solver.core.weights.tensors, unflat(w, solver.core.weights.leaves), strict=True)
+            ),
             {},
-            solver.data.valid.peek(),
+            solver.core.data.valid.peek(),
         )[0],
         z,
     )
     y = z - torch.linalg.solve(H + M / σ, outer_gradient / σ)
     for leaf, value in zip(
-        solver.penalized.leaves, unflat(y, solver.penalized.leaves), strict=True
+        solver.method.penalized.leaves, unflat(y, solver.method.penalized.leaves), strict=True
     ):
         set_to(leaf, value)
     return H, M, outer_gradient
@@ -457,7 +467,7 @@ def at_minima(solver, σ):
 def test_the_bias_of_the_penalty_is_of_order_one_over_sigma_with_the_predicted_constant(direct):
     """σ Bᵀ(y − z) = −Bᵀ(A + M/σ)⁻¹g, so the error is Bᵀ A⁻¹ M A⁻¹ g / σ + O(1/σ²)."""
     solver = ready(quadratic(direct), Penalty())
-    B, exact = solver.problem.B, truth(solver.problem)
+    B, exact = solver.core.problem.B, truth(solver.core.problem)
     for σ in (1e2, 1e4, 1e6):
         H, M, g = at_minima(solver, σ)
         error = solver.hypergradient() - exact
@@ -477,28 +487,29 @@ def test_on_ridge_the_penalty_approaches_the_closed_form_tenfold_for_every_tenfo
     errors = []
     for σ in (1e2, 1e3, 1e4):
         at_minima(solver, σ)
-        errors.append(float((solver.hypergradient() - truth(solver.problem)).norm()))
+        errors.append(float((solver.hypergradient() - truth(solver.core.problem)).norm()))
     assert [errors[0] / errors[1], errors[1] / errors[2]] == pytest.approx([10, 10], rel=0.1)
 
 
 def test_an_inner_step_of_the_penalty_is_its_formulas():
     σ, α = 20.0, 0.1
     solver = ready(quadratic(), Penalty(weight=σ, inner_optimizer=sgd(α)), away=0.5)
-    p, λ = solver.problem, solver.belief.u.detach().clone()
+    p, λ = solver.core.problem, solver.core.search.u.detach().clone()
     z, y = (
-        solver.weights.tensors["w"].detach().clone(),
-        solver.penalized.tensors["w"].detach().clone(),
+        solver.core.weights.tensors["w"].detach().clone(),
+        solver.method.penalized.tensors["w"].detach().clone(),
     )
     assert not torch.allclose(z, y)
-    metrics = solver.inner_step(solver.data.train.next())
-    close(solver.weights.tensors["w"].detach(), z - α * (p.A @ z + p.B @ λ + p.d), 1e-12)
+    data = solver.core.data
+    metrics = solver.method.inner_step(data.train.next(), data.valid.next())
+    close(solver.core.weights.tensors["w"].detach(), z - α * (p.A @ z + p.B @ λ + p.d), 1e-12)
     close(
-        solver.penalized.tensors["w"].detach(),
+        solver.method.penalized.tensors["w"].detach(),
         y - α * (p.A @ y + p.B @ λ + p.d + p.M @ (y - p.w_bar) / σ),
         1e-12,
     )
     assert set(metrics) == {"inner_loss", "penalized_loss"}
-    assert (solver.data.train.examples, solver.data.valid.examples) == (2, 1)
+    assert (solver.core.data.train.examples, solver.core.data.valid.examples) == (2, 1)
 
 
 def test_the_weight_grows_by_round_up_to_its_maximum():
@@ -508,9 +519,9 @@ def test_the_weight_grows_by_round_up_to_its_maximum():
     weights = [float(solver.step()["penalty_weight"]) for _ in range(4)]
     assert weights == pytest.approx([1.0, 1.5, 2.0, 2.2])
     solver.step(warmup=True)
-    assert solver.sigma == 2.2
+    assert solver.method.sigma == 2.2
     again = ready(quadratic(), solver)
-    assert again.sigma == 1.0
+    assert again.method.sigma == 1.0
 
 
 def test_the_solution_of_the_penalty_has_seen_no_validation_data():
@@ -525,19 +536,19 @@ def test_the_solution_of_the_penalty_has_seen_no_validation_data():
         plain.step(warmup=True)
     for name, value in solver.solution().params.items():
         assert torch.equal(value, plain.solution().params[name])
-        assert not torch.allclose(value, solver.penalized.tensors[name])
+        assert not torch.allclose(value, solver.method.penalized.tensors[name])
 
 
 @pytest.mark.parametrize("make_problem", [Noisy, normed])
 def test_y_and_z_have_the_same_masks(make_problem):
     """At y = z nothing but the direct term is left, whatever σ."""
     solver = ready(make_problem(), Penalty(weight=1e3))
-    _, gradient, metrics = solver.differentiate(solver.data.valid.peek())
+    _, gradient, metrics = solver.method.differentiate(solver.core.data.valid.peek())
     close(
         gradient,
-        solver.outer_gradients(solver.data.valid.peek(), solver.weights.detached(), solver.carry)[
-            2
-        ],
+        solver.core.outer_gradients(
+            solver.core.data.valid.peek(), solver.core.weights.detached(), solver.core.carry
+        )[2],
         0.0,
     )
     assert metrics["inner_gap"] == 0
@@ -545,8 +556,8 @@ def test_y_and_z_have_the_same_masks(make_problem):
 
 def test_a_gap_of_the_wrong_sign_is_doubted():
     solver = ready(quadratic(), Penalty())
-    assert "z is far from its minimum" in solver.doubts({"inner_gap": -0.1})["inner_gap"]
-    assert solver.doubts({"inner_gap": 0.1}) == solver.doubts({}) == {}
+    assert "z is far from its minimum" in solver.warnings({"inner_gap": -0.1})["inner_gap"]
+    assert solver.warnings({"inner_gap": 0.1}) == solver.warnings({}) == {}
 
 
 # --- convergence ---
@@ -650,15 +661,20 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(make, optimizer):
     rounds(solver)
     file = io.BytesIO()
     torch.save(
-        (solver.state_dict(), solver.data.train.state_dict(), solver.data.valid.state_dict()), file
+        (
+            solver.state_dict(),
+            solver.core.data.train.state_dict(),
+            solver.core.data.valid.state_dict(),
+        ),
+        file,
     )
     rounds(solver)
     resumed = ready(problem, make(**options), away=0.5, seed=2)
     file.seek(0)
     state, train, valid = torch.load(file, weights_only=True)
     resumed.load_state_dict(state)
-    resumed.data.train.load_state_dict(train)
-    resumed.data.valid.load_state_dict(valid)
+    resumed.core.data.train.load_state_dict(train)
+    resumed.core.data.valid.load_state_dict(valid)
     rounds(resumed)
     ours, theirs = (tree_leaves((s.state_dict(), s.solution())) for s in (resumed, solver))
     assert len(ours) == len(theirs) > 10
@@ -683,14 +699,14 @@ def test_no_step_waits_for_the_device(make, make_problem, optimizer):
 @all_solvers
 def test_warm_up_leaves_the_hyperparameters_and_a_limit_is_kept(make):
     solver = ready(Noisy(), make())
-    u = solver.belief.u.detach().clone()
+    u = solver.core.search.u.detach().clone()
     solver.step(warmup=True)
-    assert torch.equal(solver.belief.u, u)
+    assert torch.equal(solver.core.search.u, u)
     assert solver.outer_count == 0
     before = solver.inner_count
     metrics = solver.step(limit=1)
     assert (solver.inner_count - before, solver.outer_count) == (1, 1)
-    assert not torch.equal(solver.belief.u, u)
+    assert not torch.equal(solver.core.search.u, u)
     assert {"inner_loss", "outer_loss", "hypergradient_norm"} <= set(metrics)
 
 
@@ -699,16 +715,16 @@ def test_the_hypergradient_is_what_an_outer_step_follows_and_moves_nothing(make)
     solver = ready(Noisy(), make(outer_optimizer=sgd(0.1)), away=0.5)
     solver.step()
     saved = copy.deepcopy(solver.state_dict())
-    gradient = solver.hypergradient(solver.data.valid.peek())
-    solver.generator.set_state(saved["generator"])
+    gradient = solver.hypergradient(solver.core.data.valid.peek())
+    solver.core.generator.set_state(saved["core"]["generator"])
     for a, b in zip(tree_leaves(saved), tree_leaves(solver.state_dict()), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    u = solver.belief.u.detach().clone()
+    u = solver.core.search.u.detach().clone()
     if isinstance(solver, SOBA):
         solver.step()
     else:
-        solver.outer_step(solver.data.valid.peek())
-    close(solver.belief.u.detach(), u - 0.1 * gradient, 1e-13)
+        solver.method.outer_step(solver.core.data.valid.peek())
+    close(solver.core.search.u.detach(), u - 0.1 * gradient, 1e-13)
 
 
 @all_solvers
@@ -772,5 +788,8 @@ def test_an_optimizer_without_a_twin_is_refused_by_sama_alone():
 def test_both_weights_of_the_penalty_have_the_settings_that_lambda_holds():
     settings = {"rate": {"optimizer": "lr", "init": 0.07, "frozen": True}}
     solver = ready(Quadratic.random(space=settings), Penalty())
-    rates = [group.optimizer.param_groups[0]["lr"] for group in (solver.weights, solver.penalized)]
+    rates = [
+        group.optimizer.param_groups[0]["lr"]
+        for group in (solver.core.weights, solver.method.penalized)
+    ]
     assert rates == pytest.approx([0.07, 0.07])

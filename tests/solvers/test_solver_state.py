@@ -18,11 +18,15 @@ from tests.support.solver_cases import Recurrent, all_flags, all_solvers, normed
 def test_running_statistics_are_those_of_the_pass_that_trains_w0_once_per_batch(flags):
     """Regularized: the unperturbed pass at λ₀; jointly: the perturbed one (linearized: its primal, at w₀)."""
     solver = ready(normed(per_example=False), SelfTuning(response=Dense(), **flags), away=0.5)
-    problem, carry = solver.problem, dict(solver.carry)
+    problem, carry = solver.core.problem, dict(solver.core.carry)
     for _ in range(3):
-        batch, state = solver.data.train.next(), solver.generator.get_state()
-        w0, theta, centre = solver.weights.detached(), solver.theta.detached(), solver.belief.centre
-        noise = solver.belief.perturbation(8, torch.Generator().set_state(state))
+        batch, state = solver.core.data.train.next(), solver.core.generator.get_state()
+        w0, theta, centre = (
+            solver.core.weights.detached(),
+            solver.method.theta.detached(),
+            solver.core.search.u0,
+        )
+        noise = solver.core.search.perturbation(8, torch.Generator().set_state(state))
         at = 0 * noise if flags["regularized_w0"] or flags["linearize"] else noise
         weights = {
             name: w0[name] + theta[name] @ (at if flags["centered"] else centre + at) for name in w0
@@ -33,21 +37,21 @@ def test_running_statistics_are_those_of_the_pass_that_trains_w0_once_per_batch(
             carry,
             batch,
             train=True,
-            generator=solver.generator,
+            generator=solver.core.generator,
         )
-        solver.generator.set_state(state)
-        solver.inner_step(batch)
-        torch.testing.assert_close(solver.carry, carry)
-    assert solver.carry["1.num_batches_tracked"] == 3
+        solver.core.generator.set_state(state)
+        solver.method.inner_step(batch)
+        torch.testing.assert_close(solver.core.carry, carry)
+    assert solver.core.carry["1.num_batches_tracked"] == 3
 
 
 @all_flags
 def test_an_outer_step_writes_no_statistics(flags):
     solver = ready(normed(), SelfTuning(**flags), away=0.5)
-    solver.inner_step(solver.data.train.next())
-    before = {name: t.clone() for name, t in solver.carry.items()}
-    solver.outer_step(solver.data.valid.next())
-    assert all(torch.equal(solver.carry[name], t) for name, t in before.items())
+    solver.method.inner_step(solver.core.data.train.next())
+    before = {name: t.clone() for name, t in solver.core.carry.items()}
+    solver.method.outer_step(solver.core.data.valid.next())
+    assert all(torch.equal(solver.core.carry[name], t) for name, t in before.items())
 
 
 # --- recurrent state ---
@@ -59,16 +63,19 @@ def test_the_two_passes_keep_their_own_recurrent_state(linearize):
     solver = ready(Recurrent(), SelfTuning(linearize=linearize, inner_optimizer=sgd(0.5)), away=0.5)
     own = theirs = torch.zeros(6, 3).double()
     for _ in range(3):
-        batch, rows = solver.data.train.next(), solver.theta.tensors["rows"].detach().clone()
-        W, R = (w.clone() for w in solver.weights.detached().values())
-        units = {name: t.detach().clone() for name, t in solver.theta.tensors.items()}
-        noise = solver.belief.perturbation(
-            6, torch.Generator().set_state(solver.generator.get_state())
+        batch, rows = (
+            solver.core.data.train.next(),
+            solver.method.theta.tensors["rows"].detach().clone(),
         )
-        solver.separate_step(batch)
+        W, R = (w.clone() for w in solver.core.weights.detached().values())
+        units = {name: t.detach().clone() for name, t in solver.method.theta.tensors.items()}
+        noise = solver.core.search.perturbation(
+            6, torch.Generator().set_state(solver.core.generator.get_state())
+        )
+        solver.method.separate_step(batch)
         own = torch.tanh(batch[0] @ W.T + own @ R.T)
-        torch.testing.assert_close(solver.carry["h"], own)
-        W, R = solver.weights.detached().values()  # Θ's pass comes after w₀ has moved
+        torch.testing.assert_close(solver.core.carry["h"], own)
+        W, R = solver.core.weights.detached().values()  # Θ's pass comes after w₀ has moved
         before = batch[0] @ W.T + theirs @ R.T
         if not linearize:
             u, v = (noise @ rows.T).split(3, dim=1)
@@ -76,17 +83,17 @@ def test_the_two_passes_keep_their_own_recurrent_state(linearize):
                 before + u * (batch[0] @ units["weights.W"].T) + v * (theirs @ units["weights.R"].T)
             )
         theirs = torch.tanh(before)
-        torch.testing.assert_close(solver.response_carry["h"], theirs)
-        assert not solver.response_carry["h"].requires_grad
+        torch.testing.assert_close(solver.method.response_carry["h"], theirs)
+        assert not solver.method.response_carry["h"].requires_grad
     assert not torch.allclose(own, theirs)
 
 
 @pytest.mark.parametrize("linearize", [True, False])
 def test_a_joint_step_has_one_recurrent_state(linearize):
     solver = ready(Recurrent(), SelfTuning(linearize=linearize, regularized_w0=False), away=0.5)
-    solver.joint_step(solver.data.train.next())
-    assert torch.equal(solver.carry["h"], solver.response_carry["h"])
-    assert not solver.carry["h"].requires_grad
+    solver.method.joint_step(solver.core.data.train.next())
+    assert torch.equal(solver.core.carry["h"], solver.method.response_carry["h"])
+    assert not solver.core.carry["h"].requires_grad
     solver.step()
 
 
@@ -118,24 +125,29 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(make, scheduler):
     rounds(solver, 2)
     file = io.BytesIO()
     torch.save(
-        (solver.state_dict(), solver.data.train.state_dict(), solver.data.valid.state_dict()), file
+        (
+            solver.state_dict(),
+            solver.core.data.train.state_dict(),
+            solver.core.data.valid.state_dict(),
+        ),
+        file,
     )
     rounds(solver, 2)
 
     resumed = ready(problem, make(**options), away=0.5, seed=2)
-    assert not torch.equal(resumed.weights.leaves[0], solver.weights.leaves[0])
+    assert not torch.equal(resumed.core.weights.leaves[0], solver.core.weights.leaves[0])
     file.seek(0)
     state, train, valid = torch.load(file, weights_only=True)
     resumed.load_state_dict(state)
-    resumed.data.train.load_state_dict(train)
-    resumed.data.valid.load_state_dict(valid)
+    resumed.core.data.train.load_state_dict(train)
+    resumed.core.data.valid.load_state_dict(valid)
     rounds(resumed, 2)
 
     ours, theirs = (tree_leaves((s.state_dict(), s.solution())) for s in (resumed, solver))
     assert len(ours) == len(theirs) > 10
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    assert solver.weights.optimizer.param_groups[0]["lr"] == pytest.approx(
+    assert solver.core.weights.optimizer.param_groups[0]["lr"] == pytest.approx(
         0.05 / (16 if scheduler == "StepLR" else 8)
     )
 
@@ -148,23 +160,23 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(make, scheduler):
 def test_the_first_loss_that_is_not_finite_is_noted(make, value):
     """After two good training batches the third is bad: step 3, whatever comes after."""
     solver = ready(normed(), make(), away=0.5)
-    assert solver.bad_step() is None
-    good, count = solver.data.train.next, iter(range(100))
-    solver.data.train.next = lambda: (
+    assert solver.services.bad_step() is None
+    good, count = solver.core.data.train.next, iter(range(100))
+    solver.core.data.train.next = lambda: (
         good()[0] * (value if next(count) == 2 else 1),
         torch.arange(8) % 3,
     )
     solver.step(limit=2)
-    assert solver.bad_step() is None
+    assert solver.services.bad_step() is None
     solver.step(limit=2)
-    assert solver.bad_step() == 3
+    assert solver.services.bad_step() == 3
     solver.step()
-    assert solver.bad_step() == 3
+    assert solver.services.bad_step() == 3
 
 
 def test_a_bad_validation_loss_is_noted_at_the_inner_step_that_it_follows():
     solver = ready(normed(), away=0.5)
-    good = solver.data.valid.next
-    solver.data.valid.next = lambda: (good()[0] * math.nan, torch.arange(8) % 3)
+    good = solver.core.data.valid.next
+    solver.core.data.valid.next = lambda: (good()[0] * math.nan, torch.arange(8) % 3)
     solver.step(limit=3)
-    assert solver.bad_step() == 3
+    assert solver.services.bad_step() == 3

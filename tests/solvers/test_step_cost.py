@@ -7,7 +7,7 @@ import torch.nn as nn
 from bilevel.problems import MLP, Classification
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.solvers import Fixed, SelfTuning, centered_stn, delta_stn, stn
-from bilevel.solvers.base.descent import descend
+from bilevel.solvers.optim.optimized import descend
 from tests.support.flops import count
 from tests.support.solver_cases import all_flags, ready
 
@@ -55,7 +55,7 @@ def stepped(problem, solver):
     """A solver past its first step, Θ away from zero, and a batch to train on."""
     solver = ready(problem, solver)
     solver.step()
-    return solver, solver.data.train.next()
+    return solver, solver.core.data.train.next()
 
 
 def within(spent, exact, most, rows=0.0):
@@ -66,7 +66,7 @@ def within(spent, exact, most, rows=0.0):
 
 def rows_cost(solver, unit, products=2):
     """Units of the products of ε [B, h] with U and V, forward and backward: small, for rows of W₁ longer than h."""
-    return products * 2 * B * solver.theta.tensors["rows"].numel() / unit
+    return products * 2 * B * solver.method.theta.tensors["rows"].numel() / unit
 
 
 def test_plain_training_costs_three(network):
@@ -80,7 +80,10 @@ def test_stn_costs_six(network):
     problem, unit, first = network
     solver, batch = stepped(problem, stn())
     within(
-        count(lambda: solver.inner_step(batch)) / unit, 6 - 2 * first, 6, rows_cost(solver, unit)
+        count(lambda: solver.method.inner_step(batch)) / unit,
+        6 - 2 * first,
+        6,
+        rows_cost(solver, unit),
     )
 
 
@@ -88,11 +91,13 @@ def test_delta_stn_costs_eight_at_most_three_for_w0_and_five_for_the_response(ne
     """Forward W₀x, W₀ẋ and W₁x; backward W₀ᵀδ and ∂W₁: no W₁ẋ, nothing through the primal."""
     problem, unit, first = network
     solver, batch = stepped(problem, delta_stn())
-    whole = count(lambda: solver.inner_step(batch)) / unit
+    whole = count(lambda: solver.method.inner_step(batch)) / unit
 
     def response():
-        loss, _ = solver.perturbed_loss(solver.weights.detached(), solver.response_carry, batch)
-        descend(loss, solver.theta)
+        loss, _ = solver.method.perturbed_loss(
+            solver.core.weights.detached(), solver.method.response_carry, batch
+        )
+        descend(loss, solver.method.theta)
 
     part = count(response) / unit
     rows = rows_cost(
@@ -108,7 +113,10 @@ def test_centered_stn_costs_three_and_five(network):
     problem, unit, first = network
     solver, batch = stepped(problem, centered_stn())
     within(
-        count(lambda: solver.inner_step(batch)) / unit, 8 - 3 * first, 8, rows_cost(solver, unit)
+        count(lambda: solver.method.inner_step(batch)) / unit,
+        8 - 3 * first,
+        8,
+        rows_cost(solver, unit),
     )
 
 
@@ -116,9 +124,12 @@ def test_an_outer_step_costs_four_and_forms_no_gradient_of_a_weight(network):
     """Forward W₀x and W₁x; backward both to the inputs of every layer but the first."""
     problem, unit, first = network
     solver, _ = stepped(problem, delta_stn())
-    batch = solver.data.valid.next()
+    batch = solver.core.data.valid.next()
     within(
-        count(lambda: solver.outer_step(batch)) / unit, 4 - 2 * first, 4, rows_cost(solver, unit)
+        count(lambda: solver.method.outer_step(batch)) / unit,
+        4 - 2 * first,
+        4,
+        rows_cost(solver, unit),
     )
 
 
@@ -146,8 +157,8 @@ def test_an_outer_loss_reaches_u_and_s_alone(flags, monkeypatch):
     )
     seen = []
     monkeypatch.setattr(
-        "bilevel.solvers.base.descent.descend",
+        "bilevel.solvers.base.method.descend",
         lambda loss, *groups: seen.extend(leaves_of(loss)) or [None],
     )
-    solver.outer_step(solver.data.valid.next())
-    assert {id(t) for t in seen} == {id(solver.belief.u), id(solver.belief.s)}
+    solver.method.outer_step(solver.core.data.valid.next())
+    assert {id(t) for t in seen} == {id(solver.core.search.u), id(solver.core.search.s)}

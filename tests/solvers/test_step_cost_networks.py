@@ -56,10 +56,10 @@ class Case:
     def steps(self, solver):
         """Units of a training step and of an outer step; and of a product of ε with U and V, there and back."""
         solver = self.ready(solver)
-        train, valid = solver.data.train.next(), solver.data.valid.next()
-        inner = count(lambda: solver.inner_step(train)) / self.unit
-        outer = count(lambda: solver.outer_step(valid)) / self.unit
-        return inner, outer, 2 * 2 * solver.theta.tensors["rows"].numel() / self.unit
+        train, valid = solver.core.data.train.next(), solver.core.data.valid.next()
+        inner = count(lambda: solver.method.inner_step(train)) / self.unit
+        outer = count(lambda: solver.method.outer_step(valid)) / self.unit
+        return inner, outer, 2 * 2 * solver.method.theta.tensors["rows"].numel() / self.unit
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -11,7 +11,7 @@ from torch.func import hessian
 
 from bilevel.problems import Quadratic
 from bilevel.solvers import Dense, SelfTuning, centered_stn, delta_stn, stn
-from bilevel.solvers.base.descent import descend
+from bilevel.solvers.optim.optimized import descend
 from tests.support.solver_cases import all_flags, expected_loss, nodes, ready, set_to, sgd
 
 # --- T1, T2: conditioning ---
@@ -31,7 +31,7 @@ def response_hessian(lambda0, scale, condition, centered):
     h = len(lambda0)
 
     def loss(flat):
-        solver.theta.tensors["w"] = flat[: 3 * h].reshape(h, 3).T
+        solver.method.theta.tensors["w"] = flat[: 3 * h].reshape(h, 3).T
         return expected_loss(solver, {"w": flat[3 * h :]}, order=2)
 
     return hessian(loss)(torch.zeros(3 * (h + 1), dtype=torch.float64)), problem.A
@@ -121,23 +121,23 @@ def one_round(recipe, noise, alpha=0.1, beta=0.2):
         outer_optimizer=sgd(beta),
     )
     solver = ready(idle(), solver)
-    problem, u = solver.problem, solver.belief.u.detach().clone()
-    solver.belief.perturbation = lambda *_: noise
-    g_T = problem.A @ solver.weights.detached()["w"] + problem.d
+    problem, u = solver.core.problem, solver.core.search.u.detach().clone()
+    solver.core.search.perturbation = lambda *_: noise
+    g_T = problem.A @ solver.core.weights.detached()["w"] + problem.d
     if recipe is not stn:  # w₀ moves first, and g_T is taken where it then is
-        g_T = problem.A @ (solver.weights.detached()["w"] - alpha * g_T) + problem.d
-    solver.inner_step(solver.data.train.next())
-    before = solver.effective_weights()["w"].clone()
-    solver.outer_step(solver.data.valid.next())
-    solver.belief.recentre()
+        g_T = problem.A @ (solver.core.weights.detached()["w"] - alpha * g_T) + problem.d
+    solver.method.inner_step(solver.core.data.train.next())
+    before = solver.method.effective_weights()["w"].clone()
+    solver.method.outer_step(solver.core.data.valid.next())
+    solver.core.search.recentre()
     g_V = problem.M @ (before - problem.w_bar)
     return (
         g_T,
         g_V,
-        solver.belief.u.detach() - u,
+        solver.core.search.u.detach() - u,
         before,
-        solver.effective_weights()["w"],
-        solver.theta.detached()["w"],
+        solver.method.effective_weights()["w"],
+        solver.method.theta.detached()["w"],
     )
 
 
@@ -184,14 +184,18 @@ def test_t4_theta_converges_to_the_best_response_jacobian_from_any_w0(recipe, se
     solver = ready(
         quadratic(seed), recipe(response=Dense(), response_optimizer=sgd(1.0)), seed=seed
     )
-    set_to(solver.belief.s, torch.full((2,), 0.5))
+    set_to(solver.core.search.s, torch.full((2,), 0.5))
     for _ in range(100):
-        descend(expected_loss(solver, order=2), solver.theta)
+        descend(expected_loss(solver, order=2), solver.method.theta)
     torch.testing.assert_close(
-        solver.theta.detached()["w"], solver.problem.best_response_jacobian(), rtol=0, atol=1e-8
+        solver.method.theta.detached()["w"],
+        solver.core.problem.best_response_jacobian(),
+        rtol=0,
+        atol=1e-8,
     )
     assert (
-        solver.weights.detached()["w"] - solver.problem.best_response(solver.solution().hypers)["w"]
+        solver.core.weights.detached()["w"]
+        - solver.core.problem.best_response(solver.solution().hypers)["w"]
     ).norm() > 0.5
 
 
@@ -201,10 +205,13 @@ def test_t4_theta_converges_on_samples_too():
         quadratic(),
         delta_stn(response=Dense(), inner_optimizer=sgd(0.0), response_optimizer=sgd(0.05)),
     )
-    mean, exact = torch.zeros(6, 2, dtype=torch.float64), solver.problem.best_response_jacobian()
+    mean, exact = (
+        torch.zeros(6, 2, dtype=torch.float64),
+        solver.core.problem.best_response_jacobian(),
+    )
     for step in range(1200):
-        solver.inner_step(solver.data.train.next())
-        mean += solver.theta.detached()["w"] * (step >= 200) / 1000
+        solver.method.inner_step(solver.core.data.train.next())
+        mean += solver.method.theta.detached()["w"] * (step >= 200) / 1000
     assert (mean - exact).norm() < 0.1 * exact.norm()
 
 
@@ -213,13 +220,16 @@ def test_t4_every_variant_finds_the_best_response(flags):
     """ŵ(λ₀) = w*(λ₀) and Θ = −A⁻¹B for all of them: with L_T jointly quadratic nothing is biased."""
     solver = ready(quadratic(), SelfTuning(response=Dense(), inner_optimizer=sgd(0.2), **flags))
     for _ in range(600):
-        solver.inner_step(solver.data.train.next())
+        solver.method.inner_step(solver.core.data.train.next())
     torch.testing.assert_close(
-        solver.theta.detached()["w"], solver.problem.best_response_jacobian(), rtol=0, atol=1e-7
+        solver.method.theta.detached()["w"],
+        solver.core.problem.best_response_jacobian(),
+        rtol=0,
+        atol=1e-7,
     )
     hypers, params, _ = solver.solution()
     torch.testing.assert_close(
-        params["w"], solver.problem.best_response(hypers)["w"], rtol=0, atol=1e-7
+        params["w"], solver.core.problem.best_response(hypers)["w"], rtol=0, atol=1e-7
     )
 
 
@@ -227,13 +237,13 @@ def test_t4_every_variant_finds_the_best_response(flags):
 def test_t4_expected_gradient(linearize):
     """∇_Θ E L_T = (AΘ + B) diag σ², at any w₀, λ₀ and Θ."""
     solver = ready(quadratic(), SelfTuning(response=Dense(), linearize=linearize))
-    theta = solver.theta.tensors["w"]
+    theta = solver.method.theta.tensors["w"]
     set_to(theta, torch.randn_like(theta))
-    set_to(solver.belief.s, torch.tensor([0.2, 1.5]))
+    set_to(solver.core.search.s, torch.tensor([0.2, 1.5]))
     (ours,) = torch.autograd.grad(expected_loss(solver, order=3), theta)
-    problem = solver.problem
+    problem = solver.core.problem
     torch.testing.assert_close(
-        ours, (problem.A @ theta.detach() + problem.B) * solver.belief.sigma.detach() ** 2
+        ours, (problem.A @ theta.detach() + problem.B) * solver.core.search.sigma.detach() ** 2
     )
 
 
@@ -241,19 +251,26 @@ def test_t4_expected_gradient(linearize):
 def test_t6_variance_that_the_perturbation_brings_into_w0s_gradient(exact):
     """Cov = (AΘ + B) diag σ² (AΘ + B)ᵀ, zero iff Θ is exact; the separate objective has none."""
     solver = ready(quadratic(), SelfTuning(response=Dense(), regularized_w0=False, linearize=False))
-    problem, theta, w = solver.problem, solver.theta.tensors["w"], solver.weights.tensors["w"]
+    problem, theta, w = (
+        solver.core.problem,
+        solver.method.theta.tensors["w"],
+        solver.core.weights.tensors["w"],
+    )
     set_to(theta, problem.best_response_jacobian() if exact else torch.randn_like(theta))
-    set_to(solver.belief.s, torch.tensor([0.2, 1.5]))
+    set_to(solver.core.search.s, torch.tensor([0.2, 1.5]))
     gradients, (points, weight) = [], nodes(2, order=3)
     for z in points:
-        solver.belief.perturbation = lambda *_, z=z: solver.belief.sigma.detach() * z
+        solver.core.search.perturbation = lambda *_, z=z: solver.core.search.sigma.detach() * z
         gradients.append(
             torch.autograd.grad(
-                solver.perturbed_loss(solver.weights.tensors, {}, solver.data.train.peek())[0], w
+                solver.method.perturbed_loss(
+                    solver.core.weights.tensors, {}, solver.core.data.train.peek()
+                )[0],
+                w,
             )[0]
         )
     centred = torch.stack(gradients) - weight @ torch.stack(gradients)
-    slope = (problem.A @ theta + problem.B).detach() * solver.belief.sigma.detach()
+    slope = (problem.A @ theta + problem.B).detach() * solver.core.search.sigma.detach()
     covariance = centred.T @ (weight[:, None] * centred)
     torch.testing.assert_close(covariance, slope @ slope.T, atol=1e-14, rtol=1e-10)
     assert (covariance.abs().max() < 1e-14) == exact
@@ -261,9 +278,9 @@ def test_t6_variance_that_the_perturbation_brings_into_w0s_gradient(exact):
     ends = []
     for seed in range(3):
         separate = ready(quadratic(), delta_stn(response=Dense()))
-        set_to(separate.theta.tensors["w"], theta.detach())
-        separate.generator.manual_seed(seed)
-        separate.inner_step(separate.data.train.next())
-        ends.append(separate.weights.detached()["w"].clone())
+        set_to(separate.method.theta.tensors["w"], theta.detach())
+        separate.core.generator.manual_seed(seed)
+        separate.method.inner_step(separate.core.data.train.next())
+        ends.append(separate.core.weights.detached()["w"].clone())
     assert torch.equal(ends[0], ends[1])
     assert torch.equal(ends[0], ends[2])

@@ -37,7 +37,7 @@ def joint_fixed_point(problem, scale):
 def test_t5_the_joint_gradient_vanishes_at_the_biased_point(scale, linearize):
     problem = ridge(scale)
     solver = ready(problem, SelfTuning(response=Dense(), regularized_w0=False, linearize=linearize))
-    w0, theta = solver.weights.tensors["weight"], solver.theta.tensors["weight"]
+    w0, theta = solver.core.weights.tensors["weight"], solver.method.theta.tensors["weight"]
     biased, slope = joint_fixed_point(problem, scale)
     set_to(theta, slope)
     best = problem.best_response(solver.solution().hypers)["weight"]
@@ -52,7 +52,7 @@ def own_fixed_point(problem):
     solver = ready(problem, SelfTuning(response=Dense(), regularized_w0=False, linearize=False))
 
     def loss(flat):
-        solver.theta.tensors["weight"] = flat[4:].reshape(1, 4, 1)
+        solver.method.theta.tensors["weight"] = flat[4:].reshape(1, 4, 1)
         return expected_loss(solver, {"weight": flat[:4][None]}, order=12)
 
     start = torch.zeros(8, dtype=torch.float64)
@@ -90,8 +90,8 @@ def test_t5_a_run_ends_at_the_biased_point_when_joint_and_at_the_right_one_when_
             torch.zeros(1, 4, dtype=torch.float64),
         )
         for step in range(600):
-            solver.inner_step(solver.data.train.next())
-            mean += solver.weights.detached()["weight"] * (step >= 100) / 500
+            solver.method.inner_step(solver.core.data.train.next())
+            mean += solver.core.weights.detached()["weight"] * (step >= 100) / 500
         ends[name] = mean[0]
     biased, best = (
         joint_fixed_point(problem, 1.0)[0],

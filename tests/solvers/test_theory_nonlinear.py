@@ -107,7 +107,7 @@ def fitted_response(scale, linearize):
     w, exact, gauss_newton = stationary(problem)
 
     def loss(theta):
-        solver.theta.tensors = {"a": theta[:6].reshape(3, 2, 2), "b": theta[6:]}
+        solver.method.theta.tensors = {"a": theta[:6].reshape(3, 2, 2), "b": theta[6:]}
         return expected_loss(solver, named(w), order=4)
 
     theta = (gauss_newton if linearize else exact).clone()
@@ -194,11 +194,14 @@ def test_t8_a_structured_response_learns_the_slope_of_the_gate():
         delta_stn(inner_optimizer=sgd(0.3), response_optimizer=sgd(0.1 / 0.02**2)),
     )
     gate = torch.sigmoid(2 * torch.log(d) + 1.0)
-    set_to(solver.weights.tensors["w"], gate * target)
+    set_to(solver.core.weights.tensors["w"], gate * target)
     for _ in range(600):
-        solver.inner_step(solver.data.train.peek())
-    torch.testing.assert_close(solver.weights.detached()["w"], gate * target)
-    theta = solver.theta.detached()["rows"] * solver.theta.detached()["weights.w"][:, None]
+        solver.method.inner_step(solver.core.data.train.peek())
+    torch.testing.assert_close(solver.core.weights.detached()["w"], gate * target)
+    theta = (
+        solver.method.theta.detached()["rows"]
+        * solver.method.theta.detached()["weights.w"][:, None]
+    )
     torch.testing.assert_close(theta, torch.diag(-gate * (1 - gate) * target), atol=0.01, rtol=0)
 
 
@@ -218,10 +221,10 @@ def test_delta_stn_is_centered_stn_where_the_network_is_linear_in_w(sizes, equal
                 [
                     t.detach().flatten()
                     for t in (
-                        *solver.weights.leaves,
-                        *solver.theta.leaves,
-                        solver.belief.u,
-                        solver.belief.s,
+                        *solver.core.weights.leaves,
+                        *solver.method.theta.leaves,
+                        solver.core.search.u,
+                        solver.core.search.s,
                     )
                 ]
             )
@@ -237,6 +240,6 @@ def test_a_large_entropy_weight_widens_the_scales_and_none_narrows_them():
         solver = ready(classifier([6, 5, 3]), stn(entropy_weight=tau, inner_optimizer=sgd(0.1)))
         for _ in range(10):
             solver.step()
-        sigma.append(solver.belief.sigma)
+        sigma.append(solver.core.search.sigma)
     assert (sigma[1] > 1.02).all()
     assert (sigma[1] > sigma[0]).all()

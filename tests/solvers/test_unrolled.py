@@ -81,8 +81,8 @@ def quadratic(**options):
 
 def at_optimum(solver, problem):
     """Weights where L_T is stationary at the present λ."""
-    best = problem.best_response(problem.space.constrain(solver.belief.u.detach()))
-    for name, leaf in solver.weights.tensors.items():
+    best = problem.best_response(problem.space.constrain(solver.core.search.u.detach()))
+    for name, leaf in solver.core.weights.tensors.items():
         set_to(leaf, best[name])
     return solver
 
@@ -108,12 +108,12 @@ def trained_by_torch(make, optimizer, steps, clip_norm=None):
         )
         hypers = problem.space.constrain(u)
         apply_settings(
-            fixed.weights.optimizer.param_groups[0], optimizer_settings(problem.space, hypers)
+            fixed.core.weights.optimizer.param_groups[0], optimizer_settings(problem.space, hypers)
         )
-        fixed.hypers.u = u
+        fixed.rule.u = u
         fixed.step()
         return problem.outer_loss(
-            hypers, fixed.weights.detached(), fixed.carry, fixed.data.valid.next()
+            hypers, fixed.core.weights.detached(), fixed.core.carry, fixed.core.data.valid.next()
         )[0]
 
     return loss
@@ -133,7 +133,7 @@ def test_it_is_the_derivative_of_torch_optims_own_training(optimizer, settings, 
             Unrolled(mode=mode, inner_steps=5, inner_optimizer=optimizer, clip_norm=clip_norm),
         )
         if expected is None:
-            u = solver.belief.u.detach().clone()
+            u = solver.core.search.u.detach().clone()
             expected = difference(trained_by_torch(make, optimizer, 5, clip_norm), u)
             assert (expected.abs() > 1e-7).all()
         torch.testing.assert_close(solver.hypergradient(), expected, rtol=0, atol=1e-8)
@@ -152,7 +152,7 @@ def test_norms_are_differentiated_twice_rightly(mode, norm):
     solver = ready(
         network(settings, norm()), Unrolled(mode=mode, inner_steps=5, inner_optimizer=optimizer)
     )
-    u = solver.belief.u.detach().clone()
+    u = solver.core.search.u.detach().clone()
     expected = difference(trained_by_torch(lambda: network(settings, norm()), optimizer, 5), u)
     torch.testing.assert_close(solver.hypergradient(), expected, rtol=0, atol=1e-8)
 
@@ -180,9 +180,9 @@ def test_forward_and_checkpointed_are_reverse(name, norm):
         solver.step(warmup=True)
         gradient = solver.hypergradient()
         return gradient, [
-            *solver.weights.leaves,
-            *solver.carry.values(),
-            solver.generator.get_state(),
+            *solver.core.weights.leaves,
+            *solver.core.carry.values(),
+            solver.core.generator.get_state(),
         ]
 
     reverse, checkpointed, forward = (run(mode) for mode in MODES.values())
@@ -200,7 +200,7 @@ def test_a_truncated_one_is_the_same_with_checkpoints(truncate):
         solver = ready(
             network(), Unrolled(mode=mode, inner_steps=7, inner_optimizer=sgd(0.1, momentum=0.9))
         )
-        found.append((solver.hypergradient(), *solver.weights.leaves))
+        found.append((solver.hypergradient(), *solver.core.weights.leaves))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-14)
     whole = ready(
         network(), Unrolled(inner_steps=7, inner_optimizer=sgd(0.1, momentum=0.9))
@@ -216,7 +216,7 @@ def test_the_answer_is_differentiable_in_the_offset(mode):
     solver.inner_phase(K, warmup=False)
 
     def answer(offset):
-        return solver.respond(offset)["w"]
+        return solver.method.respond(offset)["w"]
 
     A, B, eye = problem.A, problem.B, torch.eye(5).double()
     Z = -torch.linalg.solve(A, (eye - torch.linalg.matrix_power(eye - η * A, K)) @ B)
@@ -225,7 +225,7 @@ def test_the_answer_is_differentiable_in_the_offset(mode):
     torch.testing.assert_close(
         torch.autograd.functional.vjp(answer, zero, v)[1], Z.T @ v, rtol=0, atol=1e-13
     )
-    torch.testing.assert_close(answer(zero), solver.weights.detached()["w"], rtol=0, atol=0)
+    torch.testing.assert_close(answer(zero), solver.core.weights.detached()["w"], rtol=0, atol=0)
     if isinstance(mode, Forward):
         torch.testing.assert_close(answer(δ), answer(zero) + Z @ δ, rtol=0, atol=1e-13)
 
@@ -243,7 +243,7 @@ def test_the_error_of_k_steps_at_a_stationary_point_is_the_contraction(mode):
         solver = at_optimum(
             ready(problem, Unrolled(mode=mode, inner_steps=K, inner_optimizer=sgd(η))), problem
         )
-        hypers = problem.space.constrain(solver.belief.u.detach())
+        hypers = problem.space.constrain(solver.core.search.u.detach())
         w = problem.best_response(hypers)["w"]
         predicted = B.T @ torch.linalg.solve(
             A, torch.linalg.matrix_power(eye - η * A, K) @ M @ (w - problem.w_bar)
@@ -265,7 +265,7 @@ def test_the_error_of_the_last_steps_at_a_stationary_point_is_that_of_so_many_st
         solver = at_optimum(
             ready(problem, Unrolled(mode=mode, inner_steps=K, inner_optimizer=sgd(η))), problem
         )
-        hypers = problem.space.constrain(solver.belief.u.detach())
+        hypers = problem.space.constrain(solver.core.search.u.detach())
         w = problem.best_response(hypers)["w"]
         predicted = B.T @ torch.linalg.solve(
             A, torch.linalg.matrix_power(eye - η * A, T) @ M @ (w - problem.w_bar)
@@ -289,7 +289,7 @@ RIDGES = {
 def test_a_long_unroll_is_exact_on_ridge(mode, make, optimizer):
     problem = make()
     solver = ready(problem, Unrolled(mode=mode, inner_steps=80, inner_optimizer=optimizer))
-    exact = problem.hypergradient(problem.space.constrain(solver.belief.u.detach()))
+    exact = problem.hypergradient(problem.space.constrain(solver.core.search.u.detach()))
     torch.testing.assert_close(solver.hypergradient(), exact, rtol=0, atol=1e-10)
 
 
@@ -314,16 +314,16 @@ def test_with_restart_every_round_is_k_steps_from_the_initial_weights():
     power = torch.linalg.matrix_power(eye - η * A, K)
     for restart in (True, False):
         solver = ready(problem, Unrolled(restart=restart, inner_steps=K, inner_optimizer=sgd(η)))
-        w0 = solver.weights.detached()["w"].clone()
+        w0 = solver.core.weights.detached()["w"].clone()
         for _ in range(3):
             solver.step()
-        λ = solver.belief.u.detach()
+        λ = solver.core.search.u.detach()
         w = problem.best_response({"hyper": λ})["w"]
         w = w + power @ (w0 - w)
         Z = -torch.linalg.solve(A, (eye - power) @ B)
         expected = Z.T @ M @ (w - problem.w_bar) + problem.P @ (λ - problem.lambda_bar)
         assert torch.allclose(solver.hypergradient(), expected, rtol=0, atol=1e-12) == restart
-        assert torch.allclose(solver.weights.detached()["w"], w, rtol=0, atol=1e-12) == restart
+        assert torch.allclose(solver.core.weights.detached()["w"], w, rtol=0, atol=1e-12) == restart
 
 
 def test_a_restart_forgets_the_optimizers_memory_and_the_statistics():
@@ -334,15 +334,15 @@ def test_a_restart_forgets_the_optimizers_memory_and_the_statistics():
     )
     later.step()
     for solver in (first, later):  # the same batches and λ
-        solver.data.train.next, solver.data.valid.next = (
-            solver.data.train.peek,
-            solver.data.valid.peek,
+        solver.core.data.train.next, solver.core.data.valid.next = (
+            solver.core.data.train.peek,
+            solver.core.data.valid.peek,
         )
-        set_to(solver.belief.u, torch.zeros(1))
-        solver.belief.recentre()
+        set_to(solver.core.search.u, torch.zeros(1))
+        solver.core.search.recentre()
     torch.testing.assert_close(later.hypergradient(), first.hypergradient(), rtol=0, atol=1e-15)
-    torch.testing.assert_close(later.carry, first.carry)
-    assert later.weights.optimizer.state[later.weights.leaves[0]]["step"] == 3
+    torch.testing.assert_close(later.core.carry, first.core.carry)
+    assert later.core.weights.optimizer.state[later.core.weights.leaves[0]]["step"] == 3
 
 
 # --- warm-up, schedules, what is written back ---
@@ -359,15 +359,18 @@ def test_warm_up_is_plain_training(optimizer):
         ours, theirs = solver.step(warmup=True), fixed.step(warmup=True)
         assert torch.equal(ours["inner_loss"], theirs["inner_loss"])
     assert all(
-        torch.equal(a, b) for a, b in zip(solver.weights.leaves, fixed.weights.leaves, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(solver.core.weights.leaves, fixed.core.weights.leaves, strict=True)
     )
     ours, theirs = solver.step(), fixed.step()
     torch.testing.assert_close(ours["inner_loss"], theirs["inner_loss"], rtol=1e-12, atol=0)
-    torch.testing.assert_close(solver.weights.leaves, fixed.weights.leaves, rtol=1e-11, atol=1e-13)
-    states = [s.weights.optimizer.state_dict()["state"] for s in (solver, fixed)]
+    torch.testing.assert_close(
+        solver.core.weights.leaves, fixed.core.weights.leaves, rtol=1e-11, atol=1e-13
+    )
+    states = [s.core.weights.optimizer.state_dict()["state"] for s in (solver, fixed)]
     for index, theirs in states[1].items():
         torch.testing.assert_close(states[0][index], theirs, rtol=1e-11, atol=1e-13)
-    assert solver.belief.u != ready(network(), Unrolled()).belief.u
+    assert solver.core.search.u != ready(network(), Unrolled()).core.search.u
 
 
 def test_plain_steps_follow_the_tuned_settings():
@@ -378,29 +381,33 @@ def test_plain_steps_follow_the_tuned_settings():
     solver.step(warmup=True)
     fixed = ready(network(settings), Fixed(inner_steps=3, inner_optimizer=optimizer))
     fixed.step()
-    torch.testing.assert_close(solver.weights.leaves, fixed.weights.leaves, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        solver.core.weights.leaves, fixed.core.weights.leaves, rtol=1e-12, atol=1e-14
+    )
     for _ in range(3):
         solver.step()
-        fixed.weights.optimizer.load_state_dict(
-            copy.deepcopy(solver.weights.optimizer.state_dict())
+        fixed.core.weights.optimizer.load_state_dict(
+            copy.deepcopy(solver.core.weights.optimizer.state_dict())
         )
-    for theirs, ours in zip(fixed.weights.leaves, solver.weights.leaves, strict=True):
+    for theirs, ours in zip(fixed.core.weights.leaves, solver.core.weights.leaves, strict=True):
         set_to(theirs, ours.detach())
-    moved = solver.problem.space.constrain(solver.belief.u.detach())
+    moved = solver.core.problem.space.constrain(solver.core.search.u.detach())
     assert abs(moved["of_lr"] - 0.1) > 1e-3
     for name in settings:
-        fixed.weights.optimizer.param_groups[0][name] = moved[f"of_{name}"].item()
-    fixed.hypers.u, fixed.generator, fixed.data = (
-        solver.belief.u.detach(),
+        fixed.core.weights.optimizer.param_groups[0][name] = moved[f"of_{name}"].item()
+    fixed.rule.u, fixed.core.generator, fixed.core.data = (
+        solver.core.search.u.detach(),
         torch.Generator(),
-        solver.data,
+        solver.core.data,
     )
-    fixed.generator.set_state(solver.generator.get_state())
-    batch = solver.data.train.peek()
-    solver.data.train.next = lambda: batch
+    fixed.core.generator.set_state(solver.core.generator.get_state())
+    batch = solver.core.data.train.peek()
+    solver.core.data.train.next = lambda: batch
     solver.step(warmup=True)
     fixed.step()
-    torch.testing.assert_close(solver.weights.leaves, fixed.weights.leaves, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        solver.core.weights.leaves, fixed.core.weights.leaves, rtol=1e-12, atol=1e-14
+    )
 
 
 def test_a_schedule_acts_on_a_tuned_learning_rate():
@@ -408,9 +415,9 @@ def test_a_schedule_acts_on_a_tuned_learning_rate():
     solver = ready(network({"lr": 0.1}), Unrolled(inner_scheduler=schedule))
     solver.step()
     solver.epoch_ended(None)
-    before = [w.detach().clone() for w in solver.weights.leaves]
+    before = [w.detach().clone() for w in solver.core.weights.leaves]
     solver.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, solver.weights.leaves, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, solver.core.weights.leaves, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -433,14 +440,19 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(mode, restart):
         solver.step()
         solver.epoch_ended(None)
     torch.save(
-        (solver.state_dict(), solver.data.train.state_dict(), solver.data.valid.state_dict()), file
+        (
+            solver.state_dict(),
+            solver.core.data.train.state_dict(),
+            solver.core.data.valid.state_dict(),
+        ),
+        file,
     )
     resumed = made(2)
     file.seek(0)
     state, train, valid = torch.load(file, weights_only=True)
     resumed.load_state_dict(state)
-    resumed.data.train.load_state_dict(train)
-    resumed.data.valid.load_state_dict(valid)
+    resumed.core.data.train.load_state_dict(train)
+    resumed.core.data.valid.load_state_dict(valid)
     for s in (solver, resumed):
         s.step(warmup=True)
         s.step()
@@ -510,7 +522,7 @@ def test_memory_grows_with_k_with_its_root_and_not_at_all():
 def test_checkpoints_are_about_the_root_of_the_steps(steps, held):
     solver = ready(quadratic(), Unrolled(mode=Reverse(checkpoint=True), inner_steps=steps))
     solver.inner_phase(steps, warmup=False)
-    sizes = [len(segment.batches) for segment in solver.unroll.segments]
+    sizes = [len(segment.batches) for segment in solver.method.unroll.segments]
     assert len(sizes) <= held
     assert sum(sizes) == steps
     assert max(sizes) <= math.ceil(math.sqrt(steps))
@@ -567,24 +579,24 @@ def test_no_step_waits_for_the_device(mode, settings):
 @all_modes
 def test_the_first_loss_that_is_not_finite_is_noted(mode):
     solver = ready(network(), Unrolled(mode=mode, inner_steps=2))
-    good, count = solver.data.train.next, iter(range(100))
-    solver.data.train.next = lambda: (
+    good, count = solver.core.data.train.next, iter(range(100))
+    solver.core.data.train.next = lambda: (
         good()[0] * (math.nan if next(count) == 2 else 1),
         torch.arange(8) % 3,
     )
     solver.step()
-    assert solver.bad_step() is None
+    assert solver.services.bad_step() is None
     solver.step()
-    assert solver.bad_step() == 3
+    assert solver.services.bad_step() == 3
 
 
 def test_a_hypergradient_that_is_not_finite_is_doubted():
-    solver = Unrolled(inner_steps=3)
-    assert solver.doubts({"hypergradient_norm": 1.0}) == solver.doubts({}) == {}
+    solver = ready(quadratic(), Unrolled(inner_steps=3))
+    assert solver.warnings({"hypergradient_norm": 1.0}) == solver.warnings({}) == {}
     for bad in (math.nan, math.inf):
         assert (
             "through 3 inner steps is not finite"
-            in solver.doubts({"hypergradient_norm": bad})["hypergradient"]
+            in solver.warnings({"hypergradient_norm": bad})["hypergradient"]
         )
 
 
@@ -620,7 +632,9 @@ def test_forward_mode_advises_against_many_hyperparameters():
         decay=Positive(init=0.1),
         idle=Real(init=0.0, shape=(100,), per_example=False),
     )
-    with pytest.warns(SolverWarning, match="once for each of λ's 101 coordinates, .*mode=Reverse"):
+    with pytest.warns(
+        SolverWarning, match="once for each of the 101 coordinates of λ, .*mode=Reverse"
+    ):
         ready(many, Unrolled(mode=Forward()))
 
 
@@ -668,7 +682,7 @@ def test_a_layer_without_second_derivatives_is_refused():
 def test_set_up_moves_nothing():
     """The rehearsal is on a copy: batches, masks and weights are those of a solver that had none."""
     solver, fixed = ready(network(), Unrolled()), ready(network(), Fixed())
-    assert torch.equal(flat(solver.weights.leaves), flat(fixed.weights.leaves))
-    assert torch.equal(solver.generator.get_state(), fixed.generator.get_state())
-    assert solver.data.train.examples == 0
-    assert solver.device == CPU
+    assert torch.equal(flat(solver.core.weights.leaves), flat(fixed.core.weights.leaves))
+    assert torch.equal(solver.core.generator.get_state(), fixed.core.generator.get_state())
+    assert solver.core.data.train.examples == 0
+    assert solver.core.device == CPU

@@ -125,7 +125,7 @@ def trained(problem, solver, ranks=None, *, dry_run=True):
         f"{kind}.{name}": t for kind, held in solution._asdict().items() for name, t in held.items()
     }
     found |= {f"metrics.{name}": t for name, t in metrics.items()} | {
-        "generator": solver.generator.get_state()
+        "generator": solver.core.generator.get_state()
     }
     found |= {
         f"valid.{name}": torch.tensor(value, dtype=torch.float64)

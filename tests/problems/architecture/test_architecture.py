@@ -84,7 +84,7 @@ def differences(f, u, step=1e-5):
 
 
 def at_weights(solver):
-    return {name: p.detach().clone() for name, p in solver.weights.tensors.items()}
+    return {name: p.detach().clone() for name, p in solver.core.weights.tensors.items()}
 
 
 def some_u(problem, seed=0):
@@ -95,8 +95,8 @@ def some_u(problem, seed=0):
 
 def place(solver, u):
     with torch.no_grad():
-        solver.belief.u.copy_(u)
-        solver.belief.centre.copy_(u)
+        solver.core.search.u.copy_(u)
+        solver.core.search.u0.copy_(u)
 
 
 # --- the cell ---
@@ -234,7 +234,7 @@ def test_a_self_tuning_hypergradient_holds_the_direct_term_beside_the_response()
         place(solver, u)
         w, theta = (
             at_weights(solver),
-            {name: t.detach() for name, t in solver.theta.tensors.items()},
+            {name: t.detach() for name, t in solver.method.theta.tensors.items()},
         )
 
         def moved(at, w=w, theta=theta):
@@ -311,7 +311,7 @@ def test_the_implicit_hypergradient_is_that_of_the_minimizer():
         ready(problem, solver)
         place(solver, u)
         with torch.no_grad():
-            for key, leaf in solver.weights.tensors.items():
+            for key, leaf in solver.core.weights.tensors.items():
                 leaf.copy_(w[key])
         found[name] = solver.hypergradient()
     assert (found["cg"] - wanted).norm() < 1e-4 * wanted.norm()
@@ -373,8 +373,8 @@ def test_first_order_goes_on_from_its_state_bit_for_bit():
     problem = rows_of(free_price=0.3)
     one, other = ready(problem, FirstOrder()), ready(problem, FirstOrder(), seed=2)
     one.step()
-    other.data.train.load_state_dict(one.data.train.state_dict())
-    other.data.valid.load_state_dict(one.data.valid.state_dict())
+    other.core.data.train.load_state_dict(one.core.data.train.state_dict())
+    other.core.data.valid.load_state_dict(one.core.data.valid.state_dict())
     other.load_state_dict(one.state_dict())
     for solver in (one, other):
         solver.step()

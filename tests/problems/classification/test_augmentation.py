@@ -230,26 +230,30 @@ def test_an_implicit_hypergradient_goes_through_the_augmentation(double):
     """
     problem = small(dropout="gaussian")
     solver = ready(problem, solvers.implicit_identity())
-    train, valid = solver.data.train.peek(), solver.data.valid.peek()
-    weights = solver.weights.leaves
+    train, valid = solver.core.data.train.peek(), solver.core.data.valid.peek()
+    weights = solver.core.weights.leaves
 
     def gradient(u):
         hypers = problem.space.constrain(u)
         loss, _ = problem.inner_loss(
-            hypers, solver.weights.tensors, solver.carry, train, solver.generator.manual_seed(7)
+            hypers,
+            solver.core.weights.tensors,
+            solver.core.carry,
+            train,
+            solver.core.generator.manual_seed(7),
         )
         return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, weights)])
 
-    u = solver.belief.u.detach()
+    u = solver.core.search.u.detach()
     outer, _ = problem.outer_loss(
-        problem.space.constrain(u), solver.weights.tensors, solver.carry, valid
+        problem.space.constrain(u), solver.core.weights.tensors, solver.core.carry, valid
     )
     towards = torch.cat([g.reshape(-1) for g in torch.autograd.grad(outer, weights)])
     differences = [
         (gradient(u + move) - gradient(u - move)) / 2e-6 for move in 1e-6 * torch.eye(len(u))
     ]
     wanted = torch.stack([-(column @ towards) for column in differences])
-    solver.generator.manual_seed(7)
+    solver.core.generator.manual_seed(7)
     torch.testing.assert_close(solver.hypergradient(valid), wanted, rtol=1e-5, atol=1e-10)
 
 
@@ -428,10 +432,10 @@ def test_a_step_moves_the_strengths_and_a_second_one_from_the_same_state_alike()
     ran = []
     for _ in range(2):
         solver = ready(problem, solvers.delta_stn(inner_steps=1))
-        start = solver.belief.u.clone()
+        start = solver.core.search.u.clone()
         for _ in range(2):
             solver.step()
-        ran.append(solver.belief.u.detach())
+        ran.append(solver.core.search.u.detach())
     assert torch.equal(*ran)
     assert bool((ran[0] != start).all())
 

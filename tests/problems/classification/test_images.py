@@ -319,10 +319,10 @@ def test_a_round_of_delta_stn_moves_all_26():
         norm="group",
     )
     solver = ready(problem, solvers.delta_stn(inner_steps=2))
-    start = solver.belief.u.clone()
+    start = solver.core.search.u.clone()
     for _ in range(2):
         solver.step()
-    moved = solver.belief.u.detach() != start
+    moved = solver.core.search.u.detach() != start
     assert moved.all(), [
         name for name, m in zip(problem.space, moved.tolist(), strict=True) if not m
     ]
@@ -466,17 +466,17 @@ def test_both_ways_of_loading_evaluate_alike_and_train_to_the_same_kind_of_resul
     assert isinstance(files, ImageFiles)
     assert (memory.mean, memory.std) == (files.mean, files.std)  # so few that all are looked at
     (one, first), (other, second) = trained(memory), trained(files)
-    assert isinstance(second.data.train, LoaderStream)
+    assert isinstance(second.core.data.train, LoaderStream)
     assert (
-        (first.data.train.size, first.data.valid.size)
-        == (second.data.train.size, second.data.valid.size)
+        (first.core.data.train.size, first.core.data.valid.size)
+        == (second.core.data.train.size, second.core.data.valid.size)
         == (24, 8)
     )
-    assert second.data.train.next()[0].dtype == torch.uint8
+    assert second.core.data.train.next()[0].dtype == torch.uint8
     solution = first.solution()
     for name in ("train", "valid", "test"):
         result = [
-            evaluate(one, Solution(*solution), getattr(solver.data, name))
+            evaluate(one, Solution(*solution), getattr(solver.core.data, name))
             for solver in (first, second)
         ]
         assert result[0] == pytest.approx(result[1], rel=1e-6)

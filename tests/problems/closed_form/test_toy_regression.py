@@ -141,8 +141,8 @@ def test_self_tuning_finds_the_response_of_sampled_dropout():
         problem.best_response_jacobian({"logit_rate": torch.tensor(-1.0)}),
     )
     for step in range(800):
-        solver.inner_step(solver.data.train.next())
-        mean += solver.theta.detached()["weight"][0] * (step >= 200) / 600
+        solver.method.inner_step(solver.core.data.train.next())
+        mean += solver.method.theta.detached()["weight"][0] * (step >= 200) / 600
     assert (mean - exact).norm() < 0.1 * exact.norm()
 
 
@@ -257,9 +257,9 @@ def test_the_hypergradient_is_unique_though_the_hessian_is_singular(make):
     """
     problem = LinearNetwork.synthetic(features=5, condition=5.0, dtype=F64, hidden=[3])
     solver = ready(problem, make())
-    λ = problem.space.constrain(solver.belief.centre)
+    λ = problem.space.constrain(solver.core.search.u0)
     for name, W in problem.best_response(λ).items():
-        set_to(solver.weights.tensors[name], W)
+        set_to(solver.core.weights.tensors[name], W)
     exact = problem.hypergradient(λ)
     torch.testing.assert_close(
         solver.hypergradient(), exact, rtol=0, atol=1e-8 * exact.norm().item()
@@ -277,13 +277,13 @@ def test_delta_stn_learns_the_jacobian_of_the_map(response):
         problem,
         SelfTuning(response=response(), response_optimizer=partial(torch.optim.Adam, lr=0.03)),
     )
-    λ = problem.space.constrain(solver.belief.centre)
+    λ = problem.space.constrain(solver.core.search.u0)
     for name, W in problem.best_response(λ).items():
-        set_to(solver.weights.tensors[name], W)
+        set_to(solver.core.weights.tensors[name], W)
     for _ in range(250):
-        descend(expected_loss(solver, solver.weights.detached(), order=3), solver.theta)
+        descend(expected_loss(solver, solver.core.weights.detached(), order=3), solver.method.theta)
     ours = jacobian(
-        lambda offset: problem.linear_map(solver.respond(offset)), torch.zeros(1, dtype=F64)
+        lambda offset: problem.linear_map(solver.method.respond(offset)), torch.zeros(1, dtype=F64)
     )
     exact = problem.best_response_jacobian(λ)
     assert (ours - exact).norm() < 0.02 * exact.norm()

@@ -57,19 +57,19 @@ def outer(hypers, tasks):
 
 
 def truth(solver):
-    u = solver.belief.centre.clone().requires_grad_()
-    return torch.autograd.grad(outer(solver.problem.space.constrain(u), at_hand(solver)), u)[0]
+    u = solver.core.search.u0.clone().requires_grad_()
+    return torch.autograd.grad(outer(solver.core.problem.space.constrain(u), at_hand(solver)), u)[0]
 
 
 def at_hand(solver):
-    return solver.data.train.episodes.now()
+    return solver.core.data.train.episodes.now()
 
 
 def at_best_response(solver):
-    hypers = solver.problem.space.constrain(solver.belief.centre)
+    hypers = solver.core.problem.space.constrain(solver.core.search.u0)
     w = best_response(hypers, at_hand(solver))
     with torch.no_grad():
-        solver.weights.tensors["weight"].copy_((w - hypers["initialization"][:, None]).mT)
+        solver.core.weights.tensors["weight"].copy_((w - hypers["initialization"][:, None]).mT)
     return solver
 
 
@@ -91,7 +91,7 @@ def test_implicit_maml_is_exact_at_the_best_response(space):
 def test_the_meta_gradient_is_the_papers():
     """It is dL_V/dφ = mean over t of (I + H_t/ρ)⁻¹ ∇q_t (Rajeswaran et al., eq. 6)."""
     solver = ready(linear(), solvers.Unrolled())
-    tasks, hypers = at_hand(solver), solver.problem.space.constrain(solver.belief.centre)
+    tasks, hypers = at_hand(solver), solver.core.problem.space.constrain(solver.core.search.u0)
     w = best_response(hypers, tasks)
     slopes = 2 * tasks.query_x.mT @ (tasks.query_x @ w - tasks.query_y) / QUERIES
     H = 2 * tasks.support_x.mT @ tasks.support_x / SHOTS
@@ -104,7 +104,7 @@ def test_training_ends_at_the_best_response():
     for _ in range(120):
         solver.step()
     hypers = solver.solution().hypers
-    w = hypers["initialization"] + solver.weights.detached()["weight"][:, 0]
+    w = hypers["initialization"] + solver.core.weights.detached()["weight"][:, 0]
     torch.testing.assert_close(w, best_response(hypers, at_hand(solver))[..., 0], rtol=0, atol=1e-9)
 
 
@@ -133,7 +133,7 @@ def test_maml_is_unrolling_from_the_offset_zero(K, rho):
     problem = small(proximity=rho)
     solver = ready(problem, solvers.Unrolled(restart=True, inner_steps=K, inner_optimizer=sgd(α)))
     tasks, network = at_hand(solver), MLP([1, 5, 1]).double()
-    φ = solver.belief.centre.clone().requires_grad_()
+    φ = solver.core.search.u0.clone().requires_grad_()
     start = problem.initialization({"initialization": φ})
     total = 0.0
     for t in range(3):
@@ -160,7 +160,7 @@ def test_maml_is_unrolling_from_the_offset_zero(K, rho):
     torch.testing.assert_close(solver.hypergradient(), expected, rtol=1e-9, atol=1e-12)
     first_order = torch.autograd.grad(
         problem.outer_loss(
-            problem.space.constrain(φ), solver.weights.detached(), {}, tasks.queries()
+            problem.space.constrain(φ), solver.core.weights.detached(), {}, tasks.queries()
         )[0],
         φ,
     )[0]
@@ -225,10 +225,10 @@ def test_meta_training_helps_tasks_that_it_has_not_seen():
             restart=True, inner_steps=2, inner_optimizer=sgd(0.05), outer_optimizer=outer_optimizer
         ),
     )
-    before = evaluate(problem, solver.solution(), solver.data.test)
+    before = evaluate(problem, solver.solution(), solver.core.data.test)
     for _ in range(60):
         solver.step()
-    after = evaluate(problem, solver.solution(), solver.data.test)
+    after = evaluate(problem, solver.solution(), solver.core.data.test)
     assert after["loss"] < 0.8 * before["loss"]
     assert (solver.solution().hypers["initialization"] - 1).abs().max() < 0.35
 

@@ -360,13 +360,13 @@ def test_rounds_run_without_waiting_and_move_every_hyperparameter(options, flags
         SelfTuning(inner_steps=2, inner_optimizer=sgd(0.1), clip_norm=0.25, **flags),
         away=0.1,
     )
-    before = solver.belief.u.detach().clone()
+    before = solver.core.search.u.detach().clone()
     solver.step()
     with no_waiting():
         for _ in range(3):
             metrics = solver.step()
     assert all(torch.isfinite(value) for value in metrics.values())
-    assert (solver.belief.u != before).all()
+    assert (solver.core.search.u != before).all()
 
 
 def test_the_two_passes_carry_states_of_their_own():
@@ -376,24 +376,25 @@ def test_the_two_passes_carry_states_of_their_own():
     """
     problem = small(space=STILL)
     still = ready(problem, SelfTuning(inner_steps=3, inner_optimizer=sgd(0.0)), away=0.3)
-    params, carry = still.weights.detached(), dict(still.carry)
+    params, carry = still.core.weights.detached(), dict(still.core.carry)
     still.step(warmup=True)
     stream = problem.data(CPU, generator()).train
     for _ in range(3):
         _, carry = predict(problem, params, carry, stream.next())
     for name in carry:
         torch.testing.assert_close(
-            still.carry[name], carry[name]
+            still.core.carry[name], carry[name]
         )  # rates and σ are small, not zero
-        torch.testing.assert_close(still.response_carry[name], carry[name])
+        torch.testing.assert_close(still.method.response_carry[name], carry[name])
     perturbed = ready(small(), SelfTuning(inner_steps=3, inner_optimizer=sgd(0.0)), away=0.3)
     perturbed.step(warmup=True)
     assert all(
-        not torch.allclose(perturbed.carry[name], perturbed.response_carry[name]) for name in carry
+        not torch.allclose(perturbed.core.carry[name], perturbed.method.response_carry[name])
+        for name in carry
     )
     joint = ready(small(), SelfTuning(**RECIPES["stn"], inner_steps=3), away=0.3)
     joint.step(warmup=True)
-    assert joint.carry is joint.response_carry
+    assert joint.core.carry is joint.method.response_carry
 
 
 @pytest.mark.parametrize("flags", RECIPES.values(), ids=RECIPES)
@@ -402,19 +403,24 @@ def test_outer_batches_continue_each_other_and_leave_the_states_of_training(flag
     problem = small()
     solver = ready(problem, SelfTuning(inner_steps=1, tune_scale=False, **flags))
     solver.step(warmup=True)
-    solver.theta.load_state_dict(ready(problem, SelfTuning(**flags)).theta.state_dict())
+    solver.method.theta.load_state_dict(
+        ready(problem, SelfTuning(**flags)).method.theta.state_dict()
+    )
     before, stream = (
-        (dict(solver.carry), dict(solver.response_carry)),
+        (dict(solver.core.carry), dict(solver.method.response_carry)),
         problem.data(CPU, generator()).valid,
     )
-    params, carry = solver.effective_weights(), problem.fresh_carry(solver.carry, stream.peek())
+    params, carry = (
+        solver.method.effective_weights(),
+        problem.fresh_carry(solver.core.carry, stream.peek()),
+    )
     losses = []
     for _ in range(stream.steps_per_epoch + 1):
         loss, carry = problem.outer_loss(hypers(problem), params, carry, stream.next())
         losses.append(loss)
         close(solver.outer_phase()["outer_loss"], loss)
     close(losses[-1], losses[0])
-    assert (solver.carry, solver.response_carry) == before
+    assert (solver.core.carry, solver.method.response_carry) == before
 
 
 @architectures
@@ -425,17 +431,17 @@ def test_the_response_is_that_of_dense_weights_for_each_row(options, tangent):
     solver = ready(problem, SelfTuning(), away=0.3)
     assert solver.response.axes["embedding.weight"] == 1
     offset = torch.randn(4, problem.space.numel, generator=generator(), dtype=torch.float64)
-    base, theta, h = solver.weights.detached(), solver.theta.detached(), 1e-6
+    base, theta, h = solver.core.weights.detached(), solver.method.theta.detached(), 1e-6
     rates = dict.fromkeys((name for name in RATES if name in problem.space), 0.3)
 
     def f(offset, scale=1.0):
         params = solver.response.weights(theta, base, scale * offset, tangent=False)
-        return predict(problem, params, solver.carry, batch(), train=True, seed=2, **rates)[0]
+        return predict(problem, params, solver.core.carry, batch(), train=True, seed=2, **rates)[0]
 
     if tangent:
         at = hypers(problem, **rates)
-        solver.generator.manual_seed(2)
-        ours, _ = solver.linearized(at, base, offset, solver.carry, batch())
+        solver.core.generator.manual_seed(2)
+        ours, _ = solver.method.linearized(at, base, offset, solver.core.carry, batch())
         zero, ahead, behind = f(offset, 0.0), f(offset, h), f(offset, -h)
         theirs = {name: zero[name] + (ahead[name] - behind[name]) / (2 * h) for name in zero}
         for name in ours:
@@ -454,7 +460,7 @@ def test_the_response_of_an_lstm_costs_five_units():
         dtype=torch.float32, tied=False, embedding=24, hidden=32, batch_size=8, layers=1
     )
     solver = ready(problem, SelfTuning(inner_steps=1), away=0.1)
-    window = solver.data.train.next()
+    window = solver.core.data.train.next()
 
     def count(work):
         with FlopCounterMode(display=False) as counter:
@@ -462,11 +468,11 @@ def test_the_response_of_an_lstm_costs_five_units():
         return counter.get_total_flops()
 
     def response():
-        solver.perturbed_loss(solver.weights.detached(), solver.response_carry, window)[
-            0
-        ].backward()
+        solver.method.perturbed_loss(
+            solver.core.weights.detached(), solver.method.response_carry, window
+        )[0].backward()
 
-    params = solver.weights.detached()
+    params = solver.core.weights.detached()
     unit = (
         2
         * 8
@@ -474,12 +480,14 @@ def test_the_response_of_an_lstm_costs_five_units():
         * sum(p.numel() for name, p in params.items() if p.ndim == 2 and name != "embedding.weight")
     )
     with Decomposed(FORWARD_MODE):
-        at = problem.space.constrain(solver.belief.centre)
+        at = problem.space.constrain(solver.core.search.u0)
         plain = count(
-            lambda: problem.predict(at, params, solver.carry, window, train=False, generator=None)
+            lambda: problem.predict(
+                at, params, solver.core.carry, window, train=False, generator=None
+            )
         )
     assert plain == unit
-    rows = 4 * 2 * 8 * solver.theta.tensors["rows"].numel()
+    rows = 4 * 2 * 8 * solver.method.theta.tensors["rows"].numel()
     # The tangent before the first step is zero, so its factors need no gradient.
     first = 2 * 2 * 8 * params["layers.0.weight_hh_l0"].numel()
     assert 5 * unit - first <= count(response) <= 5 * unit + rows
@@ -517,7 +525,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path, flags):
     for kept in ("carry", "response_carry", "last_outer_carry"):
         ours, theirs = getattr(first, kept), getattr(second, kept)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all(map(torch.equal, first.weights.leaves, second.weights.leaves))
+    assert all(map(torch.equal, first.core.weights.leaves, second.core.weights.leaves))
     assert all(
         record["valid_perplexity"] == math.exp(record["valid_loss"]) for record in records("whole")
     )

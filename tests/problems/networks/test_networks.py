@@ -370,24 +370,26 @@ def test_statistics_are_written_once_a_batch_by_the_pass_that_trains_w0_and_by_n
     """They equal those of one plain pass at λ₀ and w₀ bit for bit, for any response."""
     for away in (0.0, 0.3):
         solver = ready(problem("resnet18", SMALL, width=1 / 16), delta_stn(), away=away)
-        batch, before = solver.data.train.next(), statistics(solver.carry)
-        state = solver.generator.get_state()
-        hypers = solver.problem.space.constrain(solver.belief.centre, solver.generator)
-        weights = {name: t.detach().clone() for name, t in solver.weights.tensors.items()}
-        _, expected = solver.problem.predict(
-            hypers, weights, solver.carry, batch, train=True, generator=solver.generator
+        batch, before = solver.core.data.train.next(), statistics(solver.core.carry)
+        state = solver.core.generator.get_state()
+        hypers = solver.core.problem.space.constrain(solver.core.search.u0, solver.core.generator)
+        weights = {name: t.detach().clone() for name, t in solver.core.weights.tensors.items()}
+        _, expected = solver.core.problem.predict(
+            hypers, weights, solver.core.carry, batch, train=True, generator=solver.core.generator
         )
-        solver.generator.set_state(state)
-        solver.inner_step(batch)
-        after = statistics(solver.carry)
+        solver.core.generator.set_state(state)
+        solver.method.inner_step(batch)
+        after = statistics(solver.core.carry)
         assert all(torch.equal(after[name], expected[name]) for name in after)
         counts = [t for name, t in after.items() if "num_batches_tracked" in name]
         assert len(counts) == 20
         assert all(t == 1 for t in counts)
         assert not any(torch.equal(after[name], before[name]) for name in after)
-        solver.perturbed_loss(solver.weights.detached(), solver.response_carry, batch)
-        solver.outer_step(solver.data.valid.next())
-        assert all(torch.equal(solver.carry[name], after[name]) for name in after)
+        solver.method.perturbed_loss(
+            solver.core.weights.detached(), solver.method.response_carry, batch
+        )
+        solver.method.outer_step(solver.core.data.valid.next())
+        assert all(torch.equal(solver.core.carry[name], after[name]) for name in after)
 
 
 # --- torchvision's ---
@@ -432,18 +434,20 @@ def test_delta_stn_tunes_networks_of_torchvision(name):
     solver = ready(problem(name, n=4), delta_stn(inner_steps=1))
     metrics = solver.step()
     assert all(torch.isfinite(value) for value in metrics.values())
-    assert all(leaf.abs().sum() > 0 for leaf in solver.theta.leaves[:1])
+    assert all(leaf.abs().sum() > 0 for leaf in solver.method.theta.leaves[:1])
 
 
 def assert_responds(solver):
     """Compare the gradient of the linearized loss in Θ with a central difference."""
-    batch, h = solver.data.train.peek(), 1e-6
-    gradients = torch.autograd.grad(drawn(solver, batch), solver.theta.leaves, allow_unused=True)
-    directions = [torch.randn_like(leaf) for leaf in solver.theta.leaves]
+    batch, h = solver.core.data.train.peek(), 1e-6
+    gradients = torch.autograd.grad(
+        drawn(solver, batch), solver.method.theta.leaves, allow_unused=True
+    )
+    directions = [torch.randn_like(leaf) for leaf in solver.method.theta.leaves]
 
     def along(t):
         with torch.no_grad():
-            for leaf, d in zip(solver.theta.leaves, directions, strict=True):
+            for leaf, d in zip(solver.method.theta.leaves, directions, strict=True):
                 leaf.add_(t * d)
         return drawn(solver, batch).item()
 

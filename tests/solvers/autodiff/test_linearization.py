@@ -75,24 +75,26 @@ NETWORKS = {
 def changes(solver, noise):
     """ΔW_b = diag(Uε_b) W₁ in full: [B, *shape]."""
     out, start = {}, 0
-    for name, w in solver.weights.tensors.items():
-        rows = solver.theta.tensors["rows"][start : start + len(w)]
+    for name, w in solver.core.weights.tensors.items():
+        rows = solver.method.theta.tensors["rows"][start : start + len(w)]
         out[name] = (noise @ rows.T).reshape(
             -1, len(w), *[1] * (w.ndim - 1)
-        ) * solver.theta.tensors[f"weights.{name}"]
+        ) * solver.method.theta.tensors[f"weights.{name}"]
         start += len(w)
     return out
 
 
 def oracle(solver, batch):
     """The same loss: ẏ = ∂(vᵀJ_w f)/∂v · ΔW by two backward passes."""
-    generator, problem = solver.generator.manual_seed(7), solver.problem
-    noise = solver.belief.perturbation(B, generator)
-    hypers = problem.space.constrain(solver.belief.centre + noise, generator)
-    base = solver.weights.detached() if solver.regularized_w0 else solver.weights.tensors
+    generator, problem = solver.core.generator.manual_seed(7), solver.core.problem
+    noise = solver.core.search.perturbation(B, generator)
+    hypers = problem.space.constrain(solver.core.search.u0 + noise, generator)
+    base = solver.core.weights.detached() if solver.regularized_w0 else solver.core.weights.tensors
     weights = {name: w.expand(B, *w.shape).clone() for name, w in base.items()}
     weights = {name: w if w.requires_grad else w.requires_grad_() for name, w in weights.items()}
-    y, _ = problem.predict(hypers, weights, solver.carry, batch, train=True, generator=generator)
+    y, _ = problem.predict(
+        hypers, weights, solver.core.carry, batch, train=True, generator=generator
+    )
     step, v = changes(solver, noise), torch.zeros_like(y, requires_grad=True)
     pulled = torch.autograd.grad(y, list(weights.values()), v, create_graph=True)
     (dot,) = torch.autograd.grad(pulled, v, [step[name] for name in weights], create_graph=True)
@@ -108,8 +110,8 @@ def test_linearized_gradients_equal_double_backward(network, regularized_w0):
     """Θ's gradient, and in the joint update w₀'s through y₀ and ẏ; masks shared by the value and its tangent."""
     make, shape = NETWORKS[network]
     solver = ready(Dropped(make(), shape), SelfTuning(regularized_w0=regularized_w0), away=0.4)
-    batch = solver.data.train.peek()
-    leaves = solver.theta.leaves + ([] if regularized_w0 else solver.weights.leaves)
+    batch = solver.core.data.train.peek()
+    leaves = solver.method.theta.leaves + ([] if regularized_w0 else solver.core.weights.leaves)
     ours, theirs = drawn(solver, batch), oracle(solver, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     pairs = zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True)
@@ -125,9 +127,10 @@ def test_forward_mode_would_give_the_joint_update_a_wrong_gradient(network, monk
     monkeypatch.setattr("bilevel.solvers.self_tuning.double_backward", forward)
     make, shape = NETWORKS[network]
     solver = ready(Dropped(make(), shape), SelfTuning(regularized_w0=False), away=0.4)
-    batch = solver.data.train.peek()
+    batch = solver.core.data.train.peek()
     ours, theirs = (
-        torch.autograd.grad(f(solver, batch), solver.weights.leaves[0])[0] for f in (drawn, oracle)
+        torch.autograd.grad(f(solver, batch), solver.core.weights.leaves[0])[0]
+        for f in (drawn, oracle)
     )
     assert (ours - theirs).norm() > 0.01 * theirs.norm()
 
@@ -139,5 +142,5 @@ def test_the_linearization_differs_from_the_network_itself():
     for linearize in (True, False):
         torch.manual_seed(0)
         solver = ready(Dropped(make(), shape), SelfTuning(linearize=linearize), away=0.4)
-        values.append(drawn(solver, solver.data.train.peek()).item())
+        values.append(drawn(solver, solver.core.data.train.peek()).item())
     assert abs(values[0] - values[1]) > 0.01

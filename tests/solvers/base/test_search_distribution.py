@@ -1,4 +1,4 @@
-"""What is believed of λ: entropy, scales, draws, and how a perturbation per example or per batch reaches the weights."""
+"""The search distribution of λ: entropy, scales, draws, and perturbations of the weights."""
 
 import math
 
@@ -8,16 +8,21 @@ import torch.nn.functional as F
 
 from bilevel import Integer, Interval, ModuleProblem, Positive, Real, Simplex, Space
 from bilevel.solvers import Dense, ResponseWeight, SelfTuning
-from bilevel.solvers.base.search_distribution import Belief
+from bilevel.solvers.base.search_distribution import SearchDistribution
 from tests.support.solver_cases import all_flags, classifier, ready, sgd
 
 SGD = sgd(0.1)
 
 
-def belief(*domains, tune_scale=True, per_example=True):
+def distribution(*domains, tune_scale=True, per_example=True):
     space = Space(**{f"h{i}": domain for i, domain in enumerate(domains)})
     like = torch.zeros((), dtype=torch.float64)
-    return Belief(space, SGD, SGD if tune_scale else None, per_example=per_example, like=like)
+    search = SearchDistribution(space, SGD, like=like)
+    if tune_scale:
+        search.train_scale(SGD)
+    if per_example:
+        search.vary_per_example()
+    return search
 
 
 def generator(seed=0):
@@ -29,13 +34,13 @@ def generator(seed=0):
 
 def test_entropy_of_three_unit_scales():
     """H = 3/2 log 2πe = 4.257 nats (PAPER 3.1)."""
-    assert round(belief(Real(init=0.0, shape=(3,))).entropy().item(), 3) == 4.257
+    assert round(distribution(Real(init=0.0, shape=(3,))).entropy().item(), 3) == 4.257
 
 
 def test_entropy_and_its_gradient():
     """H = Σ log(σ_k √(2πe)); ∂H/∂s = softplus′(s)/σ."""
     scales = (0.3, 1.0, 2.5)
-    b = belief(*(Real(init=0.0, scale=scale) for scale in scales))
+    b = distribution(*(Real(init=0.0, scale=scale) for scale in scales))
     assert b.entropy().item() == pytest.approx(
         sum(math.log(s * math.sqrt(2 * math.pi * math.e)) for s in scales)
     )
@@ -46,7 +51,7 @@ def test_entropy_and_its_gradient():
 @pytest.mark.parametrize("tune_scale", [True, False])
 def test_scales_start_as_declared(tune_scale):
     """σ = softplus(s), s = log(e^σ − 1); one leaf per hyperparameter, of its shape."""
-    b = belief(
+    b = distribution(
         Real(init=0.0, scale=0.01),
         Interval(low=0.0, high=1.0, init=0.5, scale=30.0, shape=(2, 2)),
         tune_scale=tune_scale,
@@ -60,21 +65,21 @@ def test_scales_start_as_declared(tune_scale):
 
 def test_u_starts_at_the_initial_values_in_full_precision():
     """(0, .95) at .05: u = log .05 − log .9 (a float32 on the way would be off by 1e-8 in a float64 problem)."""
-    b = belief(Interval(low=0.0, high=0.95, init=0.05), Positive(init=1e-3))
+    b = distribution(Interval(low=0.0, high=0.95, init=0.05), Positive(init=1e-3))
     expected = [math.log(0.05) - math.log(0.9), math.log(math.expm1(1e-3))]
     assert b.u.tolist() == pytest.approx(expected, abs=1e-12)
-    assert torch.equal(b.centre, b.u)
+    assert torch.equal(b.u0, b.u)
 
 
 def test_noise_is_standard_normal_and_independent():
-    n = belief(Real(init=0.0, shape=(3,))).noise(200_000, generator())
+    n = distribution(Real(init=0.0, shape=(3,))).noise(200_000, generator())
     torch.testing.assert_close(n.mean(0), torch.zeros(3).double(), atol=0.01, rtol=0)
     torch.testing.assert_close(n.T.cov(), torch.eye(3).double(), atol=0.015, rtol=0)
     torch.testing.assert_close(n.pow(4).mean(0), torch.full((3,), 3.0).double(), atol=0.1, rtol=0)
 
 
 def test_noise_is_copied_within_a_batch_where_it_must_not_vary():
-    n = belief(
+    n = distribution(
         Real(init=0.0), Simplex(init=1 / 3, shape=(3,)), Integer(low=0, high=5, init=2.0)
     ).noise(64, generator())
     assert n.shape == (64, 5)
@@ -86,11 +91,11 @@ def test_noise_is_copied_within_a_batch_where_it_must_not_vary():
 def test_noise_without_examples(per_example):
     """[h] where every hyperparameter is per batch, or where the response can hold one perturbation alone."""
     domain = Real(init=0.0, shape=(4,), per_example=not per_example)
-    assert belief(domain, per_example=per_example).noise(64, generator()).shape == (4,)
+    assert distribution(domain, per_example=per_example).noise(64, generator()).shape == (4,)
 
 
 def test_perturbation_has_the_trained_scale_and_no_graph():
-    b = belief(Real(init=0.0, scale=0.5), Real(init=0.0, scale=2.0))
+    b = distribution(Real(init=0.0, scale=0.5), Real(init=0.0, scale=2.0))
     draws = b.perturbation(100_000, generator())
     torch.testing.assert_close(draws.std(0), torch.tensor([0.5, 2.0]).double(), rtol=0.02, atol=0)
     assert not draws.requires_grad
@@ -98,7 +103,7 @@ def test_perturbation_has_the_trained_scale_and_no_graph():
 
 def test_offset_is_differentiable_in_u_and_s():
     """δ = u − u₀ + σn: ∂δ/∂u = 1, ∂δ/∂s = softplus′(s) n."""
-    b = belief(Real(init=1.0), Real(init=-2.0, per_example=False))
+    b = distribution(Real(init=1.0), Real(init=-2.0, per_example=False))
     with torch.no_grad():
         b.u.add_(torch.tensor([0.25, -0.5]))
     n, offset = b.noise(6, generator(3)), b.offset(6, generator(3))
@@ -110,7 +115,7 @@ def test_offset_is_differentiable_in_u_and_s():
 
 
 def test_offset_without_tuned_scale_has_no_noise():
-    b = belief(Real(init=1.0, shape=(2,)), tune_scale=False)
+    b = distribution(Real(init=1.0, shape=(2,)), tune_scale=False)
     offset = b.offset(6, generator())
     assert offset.tolist() == [0.0, 0.0]
     assert torch.autograd.grad(offset.sum(), b.u)[0].tolist() == [1.0, 1.0]
@@ -131,12 +136,12 @@ def mixed(rate_per_example, decay_per_example):
 @pytest.mark.parametrize("decay_per_example", [True, False])
 def test_a_mixed_space_is_perturbed_as_each_hyperparameter_asks(decay_per_example):
     solver = ready(mixed(True, decay_per_example), away=0.3)
-    offset = solver.belief.perturbation(8, solver.generator)
-    hypers = solver.problem.space.constrain(offset)
+    offset = solver.core.search.perturbation(8, solver.core.generator)
+    hypers = solver.core.problem.space.constrain(offset)
     assert hypers["dropout1"].unique().numel() == 8
     assert hypers["weight_decay"].shape == ((8,) if decay_per_example else ())
     assert offset[:, 3].unique().numel() == (8 if decay_per_example else 1)
-    assert all(isinstance(w, ResponseWeight) for w in solver.respond(offset).values())
+    assert all(isinstance(w, ResponseWeight) for w in solver.method.respond(offset).values())
     solver.step()
 
 
@@ -146,9 +151,9 @@ def test_perturbed_per_batch_the_weights_are_plain(flags, response):
     solver = ready(
         mixed(response is not None, False), SelfTuning(response=response, **flags), away=0.3
     )
-    offset = solver.belief.perturbation(8, solver.generator)
+    offset = solver.core.search.perturbation(8, solver.core.generator)
     assert offset.shape == (4,)
-    assert all(type(w) is torch.Tensor for w in solver.respond(offset).values())
+    assert all(type(w) is torch.Tensor for w in solver.method.respond(offset).values())
     solver.step()
 
 
@@ -156,13 +161,16 @@ def test_perturbed_per_batch_the_weights_are_plain(flags, response):
 def test_one_perturbation_for_all_examples_is_the_per_batch_perturbation(flags):
     """Per-example weights that happen to agree give the loss and the gradients of plain dense ones."""
     solver, results = ready(mixed(True, True), SelfTuning(**flags), away=0.3), []
-    noise, batch = torch.randn(4, dtype=torch.float64), solver.data.train.next()
+    noise, batch = torch.randn(4, dtype=torch.float64), solver.core.data.train.next()
     for offset in (noise, noise.expand(8, 4)):
-        solver.generator.manual_seed(5)
-        solver.belief.perturbation = lambda *_, offset=offset: offset
-        loss, _ = solver.perturbed_loss(solver.weights.tensors, {}, batch)
+        solver.core.generator.manual_seed(5)
+        solver.core.search.perturbation = lambda *_, offset=offset: offset
+        loss, _ = solver.method.perturbed_loss(solver.core.weights.tensors, {}, batch)
         results.append(
-            [loss, *torch.autograd.grad(loss, solver.weights.leaves + solver.theta.leaves)]
+            [
+                loss,
+                *torch.autograd.grad(loss, solver.core.weights.leaves + solver.method.theta.leaves),
+            ]
         )
     torch.testing.assert_close(results[0], results[1])
 
@@ -195,9 +203,9 @@ def test_an_integer_is_rounded_without_bias_in_both_training_passes(init):
     solver = ready(problem, away=0.3)
     problem.seen.clear()
     for _ in range(400):
-        solver.separate_step(solver.data.train.peek())
+        solver.method.separate_step(solver.core.data.train.peek())
     at_centre, perturbed = torch.stack(problem.seen[::2]), torch.cat(problem.seen[1::2])
-    expected = 5 * torch.sigmoid(solver.belief.centre + 0.3 * torch.randn(100_000)).mean()
+    expected = 5 * torch.sigmoid(solver.core.search.u0 + 0.3 * torch.randn(100_000)).mean()
     assert abs(at_centre.mean() - init) < 0.1
     assert set(at_centre.tolist()) == ({1.0} if init == 1 else {1.0, 2.0})
     assert abs(perturbed.mean() - expected) < 0.05

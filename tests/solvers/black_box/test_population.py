@@ -17,7 +17,7 @@ from bilevel.run.evaluation import evaluate
 from bilevel.solvers import Fixed
 from bilevel.solvers.black_box.population import PopulationBased
 from tests.support.device_waits import no_waiting
-from tests.support.solver_cases import CPU, every_domain, normed, ready, sgd
+from tests.support.solver_cases import CPU, at, every_domain, normed, ready, sgd
 
 
 def population(problem, *, seed=1, **options):
@@ -56,7 +56,7 @@ def test_the_first_member_begins_as_any_solver_does_and_the_others_elsewhere():
     solver, fixed = population(problem), ready(problem, Fixed())
     assert all(
         torch.equal(solver.members[0].weights.tensors[n], w)
-        for n, w in fixed.weights.tensors.items()
+        for n, w in fixed.core.weights.tensors.items()
     )
     torch.testing.assert_close(solver.members[0].u, problem.space.init())
     for one, other in zip(solver.members, solver.members[1:], strict=False):
@@ -87,7 +87,7 @@ def test_a_member_trains_as_fixed_does_at_its_lambda():
         solver.step()
     for _ in range(3):
         fixed.step()
-    assert torch.equal(solver.members[0].weights.leaves[0], fixed.weights.leaves[0])
+    assert torch.equal(solver.members[0].weights.leaves[0], fixed.core.weights.leaves[0])
 
 
 def test_examples_of_training_and_of_scores_are_counted():
@@ -325,7 +325,9 @@ def test_finds_better_dropout_on_digits_at_the_same_steps_for_each_member():
         generation(solver)
     while fixed.inner_count < solver.members[0].steps:
         fixed.step()
-    ours, theirs = (evaluate(problem, s.solution(), s.data.valid)["loss"] for s in (solver, fixed))
+    ours, theirs = (
+        evaluate(problem, s.solution(), at(s).data.valid)["loss"] for s in (solver, fixed)
+    )
     assert ours < 0.5 * theirs
     assert solver.solution().hypers["input_dropout"] < 0.6
 
@@ -343,9 +345,9 @@ def test_a_member_that_diverges_is_replaced_and_the_run_goes_on():
     assert all(
         bool(torch.isfinite(leaf).all()) for m in solver.members for leaf in m.weights.leaves
     )
-    assert solver.bad_step() is None
-    assert "25% of the members" in solver.doubts({"lost_members": 0.25})["lost_members"]
-    assert not solver.doubts({"lost_members": 0.0})
+    assert solver.services.bad_step() is None
+    assert "25% of the members" in solver.warnings({"lost_members": 0.25})["lost_members"]
+    assert not solver.warnings({"lost_members": 0.0})
 
 
 def test_more_lost_members_than_a_quarter_are_all_replaced_and_a_lost_population_ends_the_run(
@@ -358,11 +360,11 @@ def test_more_lost_members_than_a_quarter_are_all_replaced_and_a_lost_population
     assert all(
         bool(torch.isfinite(leaf).all()) for m in solver.members for leaf in m.weights.leaves
     )
-    assert solver.bad_step() is None
+    assert solver.services.bad_step() is None
     for member in solver.members:
         member.weights.leaves[0].data.fill_(math.nan)
     generation(solver)
-    assert solver.bad_step() == solver.inner_count
+    assert solver.services.bad_step() == solver.inner_count
     runner = Runner(epochs=200, warmup_epochs=0, progress="none", picture=False)
     diverging = PopulationBased(population=2, inner_optimizer=sgd(1e30))
     summary = runner.run(Ridge.synthetic(features=4), diverging, directory=tmp_path / "run")

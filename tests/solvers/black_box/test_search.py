@@ -161,15 +161,15 @@ def test_too_many_coordinates_are_refused_or_doubted():
         Refused, match=r"GP proposes at most 100 numbers a trial and λ has 101.*gradient-based"
     ):
         ready(problem, searches.gp())
-    doubts = ready(problem, searches.tpe()).doubts({})
+    doubts = ready(problem, searches.tpe()).warnings({})
     assert "101 coordinates" in doubts["dimensions"]
-    assert ready(Ridge.synthetic(), searches.tpe()).doubts({}) == {}
+    assert ready(Ridge.synthetic(), searches.tpe()).warnings({}) == {}
 
 
 def test_a_pruner_without_room_is_refused():
     with pytest.raises(BilevelError, match="leave nothing to prune"):
         ready(Ridge.synthetic(), Search(trial_epochs=2, pruner=Hyperband(min_epochs=3)))
-    with pytest.raises(BilevelError, match="reduction=1 is below 2"):
+    with pytest.raises(BilevelError, match="reduction=1 must be a whole number of at least 2"):
         Hyperband(reduction=1)
     with pytest.raises(BilevelError, match="trial_epochs=0"):
         Search(trial_epochs=0)
@@ -195,7 +195,7 @@ def test_the_first_trial_is_training_at_the_initial_hyperparameters():
     problem = ridge(batch_size=20, space={"log_decay": {"init": 1.3}})
     ours = ready(problem, Search(trial_epochs=3, inner_optimizer=sgd(0.1, momentum=0.9)))
     fixed = ready(problem, Fixed(inner_optimizer=sgd(0.1, momentum=0.9), inner_steps=8))
-    start = ours.weights.detached()["weight"].clone()
+    start = ours.core.weights.detached()["weight"].clone()
     assert torch.equal(ours.hypers["log_decay"], torch.tensor(1.3, dtype=torch.float64))
     assert torch.equal(ours.solution().hypers["log_decay"], ours.hypers["log_decay"])
     ours.step()
@@ -204,11 +204,13 @@ def test_the_first_trial_is_training_at_the_initial_hyperparameters():
     fixed.step()
     assert ours.inner_count == fixed.inner_count == 8
     assert ours.epoch_steps == 2
-    assert torch.equal(ours.weights.detached()["weight"], fixed.weights.detached()["weight"])
+    assert torch.equal(
+        ours.core.weights.detached()["weight"], fixed.core.weights.detached()["weight"]
+    )
     trials(ours, 1)
-    assert torch.equal(ours.weights.detached()["weight"], start)
-    assert not torch.equal(ours.u, ours.problem.space.init(torch.float64))
-    assert not ours.weights.optimizer.state
+    assert torch.equal(ours.core.weights.detached()["weight"], start)
+    assert not torch.equal(ours.u, ours.core.problem.space.init(torch.float64))
+    assert not ours.core.weights.optimizer.state
 
 
 def test_rounds_are_cut_at_the_epochs_of_a_trial():
@@ -249,7 +251,7 @@ def test_settings_of_the_optimizer_are_tuned():
     solver = ready(ridge(space=space), searches.tpe(trial_epochs=10, inner_optimizer=sgd(7.0)))
     used = []
     for number in range(25):
-        group = solver.weights.optimizer.param_groups[0]
+        group = solver.core.weights.optimizer.param_groups[0]
         used.append((group["lr"], group["momentum"]))
         assert group["lr"] == pytest.approx(solver.hypers["rate"].item(), rel=1e-12)
         trials(solver, number + 1)
@@ -276,7 +278,7 @@ def test_the_schedule_begins_anew_in_every_trial():
     )
     rates = []
     for _ in range(6):
-        rates.append(solver.weights.optimizer.param_groups[0]["lr"])
+        rates.append(solver.core.weights.optimizer.param_groups[0]["lr"])
         solver.step()
         solver.epoch_ended(1.0)
     assert rates == [0.1, 0.05, 0.025] * 2
@@ -300,7 +302,7 @@ def test_the_best_is_the_least_score_and_its_weights_have_it(early_stopping):
         ]
         assert solver.best["score"] == min(scores) == min(solver.trials.value(t) for t in record)
         assert (
-            evaluate(solver.problem, solver.solution(), solver.data.valid)["loss"]
+            evaluate(solver.core.problem, solver.solution(), solver.core.data.valid)["loss"]
             == solver.best["score"]
         )
         lowest.append(solver.best["score"])
@@ -344,13 +346,13 @@ def test_budgets_end_where_they_should(tmp_path):
     solver, summary = run("epochs", epochs=5)
     assert solver.inner_count == 15
     assert solver.outer_count == 2
-    assert solver.data.train.examples == 15 * 20
-    assert solver.data.valid.examples == 5 * 60
+    assert solver.core.data.train.examples == 15 * 20
+    assert solver.core.data.valid.examples == 5 * 60
     assert summary["best"]["valid_loss"] == pytest.approx(solver.best["score"], rel=1e-12)
     solver, _ = run(
         "examples", examples=300
     )  # 2 · (60 + 60), and the next epoch's two rounds, of 40, and 20 + 60
-    assert solver.data.train.examples + solver.data.valid.examples == 360
+    assert solver.core.data.train.examples + solver.core.data.valid.examples == 360
 
 
 def test_pruning_ends_hopeless_trials_and_saves_examples():
@@ -366,7 +368,7 @@ def test_pruning_ends_hopeless_trials_and_saves_examples():
         trials(ready(problem, Search(pruner=p, **options)), 20)
         for p in (None, Median(startup=3, warmup_epochs=1))
     )
-    spent = [s.data.train.examples + s.data.valid.examples for s in (full, ended)]
+    spent = [s.core.data.train.examples + s.core.data.valid.examples for s in (full, ended)]
     taken = sum(len(t["scores"]) for t in ended.trials.record)
     assert spent == [20 * 8 * 120, taken * 120]
     assert spent[1] < 0.8 * spent[0]
@@ -418,7 +420,7 @@ def test_a_trial_that_is_not_finite_fails_and_the_search_goes_on(sampler, above,
     assert warned or above > -9.0
     assert not warned or above < 1.0
     assert not summary["diverged"]
-    assert solver.bad_step() is None
+    assert solver.services.bad_step() is None
     record = [t for t in solver.trials.record if t["state"] != "running"]
     assert len(record) > 5
     for trial in record:
@@ -453,8 +455,8 @@ def roundtrip(state):
 def state(solver):
     return {
         "solver": solver.state_dict(),
-        "train": solver.data.train.state_dict(),
-        "valid": solver.data.valid.state_dict(),
+        "train": solver.core.data.train.state_dict(),
+        "valid": solver.core.data.valid.state_dict(),
     }
 
 
@@ -484,8 +486,8 @@ def test_a_resumed_search_is_the_undisturbed_one_bit_for_bit(sampler, pruner):
     for number, before in saved:
         resumed = ready(problem, make(), seed=2)
         resumed.load_state_dict(before["solver"])
-        resumed.data.train.load_state_dict(before["train"])
-        resumed.data.valid.load_state_dict(before["valid"])
+        resumed.core.data.train.load_state_dict(before["train"])
+        resumed.core.data.valid.load_state_dict(before["valid"])
         leaves_equal(state(resumed), before)
         for _ in range(number, 28):
             resumed.step()

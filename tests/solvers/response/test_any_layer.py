@@ -109,8 +109,8 @@ def test_any_layer_is_differentiated_rightly_or_refused_at_setup(layer, step, dr
             ready(problem, options)
         return
     solver = ready(problem, options, away=0.4)
-    batch, h = solver.data.train.peek(), 1e-5
-    leaves = solver.theta.leaves + (solver.weights.leaves if step == "joint" else [])
+    batch, h = solver.core.data.train.peek(), 1e-5
+    leaves = solver.method.theta.leaves + (solver.core.weights.leaves if step == "joint" else [])
     gradients = torch.autograd.grad(drawn(solver, batch), leaves, allow_unused=True)
     directions = [torch.randn_like(leaf) for leaf in leaves]
 
