@@ -14,10 +14,11 @@ import torch.nn as nn
 from bilevel import Need, Positive, Refused, Runner, SolverWarning, check_problem
 from bilevel.loggers.logger import Logger
 from bilevel.problems import Quadratic, Ridge, digits
+from bilevel.requirements import Trait
 from bilevel.solvers import Dense, Fixed
 from bilevel.solvers.base.descent import Descent
 from tests.support.device_waits import no_waiting
-from tests.support.solver_cases import Decayed, normed, ready
+from tests.support.solver_cases import Decayed, at, normed, ready
 from tests.support.solver_list import (
     BLACK_BOX,
     DIRECT_ONLY,
@@ -87,8 +88,8 @@ def test_a_learning_rate_is_tuned_or_refused_by_name(name):
 def test_declarations_are_what_the_refusals_follow(name):
     solver = SOLVERS[name]()
     assert (Need.INNER_DERIVATIVE in solver.needs) == (name not in WITHOUT_DERIVATIVE)
-    assert solver.tunes_optimizer == (name in TUNE_OPTIMIZERS - {"fixed"})
-    assert solver.tunes == (name != "fixed")
+    assert (Trait.TUNES_OPTIMIZER in solver.traits) == (name in TUNE_OPTIMIZERS - {"fixed"})
+    assert (Trait.TUNES_NOTHING in solver.traits) == (name == "fixed")
 
 
 def test_check_problem_asks_every_solver():
@@ -194,15 +195,13 @@ def test_the_state_goes_from_one_solver_to_another(name):
     first, second = (ready(problem, SOLVERS[name](), seed=seed) for seed in (1, 2))
     for _ in range(3):
         first.step()
-    state = copy.deepcopy(
-        (first.state_dict(), first.core.data.train.state_dict(), first.core.data.valid.state_dict())
-    )
+
+    def parts(solver):
+        return solver, at(solver).data.train, at(solver).data.valid
+
+    state = copy.deepcopy([part.state_dict() for part in parts(first)])
     for solver in (second, first):
-        for part, held in zip(
-            (solver, solver.core.data.train, solver.core.data.valid),
-            copy.deepcopy(state),
-            strict=True,
-        ):
+        for part, held in zip(parts(solver), copy.deepcopy(state), strict=True):
             part.load_state_dict(held)
         if solver is second:
             assert leaves_equal(solver.state_dict(), state[0])

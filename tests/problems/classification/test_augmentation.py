@@ -528,14 +528,14 @@ def test_images_that_an_operation_cannot_work_on():
 
 def test_cutout_is_refused_by_solvers_that_need_a_derivative_and_the_rest_is_not():
     with pytest.raises(Refused, match="`cutout_holes` is sampled or rounded and has none"):
-        check_space("Implicit", all_of(pictures()), {Need.INNER_DERIVATIVE}, tunes_optimizer=False)
+        check_space("Implicit", all_of(pictures()), {Need.INNER_DERIVATIVE}, ())
     check_space(
         "Implicit",
         Space(**strengths(pictures(), ["affine", "colour"])),
         {Need.INNER_DERIVATIVE},
-        tunes_optimizer=False,
+        (),
     )
     frozen = all_of(
         pictures(), cutout_holes={"frozen": True}, cutout_length={"frozen": True, "init": 3}
     )
-    check_space("Implicit", frozen, {Need.INNER_DERIVATIVE}, tunes_optimizer=False)
+    check_space("Implicit", frozen, {Need.INNER_DERIVATIVE}, ())

@@ -201,7 +201,7 @@ def test_one_mask_for_value_and_tangent(relaxed):
 def test_a_relaxed_rate_is_declared_differentiable_and_the_problem_is_clean(kind):
     problem = small(dropout=kind)
     assert all(problem.space[name].differentiable for name in problem.space)
-    check_space("Implicit", problem.space, {Need.INNER_DERIVATIVE}, tunes_optimizer=False)
+    check_space("Implicit", problem.space, {Need.INNER_DERIVATIVE}, ())
     report = bilevel.check_problem(
         problem, solvers={"delta_stn": solvers.delta_stn(), "stn": solvers.stn()}
     )
@@ -209,7 +209,7 @@ def test_a_relaxed_rate_is_declared_differentiable_and_the_problem_is_clean(kind
     with pytest.raises(
         Refused, match=r"`input_dropout` is sampled .* relax it where .* \(problem.dropout=gaussian"
     ):
-        check_space("Implicit", small().space, {Need.INNER_DERIVATIVE}, tunes_optimizer=False)
+        check_space("Implicit", small().space, {Need.INNER_DERIVATIVE}, ())
 
 
 @pytest.mark.parametrize("kind", RELAXED)
