@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(told, "", sep="\n", soft_wrap=isinstance(told, str), markup=False)
         if section.target is not None:
             console.print(
-                f"the target, {section.target:.4g}, is {section.chosen}", "", sep="\n", markup=False
+                f"the target, {section.target:.4g}, is {section.target_source}",
+                "",
+                sep="\n",
+                markup=False,
             )
     report = write_report(made, given.out, faults=faults, warn=warn)
     if report is None:

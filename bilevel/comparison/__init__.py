@@ -1,5 +1,6 @@
-"""Runs compared: reading what they left, curves over seeds, tests between solvers, tables, pictures and a report.
+"""Comparison of runs: read their files, draw curves over seeds, test differences, write a report.
 
-`bilevel-compare` is its command line; the rooms are `runs`, `labels`, `curves`, `statistics`, `curve_plots`, `figures`, `table`,
-`page` and `report`.
+`bilevel-compare` is the command line. `runs` reads runs and `labels` names their groups. `curves`,
+`statistics` and `table` compute; `curve_plots`, `plot_style` and `figures` draw. `html_page` and
+`report` write the page.
 """

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 Groups = Mapping[str, Sequence[Run]]
-"""Runs by label, a seed each."""
+"""Runs by label, one per seed."""
 FEW = 4
-"""A hyperparameter of more entries is drawn by the mean of them."""
+"""Number of entries above which a hyperparameter is drawn by their mean."""
 SEEDS = 8
-"""Runs of a group whose own paths are drawn; more would hide each other."""
+"""Largest number of runs of a group whose own paths are drawn."""
 
 
 def draw_bands(
@@ -35,21 +35,21 @@ def draw_bands(
     entry: int | None = None,
     n_in_label: bool = True,
 ) -> None:
-    """Mean ± standard deviation over the seeds of each group, on one pair of axes.
+    """Draw mean ± standard deviation over the seeds of each group.
 
-    Beyond the end of a group's shortest run, the others go on each as a line of its own, thin and pale: a mean over fewer would
-    jump there. A run that diverged ends in a cross. A band that would go below zero, where no run is, ends at the lowest run.
-    The axis is logarithmic where the means are far apart.
+    Beyond the end of a group's shortest run, each remaining run is a thin, pale line, since a mean
+    over fewer runs would jump there. A diverged run ends in a cross. A band that would go below
+    zero ends at the lowest run. The axis is logarithmic where the means span orders of magnitude.
 
     Args:
-        ax: to draw on.
+        ax: the axes.
         groups: runs by label.
-        y: a column of numbers, `valid_loss` or `hypers.decay` say.
+        y: a column of numbers, for example `valid_loss` or `hypers.decay`.
         x: `epochs`, `seconds` or `examples`.
-        best_so_far: the running minimum in place of the value.
+        best_so_far: draw the running minimum instead of the value.
         looks: colour, dash and marker of each label; by default those of `styles`.
-        entry: of a hyperparameter that has several.
-        n_in_label: whether the legend tells the number of seeds.
+        entry: the entry of a hyperparameter with several.
+        n_in_label: add the number of seeds to the legend.
     """
     looks = looks or styles(list(groups))
     drawn: dict[str, Band] = {}
@@ -81,15 +81,16 @@ def draw_paths(
     sigma: bool = False,
     looks: Looks | None = None,
 ) -> None:
-    """Paths of one hyperparameter: mean ± standard deviation over seeds, or, with `sigma`, each seed's own and its λ(u ± σ).
+    """Draw the paths of one hyperparameter: mean ± standard deviation, or each seed with λ(u ± σ).
 
     Args:
-        ax: to draw on.
+        ax: the axes.
         groups: runs by label.
-        name: of the hyperparameter, without `hypers.`.
+        name: name of the hyperparameter, without `hypers.`.
         x: `epochs`, `seconds` or `examples`.
-        entry: of a hyperparameter that has several; None for their mean.
-        sigma: every run's path within the range that its perturbation reaches, λ(u − σ) to λ(u + σ), where it is known.
+        entry: the entry of a hyperparameter with several; None for their mean.
+        sigma: draw every run in the range of its perturbation, λ(u − σ) to λ(u + σ), where it is
+            known.
         looks: colour and dash of each label; by default those of `styles`.
     """
     looks = looks or styles(list(groups))
@@ -135,7 +136,7 @@ def draw_paths(
 
 
 def seeds_label(runs: Sequence[Run]) -> str:
-    """How many runs have their own path in a picture.
+    """Return the number of runs whose own path is drawn, as text.
 
     Example:
         >>> seeds_label([])
@@ -145,7 +146,10 @@ def seeds_label(runs: Sequence[Run]) -> str:
 
 
 def perturbation_band(run: Run, name: str) -> tuple[Array, Array] | None:
-    """λ(u − σ) and λ(u + σ) along a run, shaped as its column; None where it has no σ, or its domain is not known."""
+    """Return λ(u − σ) and λ(u + σ) along a run, in the shape of its column.
+
+    Returns None where the run has no σ, or its domain is unknown.
+    """
     space = space_from_json(run.description.get("space"))
     values, scales = run.column(f"hypers.{name}"), run.column(f"scales.{name}")
     if name not in space or not np.isfinite(scales).any() or values.shape != scales.shape:
@@ -163,7 +167,10 @@ def perturbation_band(run: Run, name: str) -> tuple[Array, Array] | None:
 
 
 def hyper_panels(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
-    """Names, and entries where there are few, of the hyperparameters that move in any of the runs."""
+    """Return names of the hyperparameters that move in any of the runs.
+
+    Each comes with an entry, or with None for a number or a large hyperparameter.
+    """
     panels: list[tuple[str, int | None]] = []
     for name in dict.fromkeys(name for run in runs for name in run.part("hypers.")):
         columns = [run.column(f"hypers.{name}") for run in runs if f"hypers.{name}" in run.columns]
@@ -190,7 +197,7 @@ def _draw_band(ax: "Axes", over: Band, look: Mapping[str, Any], text: str) -> No
 
 
 def _draw_rest(ax: "Axes", run: Run, own: Band, whole: Band, look: Mapping[str, Any]) -> None:
-    """What a run did after another of its group had ended, and the cross where it diverged."""
+    """Draw a run beyond the end of the shortest of its group, and a cross where it diverged."""
     if not own.x.size:
         return
     rest = own.x >= (whole.x[-1] if whole.x.size else 0.0)

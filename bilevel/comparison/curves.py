@@ -1,4 +1,4 @@
-"""Curves over seeds on a common grid, and when a run came to a target."""
+"""Curves over seeds on a common grid, and the cost at which a run reached a target."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from bilevel.comparison.runs import Array, Run
 
 AXES = {"epochs": "epoch", "seconds": "seconds", "examples": "examples"}
-"""What may lie on a horizontal axis, and its column in the records."""
+"""Horizontal axes, with their columns in the records."""
 
 LOSS = "valid_loss"
 POINTS = 200
@@ -20,9 +20,10 @@ class Band(NamedTuple):
 
     Attributes:
         x: the grid, [points].
-        mean, std, low: mean, standard deviation (0 of one run) and minimum of the runs that reach that far, [points].
-        n: how many runs reach that far, [points].
-        of: how many there are.
+        mean, std, low: mean, standard deviation (0 for one run) and minimum of the runs that reach
+            a point, [points].
+        n: number of runs that reach a point, [points].
+        of: number of all runs.
     """
 
     x: Array
@@ -33,7 +34,7 @@ class Band(NamedTuple):
     of: int
 
     def whole(self) -> "Band":
-        """The part of the grid that all runs reach."""
+        """Return the part of the grid that all runs reach."""
         kept = self.n == self.of
         return Band(
             self.x[kept], self.mean[kept], self.std[kept], self.low[kept], self.n[kept], self.of
@@ -41,7 +42,7 @@ class Band(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """When a run first came to a target."""
+    """The cost at which a run first reached a target."""
 
     epochs: float
     seconds: float
@@ -57,24 +58,28 @@ def band(
     points: int = POINTS,
     entry: int | None = None,
 ) -> Band:
-    """Mean ± standard deviation over the runs, each interpolated linearly to a common grid.
+    """Return mean ± standard deviation over the runs, interpolated linearly on a common grid.
 
-    A run counts up to its last finite value, and is not continued beyond it: `n` tells how many reach a point, and `whole`
-    keeps those that all reach. Best-so-far is a staircase, and is interpolated as one.
+    A run counts up to its last finite value and is not continued beyond it. `n` is the number of
+    runs that reach a point, and `whole` keeps the points that all reach. The best so far is a
+    staircase, and is interpolated as one.
 
     Args:
-        runs: of one group, a seed each.
+        runs: the runs of one group, one per seed.
         y: a column of numbers.
         x: `epochs`, `seconds` or `examples`.
-        best_so_far: the running minimum in place of the value.
-        points: of the grid, which ends where the longest run does.
-        entry: of a column that has several.
+        best_so_far: use the running minimum instead of the value.
+        points: number of grid points; the grid ends with the longest run.
+        entry: the entry of a column with several.
 
     Example:
         >>> from pathlib import Path
         >>> def run(seed, losses):
-        ...     columns = {"epoch": np.array([0.0, 1.0, 2.0])[: len(losses)], "valid_loss": np.array(losses)}
-        ...     return Run(directory=Path(), problem="p", solver="s", label="s", seed=seed, columns=columns)
+        ...     epoch = np.array([0.0, 1.0, 2.0])[: len(losses)]
+        ...     columns = {"epoch": epoch, "valid_loss": np.array(losses)}
+        ...     return Run(
+        ...         directory=Path(), problem="p", solver="s", label="s", seed=seed,
+        ...         columns=columns)
         >>> over = band([run(0, [4.0, 2.0, 1.0]), run(1, [2.0, 2.0])], points=3)
         >>> over.mean.tolist(), over.n.tolist(), over.whole().x.tolist()
         ([3.0, 2.0, 1.0], [2, 2, 1], [0.0, 1.0])
@@ -85,9 +90,8 @@ def band(
         return Band(empty, empty, empty, empty, empty, len(runs))
     end = max(at[-1] for at, _ in curves)
     ends = sorted({float(at[-1]) for at, _ in curves})
-    grid = np.unique(
-        np.concatenate([np.linspace(0.0, end, points), ends])
-    )  # where n changes is a point of the grid
+    # the grid contains the points at which n changes
+    grid = np.unique(np.concatenate([np.linspace(0.0, end, points), ends]))
     table = np.full((len(curves), grid.size), np.nan)
     for row, (at, values) in enumerate(curves):
         inside = (grid >= at[0]) & (grid <= at[-1])
@@ -105,9 +109,9 @@ def band(
 
 
 def reached(run: Run, target: float, of: str = LOSS) -> Reached | None:
-    """The first evaluation at which `of` is at or below the target; None where there is none.
+    """Return the first evaluation at which `of` is at or below the target, or None.
 
-    No interpolation between evaluations: what was not measured was not reached.
+    There is no interpolation between evaluations.
     """
     below = np.flatnonzero(run.column(of) <= target)
     if not below.size:
@@ -116,9 +120,10 @@ def reached(run: Run, target: float, of: str = LOSS) -> Reached | None:
 
 
 def common_target(groups: Mapping[str, Sequence[Run]]) -> float | None:
-    """The highest of the groups' mean best validation losses: the hardest target that each of them reaches on average.
+    """Return the highest of the groups' mean best validation losses.
 
-    Runs that diverged are left aside, as long as there are others: what they reached before is no aim.
+    It is the hardest target that each group reaches on average. Diverged runs are left out as long
+    as there are others.
     """
     sound = {
         label: [run for run in runs if run.status != "diverged"] for label, runs in groups.items()
@@ -132,7 +137,10 @@ def common_target(groups: Mapping[str, Sequence[Run]]) -> float | None:
 
 
 def spans_decades(values: Iterable[Array], decades: float = 0.7) -> bool:
-    """Whether a logarithmic axis suits the values: all positive, and of different orders of magnitude."""
+    """Return whether a logarithmic axis suits the values.
+
+    All must be positive, and they must differ by orders of magnitude.
+    """
     known = [array[np.isfinite(array)] for array in values]
     joined = np.concatenate([array for array in known if array.size] or [np.empty(0)])
     return bool(joined.size and joined.min() > 0 and joined.max() > 10**decades * joined.min())
@@ -141,7 +149,7 @@ def spans_decades(values: Iterable[Array], decades: float = 0.7) -> bool:
 def _curve(
     run: Run, y: str, x: str, best_so_far: bool, entry: int | None
 ) -> tuple[Array, Array] | None:
-    """The finite points of a run, x ascending."""
+    """Return the finite points of a run, with ascending x."""
     values = run.column(y)
     if entry is not None and values.ndim == 2:
         values = values[:, entry]

@@ -1,4 +1,4 @@
-"""The pictures of a report, each as PNG: curves, paths of hyperparameters, their perturbation, quality against cost."""
+"""The pictures of a report as PNG: curves, paths, perturbations, and quality against cost."""
 
 import io
 import math
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DRAWN = 12
-"""Groups in one picture; of more, those of the lowest mean loss."""
+"""Largest number of groups in a picture; of more, those of lowest mean loss are drawn."""
 PERTURBED = 6
-"""Groups whose perturbation is drawn, a row of panels each."""
+"""Largest number of groups whose perturbation is drawn, with a row of panels each."""
 WIDTH = 3
 """Panels in a row."""
 
 
 class Picture(NamedTuple):
-    """A picture, the end of its file's name, and what it shows."""
+    """A picture: the end of its file name, its PNG bytes and its caption."""
 
     name: str
     png: bytes
@@ -49,8 +49,8 @@ class Picture(NamedTuple):
 
 
 def pictures(groups: Groups, x: str, *, best_so_far: bool = False) -> list[Picture]:
-    """All pictures of the runs on one problem that have something to show."""
-    drawn, left = _drawn(groups)
+    """Return all pictures of the runs on one problem; those without content are left out."""
+    drawn, left = _selected(groups)
     looks = styles(list(drawn))
     made = [
         _curves(drawn, x, looks, best_so_far),
@@ -59,7 +59,10 @@ def pictures(groups: Groups, x: str, *, best_so_far: bool = False) -> list[Pictu
         _pareto(drawn, looks),
     ]
     more = (
-        f" Drawn are the {len(drawn)} of lowest mean loss; {left} more are in the tables."
+        (
+            f" The picture has the {len(drawn)} groups of lowest mean loss; the tables have {left} "
+            "more."
+        )
         if left
         else ""
     )
@@ -68,16 +71,16 @@ def pictures(groups: Groups, x: str, *, best_so_far: bool = False) -> list[Pictu
     ]
 
 
-def _drawn(groups: Groups) -> tuple[Groups, int]:
-    """The groups to draw, in their order, and how many are left out."""
+def _selected(groups: Groups) -> tuple[Groups, int]:
+    """Return the groups to draw, in their order, and the number of the others."""
     kept = sorted(groups, key=lambda label: _loss(groups[label]))[:DRAWN]
     return {label: groups[label] for label in groups if label in kept}, len(groups) - len(kept)
 
 
 def _loss(runs: Sequence[Run]) -> float:
-    """The mean best validation loss; infinite where no run has one."""
-    told = mean_std(run.at_best(LOSS) for run in runs)
-    return math.inf if told is None else told.mean
+    """Return the mean best validation loss; infinity where no run has one."""
+    value = mean_std(run.at_best(LOSS) for run in runs)
+    return math.inf if value is None else value.mean
 
 
 def _is_perturbed(runs: Sequence[Run], name: str) -> bool:
@@ -91,16 +94,15 @@ def _grid(
     labels: Sequence[str] = (),
     alike: Sequence[Hashable] = (),
 ) -> bytes:
-    """One panel for each of the functions that draw on axes, and the legend of its `labels` above all.
+    """Draw one panel for each function, with the legend of `labels` above all.
 
-    Panels that are `alike` have the same limits.
+    Panels with equal `alike` get the same limits.
     """
     columns = min(width, len(panels))
     rows = math.ceil(len(panels) / columns)
     file = io.BytesIO()
-    each = (
-        5.0 if columns == 1 else 3.2
-    )  # a legend of several solvers has no room above a narrow panel
+    # a legend of several solvers does not fit above a narrow panel
+    each = 5.0 if columns == 1 else 3.2
     numbered = [f"{label} (n = 10)" for label in labels]
     extra = (
         0.17 * math.ceil(len(labels) / legend_columns(numbered, each * columns)) if labels else 0.0
@@ -119,7 +121,7 @@ def _grid(
 
 
 def _equalize(axes: Sequence["Axes"]) -> None:
-    """The same limits for all, on a logarithmic axis if one has it."""
+    """Give all axes the same limits; all are logarithmic if one is."""
     if any(ax.get_yscale() == "log" for ax in axes):
         for ax in axes:
             ax.set_yscale("log")
@@ -142,9 +144,11 @@ def _curves(groups: Groups, x: str, looks: Looks, best_so_far: bool) -> Picture 
 
     png = _grid([panel(name) for name in names], labels=list(groups))
     caption = (
-        f"{_list(readable_name(name) for name in names)} against {_axis(x)}{', the best so far' if best_so_far else ''}. "
-        "Lines are means over seeds, bands one standard deviation on either side, both where all runs of a group are still "
-        "going; beyond that each of those that are is a thin line of its own. A cross ends a run that diverged."
+        f"{_list(readable_name(name) for name in names)} against "
+        f"{_axis(x)}{', the best so far' if best_so_far else ''}. Lines are means over "
+        "seeds, and bands are one standard deviation on either side, as long as all runs of "
+        "a group continue. Beyond that, each remaining run is a thin line. A cross ends a "
+        "diverged run."
     )
     return Picture("curves", png, caption[0].upper() + caption[1:])
 
@@ -166,7 +170,7 @@ def _paths(groups: Groups, x: str, looks: Looks) -> Picture | None:
 
 
 def _perturbations(groups: Groups, x: str, looks: Looks) -> Picture | None:
-    """A row of panels for each group whose runs are perturbed."""
+    """Draw a row of panels for each group whose runs are perturbed."""
     runs = [run for members in groups.values() for run in members]
     panels = hyper_panels(runs)
     known = [
@@ -191,26 +195,31 @@ def _perturbations(groups: Groups, x: str, looks: Looks) -> Picture | None:
     together = len(panels) if 1 < len(panels) <= 4 else WIDTH
     alike = [(name, entry) for _, name, entry in shown]
     png = _grid([panel(*place) for place in shown], width=together, alike=alike)
-    caption = "Hyperparameters run by run, in the range that their perturbation reaches, λ(u − σ) to λ(u + σ)."
+    caption = (
+        "Hyperparameters of each run, in the range of their perturbation, λ(u − σ) to λ(u + σ)."
+    )
     if len(labels) > len(best):
-        caption += f" The {len(best)} perturbed solvers of lowest mean loss, of {len(labels)}."
+        caption += (
+            f" The picture has the {len(best)} perturbed solvers of lowest mean loss, of "
+            f"{len(labels)}."
+        )
     return Picture("perturbation", png, caption)
 
 
 def _pareto(groups: Groups, looks: Looks) -> Picture | None:
     costs = {"total training time (s)": "seconds", "total examples": "examples"}
     quality = {
-        label: told
+        label: value
         for label, runs in groups.items()
-        if (told := mean_std(run.at_best(LOSS) for run in runs))
+        if (value := mean_std(run.at_best(LOSS) for run in runs))
     }
 
     def panel(title: str, name: str) -> Callable[["Axes"], None]:
         def draw(ax: "Axes") -> None:
             cost = {
-                label: told
+                label: value
                 for label in quality
-                if (told := mean_std(run.total(name) for run in groups[label]))
+                if (value := mean_std(run.total(name) for run in groups[label]))
             }
             _scatter(ax, groups, cost, quality, looks, name)
             ax.set_xlabel(title)
@@ -222,9 +231,10 @@ def _pareto(groups: Groups, looks: Looks) -> Picture | None:
         return None
     png = _grid([panel(*cost) for cost in costs.items()], labels=list(groups))
     caption = (
-        "Quality against cost: the best validation loss of a run against what the whole run cost; means with one standard "
-        "deviation, and each run as a pale dot, or a cross where it diverged. Lower and further left is better; the grey steps "
-        "join the groups, of those without a diverged run, that no other beats in both."
+        "Quality against cost: the best validation loss of a run against the cost of the "
+        "whole run. Means have one standard deviation; each run is a pale dot, or a cross "
+        "where it diverged. Lower and further left is better. The grey steps join the "
+        "groups without diverged runs that no other group beats in both."
     )
     return Picture("pareto", png, caption)
 
@@ -285,7 +295,7 @@ def _scatter(
     )
     values = [
         np.array([spent.mean for spent in cost.values()]),
-        np.array([told.mean for told in quality.values()]),
+        np.array([value.mean for value in quality.values()]),
     ]
     for scale, numbers in zip((ax.set_xscale, ax.set_yscale), values, strict=True):
         if spans_decades([numbers]):

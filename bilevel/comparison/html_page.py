@@ -1,4 +1,4 @@
-"""A report as one HTML file: pictures inside, nothing fetched, no script; it prints, and reads in the dark."""
+"""A report as one HTML file with embedded pictures and no script, for screen and print."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -7,19 +7,30 @@ from html import escape
 from bilevel.comparison.table import Rows
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --pale: #666; --rule: #ccc; --band: #f5f5f3; }
+:root {
+  color-scheme: light dark;
+  --ink: #1a1a1a; --paper: #fff; --pale: #666; --rule: #ccc; --band: #f5f5f3;
+}
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --paper: #16181b; --pale: #a0a0a0; --rule: #44484e; --band: #202327; }
 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem; margin: 2rem auto;
-  padding: 0 1.5rem; }
+body {
+  font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 72rem; margin: 2rem auto; padding: 0 1.5rem;
+}
 h1 { font-size: 1.6rem; margin-bottom: 0.2rem; }
-h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--rule); padding-bottom: 0.2rem; }
+h2 {
+  font-size: 1.25rem; margin-top: 2.5rem;
+  border-bottom: 1px solid var(--rule); padding-bottom: 0.2rem;
+}
 h3 { font-size: 1rem; margin: 1.8rem 0 0.4rem; }
 p, figcaption, li { max-width: 60rem; }
 .pale, figcaption { color: var(--pale); font-size: 0.9rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; border-top: 1.5px solid; border-bottom: 1.5px solid; }
+table {
+  border-collapse: collapse; font-variant-numeric: tabular-nums;
+  border-top: 1.5px solid; border-bottom: 1.5px solid;
+}
 th { border-bottom: 1px solid; font-weight: 600; vertical-align: bottom; }
 th, td { text-align: right; padding: 0.3rem 0.7rem; white-space: nowrap; }
 th, .left { white-space: normal; }
@@ -31,7 +42,10 @@ figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 @media (prefers-color-scheme: dark) { img { padding: 0.5rem; box-sizing: border-box; } }
 @media print {
-  :root { color-scheme: light; --ink: #000; --paper: #fff; --pale: #333; --rule: #999; --band: #f3f3f3; }
+  :root {
+    color-scheme: light;
+    --ink: #000; --paper: #fff; --pale: #333; --rule: #999; --band: #f3f3f3;
+  }
   @page { margin: 15mm; }
   body { font-size: 9.5pt; margin: 0; padding: 0; max-width: none; }
   h2, h3 { break-after: avoid; }
@@ -44,51 +58,57 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole document."""
+    """Return the whole document."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
 def heading(text: str, level: int = 2) -> str:
-    """A heading."""
+    """Return a heading."""
     return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str, *, pale: bool = False) -> str:
-    """A paragraph; a pale one says how to read something."""
+    """Return a paragraph; a pale one explains how to read a part."""
     return f"<p{_class('pale' if pale else '')}>{escape(text)}</p>"
 
 
 def bullets(texts: Sequence[str]) -> str:
-    """A list; nothing for none."""
+    """Return a list; empty without texts."""
     return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>" if texts else ""
 
 
-def table(told: Rows, words: Sequence[int] = (0,)) -> str:
-    """A table; columns of `words` stand to the left, an unnamed last one tells of trouble."""
+def table(content: Rows, words: Sequence[int] = (0,)) -> str:
+    """Return a table.
+
+    Columns in `words` are left-aligned, and an unnamed last one shows failures.
+    """
 
     def cell(tag: str, index: int, text: str) -> str:
-        unnamed = index == len(told.titles) - 1 and not told.titles[index]
+        unnamed = index == len(content.titles) - 1 and not content.titles[index]
         kind = "left trouble" if unnamed else "left" if index in words else ""
         return f"<{tag}{_class(kind)}>{escape(text)}</{tag}>"
 
-    head = "".join(cell("th", index, title) for index, title in enumerate(told.titles))
+    head = "".join(cell("th", index, title) for index, title in enumerate(content.titles))
     body = "".join(
         "<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>\n"
-        for row in told.cells
+        for row in content.cells
     )
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+    rows = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>"
+    return f'<div class="scroll"><table>\n{rows}\n</table></div>'
 
 
 def picture(png: bytes, caption: str) -> str:
-    """An embedded picture with its caption."""
+    """Return an embedded picture with its caption."""
     data = base64.b64encode(png).decode("ascii")
     text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    image = f'<img alt="{text}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def _class(kind: str) -> str:

@@ -8,24 +8,26 @@ IGNORED = (
     *("seed", "resume", "data", "loggers", "wandb", "tensorboard", "names", "hydra"),
     *("runner.progress", "runner.picture", "runner.checkpoint_every", "runner.keep_checkpoints"),
 )
-"""Settings that change no number that is compared."""
+"""Settings that change no compared number."""
 
 SHARED = ("lr.", "trial.", "response")
-"""Settings that solvers' own settings are interpolated from: they count for a solver that has such a one."""
+"""Settings from which solvers' settings are interpolated; they count for solvers that use them."""
 
 ABSENT = object()
 
 
 def label(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
-    """A label for each run, from its problem, its solver and its configuration.
+    """Return a label for each run, from its problem, its solver and its configuration.
 
-    Settings of the solver count where they differ between runs of one solver on one problem; all others where they differ
-    between any runs on that problem, so that what was not run under the same conditions does not look as if it had been.
+    A setting of the solver counts where it differs between runs of one solver on one problem. Any
+    other setting counts where it differs between runs on that problem. So runs under different
+    conditions never have one label.
 
     Example:
-        >>> label([("ridge", "stn", {"seed": 0, "solver": {"inner_steps": 1}}),
-        ...        ("ridge", "stn", {"seed": 0, "solver": {"inner_steps": 5}}),
-        ...        ("ridge", "fixed", {"seed": 1, "solver": {"clip_norm": 3.0}})])
+        >>> label([
+        ...     ("ridge", "stn", {"seed": 0, "solver": {"inner_steps": 1}}),
+        ...     ("ridge", "stn", {"seed": 0, "solver": {"inner_steps": 5}}),
+        ...     ("ridge", "fixed", {"seed": 1, "solver": {"clip_norm": 3.0}})])
         ['stn inner_steps=1', 'stn inner_steps=5', 'fixed']
     """
     settings = [flatten(config) for _, _, config in runs]
@@ -42,20 +44,21 @@ def label(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
             varied[problem, solver] = _independent(keys, own)
     labels = []
     for (problem, solver, _), flat in zip(runs, settings, strict=True):
-        told = [
+        differences = [
             f"{_short(key)}={_value(key, flat[key])}"
             for key in varied[problem, solver]
             if key in flat
         ]
-        labels.append(" ".join([solver, *told]))
+        labels.append(" ".join([solver, *differences]))
     return labels
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that can change a number, by dotted key.
+    """Return the settings that can change a compared number, by dotted key.
 
     Example:
-        >>> flatten({"seed": 0, "lr": {"inner": 0.1}, "runner": {"epochs": 3, "progress": "none"}})
+        >>> config = {"seed": 0, "lr": {"inner": 0.1}, "runner": {"epochs": 3, "progress": "none"}}
+        >>> flatten(config)
         {'lr.inner': 0.1, 'runner.epochs': 3}
     """
     leaves: dict[str, Any] = {}
@@ -71,14 +74,17 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys whose value differs between the runs whose settings are known, in the order of the configuration."""
+    """Return the keys whose values differ between runs with known settings, in order."""
     known = [flat for flat in settings if flat]
     keys = dict.fromkeys(key for flat in known for key in flat)
     return [key for key in keys if len({repr(flat.get(key, ABSENT)) for flat in known}) > 1]
 
 
 def _is_used(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a shared setting reaches the solver: a setting of its own, of a similar name, goes with it."""
+    """Return whether a shared setting reaches the solver.
+
+    It does where a setting of the solver with a similar name varies with it.
+    """
     if not key.startswith(SHARED):
         return True
     values = [repr(flat.get(key, ABSENT)) for flat in settings]
@@ -94,7 +100,10 @@ def _is_used(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _independent(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Without keys that only repeat another one, as `solver.inner_optimizer.lr` does where it is `lr.inner`."""
+    """Return the keys without those that repeat another one.
+
+    `solver.inner_optimizer.lr` repeats `lr.inner`, for example.
+    """
     kept: dict[str, list[str]] = {}
     for key in keys:
         values = [repr(flat.get(key, ABSENT)) for flat in settings]
@@ -110,12 +119,12 @@ def _independent(keys: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> 
 
 
 def _alike(values: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether each value goes with one of the others, and the other way round."""
+    """Return whether the values correspond one to one."""
     return len(set(values)) == len(set(others)) == len(set(zip(values, others, strict=True)))
 
 
 def _short(key: str) -> str:
-    """The key without the node that says nothing new."""
+    """Return the key without the parts that carry no information."""
     return re.sub(r"\._target_$", "", re.sub(r"^(solver|problem|runner)\.(?!_target_)", "", key))
 
 

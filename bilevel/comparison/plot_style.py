@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 Looks = Mapping[str, Mapping[str, Any]]
 """Colour, dash and marker of each label."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, without the yellow that white paper swallows."""
+"""Okabe and Ito's palette without yellow, which is hard to see on white paper."""
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""One more than colours, so that the two do not come round together."""
+"""Markers are one more than colours, so that both do not repeat together."""
 DPI = 160
 
 
 def styles(labels: Sequence[str]) -> Looks:
-    """A colour for each label, and where colours come round again another dash, so that no two lines look alike in print.
+    """Return colour, dash, width and marker of each label.
 
-    Later lines are thinner: of two that coincide both are seen.
+    Where colours repeat, the dash differs, so that no two lines look alike in print. Later lines
+    are thinner, so that both of two equal lines are visible.
 
     Example:
         >>> styles(["stn", "fixed"])["fixed"]
@@ -52,7 +53,10 @@ def figure(
     columns: int = 1,
     size: tuple[float, float] = (3.4, 2.5),
 ) -> Iterator[Any]:
-    """Axes [rows, columns] of a new figure, which is saved at the end to a place or a file; `size` is a panel's, in inches."""
+    """Yield the axes [rows, columns] of a new figure, and save it to a path or file at the end.
+
+    `size` is that of a panel, in inches.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,18 +69,18 @@ def figure(
 
 
 def readable_name(name: str) -> str:
-    """A column's name as people read it.
+    """Return the readable name of a column.
 
     Example:
-        >>> readable_name("valid_loss"), readable_name("exact.regret"), readable_name("hypers.log_decay")
-        ('validation loss', 'regret', 'log decay')
+        >>> readable_name("valid_loss"), readable_name("exact.regret"), readable_name("hypers.lr")
+        ('validation loss', 'regret', 'lr')
     """
     bare = name.removeprefix("exact.").removeprefix("hypers.").removeprefix("scales.")
     return bare.replace("valid_", "validation ").replace("train_", "training ").replace("_", " ")
 
 
 def short_count(value: float) -> str:
-    """A count in the space that an axis has.
+    """Return a count in a form that is short enough for an axis.
 
     Example:
         >>> short_count(20_000), short_count(1.5e6), short_count(64)
@@ -89,7 +93,7 @@ def short_count(value: float) -> str:
 
 
 def legend(drawn: "Figure", ax: "Axes") -> None:
-    """One legend for the whole figure, above it, where it hides nothing."""
+    """Draw one legend for the whole figure, above it."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         drawn.legend(
@@ -101,20 +105,22 @@ def legend(drawn: "Figure", ax: "Axes") -> None:
 
 
 def legend_columns(labels: Sequence[str], width: float) -> int:
-    """How many columns of a legend fit into a figure of so many inches.
+    """Return the number of legend columns that fit into a figure of `width` inches.
 
     Example:
-        >>> legend_columns(["stn", "fixed", "delta_stn"], 5.0), legend_columns(["stn with many settings" * 3] * 4, 5.0)
-        (3, 1)
+        >>> legend_columns(["stn", "fixed", "delta_stn"], 5.0)
+        3
     """
-    each = 0.55 + 0.055 * max(
-        map(len, labels), default=0
-    )  # handle and gaps, and a letter at the style's size
+    # handle and gaps, and one letter at the size of the style
+    each = 0.55 + 0.055 * max(map(len, labels), default=0)
     return max(1, min(len(labels), int(width / each)))
 
 
 def logarithmic(ax: "Axes") -> None:
-    """Make the vertical axis logarithmic; one of a decade or two has 0.2, 0.5 and the like for labels."""
+    """Make the vertical axis logarithmic.
+
+    An axis of one or two decades also gets labels such as 0.2 and 0.5.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     ax.set_yscale("log")

@@ -7,15 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.loggers.records import Record
+from bilevel.validate import is_number
 
 Array = NDArray[np.float64]
 
 HUGE = 1e100
-"""Beyond it a number is as good as infinite: no axis can show it beside others."""
+"""Number above which a value counts as infinite, since no axis can show it beside others."""
 
 
 def columns_of(records: Sequence[Record]) -> dict[str, Array]:
-    """Each name's values, [evaluations] or [evaluations, entries]; NaN where a record lacks it."""
+    """Return the values of each name, [evaluations] or [evaluations, entries].
+
+    NaN stands where a record lacks the name.
+    """
     columns: dict[str, Array] = {}
     for name in dict.fromkeys(name for record in records for name in record):
         values = [record.get(name) for record in records]
@@ -43,7 +47,7 @@ def _numbers(values: Sequence[Any]) -> Array:
 
 
 def _table(values: Sequence[Any], width: int) -> Array:
-    """[evaluations, entries], a row of NaN where a record has something else."""
+    """Return [evaluations, entries]; a row is NaN where the record has another shape."""
     table = np.full((len(values), width), np.nan)
     for row, value in enumerate(values):
         try:
@@ -56,8 +60,8 @@ def _table(values: Sequence[Any], width: int) -> Array:
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None for whatever is none, NaN and infinity included."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    """Return the number, or None where the value is not a finite number."""
+    if is_number(value):
         try:
             number = float(value)
         except OverflowError:  # JSON has integers of any size

@@ -1,8 +1,9 @@
-"""A report on runs: for each problem what its solvers reached, at what cost, how sure that is, and its pictures."""
+"""A report on runs: quality, cost, paired tests and pictures for each problem."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,37 +31,37 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 TITLE = "Runs compared"
 MANY_GROUPS = (
-    "There are many groups: each is compared with that of lowest mean alone, which was chosen by these same numbers, so that p "
-    "flatters it"
+    "There are many groups, so each is compared with the group of lowest mean alone. "
+    "That group was chosen by these same numbers, so p is too small"
 )
 TESTED = {"best validation loss": LOSS, "test loss at that evaluation": "test_loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What is told of the runs on one problem.
+    """The results of the runs on one problem.
 
     Attributes:
-        problem: its name.
+        problem: name of the problem.
         groups: its runs by label.
-        target: the validation loss whose cost is told; None where no run has a loss.
-        chosen: where the target comes from.
-        quality, cost, step: what was reached, what it cost, and what a step costs.
-        pairs: the paired comparisons, by what is compared.
-        everyone: whether they are all pairs.
-        notes: what a reader must know of these runs.
-        pictures: as PNG.
+        target: the validation loss whose cost is reported; None where no run has a loss.
+        target_source: the choice of the target, in words.
+        quality, cost, step: tables of quality, cost, and cost per step.
+        pairs: the paired comparisons, by compared quantity.
+        all_pairs: True where they are all pairs.
+        notes: facts about these runs that a reader must consider.
+        pictures: pictures as PNG.
     """
 
     problem: str
     groups: Mapping[str, Sequence[Run]]
     target: float | None
-    chosen: str
+    target_source: str
     quality: Rows
     cost: Rows
     step: Rows
     pairs: Mapping[str, Sequence[Paired]]
-    everyone: bool
+    all_pairs: bool
     notes: Sequence[str]
     pictures: Sequence[Picture]
 
@@ -72,21 +73,22 @@ def sections(
     target: float | None = None,
     best_so_far: bool = False,
 ) -> list[Section]:
-    """A section for each problem.
+    """Return a section for each problem.
 
     Args:
-        runs: of any problems and solvers, labelled; see `read_runs`.
-        x: what curves are drawn against: `epochs`, `seconds` or `examples`.
-        target: the validation loss whose cost is told; by default the highest of the groups' mean best losses.
-        best_so_far: curves of the running minimum.
+        runs: labelled runs of any problems and solvers; see `read_runs`.
+        x: horizontal axis of the curves: `epochs`, `seconds` or `examples`.
+        target: the validation loss whose cost is reported; by default the highest of the groups'
+            mean best losses.
+        best_so_far: draw curves of the running minimum.
     """
     made = []
     for problem, groups in group_runs(runs).items():
         goal = common_target(groups) if target is None else target
         tests = {}
-        everyone = True
+        all_pairs = True
         for words, name in TESTED.items():
-            pairs, everyone = paired(groups, lambda run, name=name: run.at_best(name))  # type: ignore[misc]
+            pairs, all_pairs = paired(groups, methodcaller("at_best", name))
             if pairs:
                 tests[words] = pairs
         made.append(
@@ -94,12 +96,12 @@ def sections(
                 problem=problem,
                 groups=groups,
                 target=goal,
-                chosen=_chosen(groups, target),
+                target_source=_target_source(groups, target),
                 quality=rows(groups, QUALITY),
                 cost=rows(groups, (*targeted(goal), *COST)),
                 step=rows(groups, STEP),
                 pairs=tests,
-                everyone=everyone,
+                all_pairs=all_pairs,
                 notes=_notes(groups),
                 pictures=pictures(groups, x, best_so_far=best_so_far),
             )
@@ -107,40 +109,45 @@ def sections(
     return made
 
 
-def _chosen(groups: Mapping[str, Sequence[Run]], target: float | None) -> str:
+def _target_source(groups: Mapping[str, Sequence[Run]], target: float | None) -> str:
     if target is None:
         return "the highest of the solvers' mean best losses, diverged runs aside"
-    come = any(reached(run, target) is not None for runs in groups.values() for run in runs)
-    return "as asked for" if come else "as asked for, and no run has come down to it"
+    is_reached = any(reached(run, target) is not None for runs in groups.values() for run in runs)
+    return "as requested" if is_reached else "as requested, and no run has reached it"
 
 
 def printed(section: Section) -> list["RenderableType"]:
-    """The tables of a section as rich prints them."""
-    told: list[RenderableType] = [
-        rich_table(section.quality, f"{section.problem}: what was reached"),
-        rich_table(section.cost, f"{section.problem}: what it cost"),
-        rich_table(section.step, f"{section.problem}: what a step costs"),
+    """Return the tables and notes of a section for rich."""
+    tables: list[RenderableType] = [
+        rich_table(section.quality, f"{section.problem}: quality"),
+        rich_table(section.cost, f"{section.problem}: cost"),
+        rich_table(section.step, f"{section.problem}: cost per step"),
     ]
     for words, pairs in section.pairs.items():
-        told.append(rich_table(pair_rows(pairs), f"{section.problem}: paired over seeds, {words}"))
-    return [*told, *section.notes]
+        tables.append(
+            rich_table(pair_rows(pairs), f"{section.problem}: paired over seeds, {words}")
+        )
+    return [*tables, *section.notes]
 
 
 def write_report(
     made: Sequence[Section], out: Path, *, faults: Sequence[str] = (), warn: Warn
 ) -> Path | None:
-    """Write `report.html` and the pictures into `out`; the report's place, or None where it could not be written.
+    """Write `report.html` and the pictures into `out`.
 
     Args:
         made: the sections.
-        out: a directory, made where it is missing.
-        faults: what could not be read, told on the page too.
-        warn: hears of what cannot be written; the rest still is.
+        out: a directory, which is created where it is missing.
+        faults: warnings about unreadable files, which the page repeats.
+        warn: receives warnings about files that cannot be written; the rest is still written.
+
+    Returns:
+        The path of the report, or None where it cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        warn(f"cannot make {out}: {error.strerror or error}; choose another directory with --out")
+        warn(f"cannot make {out} ({error.strerror or error}); choose another directory with --out")
         return None
     for section, stem in zip(made, _stems([section.problem for section in made]), strict=True):
         for picture in section.pictures:
@@ -156,7 +163,7 @@ def _document(made: Sequence[Section], faults: Sequence[str]) -> list[str]:
         html_page.paragraph(_opening(made, count), pale=True),
     ]
     if faults:
-        parts += [html_page.paragraph("What could not be read:"), html_page.bullets(faults)]
+        parts += [html_page.paragraph("Files that cannot be read:"), html_page.bullets(faults)]
     for section in made:
         parts += _section(section)
     return [*parts, *_reading()]
@@ -164,21 +171,24 @@ def _document(made: Sequence[Section], faults: Sequence[str]) -> list[str]:
 
 def _section(section: Section) -> list[str]:
     parts = [html_page.heading(section.problem), html_page.bullets(section.notes)]
-    parts += [html_page.heading("What was reached", 3), html_page.table(section.quality)]
+    parts += [html_page.heading("Quality", 3), html_page.table(section.quality)]
     parts += [
         html_page.paragraph(
-            "At the evaluation of lowest validation loss of each run; mean ± standard deviation over runs.",
+            (
+                "At the evaluation of lowest validation loss of each run; mean ± standard "
+                "deviation over runs."
+            ),
             pale=True,
         )
     ]
-    parts += [html_page.heading("What it cost", 3), html_page.table(section.cost)]
+    parts += [html_page.heading("Cost", 3), html_page.table(section.cost)]
     if section.target is not None:
         parts += [
             html_page.paragraph(
-                f"The target, {section.target:.4g}, is {section.chosen}.", pale=True
+                f"The target, {section.target:.4g}, is {section.target_source}.", pale=True
             )
         ]
-    parts += [html_page.heading("What a step costs", 3), html_page.table(section.step)]
+    parts += [html_page.heading("Cost per step", 3), html_page.table(section.step)]
     parts += [html_page.picture(picture.png, picture.caption) for picture in section.pictures]
     for words, pairs in section.pairs.items():
         parts += [
@@ -192,43 +202,60 @@ def _section(section: Section) -> list[str]:
 
 def _opening(made: Sequence[Section], count: int) -> str:
     solvers = sum(len(section.groups) for section in made)
-    told = f"{count} {_plural('run', count)} in {solvers} {_plural('group', solvers)}"
+    text = f"{count} {_plural('run', count)} in {solvers} {_plural('group', solvers)}"
     if len(made) > 1:
-        told += f" on {len(made)} problems, {', '.join(section.problem for section in made)}: a section each"
-    return f"{told}. A group is a solver, with the settings in which its runs differ."
+        text += (
+            f" on {len(made)} problems, {', '.join(section.problem for section in made)}, "
+            "each in its own section"
+        )
+    return f"{text}. A group is a solver, with the settings in which its runs differ."
 
 
 def _tested(section: Section) -> str:
-    pairs = "All pairs" if section.everyone else MANY_GROUPS
+    pairs = "All pairs" if section.all_pairs else MANY_GROUPS
     return (
-        f"{pairs}. Negative: the first is lower. n counts the seeds that both have; t = mean / (std / √n), p is two-sided with "
-        "n − 1 degrees of freedom, and the last column is corrected after Holm for the pairs of its table. "
-        "Without t: one seed, or no spread."
+        f"{pairs}. A negative difference means that the first is lower. n is the number of "
+        "seeds that both have; t = mean / (std / √n); p is two-sided with n − 1 degrees of "
+        "freedom. The last column has Holm's correction for the pairs of its table. t is "
+        "missing for one seed, and for equal differences."
     )
 
 
 def _reading() -> list[str]:
     notes = [
-        "The lowest of many validation losses is an optimistic figure; the test loss there was not chosen for being low. "
-        "The test split is looked at when a run ends: before, there is no test loss.",
-        "A run that diverged, was interrupted or has not ended counts with what it had reached, and its row says so.",
-        "Targets are reached at an evaluation, not between two. A number followed by (k of n) is of the k runs that have one.",
-        "Time is training time, without evaluation and set-up. Examples are those that the solver drew, for training and for "
-        "validation.",
-        "Peak memory is that of tensors on a GPU. On a CPU it is that of the whole process, which never falls from one run "
-        "of a sweep to the next.",
+        (
+            "The lowest of many validation losses is optimistic, while the test loss at that "
+            "evaluation was not selected. The test split is used only at the end of a run."
+        ),
+        (
+            "A run that diverged, was interrupted or has not ended counts with its results so far, "
+            "and its row names this."
+        ),
+        (
+            "Targets are reached at an evaluation, without interpolation. A number followed by (k "
+            "of n) is a mean over the k runs that have one."
+        ),
+        (
+            "Time is training time, without evaluation and set-up. Examples are those that the "
+            "solver drew, for training and for validation."
+        ),
+        (
+            "Peak memory is that of tensors on a GPU. On a CPU it is that of the whole process, "
+            "which never falls from one run of a sweep to the next."
+        ),
     ]
     return [html_page.heading("How to read this"), html_page.bullets(notes)]
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-    """What is not as it should be with these runs."""
+    """Return the irregularities of these runs."""
     notes = []
     for label, runs in groups.items():
         for run in runs:
             if run.status == "running":
                 notes.append(
-                    f"{label}, seed {run.seed}: has not ended, or was killed ({run.evaluations} evaluations so far)"
+                    f"{label}, seed {run.seed}: the run has not ended, or was killed "
+                    f"({run.evaluations} evaluations so far)"
                 )
             elif run.status != "finished":
                 message = str((run.summary or {}).get("message") or run.status)
@@ -236,7 +263,8 @@ def _notes(groups: Mapping[str, Sequence[Run]]) -> list[str]:
         seeds = [run.seed for run in runs]
         if len(set(seeds)) < len(seeds):
             notes.append(
-                f"{label}: several runs have the same seed; n counts them all, the paired test takes their mean"
+                f"{label}: several runs have the same seed; n counts them all, and the paired test "
+                "uses their mean"
             )
     return notes
 
@@ -251,7 +279,7 @@ def _write(path: Path, content: bytes, warn: Warn) -> bool:
 
 
 def _stems(names: Sequence[str]) -> list[str]:
-    """Names as the beginning of a file's; numbered where two would be the same."""
+    """Return names as beginnings of file names, numbered where two would be equal."""
     stems = [re.sub(r"[^\w.-]+", "-", name)[:60] or "problem" for name in names]
     return [
         f"{stem}-{index}" if stems.count(stem) > 1 else stem for index, stem in enumerate(stems)
@@ -259,7 +287,10 @@ def _stems(names: Sequence[str]) -> list[str]:
 
 
 def _title(made: Sequence[Section]) -> str:
-    return f"{TITLE}: {', '.join(section.problem for section in made[:3])}{' …' if len(made) > 3 else ''}"
+    return (
+        f"{TITLE}: "
+        f"{', '.join(section.problem for section in made[:3])}{' …' if len(made) > 3 else ''}"
+    )
 
 
 def _plural(word: str, count: int) -> str:

@@ -1,4 +1,4 @@
-"""What runs left on disk, read back: each file once, its columns as arrays."""
+"""Runs read from their directories: each file once, and its columns as arrays."""
 
 import json
 import os
@@ -21,15 +21,18 @@ Warn = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run as its directory tells it.
+    """One run, read from its directory.
 
     Attributes:
-        label: the solver, and the settings in which its runs differ from each other; see `bilevel.comparison.labels`.
-        columns: the records by name, each [evaluations], or [evaluations, entries] of a hyperparameter that is no number; NaN
-            where a record lacks it. Of a large hyperparameter `name` is the mean, beside `name.min` and `name.max`.
-        summary: of a run that ended; None for one that is still going, or was killed.
-        config: the run's settings; {} where they were not kept.
-        description: `run.json`: problem, solver, seed and the hyperparameters' domains; {} for runs that left none.
+        label: the solver, and the settings in which its runs differ; see
+            `bilevel.comparison.labels`.
+        columns: the records by name, each [evaluations], or [evaluations, entries] for a
+            hyperparameter with several entries; NaN where a record lacks the name. For a large
+            hyperparameter `name` is the mean, beside `name.min` and `name.max`.
+        summary: the summary of a finished run; None for a run that is in progress or was killed.
+        config: settings of the run; {} where they are missing.
+        description: `run.json`: problem, solver, seed and the hyperparameters' domains; {} without
+            it.
         status: `finished`, `diverged`, `interrupted` or `running`.
     """
 
@@ -46,54 +49,64 @@ class Run:
 
     @cached_property
     def records(self) -> list[Record]:
-        """The lines of `metrics.jsonl`, read again: `columns` is what a comparison of many runs works on."""
+        """Return the lines of `metrics.jsonl`, read again; `columns` serves many runs."""
         return _parsed(self.directory / METRICS)[0]
 
     def column(self, name: str) -> Array:
-        """One column, [evaluations] or [evaluations, entries]; NaN throughout where no record has it."""
+        """Return one column, [evaluations] or [evaluations, entries]; NaN where it is missing."""
         found = self.columns.get(name)
         return np.full(self.evaluations, np.nan) if found is None else found
 
     @property
     def evaluations(self) -> int:
-        """How many records there are."""
+        """Return the number of records."""
         return len(next(iter(self.columns.values()), ()))
 
     @cached_property
     def best(self) -> int | None:
-        """The evaluation of lowest validation loss; None where no loss is finite."""
+        """Return the evaluation of lowest validation loss; None where no loss is finite."""
         losses = self.column("valid_loss")
         return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
 
     def at_best(self, name: str) -> float | None:
-        """A number at the best evaluation, from the records, or from the summary (which alone knows the test split)."""
+        """Return a number at the best evaluation, from the records or from the summary.
+
+        Only the summary has the scores of the test split.
+        """
         if self.best is not None and name in self.columns and self.columns[name].ndim == 1:
             return finite(self.columns[name][self.best])
-        return self._told("best", name)
+        return self._from_summary("best", name)
 
     def at_end(self, name: str) -> float | None:
-        """A number at the last evaluation, from the records, or from the summary."""
+        """Return a number at the last evaluation, from the records or from the summary."""
         if self.evaluations and name in self.columns and self.columns[name].ndim == 1:
             return finite(self.columns[name][-1])
-        return self._told("last", name)
+        return self._from_summary("last", name)
 
     def total(self, name: str) -> float | None:
-        """A total (`seconds`, `examples`, `outer_steps`, `peak_memory_bytes`) as the summary has it, else the highest yet."""
-        told = finite(self.summary.get(name)) if self.summary and self.status != "running" else None
-        if told is not None:
-            return told
+        """Return a total from the summary, or the highest value so far.
+
+        Totals are `seconds`, `examples`, `outer_steps` and `peak_memory_bytes`.
+        """
+        if self.summary and self.status != "running":
+            total = finite(self.summary.get(name))
+            if total is not None:
+                return total
         column = self.columns.get("step" if name == "steps" else name)
         return (
             finite(np.nanmax(column)) if column is not None and np.isfinite(column).any() else None
         )
 
-    def _told(self, record: str, name: str) -> float | None:
-        """A number in a record of the summary."""
+    def _from_summary(self, record: str, name: str) -> float | None:
+        """Return a number in a record of the summary."""
         found = (self.summary or {}).get(record)
         return finite(found.get(name)) if isinstance(found, dict) else None
 
     def part(self, prefix: str) -> list[str]:
-        """The names under `prefix` (`hypers.`, `scales.`, …), without it, in the order of the records."""
+        """Return the names under `prefix` without it, in the order of the records.
+
+        Prefixes are `hypers.`, `scales.` and others.
+        """
         names = [name.removeprefix(prefix) for name in self.columns if name.startswith(prefix)]
         return [
             name for name in names if not (name.endswith((".min", ".max")) and name[:-4] in names)
@@ -101,7 +114,9 @@ class Run:
 
 
 def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: None) -> list[Run]:
-    """All runs in the directories, at any depth, in the order of their names; `warn` hears of what cannot be read.
+    """Return all runs in the directories, at any depth, sorted by name.
+
+    `warn` receives a sentence for every file that cannot be read.
 
     Example:
         >>> read_runs("no/such/place", warn=print)
@@ -116,7 +131,10 @@ def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: Non
             continue
         found = list(_find(place, warn))
         if not found:
-            warn(f"{place} holds no run: there is no {METRICS} in it, nor below it")
+            warn(
+                f"{place} holds no run, since it has no {METRICS} at any depth; give the directory "
+                "of a run"
+            )
         directories |= {directory.resolve(): directory for directory in found}
     runs = [
         run
@@ -127,33 +145,34 @@ def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: Non
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
         warn(
-            f"{without[0].directory}{more}: no settings in {CONFIG}; such runs are told apart by problem and solver alone"
+            f"{without[0].directory}{more} has no settings in {CONFIG}; such runs are grouped by "
+            "problem and solver alone"
         )
     return label_runs(runs)
 
 
 def read_run(directory: Path, *, warn: Warn = lambda sentence: None) -> Run | None:
-    """The run in `directory`; None, with a sentence to `warn`, where nothing of it can be used."""
+    """Return the run in `directory`; None, after a warning, where none of it can be used."""
     records: list[Record] = []
     try:
         records, skipped = _parsed(directory / METRICS)
         if skipped:
             warn(
-                f"{directory / METRICS}: {skipped} of its lines {'is' if skipped == 1 else 'are'} damaged and left out"
+                f"{directory / METRICS} has {skipped} damaged "
+                f"{'line' if skipped == 1 else 'lines'}, which {'is' if skipped == 1 else 'are'} "
+                "left out"
             )
     except OSError as error:
-        warn(
-            f"cannot read {directory / METRICS}: {error.strerror or error}; what its summary says is used"
-        )
+        warn(f"cannot read {directory / METRICS} ({error.strerror or error}); its summary is used")
     summary, description = (_object(directory / name, warn) for name in (SUMMARY, DESCRIPTION))
     config = _config(directory / CONFIG, warn)
     columns = columns_of(records)
     usable = np.isfinite(columns["valid_loss"]).any() if "valid_loss" in columns else False
     if not records and not summary:
-        warn(f"{directory}: {METRICS} has no evaluation yet; this run is left out")
+        warn(f"{directory} has no evaluation in {METRICS} yet; this run is left out")
         return None
     if not usable and not summary:
-        warn(f"{directory}: no evaluation has a finite validation loss; its row has no loss")
+        warn(f"{directory} has no evaluation with a finite validation loss; its row has no loss")
     names = config.get("names") if isinstance(config.get("names"), dict) else {}
     known = {**{"seed": config.get("seed")}, **(names or {}), **description, **(summary or {})}
     return Run(
@@ -171,14 +190,14 @@ def read_run(directory: Path, *, warn: Warn = lambda sentence: None) -> Run | No
 
 
 def label_runs(runs: Iterable[Run]) -> list[Run]:
-    """The runs with labels that tell their groups apart, in the order in which they were given."""
+    """Return the runs with labels that distinguish their groups, in the same order."""
     runs = list(runs)
     labels = label([(run.problem, run.solver, run.config) for run in runs])
     return [replace(run, label=text) for run, text in zip(runs, labels, strict=True)]
 
 
 def group_runs(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
-    """The runs by problem, and by label within it."""
+    """Return the runs by problem and label."""
     groups: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         groups.setdefault(run.problem, {}).setdefault(run.label, []).append(run)
@@ -186,12 +205,10 @@ def group_runs(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def _find(place: Path, warn: Warn) -> Iterator[Path]:
-    """Run directories at or below `place`; what lies within a run belongs to it."""
+    """Yield the run directories at or below `place`; a run's own subdirectories belong to it."""
 
     def unreadable(error: OSError) -> None:
-        warn(
-            f"cannot look into {error.filename}: {error.strerror or error}; what lies there is left out"
-        )
+        warn(f"cannot list {error.filename} ({error.strerror or error}); its content is left out")
 
     for root, below, files in os.walk(place, onerror=unreadable):
         if METRICS in files or SUMMARY in files:
@@ -201,18 +218,17 @@ def _find(place: Path, warn: Warn) -> Iterator[Path]:
 
 
 def _in_order(name: str) -> tuple[int, str]:
-    """Sweeps number their runs from 0 without leading zeros."""
+    """Return a sort key; sweeps number their runs from 0 without leading zeros."""
     number = name.partition("-")[0]
     return (int(number) if number.isascii() and number.isdigit() else -1, name)
 
 
 def _parsed(path: Path) -> tuple[list[Record], int]:
-    """The records, and how many lines are damaged beside a last one that is not finished."""
+    """Return the records and the number of damaged lines; an unfinished last line is neither."""
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
-        records = json.loads(
-            b"[" + b",".join(lines) + b"]"
-        )  # all at once: twice as quick as line by line
+        # parsing all lines at once takes half the time
+        records = json.loads(b"[" + b",".join(lines) + b"]")
         if len(records) == len(lines) and all(type(record) is dict for record in records):
             return records, 0
     except (ValueError, RecursionError):
@@ -229,18 +245,18 @@ def _parsed(path: Path) -> tuple[list[Record], int]:
 
 
 def _object(path: Path, warn: Warn) -> Record:
-    """A JSON object; {} where there is no such file, or, with a sentence, where it is damaged."""
+    """Return a JSON object; {} without the file, and {} after a warning where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no JSON"
-        warn(f"cannot use {path}: {reason}; the run is read without it")
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not JSON"
+        warn(f"cannot use {path} ({reason}); the run is read without it")
         return {}
     if isinstance(found, dict):
         return found
-    warn(f"cannot use {path}: it holds no object; the run is read without it")
+    warn(f"cannot use {path} (it holds no object); the run is read without it")
     return {}
 
 
@@ -252,12 +268,12 @@ def _config(path: Path, warn: Warn) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is no YAML"
-        warn(f"cannot use {path}: {reason}; the run is read without it")
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not YAML"
+        warn(f"cannot use {path} ({reason}); the run is read without it")
         return {}
     if isinstance(found, dict):
         return {str(key): value for key, value in found.items()}
-    warn(f"cannot use {path}: it holds no settings; the run is read without it")
+    warn(f"cannot use {path} (it holds no settings); the run is read without it")
     return {}
 
 
@@ -266,5 +282,5 @@ def _status(summary: Record, columns: dict[str, Array]) -> str:
         return "running"
     steps, ended = columns.get("step"), finite(summary.get("steps"))
     if summary.get("interrupted") and steps is not None and ended is not None and steps[-1] > ended:
-        return "running"  # resumed: the summary is that of its first part
+        return "running"  # resumed, and the summary describes its first part
     return next((word for word in ("diverged", "interrupted") if summary.get(word)), "finished")

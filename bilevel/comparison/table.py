@@ -1,4 +1,4 @@
-"""Tables of groups of runs: what each reached, and what it cost, mean ± standard deviation over its runs."""
+"""Tables of groups of runs: quality and cost as mean ± standard deviation over runs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 REGRET = "exact.regret"
 PART = 0.1
-"""Of its initial regret: the examples that a run needs to come down to it are told."""
+"""Part of the initial regret down to which the number of examples is reported."""
 
 
 class Column(NamedTuple):
-    """Title, value of a run, and how mean and standard deviation are written."""
+    """A column: title, value of a run, and the text of mean and standard deviation."""
 
     title: str
     of: Callable[[Run], float | None]
@@ -29,14 +29,17 @@ class Column(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A table as text: the titles, and a row of cells for each group."""
+    """A table as text: titles, and a row of cells for each group."""
 
     titles: list[str]
     cells: list[list[str]]
 
 
 def rows(groups: Mapping[str, Sequence[Run]], columns: Sequence[Column]) -> Rows:
-    """A row for each group: label, n, the columns that anybody fills, and how many runs did not end in order."""
+    """Return a row for each group: label, n, the columns with any value, and failures.
+
+    Failures count the runs that did not end in order.
+    """
     kept = [
         column
         for column in columns
@@ -53,7 +56,7 @@ def rows(groups: Mapping[str, Sequence[Run]], columns: Sequence[Column]) -> Rows
 
 
 def pair_rows(pairs: Sequence[Paired]) -> Rows:
-    """A row for each paired comparison."""
+    """Return a row for each paired comparison."""
     titles = ["", "", "n", "mean difference ± std", "t", "p", "p (Holm)"]
     return Rows(
         titles,
@@ -72,8 +75,8 @@ def pair_rows(pairs: Sequence[Paired]) -> Rows:
     )
 
 
-def rich_table(told: Rows, title: str | None = None) -> "Table":
-    """The rows as rich prints them."""
+def rich_table(content: Rows, title: str | None = None) -> "Table":
+    """Return the rows as a table of rich."""
     from rich.table import Table
     from rich.text import Text
 
@@ -85,16 +88,16 @@ def rich_table(told: Rows, title: str | None = None) -> "Table":
         title_justify="left",
         title_style="bold",
     )
-    for index, name in enumerate(told.titles):
+    for index, name in enumerate(content.titles):
         left = index == 0 or not name
         table.add_column(name, justify="left" if left else "right", no_wrap=index == 0)
-    for row in told.cells:
+    for row in content.cells:
         table.add_row(*(Text(cell) for cell in row))
     return table
 
 
 def failures(runs: Sequence[Run]) -> str:
-    """How many of the runs did not end in order."""
+    """Return the number of runs that did not end in order, as text."""
     words = {"diverged": "diverged", "interrupted": "interrupted", "running": "not ended"}
     return ", ".join(
         f"{n} {word}"
@@ -104,11 +107,13 @@ def failures(runs: Sequence[Run]) -> str:
 
 
 def plus_minus(mean: float, std: float | None = None) -> str:
-    """A mean with its standard deviation, to two digits of the latter.
+    """Return a mean with its standard deviation, to two digits of the latter.
 
     Example:
-        >>> plus_minus(0.646, 0.00131), plus_minus(2.51e-05, 4.08e-05), plus_minus(142800.0, 2078.0), plus_minus(0.5)
-        ('0.6460 ± 0.0013', '(2.5 ± 4.1)e-05', '142,800 ± 2,078', '0.5')
+        >>> plus_minus(0.646, 0.00131), plus_minus(2.51e-05, 4.08e-05)
+        ('0.6460 ± 0.0013', '(2.5 ± 4.1)e-05')
+        >>> plus_minus(142800.0, 2078.0), plus_minus(0.5)
+        ('142,800 ± 2,078', '0.5')
     """
     if std is None:
         return _plain(mean)
@@ -126,16 +131,22 @@ def plus_minus(mean: float, std: float | None = None) -> str:
 
 
 def part_of_regret(run: Run) -> float | None:
-    """The examples consumed when regret first came down to a tenth of the initial one; None where that is not known."""
+    """Return the examples consumed when regret first fell to a tenth of its initial value.
+
+    Returns None where regret is unknown.
+    """
     column = run.column(REGRET)
     if not column.size or not np.isfinite(column[0]):
         return None
-    come = reached(run, PART * float(column[0]), REGRET)
-    return None if come is None else come.examples
+    cost = reached(run, PART * float(column[0]), REGRET)
+    return None if cost is None else cost.examples
 
 
 def milliseconds(run: Run, *, warmup: bool | None = None) -> float | None:
-    """Training time per inner step: of the whole run, of its warm-up (the inner phase alone), or of what came after it."""
+    """Return the training time per inner step, in ms.
+
+    It is that of the whole run, of its warm-up (inner phase alone), or of the part after it.
+    """
     step, seconds, epoch = (run.column(name) for name in ("step", "seconds", "epoch"))
     until = finite(run.description.get("warmup_epochs"))
     if until is None and isinstance(runner := run.config.get("runner"), dict):
@@ -152,7 +163,10 @@ def milliseconds(run: Run, *, warmup: bool | None = None) -> float | None:
 
 
 def phase(name: str, run: Run) -> float | None:
-    """Training time per inner step that went into a phase (`inner`, `response`, `outer`), in ms, over the whole run."""
+    """Return the training time of a phase per inner step over the whole run, in ms.
+
+    The phases are `inner`, `response` and `outer`.
+    """
     step, seconds = run.column("step"), run.column(f"seconds.{name}")
     kept = np.isfinite(step) & np.isfinite(seconds)
     if not kept.any() or (steps := step[kept][-1]) <= 0:
@@ -161,24 +175,24 @@ def phase(name: str, run: Run) -> float | None:
 
 
 def evaluation(run: Run) -> float | None:
-    """Time per evaluation, in ms, which is no part of training time."""
+    """Return the time per evaluation in ms, which is not part of training time."""
     seconds = run.column("seconds.evaluation")
     seconds = seconds[np.isfinite(seconds)]
     return 1e3 * float(seconds[-1] / len(seconds)) if len(seconds) else None
 
 
 def targeted(target: float | None) -> tuple[Column, ...]:
-    """The columns that tell what a target took."""
+    """Return the columns with the cost of reaching a target."""
     if target is None:
         return ()
 
     def seconds(run: Run) -> float | None:
-        come = reached(run, target)
-        return None if come is None else come.seconds
+        cost = reached(run, target)
+        return None if cost is None else cost.seconds
 
     def examples(run: Run) -> float | None:
-        come = reached(run, target)
-        return None if come is None else come.examples
+        cost = reached(run, target)
+        return None if cost is None else cost.examples
 
     return Column(f"time to {target:.4g}", seconds, _seconds), Column(
         f"examples to {target:.4g}", examples, plus_minus
@@ -211,11 +225,11 @@ def _probability(p: float | None) -> str:
 
 
 def _cell(column: Column, runs: Sequence[Run]) -> str:
-    told = mean_std(column.of(run) for run in runs)
-    if told is None:
+    summary = mean_std(column.of(run) for run in runs)
+    if summary is None:
         return ""
-    text = column.form(told.mean, told.std if told.n > 1 else None)
-    return text if told.n == told.of else f"{text} ({told.n} of {told.of})"
+    text = column.form(summary.mean, summary.std if summary.n > 1 else None)
+    return text if summary.n == summary.of else f"{text} ({summary.n} of {summary.of})"
 
 
 BEST = Column("best valid loss", lambda run: run.at_best(LOSS), plus_minus)

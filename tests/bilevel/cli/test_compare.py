@@ -123,7 +123,7 @@ def test_runs_that_did_not_end_well_are_marked_and_take_part(tmp_path, out, caps
     for words in (
         "1 diverged, 1 interrupted, 1 not ended",
         "stn, seed 0: diverged at step 7",
-        "stn, seed 2: has not ended",
+        "stn, seed 2: the run has not ended",
     ):
         assert words in printed
         assert words in text
@@ -158,12 +158,12 @@ def spoil(place):
     (place / "empty").mkdir()
     return [
         "no settings in config.yaml",
-        "summary.json: it is no JSON",
-        "has no evaluation yet; this run is left out",
-        "no evaluation has a finite validation loss",
-        "config.yaml: it is no YAML",
-        "run.json: it holds no object",
-        "metrics.jsonl: No such file or directory; what its summary says is used",
+        "summary.json (it is not JSON)",
+        "has no evaluation in metrics.jsonl yet; this run is left out",
+        "no evaluation with a finite validation loss",
+        "config.yaml (it is not YAML)",
+        "run.json (it holds no object)",
+        "metrics.jsonl (No such file or directory); its summary is used",
         "nowhere does not exist",
         "a.txt is a file",
         "holds no run",
@@ -233,8 +233,8 @@ def test_many_groups_are_all_in_the_tables_and_the_best_in_the_pictures(tmp_path
     runs = write_runs(tmp_path / "runs", solvers=[f"solver{index}" for index in range(14)], seeds=2)
     (section,) = sections(read_runs(runs))
     assert len(section.quality.cells) == 14
-    assert "12 of lowest mean loss; 2 more" in section.pictures[0].caption
-    assert not section.everyone
+    assert "12 groups of lowest mean loss; the tables have 2 more" in section.pictures[0].caption
+    assert not section.all_pairs
     assert {pair.first for pair in section.pairs["best validation loss"]} == {"solver0"}
 
 

@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_after_an_interruption_is_running(tmp_path):
     assert (run.status, run.total("seconds"), run.at_best("valid_loss")) == ("running", 2.0, 0.5)
 
 
-def test_a_line_that_is_half_written_is_passed_over_and_one_that_is_damaged_is_made(tmp_path):
+def test_a_line_that_is_half_written_is_passed_over_and_one_that_is_damaged_is_reported(tmp_path):
     place = write_run(tmp_path / "r", records([2.0, 1.0]), ended=None)
     messages: list[str] = []
     with open(place / "metrics.jsonl", "a") as file:
@@ -92,7 +92,7 @@ def test_a_line_that_is_half_written_is_passed_over_and_one_that_is_damaged_is_m
     (run,) = read_runs(place, warn=messages.append)
     assert run.evaluations == 2
     assert len(messages) == 1
-    assert "2 of its lines are damaged" in messages[0]
+    assert "has 2 damaged lines" in messages[0]
 
 
 def test_losses_that_are_not_numbers_are_no_losses(tmp_path):
@@ -228,8 +228,8 @@ def test_paired_tests_are_scipys_over_the_seeds_that_both_have(tmp_path):
         for solver, values in losses.items()
         for seed, loss in enumerate(values)
     ]
-    pairs, everyone = paired(group_runs(runs)["ridge"], lambda run: run.at_best("valid_loss"))
-    assert everyone
+    pairs, all_pairs = paired(group_runs(runs)["ridge"], lambda run: run.at_best("valid_loss"))
+    assert all_pairs
     assert [(pair.first, pair.second, pair.n) for pair in pairs] == [
         ("a", "b", 6),
         ("a", "c", 5),
@@ -251,10 +251,10 @@ def test_paired_tests_are_scipys_over_the_seeds_that_both_have(tmp_path):
         )
         assert pair.difference == pytest.approx(np.mean(x - y))
     assert [pair.adjusted for pair in pairs] == holm([pair.p for pair in pairs])
-    against, everyone = paired(
+    against, all_pairs = paired(
         group_runs(runs)["ridge"], lambda run: run.at_best("valid_loss"), many=2
     )
-    assert not everyone
+    assert not all_pairs
     best = min(losses, key=lambda solver: losses[solver].mean())
     assert {pair.first for pair in against} == {best}
 
