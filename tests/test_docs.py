@@ -176,4 +176,4 @@ def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
         ), page
     reference = (tmp_path / "api" / "solvers.html").read_text()
     assert 'id="bilevel.solvers.delta_stn"' in reference
-    assert "centered response, regularized training" in reference
+    assert "w₀ trained apart" in reference
