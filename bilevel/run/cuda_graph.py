@@ -1,14 +1,14 @@
 """Training steps as CUDA graphs: recorded once, then replayed with one launch each."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bilevel.device.recording import CudaGraph, Graph, count_on_device, device_waits
 from bilevel.errors import SpeedWarning
 from bilevel.params import Batch, Metrics
 from bilevel.services import Capturable
@@ -16,32 +16,6 @@ from bilevel.solver import Solver
 from bilevel.text import describe
 
 Step = Callable[..., Metrics]
-
-
-class Graph(Protocol):
-    """Work of the device that is recorded once, on tensors that keep their memory."""
-
-    def record(self, work: Callable[[], None]) -> None:
-        """Record what `work` launches; nothing is computed."""
-
-    def replay(self) -> None:
-        """Launch the recorded work."""
-
-
-class CudaGraph:
-    """PyTorch's graph; every replay draws anew from `generator` and the device's global generator."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        self._device = generator.device
-        self._graph.register_generator_state(generator)
-
-    def record(self, work: Callable[[], None]) -> None:
-        with torch.cuda.device(self._device), torch.cuda.graph(self._graph):
-            work()
-
-    def replay(self) -> None:
-        self._graph.replay()
 
 
 class Recorded(NamedTuple):
@@ -133,7 +107,7 @@ class Capture:
         elif not isinstance(declared, Capturable):
             reason = _reason(solver, declared)
         else:
-            reason = _prepare(declared.optimizers)
+            reason = count_on_device(declared.optimizers)
         if reason is not None:
             _warn(reason)
             return None
@@ -151,7 +125,7 @@ class Capture:
         if self._taken[name] <= self.EAGER:
             if self._taken[name] < self.EAGER or self._count.device.type != "cuda":
                 return self._in_place(step, batches)
-            with _watched() as waits:  # a step that waits would break a recording in the middle
+            with device_waits() as waits:  # a step that waits would break a recording in the middle
                 metrics = self._in_place(step, batches)
             if waits:
                 self._fail(f"`{name}` waits for the device")
@@ -251,45 +225,6 @@ class _Same:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.held is other.held
-
-
-def _prepare(optimizers: Sequence[torch.optim.Optimizer]) -> str | None:
-    """Let the optimizers count their steps on the device; return the reason if one cannot."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if "capturable" in group:
-                group["capturable"] = True
-            elif not isinstance(optimizer, torch.optim.SGD):  # which counts no steps
-                return f"{type(optimizer).__name__} has no capturable form"
-        for state in optimizer.state.values():
-            if "step" in state:  # of a resumed run that was not captured
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(
-                    optimizer.param_groups[0]["params"][0].device
-                )
-    return None
-
-
-@contextmanager
-def _watched() -> Iterator[list[str]]:
-    """Collect the warnings of CUDA about waits for the device; pass other warnings on."""
-    waits: list[str] = []
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield waits
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    for warning in caught:
-        if "called a synchronizing" in str(warning.message):
-            waits.append(str(warning.message))
-        elif "debug mode is a prototype" not in str(
-            warning.message
-        ):  # PyTorch's own warning about the mode
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
 
 
 def _reason(solver: Solver, declared: str | None) -> str:

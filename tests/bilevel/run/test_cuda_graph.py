@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bilevel import Runner, SpeedWarning
 from bilevel.data import global_rng
 from bilevel.data.global_rng import GlobalDraws
+from bilevel.device.recording import count_on_device
 from bilevel.problems import digits
 from bilevel.run.cuda_graph import Capture
 from bilevel.services import Capturable
@@ -372,10 +373,8 @@ def test_a_tensor_that_a_step_binds_unannounced_is_found():
     ],
 )
 def test_optimizers_count_on_the_device_or_are_named(optimizer, reason):
-    from bilevel.run.cuda_graph import _prepare
-
     made = optimizer([torch.zeros(2, requires_grad=True)], lr=0.1)
-    told = _prepare([made])
+    told = count_on_device([made])
     assert told is reason or told.startswith(reason)
     if "capturable" in made.param_groups[0]:
         assert made.param_groups[0]["capturable"]
