@@ -1,4 +1,6 @@
-"""Images augmented per second: a batch at once, and image by image with Pillow as torchvision does it, at the same parameters.
+"""Count augmented images per second: a batch at once, and one by one with Pillow as in torchvision.
+
+Both use the same parameters.
 
 python -m benchmarks.augmentation [--seconds 5] [--threads 1]
 """
@@ -93,7 +95,7 @@ def one_by_one(x: Tensor, p: Parameters) -> Tensor:
 
 
 def main() -> None:
-    """Print a table: images per second of both, how much quicker a batch is, and how far the images are apart."""
+    """Print a table: images per second of both, their ratio, and the difference of the images."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,9 +103,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(
-        "| images | a batch at once | one by one (Pillow) | ratio | mean difference | rounds |\n|---|---|---|---|---|---|"
-    )
+    print("| images | a batch at once | one by one (Pillow) | ratio | mean difference | rounds |")
+    print("|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         print(_row(name, shape, options.seconds), flush=True)
 

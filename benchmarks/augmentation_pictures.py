@@ -1,6 +1,7 @@
 """Draw every augmentation at four strengths, on an image of CIFAR-10 and on one of MNIST.
 
-python -m benchmarks.augmentation_pictures --data PATH [--out docs/problems/augmentations_cifar.png] [--image 0]
+python -m benchmarks.augmentation_pictures --data PATH [--image 0]
+    [--out docs/problems/augmentations_cifar.png]
 
 PATH is a folder that holds MNIST/raw, and cifar-10-batches-py or cifar10_jpeg.npz.
 """

@@ -1,4 +1,4 @@
-"""How far a solver's hypergradient is from the exact one where that is known: w trained at a λ that is held."""
+"""Measure the error of hypergradients where the exact one is known: w trained at a fixed λ."""
 
 from collections.abc import Callable
 from functools import partial
@@ -61,7 +61,7 @@ SOLVERS: dict[str, Callable[[], Descent]] = {
 
 
 def bias() -> dict[str, dict[str, dict[str, float]]]:
-    """‖ĝ − g‖/‖g‖ of one hypergradient (the median) and of the mean over draws, and the cosine of that mean with g."""
+    """Return ‖ĝ − g‖/‖g‖ of single draws (median) and of their mean, and its cosine with g."""
     return {
         title: {name: _error(make(), solver()) for name, solver in SOLVERS.items()}
         for title, make in PROBLEMS.items()

@@ -1,4 +1,4 @@
-"""The MLP of the first benchmark with h weight decays, each for an equal share of the weights: λ of any size."""
+"""The MLP of the first benchmark with h weight decays, each for an equal share of the weights."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +13,9 @@ from bilevel.problems.networks.mlp import MLP
 
 
 class Decays(ModuleProblem):
-    """Cross-entropy + ½ Σ_i λ_{g(i)} w_i² on random images of MNIST's shape; g deals the weights out to h groups in order.
+    """Cross-entropy + ½ Σ_i λ_{g(i)} w_i² on random images of MNIST's shape.
+
+    g assigns the weights to h groups in order.
 
     Args:
         hypers: h; None for one decay per weight.

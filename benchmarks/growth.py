@@ -1,4 +1,7 @@
-"""How a Δ-STN step grows with the hyperparameters and with the width: `python -m benchmarks.growth [--json] [--seconds 20]`."""
+"""Measure the growth of a Δ-STN step with hyperparameters and width.
+
+python -m benchmarks.growth [--json] [--seconds 20]
+"""
 
 import argparse
 import json
@@ -39,7 +42,7 @@ class Point(NamedTuple):
 
 
 class Grouped(ModuleProblem):
-    """Input dropout at h rates, each for as many of 900 inputs, and two hidden layers; the rates differ within a batch."""
+    """Return a network with input dropout at h rates, which differ within a batch."""
 
     def __init__(self, point: Point) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -87,7 +90,7 @@ def prepared(point: Point, variant: str, device: torch.device) -> Timed:
 def measured(
     points: list[Point], memory: dict[Point, int], seconds: float, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Time, multiplications, numbers held and memory of a step at every point, all of them and plain training in turn."""
+    """Measure time, multiplications and memory of a step at every point, and of plain training."""
     ready = {point: prepared(point, "delta_stn", device) for point in points}
     plain = {
         point: prepared(point, "plain", device)
@@ -127,10 +130,10 @@ def line(xs: list[float], ys: list[float]) -> tuple[float, float]:
 
 
 def slopes(by_hypers: list[dict[str, Any]], by_width: list[dict[str, Any]]) -> dict[str, float]:
-    """What a hyperparameter adds, as a part of a step with none; and the exponents of width.
+    """Return the share that a hyperparameter adds to a step, and the exponents of width.
 
-    A step forms the response of every row from ε, [B, h] by [h, rows], for the weights of the penalty and again for those of
-    the linearized pass, and the gradient of U and V: 6 B h rows floating-point operations, rows being all units twice over.
+    A step forms the response of every row from ε, [B, h] by [h, rows], for the penalty and for the
+    linearized pass, and the gradient of U and V: 6 B h rows operations, with rows = 2 · units.
     """
     h = [float(row["hypers"]) for row in by_hypers]
     found = {}
@@ -170,13 +173,15 @@ def both(seconds: float, device: torch.device) -> Report:
 def table(rows: list[dict[str, Any]]) -> str:
     """One sweep, in Markdown."""
     lines = [
-        "| h | hidden units | weights | numbers in Θ | GFLOP a step | ms | × the first | × plain | peak MiB |",
+        "| h | hidden units | weights | numbers in Θ | GFLOP a step | ms "
+        "| × the first | × plain | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['hypers']} | {row['units']} | {row['weights']:,} | {row['response']:,} | {row['gigaflops']:.2f} | "
-            f"{row['milliseconds']:.1f} | {row['of_first']:.2f} | {row['of_plain']:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
+            f"| {row['hypers']} | {row['units']} | {row['weights']:,} | {row['response']:,} "
+            f"| {row['gigaflops']:.2f} | {row['milliseconds']:.1f} | {row['of_first']:.2f} "
+            f"| {row['of_plain']:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
         )
     return "\n".join(lines)
 

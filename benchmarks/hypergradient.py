@@ -1,6 +1,8 @@
-"""What a hypergradient costs: `python -m benchmarks.hypergradient [cost|scaling|bias] [--json] [--threads 1] [--seconds 60]`.
+"""Measure the cost of a hypergradient.
 
-The machine is one thread of the CPU by default, so that ratios mean something on a machine that others share.
+python -m benchmarks.hypergradient [cost|scaling|bias] [--json] [--threads 1] [--seconds 60]
+
+One thread of the CPU is the default, so that ratios are valid on a shared machine.
 """
 
 import argparse
@@ -41,10 +43,10 @@ class Case(NamedTuple):
 
     Attributes:
         make: the solver.
-        whole: whether its hypergradient comes of a whole round of K differentiated steps, or of `hypergradient` alone.
-        most: plain gradients that one hypergradient may cost, from K and h; None where the project sets no aim.
-        memory: peak memory in multiples of plain training that it may take; `math.inf` where it is measured without an aim,
-            None where it is not.
+        whole: time a whole round of K differentiated steps; otherwise `hypergradient` alone.
+        most: the aim in plain gradients per hypergradient, from K and h; None without an aim.
+        memory: the aim for peak memory in multiples of plain training; `math.inf` measures it
+            without an aim, None does not measure it.
         few: whether λ must be few.
     """
 
@@ -107,7 +109,7 @@ LAMBDAS: dict[str, Callable[[], Problem]] = {
 
 
 def ready(case: str, hypers: int | None, device: torch.device, **changes: Any) -> Descent:
-    """The solver of a case, set up, after two rounds: momentum, warm starts and what libraries choose at a first call."""
+    """Return the solver of a case after two rounds, which fill momentum and warm starts."""
     problem = decays(hypers)
     solver = CASES[case].make(**changes)  # type: ignore[call-arg]
     solver.setup(
@@ -128,7 +130,7 @@ def set_up(solver: Solver, problem: Problem, device: torch.device) -> None:
 
 
 def hypergradient(case: str, solver: Descent) -> Step:
-    """One hypergradient: of `hypergradient`, or of a whole round where it is the round that is differentiated."""
+    """Return one hypergradient as a step, or a whole round if the round is differentiated."""
     if CASES[case].whole:
         return solver.step
     batch = solver.core.data.valid.peek()
@@ -151,9 +153,9 @@ def plain_gradient(solver: Descent) -> Step:
 def peak_memory(
     case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]
 ) -> int:
-    """Bytes by which set-up and two rounds of a case raise the peak; of plain training where it is None.
+    """Return the bytes by which set-up and two rounds raise the peak; None is plain training.
 
-    On the CPU that of a process of its own, in which the same has been done with a tiny problem before.
+    On the CPU, a new process measures this after the same work on a tiny problem.
     """
     if device.type == "cuda":
         return _growth(case, hypers, device, changes)
@@ -200,7 +202,7 @@ def cost(seconds: float, device: torch.device) -> dict[str, Any]:
         title: [name for name, case in CASES.items() if h is not None or not case.few]
         for title, h in sizes.items()
     }
-    # Memory first, all of it: a process that is started inherits the peak of the one that starts it.
+    # Memory comes first: a new process inherits the peak of its parent.
     weighed = {
         title: [name for name in cases[title] if CASES[name].memory is not None] for title in sizes
     }
@@ -350,7 +352,8 @@ def cost_table(report: dict[str, Any]) -> str:
     lines = []
     for title, part in report["cost"].items():
         lines.append(
-            f"\n{title} (h = {part['h']:,}), K = {K}; plain gradient {part['plain_milliseconds']:.1f} ms, plain training "
+            f"\n{title} (h = {part['h']:,}), K = {K}; "
+            f"plain gradient {part['plain_milliseconds']:.1f} ms, plain training "
             f"{part['plain_bytes'] / 2**20:.0f} MiB; {part['rounds']} rounds"
         )
         lines.append(

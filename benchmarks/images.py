@@ -1,7 +1,8 @@
-"""What a training step on images costs, network by network: `python -m benchmarks.images [--json] [--device auto] …`.
+"""Measure a training step on images: `python -m benchmarks.images [--json] [--device auto] …`.
 
-Plain training, STN, centered STN and Δ-STN on random images, everything tuned: the dropout rates of the network and the
-strengths of affine, colour and cutout, per example. On a CPU the networks are a quarter as wide and the batches small.
+Plain training, STN, centered STN and Δ-STN run on random images. The dropout rates and the
+strengths of affine, colour and cutout are tuned per example. On a CPU the networks are a quarter
+as wide.
 """
 
 import argparse
@@ -103,10 +104,8 @@ def main() -> None:
             name, setting, options.seconds, device, memory[name]
         )
         if not options.json:
-            print(
-                f"\n{name}: {result['hyperparameters']} hyperparameters, {result['rounds']} rounds\n{table(result)}",
-                flush=True,
-            )
+            told = f"{result['hyperparameters']} hyperparameters, {result['rounds']} rounds"
+            print(f"\n{name}: {told}\n{table(result)}", flush=True)
     if options.json:
         print(json.dumps(report, indent=2))
 
@@ -159,7 +158,7 @@ def prepared(network: str, variant: str, setting: Setting, device: torch.device)
 
 
 def memories(network: str, setting: Setting, device: torch.device) -> dict[str, int]:
-    """Bytes by which each variant raises the peak; before anything is timed, since a process inherits its parent's peak."""
+    """Return the bytes by which each variant raises the peak; call it before anything is timed."""
     return {
         variant: peak_growth(
             partial(_train, network, variant, setting), partial(_warm, setting), device
@@ -175,7 +174,7 @@ def measured(
     device: torch.device,
     memory: dict[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Every variant's time (by phase) and multiplications, with its `memory`, and the augmentation's part."""
+    """Return time, multiplications and `memory` of every variant, and augmentation's part."""
     with matmul_precision(setting.precision):
         ready = {variant: prepared(network, variant, setting, device) for variant in VARIANTS}
         steps = {variant: training_step(solver) for variant, solver in ready.items()}
@@ -276,7 +275,8 @@ def table(result: dict[str, Any]) -> str:
         + f" {'peak MiB':>9}"
     ]
     for name, row in result["steps"].items():
-        line = f"{name:13} {row['units']:6.2f} {row['units_of_plain']:7.2f} {row['milliseconds']:8.2f} {row['of_plain']:7.2f}"
+        line = f"{name:13} {row['units']:6.2f} {row['units_of_plain']:7.2f}"
+        line += f" {row['milliseconds']:8.2f} {row['of_plain']:7.2f}"
         line += f" {row['images_per_second']:9,.0f} "
         line += " ".join(
             f"{row['phases'][phase]:8.2f}" if phase in row["phases"] else f"{'':8}"
@@ -285,14 +285,15 @@ def table(result: dict[str, Any]) -> str:
         lines.append(line + f" {row['peak_bytes'] / 2**20:9.1f}")
     shown = result["augmentation"]
     lines.append(
-        f"augmentation  {shown['milliseconds']:.2f} ms a batch: {shown['part_of_step']['plain']:.0%} of a plain step, "
+        f"augmentation  {shown['milliseconds']:.2f} ms a batch: "
+        f"{shown['part_of_step']['plain']:.0%} of a plain step, "
         f"{shown['part_of_step']['delta_stn']:.0%} of one of Δ-STN"
     )
     for variant, (time, units) in MOST.items():
         row = result["steps"][variant]
         lines.append(
-            f"{variant} / plain: time {row['of_plain']:.2f} (wanted on a GPU ≤ {time}), multiplications "
-            f"{row['units_of_plain']:.2f} (wanted ≤ {units})"
+            f"{variant} / plain: time {row['of_plain']:.2f} (wanted on a GPU ≤ {time}), "
+            f"multiplications {row['units_of_plain']:.2f} (wanted ≤ {units})"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,7 @@
-"""What self-tuning an LSTM costs: `python -m benchmarks.language [--json] [--device auto] [--threads 1] [--seconds 30]`."""
+"""Measure the cost of self-tuning an LSTM.
+
+python -m benchmarks.language [--json] [--device auto] [--threads 1] [--seconds 30]
+"""
 
 import argparse
 import json
@@ -24,7 +27,7 @@ SIZES: dict[str, dict[str, int]] = {
     "ptb": {"words": 10_000, "embedding": 650, "hidden": 650, "batch_size": 40, "bptt": 70},
     "tiny": {"words": 10, "embedding": 4, "hidden": 4, "batch_size": 2, "bptt": 2},
 }
-"""Two layers, tied, all seven hyperparameters tuned; `ptb` has the sizes of the STN paper, `tiny` is for what is warmed up."""
+"""Two tied layers, seven tuned hyperparameters. `ptb` is the STN paper's size, `tiny` warms up."""
 
 UNROLLED = "plain, unrolled cell"
 VARIANTS: dict[str, Callable[..., Timed]] = {
@@ -96,7 +99,7 @@ def work(size: str, variant: str, device: torch.device) -> None:
 
 
 def warm(device: torch.device) -> None:
-    """The same of a tiny network and every kind of step: what the libraries load and reserve belongs to no variant."""
+    """Take every kind of step with a tiny network, so that libraries are loaded."""
     for variant in VARIANTS:
         work("tiny", variant, device)
 
@@ -104,7 +107,7 @@ def warm(device: torch.device) -> None:
 def measured(
     size: str, memory: dict[str, int], seconds: float, device: torch.device
 ) -> dict[str, Any]:
-    """Tokens per second, time and peak memory of every variant, and the ratios that have a target."""
+    """Return tokens per second, time and memory of every variant, and ratios with a target."""
     ready = {variant: prepared(size, variant, device) for variant in VARIANTS}
     steps = alternating(
         {name: training_step(solver, name) for name, solver in ready.items()}, seconds / 2, device
@@ -148,15 +151,16 @@ def table(size: str, result: dict[str, Any]) -> str:
     """The result of one size as text."""
     sizes = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
     lines = [
-        f"{size}: LSTM of two layers, {sizes}; {result['steps']} steps and {result['rounds']} rounds of 5 + 1 of each",
-        f"{'':21} {'ms a step':>10} {'× unrolled':>11} {'× fused':>8} {'tokens/s':>10} {'round × unrolled':>17} "
-        f"{'peak MiB':>9} {'× unrolled':>11}",
+        f"{size}: LSTM of two layers, {sizes}; {result['steps']} steps and "
+        f"{result['rounds']} rounds of 5 + 1 of each",
+        f"{'':21} {'ms a step':>10} {'× unrolled':>11} {'× fused':>8} {'tokens/s':>10} "
+        f"{'round × unrolled':>17} {'peak MiB':>9} {'× unrolled':>11}",
     ]
     for name, row in result["variants"].items():
         lines.append(
-            f"{name:21} {row['milliseconds']:10.2f} {row['step_of_unrolled']:11.2f} {row['step_of_fused']:8.2f} "
-            f"{row['tokens_per_second']:10,.0f} {row['round_of_unrolled']:17.2f} "
-            f"{row['peak_bytes'] / 2**20:9.1f} {row['memory_of_unrolled']:11.2f}"
+            f"{name:21} {row['milliseconds']:10.2f} {row['step_of_unrolled']:11.2f} "
+            f"{row['step_of_fused']:8.2f} {row['tokens_per_second']:10,.0f} "
+            f"{row['round_of_unrolled']:17.2f} {row['peak_bytes'] / 2**20:9.1f} {row['memory_of_unrolled']:11.2f}"
         )
     for target in result["targets"]:
         verdict = "reached" if target["measured"] <= target["at_most"] else "missed"

@@ -22,7 +22,7 @@ FEWEST_ROUNDS = 5
 def alternating(
     steps: dict[str, Step], seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round; a round takes each step once, and rounds go on for about `seconds`."""
+    """Return the seconds of every step; a round takes each once, for about `seconds` in all."""
     for step in steps.values():  # momentum, and what the libraries choose at a first call
         step()
         step()
@@ -40,12 +40,12 @@ def alternating(
 
 
 def median_ratio(taken: list[float], other: list[float]) -> float:
-    """The median over rounds of taken / other: what slows the machine for a while slows both of a round."""
+    """Return the median over rounds of taken / other, so that a slow moment affects both."""
     return statistics.median(a / b for a, b in zip(taken, other, strict=True))
 
 
 def multiplications(step: Step) -> int:
-    """Floating-point operations in matrix products and convolutions: the same every time, on every machine."""
+    """Return the exact number of operations in matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
@@ -59,8 +59,8 @@ def peak_memory(network: str, variant: str, device: torch.device) -> int:
 def peak_growth(work: Work, warm: Work, device: torch.device) -> int:
     """Bytes by which `work` raises the peak after `warm`.
 
-    On CUDA the peak of the tensors, on the CPU that of a process of its own. `warm` does the same on a tiny scale, with each
-    kind of step: what the libraries load and reserve at first use belongs to no variant.
+    On CUDA this is the peak of the tensors, on the CPU that of a new process. `warm` takes each
+    kind of step on a tiny scale first, so that memory of libraries does not count.
     """
     if device.type == "cuda":
         return _growth(work, warm, device)

@@ -1,4 +1,7 @@
-"""What one step costs: `python -m benchmarks.step [--json] [--device auto] [--profile] [--seconds 25] [--threads N]`."""
+"""Measure one step.
+
+python -m benchmarks.step [--json] [--device auto] [--profile] [--seconds 25] [--threads N]
+"""
 
 import argparse
 import json
@@ -72,7 +75,7 @@ def main() -> None:
 def measured(
     network: str, memory: dict[str, int], seconds: float, device: torch.device
 ) -> dict[str, Any]:
-    """Every step's median milliseconds, multiplication units and peak memory, and the ratios that have a target."""
+    """Return milliseconds, units and peak memory of every step, and ratios with a target."""
     ready = {variant: prepared(network, variant, device) for variant in VARIANTS}
     steps = {variant: training_step(solver) for variant, solver in ready.items()}
     tuned = ready["delta_stn"]
@@ -137,8 +140,8 @@ def table(result: dict[str, Any]) -> str:
         f"{'':16} {'units':>6} {'ms':>8} {'fastest':>8} {'× STN':>6} {'peak MiB':>9} {'× STN':>6}"
     ]
     for name, row in result["steps"].items():
-        line = f"{name:16} {row['units']:6.2f} {row['milliseconds']:8.2f} {row['fastest_milliseconds']:8.2f}"
-        line += f" {row['of_stn']:6.2f}"
+        line = f"{name:16} {row['units']:6.2f} {row['milliseconds']:8.2f}"
+        line += f" {row['fastest_milliseconds']:8.2f} {row['of_stn']:6.2f}"
         if row["peak_bytes"] is not None:
             line += f" {row['peak_bytes'] / 2**20:9.1f} {row['peak_bytes'] / stn:6.2f}"
         lines.append(line)

@@ -1,4 +1,4 @@
-"""The block of a toy regression's page: Δ-STN's ŵ(λ), ∂ŵ/∂λ and λ against w*(λ), ∂w*/∂λ and λ* on four sets of data."""
+"""Make a toy page: Δ-STN's ŵ(λ), ∂ŵ/∂λ and λ against w*(λ), ∂w*/∂λ and λ* on four data sets."""
 
 from functools import partial
 from typing import Any, TypeAlias
@@ -42,7 +42,8 @@ def report(context: Context, *, kind: str, name: str) -> str:
         runs[job.data].append(told)
     draw(runs, context.figures / f"{name}.png", kind)
     lines = [
-        "| data | λ\\* | λ | regret | cosine of ∂ŵ/∂λ with ∂w\\*/∂λ | its relative error | error of ŵ |",
+        "| data | λ\\* | λ | regret | cosine of ∂ŵ/∂λ with ∂w\\*/∂λ | its relative error "
+        "| error of ŵ |",
         "|---|---|---|---|---|---|---|",
     ]
     for data, title in DATA.items():
@@ -58,14 +59,16 @@ def report(context: Context, *, kind: str, name: str) -> str:
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return (
-        f"Δ-STN with a dense response after {5 * rounds} inner steps, mean ± standard deviation over {len(seeds)} seeds.\n\n"
+        f"Δ-STN with a dense response after {5 * rounds} inner steps, "
+        f"mean ± standard deviation over {len(seeds)} seeds.\n\n"
         + "\n".join(lines)
-        + f"\n\n![Δ-STN's response and its Jacobian against the exact ones, and the path of λ]({name}.png)"
+        + "\n\n![Δ-STN's response and its Jacobian against the exact ones, and the path of λ]"
+        + f"({name}.png)"
     )
 
 
 def follow(job: Job) -> Run:
-    """The way of λ, ŵ(λ) when tuning begins and at the end, and how that compares with the closed forms."""
+    """Return the path of λ, ŵ(λ) at the start and end of tuning, and their errors."""
     problem = make(job)
     solver = ready(job, problem)
     best = problem.space.unconstrain(problem.optimum()).item()

@@ -1,4 +1,4 @@
-"""Self-tuning solvers on the toy regressions, watched: ŵ and Θ against the best response and its Jacobian, along training."""
+"""Watch self-tuning solvers on the toy regressions: ŵ and Θ against w*(λ) and its Jacobian."""
 
 import math
 import statistics
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 class Job(NamedTuple):
-    """A training run: which problem, on which data, under what, from where, for how long and at which rates.
+    """The settings of a training run.
 
     Attributes:
         data_seed: None for the set's own.
@@ -97,7 +97,7 @@ def response_jacobian(problem: GeneralizedRidge, solver: SelfTuning) -> Tensor:
 
 
 def watch(job: Job) -> dict[str, Any]:
-    """Train, and compare at some 20 moments, dense in the beginning; a run that diverges has no points from there on."""
+    """Train, and compare at some 20 moments, most of them early, until the run diverges."""
     problem = make(job)
     solver = ready(job, problem)
     moments = sorted({round(job.rounds ** (k / 24)) for k in range(25)})
@@ -113,8 +113,8 @@ def watch(job: Job) -> dict[str, Any]:
 def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[str, Any]:
     """ŵ, Θ and λ against their closed forms at the λ₀ of the moment.
 
-    `response_cosine` and `response_error` are of Θ, against ∂w*/∂λ; `projected_error` against what a structured Θ would come
-    to, whose own error is `floor`; `weight_error` is ‖ŵ − w*‖/‖w*‖.
+    `response_cosine` and `response_error` compare Θ with ∂w*/∂λ. `projected_error` compares it with
+    the best structured Θ, whose own error is `floor`. `weight_error` is ‖ŵ − w*‖/‖w*‖.
     """
     hypers = problem.space.constrain(solver.core.search.u0)
     exact, theta = problem.best_response_jacobian(hypers), response_jacobian(problem, solver)
@@ -139,7 +139,7 @@ def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[
 
 
 def one_direction(exact: Tensor, curvature: Tensor, sigma: Tensor) -> Tensor:
-    """The Θ of rank one that the response objective of a linear map prefers: argmin ‖A^½ (Θ − J) diag σ‖_F.
+    """Return the best Θ of rank one for a linear map: argmin ‖A^½ (Θ − J) diag σ‖_F.
 
     One output of a structured response moves along one direction W₁, by (Uε): Θ = W₁ᵀU.
     """

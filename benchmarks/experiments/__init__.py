@@ -1,1 +1,1 @@
-"""Experiments of `docs/`: each module holds an `EXPERIMENT`, and a block of a page is what it made."""
+"""Experiments of `docs/`: each module holds an `EXPERIMENT`, which makes a block of a page."""

@@ -1,4 +1,4 @@
-"""Make the blocks of the pages in `docs/`, tables and pictures: `python -m benchmarks.experiments [NAME …] [--quick]`."""
+"""Make tables and pictures of `docs/`: `python -m benchmarks.experiments [NAME …] [--quick]`."""
 
 import argparse
 import os
@@ -25,10 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(str(error))
     if options.quick and out.resolve().is_relative_to(ROOT / "docs"):
         return _refused(
-            "--quick makes no numbers of the protocol, so docs/ is not its place; leave --out away or name another folder"
+            "--quick must not write to docs/, because its numbers do not follow the protocol; "
+            "omit --out or name another folder"
         )
     if options.workers < 0:
-        return _refused(f"--workers {options.workers} is no number of processes; give 0 or more")
+        return _refused(
+            f"--workers={options.workers} must be at least 0; give a number of processes"
+        )
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
     failed = []
     for name, experiment in experiments.items():
@@ -50,10 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             failed.append(name)
             place = error.filename or out
-            print(
-                f"{name}: cannot use {place}: {error.strerror or error}; give --out or --runs another place",
-                file=sys.stderr,
-            )
+            reason = f"cannot use {place}: {error.strerror or error}"
+            print(f"{name}: {reason}; give --out or --runs another place", file=sys.stderr)
         except Exception:  # a mistake in one report leaves the others to be made
             failed.append(name)
             traceback.print_exc()

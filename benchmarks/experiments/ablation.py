@@ -1,4 +1,4 @@
-"""Δ-STN's three parts on and off, on ridge regression and on digits; the protocol is in docs/experiments/ablation.md."""
+"""Turn Δ-STN's three parts on and off, on ridge and digits; see docs/experiments/ablation.md."""
 
 from collections.abc import Mapping, Sequence
 
@@ -94,7 +94,7 @@ def _table(groups: Mapping[str, Sequence[Run]]) -> str:
 
 
 def _against(groups: Mapping[str, Sequence[Run]], name: str) -> str:
-    """The difference of the lowest validation loss to STN's over the seeds, mean ± standard deviation, and Student's p."""
+    """Return the difference of the lowest validation loss to STN's, with Student's p."""
     if name == "STN" or "STN" not in groups:
         return ""
     (pair,), _ = paired({name: groups[name], "STN": groups["STN"]}, lambda run: run.at_best(LOSS))
@@ -104,7 +104,7 @@ def _against(groups: Mapping[str, Sequence[Run]], name: str) -> str:
 
 
 def _paths(groups: Mapping[str, Sequence[Run]]) -> str:
-    """The spike of every hyperparameter beside its distance from start to end: in u, then in its own units."""
+    """Return the spike of every hyperparameter beside its way: in u, then in its own units."""
     names = next(iter(groups.values()))[0].part("hypers.")
     inside, own = [], []
     for label, runs in groups.items():
@@ -151,7 +151,10 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
                 curve_plots.draw_paths(ax, groups, name, x, entry=entry)
         plot_style.legend(axes[0][0].figure, axes[0][0])
     n = min(len(runs) for runs in groups.values())
-    told = f"{problem}: validation loss and λ along training, mean ± standard deviation over n = {n} seeds"
+    told = (
+        f"{problem}: validation loss and λ along training, "
+        f"mean ± standard deviation over n = {n} seeds"
+    )
     return f"![{told}, over epochs and over seconds]({path.name})"
 
 
@@ -172,7 +175,8 @@ def _known(groups: Mapping[str, Sequence[Run]], score: str) -> bool:
 
 def report(context: Context) -> str:
     """The block: ridge, then digits."""
-    return f"## Ridge regression\n\n{section(context, 'ridge')}\n\n## Digits\n\n{section(context, 'digits')}"
+    ridge, digits = section(context, "ridge"), section(context, "digits")
+    return f"## Ridge regression\n\n{ridge}\n\n## Digits\n\n{digits}"
 
 
 EXPERIMENT = Experiment(

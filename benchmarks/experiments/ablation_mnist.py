@@ -1,4 +1,4 @@
-"""Δ-STN's three parts on and off, on a small part of MNIST; the protocol is in docs/experiments/ablation.md."""
+"""Turn Δ-STN's three parts on and off on a part of MNIST; see docs/experiments/ablation.md."""
 
 from functools import partial
 

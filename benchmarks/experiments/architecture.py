@@ -1,4 +1,4 @@
-"""Architecture search: what is found, its worth retrained, the collapse; protocol in docs/problems/architecture.md."""
+"""Search architectures, retrain cells, watch the collapse; see docs/problems/architecture.md."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from bilevel.problems.architecture.operations import SKIP
 RANDOM = 3
 """Random cells for each seed of the searches."""
 LONGER = 3
-"""How many times as long as its search a cell is trained: one of convolutions is slower than one of pools, and ends better."""
+"""Training time of a cell over that of its search; convolutions are slower than pools."""
 TABLE = ("problem=architecture_tabular", "solver.inner_steps=1", "seed=0,1,2", "runner.epochs=15")
 IMAGES = (
     *(
@@ -104,7 +104,7 @@ def found(run: Run) -> Genotype:
 
 
 def retraining(run: Run, cell: Genotype, seed: int) -> Retraining:
-    """The cell in the place of the search network of `run`, trained for `LONGER` and at the same rate."""
+    """Train the cell in place of the search network of `run`, `LONGER` and at the same rate."""
     return Retraining(
         run.config["problem"],
         str(cell),
@@ -134,7 +134,7 @@ def baselines(run: Run) -> Iterator[tuple[str, Genotype, int]]:
 
 
 def comparison(context: Context, groups: Mapping[str, Sequence[Run]]) -> str:
-    """A table: the network of each search, its derived cell retrained, the baselines, and how far the search collapsed."""
+    """Return a table of each search, its retrained cell, the baselines and the collapse."""
     groups = {
         name: [run for run in runs if run.status == "finished"] for name, runs in groups.items()
     }
@@ -177,7 +177,7 @@ SHARES = ("parameter_free", "derived_parameter_free")
 
 
 def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """The weight of parameter-free operations along the searches, a panel for each solver and a line for each remedy."""
+    """Draw the weight of parameter-free operations: a panel per solver, a line per remedy."""
     solvers = list(dict.fromkeys(run.solver for runs in arms.values() for run in runs))
     with plot_style.figure(path, 1, len(solvers), size=(3.6, 2.9)) as axes:
         for ax, solver in zip(axes[0], solvers, strict=True):
@@ -218,7 +218,8 @@ def report(context: Context) -> str:
     parts = [
         "**On the table**, test accuracies:",
         comparison(context, rows),
-        f"The first Δ-STN search of the table (seed {shown.seed}) along its epochs, and the cell derived from its last α:",
+        f"The first Δ-STN search of the table (seed {shown.seed}) along its epochs, "
+        "and the cell derived from its last α:",
         "![α of every edge along a search, and its derived cell](architecture.png)",
         "**On the images**, test accuracies:",
         comparison(context, images),

@@ -1,4 +1,4 @@
-"""Learned augmentation: what each operation does, and whether tuning helps; protocol in docs/problems/augmentation.md."""
+"""Learn augmentation: operations and benefit of tuning; see docs/problems/augmentation.md."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,12 +83,12 @@ def _difference(fixed: Sequence[Run], tuned: Sequence[Run]) -> str:
         values = [(a.at_best(score), b.at_best(score)) for a, b in pairs]
         less = [None if a is None or b is None else scale * (b - a) for a, b in values]
         said.append(spread(less, form).replace("± +", "± "))
-    by_how_much = f"test loss {said[0]}, test accuracy {said[1]} points"
-    return f"Δ-STN minus training at the initial strengths, paired by seed: {by_how_much} (n = {len(pairs)})."
+    gain = f"test loss {said[0]}, test accuracy {said[1]} points (n = {len(pairs)})"
+    return f"Δ-STN minus training at the initial strengths, paired by seed: {gain}."
 
 
 def _paths(groups: Mapping[str, Sequence[Run]], path: Path) -> list[str]:
-    """Every hyperparameter that is tuned against epochs, mean ± standard deviation over seeds; their names."""
+    """Draw every tuned hyperparameter against epochs; return the names."""
     names = list(
         dict.fromkeys(
             name for runs in groups.values() for run in runs for name in run.part("hypers.")
@@ -125,7 +125,7 @@ DRAW = 5
 
 
 def pictures(path: Path, photograph: Tensor, digit: Images) -> None:
-    """Each strength, the others at zero, under the same draws throughout: on a photograph and on a digit."""
+    """Draw each strength alone, with the same draws: on a photograph and on a digit."""
     mean = photograph.float().mean().item()
     photographs = Images(
         (photograph, torch.zeros(1, dtype=torch.long)), digit.valid, digit.test, mean=mean, std=1.0
@@ -177,7 +177,7 @@ def photograph(size: int = 32) -> Tensor:
 
 
 def report(context: Context) -> str:
-    """The picture of the operations, the tables of the five settings, and the picture of the strengths' paths."""
+    """Make the picture of the operations, the five tables, and the picture of the paths."""
     pictures(context.figures / "augmentations.png", photograph(), standard_images.load_digits())
     return "![Every operation at four strengths](augmentations.png)\n\n" + comparison(
         context, "augmentation_digits"

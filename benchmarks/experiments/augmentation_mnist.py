@@ -1,4 +1,4 @@
-"""Learned augmentation of MNIST with few training images; the protocol is in docs/problems/augmentation.md."""
+"""Learn augmentation of MNIST with few training images; see docs/problems/augmentation.md."""
 
 from benchmarks.experiments.augmentation import PAGE, comparison, sweeps
 from benchmarks.experiments.harness import Context, Experiment

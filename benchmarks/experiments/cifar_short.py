@@ -1,4 +1,4 @@
-"""The short form of VGG16 on CIFAR-10, tuned and not; the protocol is in docs/experiments/cifar.md."""
+"""Train a short form of VGG16 on CIFAR-10, tuned and not; see docs/experiments/cifar.md."""
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.mnist_mlp import pairs, picture, scores

@@ -1,4 +1,4 @@
-"""Which wrong labels a weight per example finds, and what that is worth; the protocol is in docs/problems/cleaning.md."""
+"""Find wrong labels by one weight per example; see docs/problems/cleaning.md."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,13 +25,14 @@ HEAD = ["", "test accuracy", "validation loss", *DETECTION.values(), "seconds"]
 ONES = "problem.space={example_weight: {init: 1.0, frozen: true}}"
 DELTA_STN = (
     "solver=delta_stn",
-    "solver.response_optimizer={_target_: torch.optim.SGD, _partial_: true, lr: 1.0e-4, momentum: 0.9}",
+    "solver.response_optimizer="
+    "{_target_: torch.optim.SGD, _partial_: true, lr: 1.0e-4, momentum: 0.9}",
     "problem.space={example_weight: {scale: 0.1}}",
 )
 
 
 def sweeps(base: str, solvers: str, few: str, *quick: str) -> dict[str, Sweep]:
-    """Weights of 1, weights tuned by `solvers` (by a `few` at reduced size), and the right labels alone."""
+    """Return sweeps: weights of 1, weights tuned by `solvers` or `few`, right labels."""
     reduced = ("seed=100,101", *quick)
     return {
         "ones": Sweep((base, "solver=fixed", ONES), reduced),
@@ -87,7 +88,7 @@ def gain(runs: Sequence[Run], over: Sequence[Run], name: str, form: str) -> str:
 
 
 def loss_ranking(directory: Path) -> dict[str, float]:
-    """How well the training losses of a run's best weights tell wrong labels, given how many there are."""
+    """Return how well training losses find wrong labels, given their number."""
     import yaml
 
     config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""The curvature of the response objective, centered and not: the formula A ⊗ G_w, its Gauss–Newton matrix and its Hessian."""
+"""Compare curvatures of the response objective, centered and not.
+
+The formula A ⊗ G_w, the Gauss–Newton matrix and the Hessian.
+"""
 
 import itertools
 import math
@@ -38,7 +41,7 @@ RATE = 0.02
 
 
 class TanhNetwork(ModuleProblem):
-    """A tanh network 2-4-1 on 40 points of a smooth function with noise, with a tuned weight decay e^λ for each layer."""
+    """A tanh network 2-4-1 on 40 noisy points, with a tuned weight decay e^λ for each layer."""
 
     def __init__(self, seed: int, scale: float) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -77,7 +80,7 @@ class TanhNetwork(ModuleProblem):
 
 
 class Spectra(NamedTuple):
-    """Ascending eigenvalues of the response objective's curvature in (Θ, w₀), and how far its approximations are from it.
+    """Ascending eigenvalues of the curvature in (Θ, w₀), and the errors of its approximations.
 
     Attributes:
         true: of the Hessian.
@@ -99,7 +102,7 @@ class Spectra(NamedTuple):
 def curvature(
     problem: Problem, theta: Tensor, weights: Tensor, u: Tensor, sigma: Tensor, *, centered: bool
 ) -> Spectra:
-    """At ŵ(ε) = w₀ + Θε, whichever way it is written: uncentered, the same map is φ + Θ(u + ε) with φ = w₀ − Θu.
+    """Return the spectra at ŵ(ε) = w₀ + Θε; uncentered, φ + Θ(u + ε) with φ = w₀ − Θu.
 
     Args:
         problem: its training split is one batch, without randomness.
@@ -162,7 +165,7 @@ def curvature(
 
 
 def linearized_hessian(predict: Any, objective: Any, w: Tensor, noise: Tensor) -> Tensor:
-    """The Gauss–Newton matrix in w: the Hessian of the objective on the prediction linearized at w, penalties included."""
+    """Return the Hessian of the objective on the prediction linearized at w: Gauss–Newton in w."""
     value, slope = predict(w, noise), jacrev(lambda w: predict(w, noise))(w)
     return hessian(lambda x: objective(x, value + slope @ (x - w), noise))(
         w
@@ -170,7 +173,7 @@ def linearized_hessian(predict: Any, objective: Any, w: Tensor, noise: Tensor) -
 
 
 def nodes(h: int) -> list[tuple[Tensor, float]]:
-    """Points and probabilities of N(0, I_h), exact for polynomials of degree below 2 · ORDER in each coordinate."""
+    """Return points and weights of N(0, I_h), exact up to degree 2 · ORDER − 1 per coordinate."""
     z, weight = np.polynomial.hermite_e.hermegauss(ORDER)
     weight = weight / math.sqrt(2 * math.pi)
     points = itertools.product(zip(z, weight, strict=True), repeat=h)
@@ -183,9 +186,9 @@ def nodes(h: int) -> list[tuple[Tensor, float]]:
 
 
 def ridge(job: tuple[float, float]) -> dict[str, Any]:
-    """Both curvatures of ridge regression at its best response, where λ₀ and σ are given.
+    """Return both curvatures of ridge regression at its best response, at given λ₀ and σ.
 
-    The eigenvalues of H are given, too, and it commutes with the penalty: another draw of the data has the same spectra.
+    H has fixed eigenvalues and commutes with the penalty, so all draws of the data agree.
     """
     centre, scale = job
     problem = Ridge.synthetic(features=5, dtype="float64")
@@ -202,7 +205,7 @@ def ridge(job: tuple[float, float]) -> dict[str, Any]:
 
 
 def network(job: tuple[int, float]) -> list[dict[str, Any]]:
-    """Along the training of Δ-STN with a dense Θ at a held λ₀ = (−4, −4): both curvatures at its w₀ and Θ."""
+    """Return both curvatures along the training of Δ-STN, dense Θ, at fixed λ₀ = (−4, −4)."""
     seed, scale = job
     problem = TanhNetwork(seed, scale)
     solver = delta_stn(
@@ -240,7 +243,8 @@ def report(context: Context) -> str:
     ]
     draw(ridges, networks, context)
     return (
-        f"### Ridge\n\n{ridge_table(ridges)}\n\n### The tanh network, along the training of Δ-STN\n\n"
+        f"### Ridge\n\n{ridge_table(ridges)}\n\n"
+        "### The tanh network, along the training of Δ-STN\n\n"
         f"Mean ± standard deviation over {len(seeds)} seeds.\n\n{network_table(networks)}\n\n"
         "![Spectra, condition numbers and errors of the approximations](conditioning.png)"
     )
@@ -249,8 +253,8 @@ def report(context: Context) -> str:
 def ridge_table(ridges: list[dict[str, Any]]) -> str:
     """One row for each σ and λ₀."""
     lines = [
-        "| σ | λ₀ | cond G_w | cond A, uncentered | product | measured | cond A, centered | product | measured "
-        "| error of A ⊗ G_w, uncentered | centered |",
+        "| σ | λ₀ | cond G_w | cond A, uncentered | product | measured "
+        "| cond A, centered | product | measured | error of A ⊗ G_w, uncentered | centered |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for scale, centre in sorted({(told["scale"], told["centre"]) for told in ridges}):
@@ -279,9 +283,8 @@ def network_table(networks: list[dict[str, Any]]) -> str:
             told["spectra"] for told in networks if (told["scale"], told["steps"]) == (scale, steps)
         ]
         cells = [spread([s[True].errors[kind] for s in seeds]) for kind in (0, 1)]
-        cells += [
-            f"{statistics.mean(sum(x < 0 for x in s[True].true) for s in seeds):.1f} of {len(seeds[0][True].true)}"
-        ]
+        negative = statistics.mean(sum(x < 0 for x in s[True].true) for s in seeds)
+        cells += [f"{negative:.1f} of {len(seeds[0][True].true)}"]
         cells += [spread([s[True].weights for s in seeds], ".0f")]
         cells += [f"{seeds[0][False].moment:,.0f} / {seeds[0][True].moment:,.0f}"]
         cells += [
@@ -339,7 +342,7 @@ def spectrum(ax: Any, measured: list[float], formula: list[float], color: str, l
 
 
 def conditions(ax: Any, ridges: list[dict[str, Any]]) -> None:
-    """Condition numbers of ridge's response objective against λ₀: the formula as a line, measured ones as dots."""
+    """Draw condition numbers of ridge against λ₀: the formula as a line, measurements as dots."""
     scales = sorted({told["scale"] for told in ridges})
     for (centered, color), (scale, dash, mark) in itertools.product(
         ((False, COLORS[1]), (True, COLORS[0])),
@@ -364,7 +367,7 @@ def conditions(ax: Any, ridges: list[dict[str, Any]]) -> None:
 
 
 def network_spectrum(ax: Any, spectra: Spectra) -> None:
-    """Magnitudes of the eigenvalues in ascending order of the eigenvalue; hollow where it is negative."""
+    """Draw magnitudes of the eigenvalues in ascending order; negative ones are hollow."""
     indices = list(range(1, len(spectra.true) + 1))
     for values, marker, color, label in (
         (spectra.true, "o", "0.3", "Hessian"),

@@ -1,4 +1,4 @@
-"""What both comparisons on the digits problem train, their protocol fixed in docs/experiments/digits.md."""
+"""Train the runs of both comparisons on digits; the protocol is in docs/experiments/digits.md."""
 
 import tempfile
 from functools import partial

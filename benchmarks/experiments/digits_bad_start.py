@@ -1,4 +1,4 @@
-"""Does tuning matter? Δ-STN against training at the same bad start; the protocol is in docs/experiments/digits.md."""
+"""Compare Δ-STN with training at the same bad start; see docs/experiments/digits.md."""
 
 import math
 import statistics
@@ -34,10 +34,10 @@ def block(groups: dict[str, list[dict[str, Any]]]) -> str:
         [run["best"]["valid_loss"] for run in groups[name]] for name in ("delta_stn", "fixed")
     )
     differences = [a - b for a, b in zip(ours, fixed, strict=True)]
-    told = f"{spread(differences, '.4f')}, t = {paired_t(differences):.1f}, n = {len(differences)}".replace(
-        "-", "−"
-    )
-    return f"{table(['solver', 'validation loss', 'test accuracy'], rows)}\n\nPaired difference in validation loss {told}."
+    test = f"t = {paired_t(differences):.1f}, n = {len(differences)}"
+    told = f"{spread(differences, '.4f')}, {test}".replace("-", "−")
+    head = ["solver", "validation loss", "test accuracy"]
+    return f"{table(head, rows)}\n\nPaired difference in validation loss {told}."
 
 
 def paired_t(differences: Sequence[float]) -> float:

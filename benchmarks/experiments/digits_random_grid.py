@@ -1,4 +1,4 @@
-"""Does tuning matter? Δ-STN against the best of many random `fixed` runs; the protocol is in docs/experiments/digits.md."""
+"""Compare Δ-STN with the best of many random `fixed` runs; see docs/experiments/digits.md."""
 
 import statistics
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def jobs(seed: int, points: int, epochs: int) -> list[Job]:
 
 
 def draw(generator: torch.Generator) -> dict[str, float]:
-    """One point of the random grid: dropout rates uniform on (0, 0.95), weight decay log-uniform on (1e-6, 1e-1)."""
+    """Draw dropout rates uniformly on (0, 0.95), weight decay log-uniformly on (1e-6, 1e-1)."""
     rates = (
         (0.95 * torch.rand(3, generator=generator, dtype=torch.float64)).clamp(min=1e-3).tolist()
     )

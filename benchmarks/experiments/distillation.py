@@ -1,4 +1,4 @@
-"""What ten learned images are worth to fresh networks; the protocol is in docs/problems/distillation.md."""
+"""Train fresh networks on ten learned images; see docs/problems/distillation.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def initial(problem: Distillation) -> Hypers:
 
 
 def fresh(problem: Distillation, hypers: Hypers, seed: int, *, real: bool = False) -> float:
-    """Test accuracy of a network with new initial weights, trained on λ, or on all real training images."""
+    """Return the test accuracy of a fresh network, trained on λ or on all real images."""
     data = problem.data(CPU, torch.Generator())
     assert data.test is not None
     on = data.valid.peek() if real else None
@@ -46,7 +46,7 @@ def fresh(problem: Distillation, hypers: Hypers, seed: int, *, real: bool = Fals
 
 
 def of_run(directory: Path) -> tuple[float, float]:
-    """What a run's images are worth to a fresh network of its own kind, and to one of the other kind."""
+    """Return accuracies of a fresh network of the same kind and of the other kind."""
     import yaml
 
     config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def of_run(directory: Path) -> tuple[float, float]:
 
 
 def baselines(seed: int) -> list[tuple[float, float]]:
-    """Accuracies of logistic regression and of an MLP: on random real images, on class means, on everything."""
+    """Return accuracies of both networks on random real images, class means, and all images."""
     kinds = []
     for start, real in (("real", False), ("mean", False), ("real", True)):
         made = [

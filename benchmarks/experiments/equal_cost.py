@@ -1,4 +1,4 @@
-"""Every solver for the same seconds of training, on digits; the protocol is in docs/experiments/equal-cost.md."""
+"""Give every solver the same seconds of training on digits; see docs/experiments/equal-cost.md."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +17,7 @@ REFERENCE = "random_search"
 
 
 def sweeps(problem: str, perturbation: float, *quick: str) -> dict[str, Sweep]:
-    """The command lines; rates are in the experiment's YAML, which cannot hold what a solver has alone."""
+    """Return the command lines; the experiment's YAML has the rates that solvers share."""
     base, reduced = f"+experiment=equal_cost_{problem}", ("seed=100,101", "trial.epochs=3", *quick)
     return {
         problem: Sweep((base, f"solver=fixed,{','.join(GRADIENT)},random_search"), reduced),
@@ -79,7 +79,7 @@ SCORES = {LOSS: ".4f", "valid_accuracy": "%", "test_loss": ".4f", "test_accuracy
 
 
 def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str) -> str:
-    """Best validation loss so far against seconds and examples: gradients above, black boxes below, Δ-STN in both."""
+    """Draw the best validation loss against seconds and examples; Δ-STN is in both rows."""
     rows = [("fixed", *GRADIENT), ("fixed", "delta_stn", *BLACK_BOX)]
     looks = {**plot_style.styles(GRADIENT), **plot_style.styles(["delta_stn", *BLACK_BOX])}
     looks["fixed"] = {**looks["delta_stn"], "color": "0.5", "linestyle": "--", "linewidth": 1.2}

@@ -1,4 +1,4 @@
-"""Every solver for the same seconds of training, on a small part of MNIST; see docs/experiments/equal-cost.md."""
+"""Give every solver the same seconds on a part of MNIST; see docs/experiments/equal-cost.md."""
 
 from functools import partial
 

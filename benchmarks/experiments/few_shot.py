@@ -1,4 +1,4 @@
-"""What a learned start is worth to a sinusoid that it has not seen; the protocol is in docs/problems/few-shot.md."""
+"""Adapt a learned start to unseen sinusoids; see docs/problems/few-shot.md."""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from bilevel import Hypers, Stream, evaluate
 from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
 from bilevel.comparison import plot_style
-from bilevel.problems.few_shot.problem import STEPS, FewShot, sinusoid
+from bilevel.problems.few_shot.problem import REPORTED_STEPS, FewShot, sinusoid
 from bilevel.solver import Solution
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ METHODS = {
 
 
 def joint(seed: int, steps: int) -> Tensor:
-    """The start φ that fits all tasks at once, without any adaptation: Adam on the mean error of new tasks at every step."""
+    """Return the φ that fits all tasks at once, by Adam on new tasks at every step."""
     problem = sinusoid(start_seed=seed, tasks=100, fresh_tasks=True, proximity=0.0)
     params, data = (
         problem.init(torch.Generator())[0],
@@ -92,7 +92,7 @@ def report(context: Context) -> str:
     runs = {name: context.runs(name) for name in METHODS}
     seeds = sorted({run.seed for group in runs.values() for run in group if run.seed is not None})
     made = context.map(partial(baselines, steps=200 if context.quick else 1500), seeds)
-    columns = [f"mse_{step}" for step in STEPS]
+    columns = [f"mse_{step}" for step in REPORTED_STEPS]
     rows = []
     for name, results in zip(
         ("random start", "one network for all tasks"), zip(*made, strict=True), strict=True
@@ -121,7 +121,7 @@ def report(context: Context) -> str:
     _picture(context, shown, seeds[0])
     head = [
         "start φ",
-        *(f"after {step} steps" if step != 1 else "after 1 step" for step in STEPS),
+        *(f"after {step} step{'s' * (step != 1)}" for step in REPORTED_STEPS),
         "seconds",
     ]
     text = f"Mean squared error on 200 unseen sinusoids of ten points, n = {len(seeds)} each."

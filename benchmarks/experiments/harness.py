@@ -1,4 +1,4 @@
-"""What an experiment is made with: runs of `bilevel -m` that are kept, a pool of processes, and a page's block."""
+"""Make an experiment: kept runs of `bilevel -m`, a pool of processes, and a page's block."""
 
 import importlib
 import multiprocessing
@@ -27,7 +27,7 @@ FEW = 3
 
 @dataclass(frozen=True)
 class Sweep:
-    """A `bilevel -m` command line: its overrides, and those that replace the ones of equal key at reduced size."""
+    """The overrides of a `bilevel -m` command line, and replacements at reduced size."""
 
     overrides: tuple[str, ...]
     quick: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ class Context:
     Attributes:
         quick: whether the size is the reduced one.
         figures: the folder of the page, for its pictures.
-        workers: how many processes there are, of one thread each; 0: this one alone, to look into it.
+        workers: the number of processes of one thread each; 0 runs all in this process.
         data: the folder that holds MNIST/raw and the like, where one was given.
     """
 
@@ -139,7 +139,8 @@ class Context:
         lacking = [job.data for job in self._all if where(self.data, job.data) is None]
         if not lacking:
             return None
-        return f"since {lacking[0]} is not in {self.data or 'data'}; give --data PATH of a folder that holds it"
+        place = self.data or "data"
+        return f"since {lacking[0]} is not in {place}; give --data PATH of a folder that holds it"
 
     def run(self) -> None:
         """Run what has not ended yet."""
@@ -151,11 +152,9 @@ class Context:
             self._completed(partial(run_job, data=self.data), todo), start=1
         ):
             self._outcomes[job] = outcome
-            print(
-                f"{self.name}: {number} of {len(todo)}, {duration(outcome.wall_seconds)}, {' '.join(job.overrides)}"
-                + (f": {outcome.failure}" if outcome.failure else ""),
-                flush=True,
-            )
+            told = f"{number} of {len(todo)}, {duration(outcome.wall_seconds)}"
+            failure = f": {outcome.failure}" if outcome.failure else ""
+            print(f"{self.name}: {told}, {' '.join(job.overrides)}{failure}", flush=True)
 
     def check(self) -> None:
         """Raise where nothing was left to report, so that the page keeps what it has.
@@ -170,7 +169,7 @@ class Context:
             )
 
     def runs(self, sweep: str) -> "list[Run]":
-        """The runs that a sweep left, in its order, labelled; those that left none are told by `colophon`."""
+        """Return the runs of a sweep in its order, labelled; `colophon` lists the failed ones."""
         from bilevel.comparison.runs import label_runs, read_run
 
         read = (
@@ -208,12 +207,12 @@ class Context:
             if outcome.failure:
                 lines.append(f"- `{' '.join(job.overrides)}` left no run: {outcome.failure}")
             elif (run := read_run(job.directory)) and run.status != "finished":
-                lines.append(
-                    f"- `{' '.join(job.overrides)}` {str((run.summary or {}).get('message')).partition(';')[0]}"
-                )
+                message = str((run.summary or {}).get("message")).partition(";")[0]
+                lines.append(f"- `{' '.join(job.overrides)}` {message}")
         told = "\n".join(lines)
         if len(lines) > FEW:
-            told = f"<details><summary>{len(lines)} runs did not finish</summary>\n\n{told}\n\n</details>"
+            head = f"<summary>{len(lines)} runs did not finish</summary>"
+            told = f"<details>{head}\n\n{told}\n\n</details>"
         return "\n\n".join([f"*{self._made()}.*", *([told] if told else [])])
 
     def _made(self) -> str:
@@ -237,7 +236,8 @@ class Context:
             else []
         )
         parts += [f"{processor()}, one thread a process, {max(1, self.workers)} at once"]
-        return f"{size}{'; '.join([*parts, f'PyTorch {torch.__version__}'.partition('+')[0], date.today().isoformat()])}"
+        parts += [f"PyTorch {torch.__version__}".partition("+")[0], date.today().isoformat()]
+        return f"{size}{'; '.join(parts)}"
 
 
 def _one_thread() -> None:

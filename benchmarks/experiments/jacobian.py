@@ -62,7 +62,8 @@ def report(context: Context) -> str:
         runs[told["job"].kind, told["job"].response, told["job"].recipe].append(told)
     draw(runs, context)
     return (
-        f"After {rounds * 5} inner steps, mean ± standard deviation over {len(seeds)} seeds.\n\n{table(runs)}\n\n"
+        f"After {rounds * 5} inner steps, mean ± standard deviation over {len(seeds)} seeds.\n\n"
+        f"{table(runs)}\n\n"
         "![Cosine and relative error of the response Jacobian along training](jacobian.png)"
     )
 
@@ -70,8 +71,8 @@ def report(context: Context) -> str:
 def table(runs: Mapping[Group, list[Run]]) -> str:
     """One row for each problem, response and recipe."""
     lines = [
-        "| problem | response | solver | cosine with ∂w\\*/∂λ | relative error | error of the best structured Θ "
-        "| distance from it | error of ŵ |",
+        "| problem | response | solver | cosine with ∂w\\*/∂λ | relative error "
+        "| error of the best structured Θ | distance from it | error of ŵ |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (kind, response, recipe), seeds in runs.items():

@@ -1,4 +1,4 @@
-"""From a `bilevel -m` command line to runs on disk: expanded by Hydra's own rules, one run a job."""
+"""Expand a `bilevel -m` command line by Hydra's own rules, and run one job per run."""
 
 import hashlib
 import itertools
@@ -35,7 +35,7 @@ ARCHIVE = "cifar10_jpeg.npz"
 
 
 class Job(NamedTuple):
-    """One run: its overrides, the directory that its configuration alone decides, and which of `DATA_SETS` it needs."""
+    """One run: its overrides, its directory (a digest of its configuration), and its data set."""
 
     overrides: tuple[str, ...]
     directory: Path
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 
 
 def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
-    """The overrides of each run of `bilevel -m OVERRIDES`, the sweeper's parameters of an experiment's YAML included.
+    """Return the overrides of each run of `bilevel -m OVERRIDES`, with those of an experiment.
 
     Example:
         >>> expand(["problem=ridge", "solver=stn,delta_stn", "seed=range(0,2)"])[1:3]
@@ -83,11 +83,11 @@ def replaced(overrides: Iterable[str], by: Iterable[str]) -> tuple[str, ...]:
 
 
 def job(overrides: Sequence[str], folder: Path) -> Job:
-    """The job, whose directory changes when its configuration does: a kept run is one of today's protocol."""
+    """Return the job; its directory changes with its configuration, so kept runs are valid."""
     config = _composed(overrides)
     with open_dict(config):
         choices = config.pop("hydra").runtime.choices
-    # what changes no number (where the data lie, who logs, …) may change without the runs being repeated
+    # A setting that changes no number, such as the place of the data, does not repeat the runs.
     settings = {"seed": config.seed, **flatten(OmegaConf.to_container(config))}
     digest = hashlib.sha256(
         f"{choices.problem} {choices.solver} {json.dumps(settings, sort_keys=True)}".encode()
@@ -124,7 +124,7 @@ def ended(directory: Path) -> bool:
 
 
 def run_job(job: Job, data: Path | None = None) -> Outcome:
-    """Run the job in this process, afresh; what it printed goes to `log.txt`, and what became of it to `job.json`."""
+    """Run the job in this process; write output to `log.txt` and outcome to `job.json`."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The STN paper's Table 1 on the embedded text, its protocol fixed in docs/experiments/language.md."""
+"""Make the STN paper's Table 1 on the embedded text; see docs/experiments/language.md."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +98,7 @@ def at_seed(job: tuple[int, float, Size]) -> dict[str, Summary]:
 
 
 def arms(best: float, stn: Path, size: Size) -> dict[str, tuple[float, Callable[[], Solver]]]:
-    """Where every row of the table starts and how it trains; rows that follow STN's run, in `stn`, come after it."""
+    """Return the start and the solver of every row; rows that replay STN's run come after it."""
     steps = round(
         PERIOD
         * problem(START, size).data(torch.device("cpu"), torch.Generator()).train.steps_per_epoch

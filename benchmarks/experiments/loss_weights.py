@@ -1,4 +1,4 @@
-"""What weights, offsets and label smoothing are worth on a long tail; the protocol is in docs/problems/loss-weights.md."""
+"""Learn loss weights, offsets and smoothing on a long tail; see docs/problems/loss-weights.md."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,8 @@ def report(context: Context) -> str:
         [
             table(HEAD, rows),
             f"n = {len(plain)} each; the gain is over plain cross-entropy, paired by seed.",
-            "![learned weights and offsets against the number of images, and accuracy by class](loss_weights.png)",
+            "![learned weights and offsets against the number of images, and accuracy by class]"
+            "(loss_weights.png)",
         ]
     )
 

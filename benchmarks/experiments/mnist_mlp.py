@@ -1,4 +1,4 @@
-"""MNIST with the paper's MLP, five epochs of warm-up and five of tuning; the protocol is in docs/experiments/mnist.md."""
+"""Train the paper's MLP on MNIST, five epochs of ten as warm-up; see docs/experiments/mnist.md."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def report(context: Context) -> str:
 
 
 def scores(groups: Mapping[str, Sequence[Run]], rates: Sequence[str] = ()) -> str:
-    """A row for each solver: the validation loss at the end, all scores where it is lowest, and some λ at the end."""
+    """Return a row per solver: final validation loss, scores at its lowest, and final λ."""
     rows = []
     for solver, runs in groups.items():
         cells = [spread([run.column(LOSS)[-1] for run in runs], ".4f")]
@@ -68,9 +68,8 @@ def pairs(groups: Mapping[str, Sequence[Run]]) -> str:
     for pair in paired(groups, lambda run: run.at_best(LOSS))[0]:
         if "delta_stn" in (pair.first, pair.second):
             p = "" if pair.adjusted is None else f", p = {pair.adjusted:.2g} (paired t, Holm)"
-            lines.append(
-                f"- `{pair.first}` minus `{pair.second}`: {pair.difference:+.4f} ± {pair.std:.4f}, n = {pair.n}{p}"
-            )
+            difference = f"{pair.difference:+.4f} ± {pair.std:.4f}, n = {pair.n}{p}"
+            lines.append(f"- `{pair.first}` minus `{pair.second}`: {difference}")
     return "\n".join(lines)
 
 

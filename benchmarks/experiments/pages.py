@@ -33,7 +33,8 @@ class Page:
         if not self.source.exists() or block not in blocks(self.source.read_text(encoding="utf-8")):
             line = f"<!-- made by: python -m benchmarks.experiments {block} -->"
             raise BilevelError(
-                f"{self.source} has no place for {block}; write `{line}` and `<!-- end -->` on lines of their own"
+                f"{self.source} has no place for {block}; "
+                f"write `{line}` and `<!-- end -->` on lines of their own"
             )
 
     def write(self, block: str, content: str) -> None:

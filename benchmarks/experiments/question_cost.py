@@ -35,7 +35,7 @@ def rounds(seconds: float) -> dict[str, list[float]]:
 
 
 def report(context: Context) -> str:
-    """Two tables: a step and an epoch of the MNIST network, and an epoch of digits, where launching operations dominates."""
+    """Make two tables: MNIST, and digits, where launches dominate."""
     seconds = 3.0 if context.quick else 25.0
     (told,) = context.map(steps, [seconds])
     (taken,) = context.map(rounds, [seconds / 2])
@@ -90,8 +90,9 @@ def report(context: Context) -> str:
     )
     busy = f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
     return (
-        f"The MLP 784-1200-1200-1200-10, batch 128, one outer step after five training steps:\n\n{first}\n\n"
-        f"Digits, {per_epoch * 5:.0f} training steps an epoch ({len(taken['stn'])} rounds of each in turn):\n\n"
+        "The MLP 784-1200-1200-1200-10, batch 128, one outer step after five training steps:\n\n"
+        f"{first}\n\nDigits, {per_epoch * 5:.0f} training steps an epoch "
+        f"({len(taken['stn'])} rounds of each in turn):\n\n"
         f"{second}\n\n{busy}"
     )
 

@@ -27,7 +27,7 @@ RECIPES: dict[str, Callable[..., SelfTuning]] = {
 STARTS = (0.05, 0.8)
 WARMUP = 5
 LATER = 10
-"""Epochs after warm-up in which λ is asked where it is pushed; and the last ones of the run, for the end of training."""
+"""Number of epochs after warm-up, and at the end, over which the push on λ is averaged."""
 
 
 class Job(NamedTuple):
@@ -40,12 +40,13 @@ class Job(NamedTuple):
 
 
 class Point(NamedTuple):
-    """After a round: the gradients of both losses at (λ, w), and where the hypergradient pushes the dropout rates.
+    """The gradients of both losses after a round, and the push of the hypergradient.
 
     Attributes:
         product: ⟨∇_w L_T, ∇_w L_V⟩ over the whole splits.
         cosine: of the two.
-        outward: the cosine of −dL_V/du with u, dropout rates alone; above zero where λ is pushed away from u = 0.
+        outward: the cosine of −dL_V/du with u for the dropout rates; positive if λ is pushed away
+            from u = 0.
     """
 
     epoch: float
@@ -84,7 +85,7 @@ class Probe(Logger):
         self.points.append(Point(progress.epoch, *numbers.tolist()))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
-        """∇_w L_T as it is trained on, penalties and sampled dropout included, and ∇_w L_V: over the whole splits, flat."""
+        """Return ∇_w L_T (with penalties and dropout) and ∇_w L_V over the whole splits, flat."""
         hypers, params, carry = self.solver.solution()
         data = self.solver.core.data
 
@@ -183,7 +184,9 @@ def report(context: Context) -> str:
     ]
     return (
         f"Mean ± standard deviation over {len(seeds)} seeds.\n\n{markdown(titles, rows)}\n\n"
-        "![Cosine of training and validation gradients, and of the push on λ with u, along training](question_gradients.png)"
+        "![Cosine of training and validation gradients, "
+        "and of the push on λ with u, along training]"
+        "(question_gradients.png)"
     )
 
 

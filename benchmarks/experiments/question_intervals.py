@@ -53,7 +53,8 @@ def report(context: Context) -> str:
     ends = [
         f"{means[pair]:.4g} at T_train = {pair[0]}, T_valid = {pair[1]}" for pair in (low, high)
     ]
-    return f"{markdown(titles, rows)}\n\nLowest and highest mean: {' and '.join(ends)}, a ratio of {means[high] / means[low]:.2f}."
+    told = f"{' and '.join(ends)}, a ratio of {means[high] / means[low]:.2f}"
+    return f"{markdown(titles, rows)}\n\nLowest and highest mean: {told}."
 
 
 EXPERIMENT = Experiment(page=PAGE, sweeps={"grid": Sweep(GRID, QUICK)}, report=report)

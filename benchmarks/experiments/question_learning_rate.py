@@ -60,7 +60,8 @@ def report(context: Context) -> str:
         "examples",
         "seconds",
     ]
-    return f"The command and its error:\n\n    $ bilevel {shown}\n    {sentence}\n\n{markdown(titles, rows)}"
+    command = f"    $ bilevel {shown}\n    {sentence}"
+    return f"The command and its error:\n\n{command}\n\n{markdown(titles, rows)}"
 
 
 EXPERIMENT = Experiment(

@@ -22,14 +22,15 @@ GRID = (
     "response_part=0.1,1",
     "lr.outer=0.003,0.01,0.03",
 )
+COSINE = "_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true"
 ANNEALED = (
     *("+experiment=questions_rates", "lr.inner=0.03,0.1", "response_part=1", "lr.outer=0.01,0.03"),
-    "solver.inner_scheduler={_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, T_max: 40}",
+    f"solver.inner_scheduler={{{COSINE}, T_max: 40}}",
 )
 QUICK = ("runner.epochs=12", "seed=100", "lr.inner=0.01,0.03", "lr.outer=0.03")
 QUICK_ANNEALED = (
     *("runner.epochs=12", "seed=100", "lr.inner=0.03", "lr.outer=0.03"),
-    "solver.inner_scheduler={_target_: torch.optim.lr_scheduler.CosineAnnealingLR, _partial_: true, T_max: 12}",
+    f"solver.inner_scheduler={{{COSINE}, T_max: 12}}",
 )
 COMPARED = ("stn", "delta_stn")
 DEFAULT = (0.01, 1.0, 0.03)

@@ -56,7 +56,7 @@ def log_decay(config: object) -> float:
 
 
 def speed(run: Run) -> float | None:
-    """Mean over dropout rates of |u(t₂) − u(t₁)| per epoch, over the first epochs after warm-up; None of a shorter run."""
+    """Return the mean of |u(t₂) − u(t₁)| per epoch over the dropout rates, soon after warm-up."""
     epoch, u = run.column("epoch"), path(run, RATES)
     if epoch[len(u) - 1] < WARMUP + EARLY:
         return None
@@ -67,7 +67,7 @@ def speed(run: Run) -> float | None:
 
 
 def report(context: Context) -> str:
-    """What each start leads to, what the starts do to the spread, and the time to come near λ* on ridge."""
+    """Report the result and the spread of each start, and the time to come near λ* on ridge."""
     found = {method: grouped(context.runs(f"digits_{method}"), start) for method in ON_DIGITS}
     rows, spreads = [], []
     for method, groups in found.items():
@@ -100,8 +100,10 @@ def report(context: Context) -> str:
             f"Digits:\n\n{markdown(titles, rows)}",
             "Lowest and highest mean of the starts, best validation loss:",
             "\n".join(f"- {spread}" for spread in spreads),
-            "![Paths of the first hidden layer's dropout rate from five starts](question_starts.png)",
-            f"Ridge, λ\\* known: examples until a tenth of the initial regret was left.\n\n{ridge(context)}",
+            "![Paths of the first hidden layer's dropout rate from five starts]"
+            "(question_starts.png)",
+            "Ridge, λ\\* known: examples until a tenth of the initial regret was left.\n\n"
+            + ridge(context),
         ]
     )
 

@@ -23,7 +23,7 @@ WARMUP = 5
 
 
 class Job(NamedTuple):
-    """One run; `warm` is the directory of the run whose weights it starts from, None for a warm-up of its own."""
+    """Run once; `warm` is the run whose weights it starts from, None for its own warm-up."""
 
     method: str
     seed: int

@@ -10,11 +10,15 @@ if TYPE_CHECKING:
 
 
 def spread(values: Iterable[float | None], form: str) -> str:
-    """Mean ± standard deviation of the finite ones, and how many they are where some are not; `%` writes percent.
+    """Return mean ± standard deviation of the finite values, with their number if some are not.
+
+    The form `%` writes percent.
 
     Example:
-        >>> spread([1.0, 2.0], ".2g"), spread([0.98, 0.96], "%"), spread([1.0, None], ".2g"), spread([], ".2g")
-        ('1.5 ± 0.71', '97.00 ± 1.41 %', '1 (1 of 2)', '–')
+        >>> spread([1.0, 2.0], ".2g"), spread([0.98, 0.96], "%")
+        ('1.5 ± 0.71', '97.00 ± 1.41 %')
+        >>> spread([1.0, None], ".2g"), spread([], ".2g")
+        ('1 (1 of 2)', '–')
     """
     given = list(values)
     known = [value for value in given if value is not None and math.isfinite(value)]
@@ -36,7 +40,7 @@ def by_solver(runs: "Sequence[Run]") -> "dict[str, list[Run]]":
 
 
 def counted(runs: "Sequence[Run]") -> str:
-    """How many runs there are, and how many of them diverged: those count with what they had reached.
+    """Return the number of runs and of diverged ones, which count with their best so far.
 
     Example:
         >>> counted([])

@@ -43,7 +43,7 @@ def sweeps(
 
 
 def grouped(runs: Iterable[Run], key: Callable[[Mapping[str, Any]], Key]) -> dict[Key, list[Run]]:
-    """The runs by what `key` makes of their settings, in the order of the keys' first appearance."""
+    """Return the runs by the `key` of their settings, in the order of first appearance."""
     groups: dict[Key, list[Run]] = {}
     for run in runs:
         groups.setdefault(key(run.config), []).append(run)
@@ -51,7 +51,7 @@ def grouped(runs: Iterable[Run], key: Callable[[Mapping[str, Any]], Key]) -> dic
 
 
 def path(run: Run, names: Sequence[str] | None = None) -> Array:
-    """The run's u, [evaluations, coordinates], as far as it is finite; of some hyperparameters alone where they are named."""
+    """Return the finite part of a run's u, [evaluations, coordinates], of all or some `names`."""
     space = space_from_json(run.description["space"])
     columns = [
         space[name]
@@ -68,25 +68,27 @@ def spike(u: Array) -> float:
     """max_t |u_t − u_end|, the largest over coordinates.
 
     Example:
-        >>> spike(np.array([[0.0], [3.0], [-0.5], [1.0]])), overshoot(np.array([[0.0], [3.0], [-0.5], [1.0]]))
+        >>> u = np.array([[0.0], [3.0], [-0.5], [1.0]])
+        >>> spike(u), overshoot(u)
         (2.0, (0.5, 2.0))
-        >>> spike(np.array([[0.0], [1.0], [4.0]])), overshoot(np.array([[0.0], [1.0], [4.0]]))
+        >>> u = np.array([[0.0], [1.0], [4.0]])
+        >>> spike(u), overshoot(u)
         (4.0, (0.0, 0.0))
     """
     return float(np.abs(u - u[-1]).max())
 
 
 def overshoot(u: Array) -> tuple[float, float]:
-    """How far u goes behind its start and beyond its end, the largest over coordinates.
+    """Return how far u goes behind its start and beyond its end, the largest over coordinates.
 
-    A path that goes where it ends without a detour has a spike as long as its way, and no overshoot.
+    A path without a detour has a spike as long as its way, and no overshoot.
     """
     forward = np.where(u[-1] >= u[0], 1.0, -1.0)
     return float((forward * (u[0] - u)).max()), float((forward * (u - u[-1])).max())
 
 
 def told(runs: Sequence[Run], of: Of) -> str:
-    """Mean ± standard deviation over runs that did not diverge, with how many those are and how many have no such number."""
+    """Return mean ± standard deviation over runs that did not diverge, and the number of others."""
     found = mean_std(None if run.status == "diverged" else of(run) for run in runs)
     if found is None:
         return failures(runs) or "never"
@@ -110,7 +112,7 @@ def percent(run: Run) -> float | None:
 
 
 def mean_loss(runs: Sequence[Run]) -> float:
-    """Mean best validation loss; infinite where a run diverged or has none, so that it is not chosen."""
+    """Return the mean best validation loss; infinite if a run diverged or has none."""
     losses = [run.at_best("valid_loss") for run in runs]
     if any(loss is None for loss in losses) or failures(runs):
         return float("inf")

@@ -21,8 +21,11 @@ def report(context: Context) -> str:
         [
             growth.table(told["hypers"]),
             growth.table(told["width"]),
-            "![Time, multiplications and the size of the response of a step over h and over the width](growth.png)",
-            f"- **h**: least squares give {slopes['gigaflops_slope'] * 1e3:.3f} MFLOP per hyperparameter, and "
+            "![Time, multiplications and the size of the response of a step "
+            "over h and over the width]"
+            "(growth.png)",
+            f"- **h**: least squares give {slopes['gigaflops_slope'] * 1e3:.3f} MFLOP per "
+            "hyperparameter, and "
             f"6 B · 2 · (all units) = {slopes['counted_per_hyper'] * 1e3:.3f}.\n"
             f"  This is {slopes['gigaflops_per_hyper']:.3%} of the step's own multiplications and "
             f"{slopes['milliseconds_per_hyper']:.3%} of the time.\n"
