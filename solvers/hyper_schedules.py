@@ -1,10 +1,10 @@
-"""Hyperparameters that training is given rather than tunes: constant, perturbed, along a wave, or as another run had them."""
+"""Hyperparameter schedules: constant, perturbed, sinusoidal, or replayed from another run."""
 
 import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,22 @@ from torch import Tensor
 from bilevel import BilevelError, Hypers, Interval, Positive, Refused, Simplex, Space
 from bilevel.domains import Domain
 from bilevel.loggers.hyper_schedule import RecordedSchedule, read
+from bilevel.solvers.base.domain_shift import (
+    DomainShift,
+    check_sizes,
+    refuse_optimizer_settings,
+    size_by_coordinate,
+)
 from bilevel.text import near
-
-MARGIN = 1e-3
-"""How near to an edge of its domain a shifted value may come, in widths of an interval, in initial values of a positive one."""
+from bilevel.validate import positive
 
 
 class HyperSchedule(ABC):
-    """A rule for λ at every inner step; what it moves are hyperparameters that are not frozen.
+    """A rule for λ at every inner step; frozen hyperparameters stay constant.
 
     Attributes:
-        space: the problem's.
-        u: [h], the initial values.
+        space: the space of the problem.
+        u: the initial values, [h].
     """
 
     space: Space
@@ -35,7 +39,7 @@ class HyperSchedule(ABC):
         """Prepare the rule for `space`, on the device and in the dtype of `like`.
 
         Raises:
-            Refused: it does not fit.
+            Refused: the rule does not fit to the space.
         """
         self.space, self.u = space, space.init(like.dtype).to(like)
         self.prepare(space, like)
@@ -45,18 +49,21 @@ class HyperSchedule(ABC):
 
     @abstractmethod
     def at(self, step: int) -> Hypers:
-        """λ after `step` inner steps, without randomness: what is recorded, and goes with w."""
+        """Return λ after `step` inner steps without its noise, for records and the solution."""
 
     @abstractmethod
     def draw(self, step: int, examples: int, generator: torch.Generator) -> Hypers:
-        """λ of the inner step that follows `step` others; a leaf may be one value per example."""
+        """Return λ for the inner step that follows `step` others.
+
+        A leaf may have one value per example.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
+        """Return what a resumed run must find unchanged."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise where it did change."""
+        """Raise `BilevelError` if it has changed."""
 
 
 class Constant(HyperSchedule):
@@ -70,31 +77,31 @@ class Constant(HyperSchedule):
 
 
 class Gaussian(HyperSchedule):
-    """The initial values plus noise, drawn at every step and, as self-tuning solvers do it, for every example.
+    """The initial values plus Gaussian noise, as in self-tuning: one draw per step and example.
 
-        λ = λ₀ + std · n, kept inside the domain;    or, `unconstrained`,  u = u₀ + std · n;    n ~ N(0, I)
+        λ = λ₀ + std · n, clipped to the domain, or `unconstrained` u = u₀ + std · n;  n ~ N(0, I)
 
-    A hyperparameter that may not differ within a batch gets one draw for all of it. What is recorded is λ₀.
+    A hyperparameter that must not vary within a batch gets one draw per batch. Records show λ₀.
 
     Args:
-        std: of all hyperparameters, or by name; those without one are constant.
-        unconstrained: whether it is a deviation of u rather than of λ in its own units.
+        std: one standard deviation for all hyperparameters, or one by name; 0 where there is none.
+        unconstrained: perturb u, and not λ in its own units.
 
     Source: MacKay et al., ICLR 2019, Table 1.
 
     Raises:
-        BilevelError: a deviation that is not zero or above.
+        BilevelError: a standard deviation is negative.
     """
 
     def __init__(self, std: float | Mapping[str, float], *, unconstrained: bool = False) -> None:
-        _check("std", std)
-        self.std, self.unconstrained = std, unconstrained
+        check_sizes("std", std)
+        self.std = std
+        self.unconstrained = unconstrained
 
     def prepare(self, space: Space, like: Tensor) -> None:
-        self._std = _by_coordinate("std", self.std, space, own_units=not self.unconstrained).to(
-            like
-        )
-        self._shift = _Shift(space, like)
+        sizes = size_by_coordinate("std", self.std, space, own_units=not self.unconstrained)
+        self._std = sizes.to(like)
+        self._shift = DomainShift(space, like)
 
     def at(self, step: int) -> Hypers:
         return self.space.constrain(self.u)
@@ -104,39 +111,36 @@ class Gaussian(HyperSchedule):
         noise = self._std * torch.randn(
             size, generator=generator, device=self.u.device, dtype=self.u.dtype
         )
-        return self.space.constrain(
-            self.u + noise if self.unconstrained else self._shift(noise), generator
-        )
+        u = self.u + noise if self.unconstrained else self._shift(noise)
+        return self.space.constrain(u, generator)
 
 
 class Sinusoidal(HyperSchedule):
-    """The initial values plus a sine of the number of inner steps n, kept inside the domain.
+    """The initial values plus a sine of the number n of inner steps, clipped to the domain.
 
         λ(n) = λ₀ + amplitude · sin(2π n / period)
 
     Args:
-        amplitude: in a hyperparameter's own units: of all, or by name; those without one are constant.
-        period: in inner steps.
+        amplitude: one amplitude for all hyperparameters, or one by name, in their own units; 0
+            where there is none.
+        period: the number of inner steps of one period.
 
     Source: MacKay et al., ICLR 2019, Table 1.
 
     Raises:
-        BilevelError: an amplitude that is not zero or above, or a period that is not positive.
+        BilevelError: an amplitude is negative, or the period is not positive.
     """
 
     def __init__(self, amplitude: float | Mapping[str, float], period: float) -> None:
-        _check("amplitude", amplitude)
-        if not 0 < period < math.inf:
-            raise BilevelError(
-                f"period={period} is no number of inner steps; choose a positive one"
-            )
-        self.amplitude, self.period = amplitude, period
+        check_sizes("amplitude", amplitude)
+        positive(period=period)
+        self.amplitude = amplitude
+        self.period = period
 
     def prepare(self, space: Space, like: Tensor) -> None:
-        self._amplitude = _by_coordinate("amplitude", self.amplitude, space, own_units=True).to(
-            like
-        )
-        self._shift = _Shift(space, like)
+        sizes = size_by_coordinate("amplitude", self.amplitude, space, own_units=True)
+        self._amplitude = sizes.to(like)
+        self._shift = DomainShift(space, like)
 
     def at(self, step: int) -> Hypers:
         return self.space.constrain(self._moved(step))
@@ -149,13 +153,14 @@ class Sinusoidal(HyperSchedule):
 
 
 class Replayed(HyperSchedule):
-    """What another run had at the same step, as `bilevel.loggers.hyper_schedule` tells it; after its end the last value holds.
+    """The values of another run at the same step; after its end, its last values.
 
-    Frozen hyperparameters must have been constant there, and the same.
+    `bilevel.loggers.hyper_schedule` records them. Frozen hyperparameters must have the same values
+    in the other run.
 
     Args:
         path: a `schedule.json`, or the directory of a run.
-        final: the last value alone, from the first step on.
+        final: use the last values from the first step on.
 
     Source: MacKay et al., ICLR 2019, Table 1.
 
@@ -164,25 +169,26 @@ class Replayed(HyperSchedule):
     """
 
     def __init__(self, path: str | Path, *, final: bool = False) -> None:
-        self.path, self.schedule = path, read(path)
+        self.path = path
+        self.schedule = read(path)
         if final:
-            self.schedule = RecordedSchedule(
-                [0], {name: values[-1:] for name, values in self.schedule.hypers.items()}
-            )
+            last = {name: values[-1:] for name, values in self.schedule.hypers.items()}
+            self.schedule = RecordedSchedule([0], last)
 
     def prepare(self, space: Space, like: Tensor) -> None:
         recorded = self.schedule.hypers
         if missing := [name for name in space if name not in recorded and not space[name].frozen]:
             raise Refused(
-                f"the schedule {self.path} has no `{missing[0]}`{near(missing[0], recorded)}; it has {', '.join(recorded)}: "
-                f"freeze `{missing[0]}`, or give the schedule of a run that has it"
+                f"path={self.path} has no `{missing[0]}`{near(missing[0], recorded)}, only "
+                f"{', '.join(recorded)}; freeze `{missing[0]}`, or give the schedule of a run that "
+                "has it"
             )
         if unknown := [name for name in recorded if name not in space]:
             raise Refused(
-                f"the schedule {self.path} has `{unknown[0]}`{near(unknown[0], space)}, which the problem lacks; it has "
-                f"{', '.join(space)}: give the schedule of a run of this problem"
+                f"path={self.path} has `{unknown[0]}`{near(unknown[0], space)}, which the problem "
+                f"lacks; give the schedule of a run of this problem, which has {', '.join(space)}"
             )
-        _refuse_settings(space, space.tuned)
+        refuse_optimizer_settings(space, space.tuned)
         leaves = {name: self._values(name, space[name]) for name in recorded}
         fixed = {name: leaf for name, leaf in space.constrain(self.u).items() if space[name].frozen}
         self._entries = [
@@ -205,117 +211,44 @@ class Replayed(HyperSchedule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state.get("schedule") != self.state_dict()["schedule"]:
             raise BilevelError(
-                f"the schedule {self.path} is not the one that this run began with; restore that one, or start a new run"
+                f"path={self.path} has changed since this run began; restore the old schedule, or "
+                "start a new run"
             )
 
     def _values(self, name: str, domain: Domain) -> Tensor:
-        """Float64, one [*shape] for each entry of the schedule."""
+        """Return the values of one hyperparameter, [entries, *shape] in float64."""
         try:
             values = torch.tensor(self.schedule.hypers[name], dtype=torch.float64)
-        except (TypeError, ValueError):  # lists of several lengths
+        except (TypeError, ValueError):  # lists of different lengths
             values = torch.zeros(0)
         if values.shape != (len(self.schedule.steps), *domain.shape):
             raise Refused(
-                f"`{name}` is of shape {list(domain.shape)}, but not in {self.path}; replay it where it fits"
+                f"path={self.path} has `{name}` in another shape than {list(domain.shape)}; give "
+                "the schedule of a run of this problem"
             )
         for step, value in zip(self.schedule.steps, values, strict=True):
             if domain.frozen and not torch.allclose(value, domain.initial(), rtol=1e-5, atol=0.0):
                 raise Refused(
-                    f"`{name}` is frozen at {domain.init} and is {value.tolist()} in {self.path} at step {step}; freeze it at "
-                    "that value, or let it follow the schedule (frozen=false)"
+                    f"`{name}` is frozen at {domain.init} and is {value.tolist()} in {self.path} "
+                    f"at step {step}; freeze it at that value, or set frozen=false to let it "
+                    "follow the schedule"
                 )
             if not _inside(domain, value):
                 raise Refused(
-                    f"`{name}` is {value.tolist()} in {self.path} at step {step}, outside its domain; widen the domain"
+                    f"`{name}` is {value.tolist()} in {self.path} at step {step}, outside its "
+                    "domain; widen the domain"
                 )
         return values
 
 
-class _Shift:
-    """From a change [h] or [B, h] in a hyperparameter's own units to coordinates of the initial values so changed."""
-
-    def __init__(self, space: Space, like: Tensor) -> None:
-        self.sizes, self.parts = [space[name].numel for name in space.tuned], []
-        for name in space.tuned:
-            domain, initial = space[name], space[name].initial()
-            self.parts.append((domain, initial.reshape(-1).to(like), *_bounds(domain, initial)))
-
-    def __call__(self, change: Tensor) -> Tensor:
-        moved = []
-        for part, (domain, initial, low, high) in zip(
-            change.split(self.sizes, dim=-1), self.parts, strict=True
-        ):
-            value = initial + part
-            if isinstance(
-                domain, Simplex
-            ):  # not moved, see `_by_coordinate`; its map is not elementwise
-                value = value.reshape(*part.shape[:-1], *domain.shape)
-            moved.append(domain.unconstrain(value.clamp(low, high)).reshape(part.shape))
-        return torch.cat(moved, dim=-1) if moved else change
-
-
-def _bounds(domain: Domain, initial: Tensor) -> tuple[float, float]:
-    """How far a shifted value may go; the initial value itself is always allowed."""
-    if isinstance(domain, Interval):
-        margin = MARGIN * (domain.high - domain.low)
-        return min(domain.low + margin, float(initial.min())), max(
-            domain.high - margin, float(initial.max())
-        )
-    if isinstance(domain, Positive):
-        return domain.low + MARGIN * (float(initial.min()) - domain.low), math.inf
-    return -math.inf, math.inf
-
-
 def _inside(domain: Domain, value: Tensor) -> bool:
-    """Whether a recorded value lies in the closure of the domain."""
+    """Return whether a recorded value is in the closure of the domain, up to float32 rounding."""
     if isinstance(domain, Interval):
-        slack = 1e-6 * (domain.high - domain.low)  # of float32
+        slack = 1e-6 * (domain.high - domain.low)
         return bool((value >= domain.low - slack).all() and (value <= domain.high + slack).all())
     if isinstance(domain, Positive):
         return bool((value >= domain.low).all())
     if isinstance(domain, Simplex):
-        return bool((value >= 0).all()) and torch.allclose(
-            value.sum(-1), torch.ones_like(value.sum(-1)), atol=1e-4
-        )
+        total = value.sum(-1)
+        return bool((value >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-4)
     return True
-
-
-def _check(argument: str, sizes: float | Mapping[str, float]) -> None:
-    for size in sizes.values() if isinstance(sizes, Mapping) else [sizes]:
-        if not (isinstance(size, (int, float)) and 0 <= size < math.inf):
-            raise BilevelError(
-                f"{argument}={size!r} is no size; give a number, zero or above, or one for each hyperparameter by name"
-            )
-
-
-def _by_coordinate(
-    argument: str, sizes: float | Mapping[str, float], space: Space, *, own_units: bool
-) -> Tensor:
-    """One size for every coordinate of u: [h] in float64."""
-    named = sizes if isinstance(sizes, Mapping) else dict.fromkeys(space.tuned, sizes)
-    for name in named:
-        if name not in space.tuned:
-            why = "is frozen" if name in space else f"is no hyperparameter{near(name, space)}"
-            raise Refused(
-                f"`{name}` {why} and cannot get {argument}={named[name]}; there are {', '.join(space.tuned)}"
-            )
-        if own_units and isinstance(space[name], Simplex) and named[name]:
-            raise Refused(
-                f"`{name}` must sum to one, which {argument} in its own units breaks; give {argument} by name, without it"
-            )
-    _refuse_settings(space, [name for name, size in named.items() if size])
-    parts = [
-        torch.full((space[name].numel,), float(named.get(name, 0.0)), dtype=torch.float64)
-        for name in space.tuned
-    ]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
-
-
-def _refuse_settings(space: Space, names: Iterable[str]) -> None:
-    """The optimizer got its settings when it was made."""
-    for name in names:
-        if (setting := space[name].optimizer) is not None:
-            raise Refused(
-                f"`{name}` is the inner optimizer's {setting}, which fixed training sets once; freeze it, or schedule it with "
-                "inner_scheduler"
-            )

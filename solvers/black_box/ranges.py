@@ -1,7 +1,7 @@
-"""Where black-box methods draw λ from: a range for every coordinate, in which a uniform draw is a sensible one."""
+"""The ranges from which black-box methods draw λ, one for each coordinate."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,29 +12,31 @@ from torch import Tensor
 from bilevel import BilevelError, Domain, Integer, Interval, Positive, Real, Simplex, Space
 from bilevel.domains import softplus_inverse
 from bilevel.text import near
+from bilevel.validate import wrong
 
 MARGIN = 1e-3
-"""How far inside an interval's edges, where u is infinite, its draws stay: this part of its width."""
+"""Draws from an interval stay this part of its width away from its edges, where u is infinite."""
 DECADES = 3
-"""A positive hyperparameter is drawn from so many decades below and above its initial value."""
+"""Decades below and above the initial value, for a positive hyperparameter."""
 SCALES = 5
-"""A real one from so many of its scales below and above."""
+"""Perturbation scales below and above the initial value, for a real hyperparameter."""
 LOGIT = 3.0
-"""The logits of a simplex from −LOGIT to LOGIT."""
+"""The logits of a simplex lie between −LOGIT and LOGIT."""
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """The box that z, one number for each coordinate, is drawn from uniformly, and the map between z and u.
+    """A box from which z is drawn uniformly, and the map between z and u.
 
-    z is λ itself for an Interval, an Integer or a Real, log(λ − low) for a Positive, a logit for a Simplex.
+    z has one number for each coordinate: λ itself for an Interval, an Integer or a Real,
+    log(λ − low) for a Positive, a logit for a Simplex.
 
     Attributes:
-        space: of the problem.
-        low: [h] in float64.
-        high: [h] in float64.
-        names: of the coordinates, `dropout1` or `log_decay[3]`.
-        whole: of the coordinates, whether z is a whole number.
+        space: the space of the problem.
+        low: the lower ends, [h] in float64.
+        high: the upper ends, [h] in float64.
+        names: the names of the coordinates, such as `dropout1` or `log_decay[3]`.
+        whole: for each coordinate, True if z is a whole number.
     """
 
     space: Space
@@ -44,52 +46,48 @@ class Ranges:
     whole: tuple[bool, ...]
 
     def draw(self, generator: torch.Generator) -> Float[Tensor, " h"]:
-        """A uniform draw, as u in float64 on the device of `generator`."""
+        """Return u of a uniform draw of z, in float64 on the device of `generator`."""
         part = torch.rand(
             len(self.low), generator=generator, device=generator.device, dtype=torch.float64
         )
-        low, high, whole = (
-            self.low.to(part),
-            self.high.to(part),
-            torch.tensor(self.whole, device=part.device),
-        )
-        drawn = torch.floor(low + part * (high + 1 - low)).minimum(
-            high
-        )  # each whole number as often as any other
-        return self.to_u(torch.where(whole, drawn, low + part * (high - low)))
+        low, high = self.low.to(part), self.high.to(part)
+        whole = torch.tensor(self.whole, device=part.device)
+        # every whole number is equally likely
+        count = torch.floor(low + part * (high + 1 - low)).minimum(high)
+        return self.to_u(torch.where(whole, count, low + part * (high - low)))
+
+    def _ends(self) -> Iterator[tuple[str, float, float, bool]]:
+        """Yield the name, the ends and `whole` of every coordinate."""
+        return zip(self.names, self.low.tolist(), self.high.tolist(), self.whole, strict=True)
 
     def distributions(self) -> dict[str, Any]:
-        """Optuna's, by the names of the coordinates."""
+        """Return the distributions of Optuna, by coordinate."""
         from optuna.distributions import FloatDistribution, IntDistribution
 
         return {
             name: IntDistribution(int(low), int(high)) if whole else FloatDistribution(low, high)
-            for name, low, high, whole in zip(
-                self.names, self.low.tolist(), self.high.tolist(), self.whole, strict=True
-            )
+            for name, low, high, whole in self._ends()
         }
 
     def suggest(self, trial: Any) -> Float[Tensor, " h"]:
-        """z as an `optuna.Trial` suggests it."""
+        """Return the z that an `optuna.Trial` suggests."""
         z = [
             trial.suggest_int(name, int(low), int(high))
             if whole
             else trial.suggest_float(name, low, high)
-            for name, low, high, whole in zip(
-                self.names, self.low.tolist(), self.high.tolist(), self.whole, strict=True
-            )
+            for name, low, high, whole in self._ends()
         ]
         return torch.tensor(z, dtype=torch.float64)
 
     def named(self, z: Float[Tensor, " h"]) -> dict[str, int | float]:
-        """z by the names of the coordinates, as Optuna takes it."""
+        """Return z by coordinate, as Optuna expects it."""
         return {
             name: int(value) if whole else value
             for name, value, whole in zip(self.names, z.tolist(), self.whole, strict=True)
         }
 
     def to_u(self, z: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
-        """u from z."""
+        """Return u of z."""
         return torch.cat(
             [
                 _to_u(self.space[name], part).reshape(-1)
@@ -98,27 +96,29 @@ class Ranges:
         )
 
     def to_z(self, u: Float[Tensor, " h"]) -> Float[Tensor, " h"]:
-        """z from u: the inverse, but that a whole number forgets how it was rounded."""
+        """Return z of u; for a whole number, this rounds u."""
         parts = self.space.by_name(u.double())
         return torch.cat([_to_z(self.space[name], part) for name, part in parts.items()])
 
 
 def ranges_of(space: Space, ranges: Mapping[str, Sequence[float]] | None = None) -> Ranges:
-    """For every tuned hyperparameter, the range that black-box methods draw from.
+    """Return the range of every tuned hyperparameter.
 
-    | domain   | drawn                                                   | from                                      |
-    |----------|---------------------------------------------------------|-------------------------------------------|
-    | Interval | uniformly                                               | low to high, a thousandth inside the edges |
-    | Integer  | uniformly                                               | its whole numbers                         |
-    | Positive | with uniform log(λ − low)                               | a thousandth to a thousandfold of init − low |
-    | Real     | uniformly                                               | init ± 5 scale                            |
-    | Simplex  | as the softmax of uniform logits                        | −3 to 3                                   |
+    | domain   | uniform draw of | default range                                |
+    |----------|-----------------|----------------------------------------------|
+    | Interval | λ               | low to high, a thousandth inside the edges   |
+    | Integer  | λ               | all whole numbers of the domain              |
+    | Positive | log(λ − low)    | λ − low from (init − low)/1000 to its 1000 × |
+    | Real     | λ               | init ± 5 scale                               |
+    | Simplex  | the logits      | −3 to 3                                      |
 
-    An array is drawn entry by entry. A default range is widened where the initial value lies outside.
+    Every entry of an array is drawn on its own. A default range that does not contain the initial
+    value is widened.
 
     Args:
-        space: of the problem.
-        ranges: [low, high] in the hyperparameter's own units, for all of its entries, in place of the default.
+        space: the space of the problem.
+        ranges: [low, high] by hyperparameter, in its own units and for all of its entries, in place
+            of the default.
 
     Example:
         >>> from bilevel import Positive, Space
@@ -128,34 +128,30 @@ def ranges_of(space: Space, ranges: Mapping[str, Sequence[float]] | None = None)
         0.75895
 
     Raises:
-        BilevelError: a range for something that is not tuned, one that is empty, or one outside the domain.
+        BilevelError: a range is empty, leaves the domain, excludes the initial value, or belongs to
+            a hyperparameter that is not tuned.
     """
     given = {} if ranges is None else ranges
     if not isinstance(given, Mapping):
-        raise BilevelError(
-            f"ranges={ranges!r} names no hyperparameter; give a mapping of names to [low, high]"
-        )
+        what = "must map names to ranges"
+        raise wrong("ranges", ranges, what, "give a mapping such as {decay: [0.001, 0.1]}")
     for name in given:
         if name not in space.tuned:
             what = (
-                "is frozen"
+                f"has no effect, because `{name}` is frozen"
                 if name in space
-                else f"is no hyperparameter{near(str(name), space.tuned)}"
+                else f"sets an unknown hyperparameter{near(str(name), space.tuned)}"
             )
-            raise BilevelError(
-                f"`{name}` in ranges {what}; those that are tuned are {', '.join(space.tuned)}"
-            )
+            remedy = f"choose from {', '.join(space.tuned)}"
+            raise wrong(f"ranges.{name}", given[name], what, remedy)
     lows, highs, names, whole = [], [], [], []
     for name in space.tuned:
-        domain, init = (
-            space[name],
-            _to_z(space[name], space[name].unconstrain(space[name].initial())),
-        )
-        low, high = (
-            _default_range(domain, init)
-            if given.get(name) is None
-            else _user_range(name, domain, init, given[name])
-        )
+        domain = space[name]
+        init = _to_z(domain, domain.unconstrain(domain.initial()))
+        if given.get(name) is None:
+            low, high = _default_range(name, domain, init)
+        else:
+            low, high = _user_range(name, domain, init, given[name])
         lows.append(low.expand_as(init))
         highs.append(high.expand_as(init))
         names += [name + _index(i, domain.shape) for i in range(domain.numel)]
@@ -163,7 +159,8 @@ def ranges_of(space: Space, ranges: Mapping[str, Sequence[float]] | None = None)
     return Ranges(space, torch.cat(lows), torch.cat(highs), tuple(names), tuple(whole))
 
 
-def _default_range(domain: Domain, init: Tensor) -> tuple[Tensor, Tensor]:
+def _default_range(name: str, domain: Domain, init: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the default range of z."""
     if isinstance(domain, Integer):
         return init.new_tensor(domain.low), init.new_tensor(domain.high)
     if isinstance(domain, Interval):
@@ -175,79 +172,68 @@ def _default_range(domain: Domain, init: Tensor) -> tuple[Tensor, Tensor]:
         reach = DECADES * math.log(10) if isinstance(domain, Positive) else SCALES * domain.scale
         return init - reach, init + reach
     raise BilevelError(
-        f"a {type(domain).__name__} has no range of its own here; tune it with another solver"
+        f"`{name}` is a {type(domain).__name__}, which has no default range; tune it with another "
+        "solver"
     )
 
 
 def _user_range(name: str, domain: Domain, init: Tensor, value: Any) -> tuple[Tensor, Tensor]:
-    """A range of the user's, as the box of z."""
+    """Return the user's range as a range of z."""
+    setting = f"ranges.{name}"
     if isinstance(domain, Simplex):
-        raise BilevelError(
-            f"`{name}` is a Simplex, drawn as a softmax of logits, and takes no range; leave it out of ranges"
-        )
+        what = "is set for a Simplex, which takes no range because its logits are drawn"
+        raise wrong(setting, value, what, "leave it out")
     try:
         low, high = (float(end) for end in value)
     except (TypeError, ValueError):
-        raise BilevelError(
-            f"the range {value!r} of `{name}` is not two numbers; give [low, high]"
-        ) from None
-    said = f"the range [{low:g}, {high:g}] of `{name}`"
+        raise wrong(setting, value, "must be two numbers", "give [low, high]") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise BilevelError(
-            f"{said} is empty or without end; give finite numbers, the lower one first"
-        )
+        what = "must be finite and not empty"
+        raise wrong(setting, value, what, "give two finite numbers, the lower one first")
     if isinstance(domain, Interval):
         if low < domain.low or high > domain.high:
-            raise BilevelError(
-                f"{said} leaves its domain ({domain.low:g}, {domain.high:g}); choose one inside"
-            )
+            what = f"leaves its domain ({domain.low:g}, {domain.high:g})"
+            raise wrong(setting, value, what, "choose a range inside")
         if isinstance(domain, Integer) and (low != int(low) or high != int(high)):
-            raise BilevelError(
-                f"{said} does not begin and end at whole numbers; an Integer needs them"
-            )
+            raise wrong(setting, value, "must have whole numbers as ends", "round both ends")
         if not isinstance(domain, Integer):
             inside = MARGIN * (domain.high - domain.low)
-            low, high = (
-                max(low, min(domain.low + inside, float(init.min()))),
-                min(high, max(domain.high - inside, float(init.max()))),
-            )
+            low = max(low, min(domain.low + inside, float(init.min())))
+            high = min(high, max(domain.high - inside, float(init.max())))
     if isinstance(domain, Positive):
         if low <= domain.low:
-            raise BilevelError(
-                f"{said} does not begin above {domain.low:g}, and its logarithm is what is drawn; begin above it"
-            )
+            what = f"must begin above {domain.low:g}, because its logarithm is drawn"
+            raise wrong(setting, value, what, "raise the lower end")
         low, high = math.log(low - domain.low), math.log(high - domain.low)
     if bool(((init < low - 1e-9) | (init > high + 1e-9)).any()):
-        raise BilevelError(
-            f"{said} does not contain its initial value {domain.init}, where the first trial begins; widen it, or change init"
-        )
-    return init.clamp(max=low), init.clamp(min=high)  # what rounding has left outside
+        what = f"does not contain its initial value {domain.init}, where the first trial starts"
+        raise wrong(setting, value, what, "widen it, or change init")
+    return init.clamp(max=low), init.clamp(min=high)  # rounding may put init outside by 1e-9
 
 
 def _to_z(domain: Domain, u: Tensor) -> Tensor:
-    """z from u, flat."""
-    if isinstance(domain, (Positive, Integer, Interval)):
-        value = domain.constrain(u, None)
-        return (torch.log(value - domain.low) if isinstance(domain, Positive) else value).reshape(
-            -1
-        )
+    """Return z of u, flat."""
+    if isinstance(domain, Positive):
+        return torch.log(domain.constrain(u, None) - domain.low).reshape(-1)
+    if isinstance(domain, (Integer, Interval)):
+        return domain.constrain(u, None).reshape(-1)
     return u.reshape(-1)
 
 
 def _to_u(domain: Domain, z: Tensor) -> Tensor:
+    """Return u of z."""
     if isinstance(domain, Positive):
         return softplus_inverse(torch.exp(z))
     if isinstance(domain, Simplex):
         return z
-    if isinstance(
-        domain, Integer
-    ):  # its edges lie at infinity: a hundredth inside is rounded to them all the same
+    if isinstance(domain, Integer):
+        # u is infinite at the ends; a hundredth inside is rounded to them as well
         return domain.unconstrain(z.clamp(domain.low + 0.01, domain.high - 0.01))
     return domain.unconstrain(z)
 
 
 def _index(i: int, shape: tuple[int, ...]) -> str:
-    """'[3]' or '[1,2]' for the entry `i` of an array, '' for a number."""
+    """Return '[3]' or '[1,2]' for the entry `i` of an array, and '' for a number."""
     if not shape:
         return ""
     index = []

@@ -1,4 +1,4 @@
-"""What proposes the next λ and what ends a hopeless trial: Optuna's samplers and pruners, by value."""
+"""Samplers, which propose the next λ, and pruners, which end hopeless trials; Optuna runs them."""
 
 import warnings
 from abc import ABC, abstractmethod
@@ -7,26 +7,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from bilevel import BilevelError
-from bilevel.validate import whole
+from bilevel.validate import whole, wrong
 
 if TYPE_CHECKING:
     import optuna
 
 
 class Sampler(ABC):
-    """What proposes λ."""
+    """A method that proposes the next λ."""
 
     most: ClassVar[int]
-    """Coordinates that it can be asked for; `Search` refuses more."""
+    """The largest number of coordinates; `Search` refuses more."""
     learns: ClassVar[bool] = True
-    """Whether it looks at earlier trials at all."""
+    """True if the proposals depend on earlier trials."""
     learns_from_pruned: ClassVar[bool] = False
-    """Whether it knows what a pruned trial is; another one is told that it was complete."""
+    """True if it distinguishes pruned trials; for others, a pruned trial counts as complete."""
 
     @abstractmethod
     def make(self, seed: int) -> "optuna.samplers.BaseSampler":
-        """Optuna's."""
+        """Return the sampler of Optuna."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +46,15 @@ class RandomSearch(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class TPE(Sampler):
-    """Tree-structured Parzen estimator: the candidate with the largest ratio of the densities of good and of other trials.
+    """Tree-structured Parzen estimator, with densities of good and of other trials.
 
-    The densities are joint ones over all coordinates. A pruned trial counts by how far it came, and after the complete ones.
+    It proposes the candidate with the largest ratio of the two densities, which are joint densities
+    over all coordinates. A pruned trial ranks after all complete trials, by the epochs that it
+    reached.
 
     Attributes:
-        startup: trials before the first proposal, drawn uniformly.
-        candidates: draws from the density of good trials, of which the best is proposed.
+        startup: the number of uniform draws before the first proposal.
+        candidates: the number of candidates, which are drawn from the density of good trials.
 
     Source: Bergstra et al., NeurIPS 2011; Watanabe, arXiv:2304.11127.
     """
@@ -80,12 +81,14 @@ class TPE(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class GP(Sampler):
-    """Gaussian process (Matérn 5/2, one length scale per coordinate) with the logarithm of expected improvement.
+    """Gaussian process with the logarithm of the expected improvement (LogEI).
+
+    The kernel is Matérn 5/2 with one length scale per coordinate.
 
     Attributes:
-        startup: trials before the first proposal, drawn uniformly.
+        startup: the number of uniform draws before the first proposal.
 
-    Source: Ament et al., NeurIPS 2023 (LogEI), as Optuna has it.
+    Source: Ament et al., NeurIPS 2023, as implemented in Optuna.
     """
 
     startup: int = 10
@@ -101,20 +104,22 @@ class GP(Sampler):
 
 
 class Pruner(ABC):
-    """What ends a trial early."""
+    """A method that ends trials early."""
 
     @abstractmethod
     def make(self, trial_epochs: int) -> "optuna.pruners.BasePruner":
-        """Optuna's, for trials of so many epochs at most."""
+        """Return the pruner of Optuna, for trials of at most `trial_epochs` epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Median(Pruner):
-    """A trial ends where its best score is above the median of what complete trials had at the same epoch.
+    """Median pruning: end a trial that is worse than the median of the complete trials.
+
+    It compares the best score of the trial with those of the complete trials at the same epoch.
 
     Attributes:
-        startup: complete trials before any is pruned.
-        warmup_epochs: after so many epochs of its own, or fewer, a trial is not pruned.
+        startup: the number of complete trials before any trial is pruned.
+        warmup_epochs: the number of epochs in which a trial is not pruned.
 
     Source: Golovin et al., KDD 2017, section 3.2.
     """
@@ -135,10 +140,13 @@ class Median(Pruner):
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperband(Pruner):
-    """Brackets of successive halving: at min_epochs · reductionᵏ a trial goes on if it is in the best 1/`reduction` there.
+    """Hyperband: brackets of successive halving.
+
+    After min_epochs · reductionᵏ epochs, a trial continues if it is among the best 1/`reduction` of
+    the trials there.
 
     Attributes:
-        min_epochs: of a trial before it can be ended.
+        min_epochs: the number of epochs before a trial can end.
         reduction: η of the paper.
 
     Source: Li et al., JMLR 2018, in the asynchronous form of Optuna.
@@ -155,10 +163,8 @@ class Hyperband(Pruner):
         import optuna
 
         if trial_epochs < self.min_epochs:
-            raise BilevelError(
-                f"trials of {trial_epochs} epochs leave nothing to prune after min_epochs={self.min_epochs}; "
-                "make trial_epochs larger, or min_epochs smaller"
-            )
+            what = f"leaves nothing to prune after min_epochs={self.min_epochs}"
+            raise wrong("trial_epochs", trial_epochs, what, "raise it, or lower min_epochs")
         return optuna.pruners.HyperbandPruner(
             min_resource=self.min_epochs, max_resource=trial_epochs, reduction_factor=self.reduction
         )
@@ -166,7 +172,7 @@ class Hyperband(Pruner):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, Optuna's log and its experimental warnings are held back; after it they are as they were."""
+    """Open a context without Optuna's log and its warnings about experimental features."""
     import optuna
 
     verbosity = optuna.logging.get_verbosity()

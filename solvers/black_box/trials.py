@@ -1,4 +1,4 @@
-"""The trials of a search as a plain record, from which every suggestion of a sampler and every verdict of a pruner follows."""
+"""The trials of a search: a plain record that determines every proposal and every pruning."""
 
 import math
 from statistics import median_low
@@ -18,27 +18,27 @@ class Trial(TypedDict):
     """The record of one trial."""
 
     z: list[float]
-    """Where it was drawn, by coordinate."""
+    """The drawn point, by coordinate."""
     scores: list[float]
-    """After each of its epochs."""
+    """The score after each epoch."""
     state: str
     """`running`, `complete`, `pruned` or `failed`."""
 
 
 class Trials:
-    """The trials so far, as a plain record, of which every suggestion and every pruning is a function.
+    """The trials so far; every proposal and every pruning is a function of their record.
 
-    A suggestion comes from a fresh sampler, with a seed of its own, that is told the record. The values that it is told end at
-    m + 3 (m − b), where m is their median and b the best of them: a trial that blew up, which is most trials with too large a
-    learning rate, would leave a Gaussian process nothing else to see. A failed trial counts as one at that end, so that the
-    sampler keeps away from there.
+    A proposal comes from a fresh sampler with a seed of its own, which receives the record. The
+    values in it are capped at m + 3 (m − b), where m is their median and b the best of them. A
+    trial with a much too large learning rate would otherwise dominate a Gaussian process. A failed
+    trial gets this cap as its value, so that the sampler avoids its neighbourhood.
 
     Args:
-        sampler: proposes.
+        sampler: proposes points.
         pruner: ends trials early; None ends none.
-        ranges: what is drawn from.
-        epochs: of a complete trial.
-        early_stopping: whether a trial's value is its lowest score, rather than its last.
+        ranges: the box of the points.
+        epochs: the length of a complete trial.
+        early_stopping: the value of a trial is its lowest score, and not its last.
     """
 
     def __init__(
@@ -50,23 +50,22 @@ class Trials:
         *,
         early_stopping: bool = True,
     ) -> None:
-        self.sampler, self.pruner, self.ranges, self.epochs = sampler, pruner, ranges, epochs
+        self.sampler = sampler
+        self.pruner = pruner
+        self.ranges = ranges
+        self.epochs = epochs
         self.early_stopping = early_stopping
         self.replay([])
 
     def begin(self, seed: int, z: Tensor | None = None) -> Tensor:
-        """The z of a new trial: as given, or as the sampler proposes it."""
+        """Begin a trial at z, or at the proposal of the sampler, and return its point."""
         with quiet():
-            z = (
-                self.ranges.suggest(self._study_of_record(seed).ask())
-                if z is None
-                else z.clamp(self.ranges.low, self.ranges.high)
-            )
+            z = self._propose(seed) if z is None else z.clamp(self.ranges.low, self.ranges.high)
         self._add({"z": z.tolist(), "scores": [], "state": "running"})
         return z
 
     def score(self, score: float) -> bool:
-        """Note the running trial's score after one more epoch; whether the pruner ends it here."""
+        """Record a score of the running trial; return whether the pruner ends the trial."""
         scores = self.record[-1]["scores"]
         scores.append(score)
         if self.pruner is None:
@@ -76,7 +75,7 @@ class Trials:
             return len(scores) < self.epochs and self._live.should_prune()
 
     def end(self, state: str) -> None:
-        """The running trial is `complete`, `pruned` or `failed`."""
+        """End the running trial as `complete`, `pruned` or `failed`."""
         self.record[-1]["state"] = state
         if self.pruner is None:
             return
@@ -93,17 +92,17 @@ class Trials:
                 self._study.tell(self._live, state=ends[state])
 
     def value(self, trial: Trial) -> float:
-        """What a trial that has ended is worth: +∞ if it failed."""
+        """Return the value of a trial that has ended, +∞ for a failed one."""
         if trial["state"] == "failed":
             return math.inf
         return min(trial["scores"]) if self.early_stopping else trial["scores"][-1]
 
     def count(self, state: str) -> int:
-        """Trials in `state`."""
+        """Return the number of trials in `state`."""
         return sum(trial["state"] == state for trial in self.record)
 
     def replay(self, record: list[Trial]) -> None:
-        """Start again from a record: what a pruner remembers comes back when it is asked the same again."""
+        """Restore a record; the same questions restore the memory of the pruner."""
         import optuna
 
         self.record: list[Trial] = []
@@ -123,21 +122,21 @@ class Trials:
         self.record.append(trial)
         if self.pruner is not None:
             with quiet():
-                self._live = (
-                    self._study.ask()
-                )  # for its scores alone: pruners do not look at parameters
+                self._live = self._study.ask()  # for the scores only: pruners read no parameters
+
+    def _propose(self, seed: int) -> Tensor:
+        return self.ranges.suggest(self._study_of_record(seed).ask())
 
     def _study_of_record(self, seed: int) -> "optuna.Study":
-        """A study of the trials so far, with a fresh sampler."""
+        """Return a study of the trials so far, with a fresh sampler."""
         import optuna
 
         study = optuna.create_study(study_name="search", sampler=self.sampler.make(seed))
         if not self.sampler.learns:
             return study
         states, distributions = optuna.trial.TrialState, self.ranges.distributions()
-        for trial, value in zip(
-            self.record, bounded([self.value(trial) for trial in self.record]), strict=True
-        ):
+        values = capped([self.value(trial) for trial in self.record])
+        for trial, value in zip(self.record, values, strict=True):
             pruned = trial["state"] == "pruned" and self.sampler.learns_from_pruned
             study.add_trial(
                 optuna.trial.create_trial(
@@ -151,11 +150,13 @@ class Trials:
         return study
 
 
-def bounded(values: list[float]) -> list[float]:
-    """The values, those above m + 3 (m − b) brought down to it: m the median of the finite ones, b the best.
+def capped(values: list[float]) -> list[float]:
+    """Return the values, capped at m + 3 (m − b).
+
+    m is the median of the finite values, and b is the lowest.
 
     Example:
-        >>> bounded([1.0, 2.0, 3.0, 1e30, math.inf])
+        >>> capped([1.0, 2.0, 3.0, 1e30, math.inf])
         [1.0, 2.0, 3.0, 5.0, 5.0]
     """
     finite = [value for value in values if math.isfinite(value)]

@@ -313,7 +313,7 @@ def test_resuming_with_another_schedule(tmp_path):
     CALM(epochs=1).run(Net(), Fixed(hypers=Replayed(path)), directory=tmp_path / "run")
     written(path, [0, 5], **three([0.1, 0.4]))
     with pytest.raises(
-        BilevelError, match=r"s\.json is not the one that this run began with; restore that one"
+        BilevelError, match=r"s\.json has changed since this run began; restore the old schedule"
     ):
         CALM(epochs=2).run(
             Net(), Fixed(hypers=Replayed(path)), directory=tmp_path / "run", resume=True
@@ -362,8 +362,7 @@ def test_by_command(tmp_path, elsewhere, capsys):
         == 1
     )
     assert (
-        "`nothing` is no hyperparameter and cannot get std=0.1; there are "
-        in capsys.readouterr().err
+        "std.nothing=0.1 names an unknown hyperparameter; choose from " in capsys.readouterr().err
     )
 
 
@@ -421,13 +420,13 @@ def test_what_is_no_run(tmp_path):
 @pytest.mark.parametrize(
     ("hypers", "changes", "sentence"),
     [
-        ({"rate": [0.1]}, {}, r"has no `mask`; it has rate: freeze `mask`"),
+        ({"rate": [0.1]}, {}, r"has no `mask`, only rate; freeze `mask`"),
         (
             {**three([0.1]), "rote": [0.1]},
             {},
             r"has `rote` \(did you mean `rate`\?\), which the problem lacks",
         ),
-        (three([[0.1, 0.2]]), {}, r"`rate` is of shape \[\], but not in"),
+        (three([[0.1, 0.2]]), {}, r"has `rate` in another shape than \[\]; give the schedule"),
         (three([0.95]), {}, "`rate` is 0.95 in .* at step 0, outside its domain"),
         (three([0.1]), {"rate": {"frozen": True}}, "`rate` is frozen at 0.2 and is 0.1 in"),
         (
@@ -446,10 +445,10 @@ def test_schedules_that_do_not_fit(tmp_path, hypers, changes, sentence):
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Gaussian(-1.0), "std=-1.0 is no size"),
-        (lambda: Gaussian({"rate": "much"}), "std='much' is no size"),
-        (lambda: Sinusoidal(float("nan"), 10), "amplitude=nan is no size"),
-        (lambda: Sinusoidal(0.1, 0), "period=0 is no number of inner steps"),
+        (lambda: Gaussian(-1.0), "std=-1.0 must be at least 0"),
+        (lambda: Gaussian({"rate": "much"}), "std.rate='much' must be at least 0"),
+        (lambda: Sinusoidal(float("nan"), 10), "amplitude=nan must be at least 0"),
+        (lambda: Sinusoidal(0.1, 0), "period=0 must be positive and finite"),
     ],
 )
 def test_sizes_that_cannot_be(make, sentence):
@@ -460,10 +459,12 @@ def test_sizes_that_cannot_be(make, sentence):
 def test_names_that_cannot_be_perturbed():
     with pytest.raises(
         Refused,
-        match=r"`rote` is no hyperparameter \(did you mean `rate`\?\) and cannot get std=0.1",
+        match=r"std\.rote=0\.1 names an unknown hyperparameter \(did you mean `rate`\?\)",
     ):
         trained(Gaussian({"rote": 0.1}), 1)
-    with pytest.raises(Refused, match=r"`rate` is frozen and cannot get amplitude=0\.1"):
+    with pytest.raises(
+        Refused, match=r"amplitude\.rate=0\.1 has no effect, because `rate` is frozen"
+    ):
         trained(Sinusoidal({"rate": 0.1}, 9), 1, space(rate={"frozen": True}))
     with pytest.raises(Refused, match="`w` must sum to one"):
         trained(Gaussian(0.1), 1, Space(w=Simplex(init=[0.5, 0.5], shape=(2,))))

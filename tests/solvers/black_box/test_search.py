@@ -20,7 +20,7 @@ from bilevel.solvers.black_box import search as searches
 from bilevel.solvers.black_box.ranges import ranges_of
 from bilevel.solvers.black_box.samplers import GP, TPE, Hyperband, Median, RandomSearch, quiet
 from bilevel.solvers.black_box.search import Search
-from bilevel.solvers.black_box.trials import bounded
+from bilevel.solvers.black_box.trials import capped
 from tests.support.device_waits import Waited, no_waiting
 from tests.support.solver_cases import CPU, classifier, normed, ready, sgd
 
@@ -134,7 +134,7 @@ FAULTS = {
     "endless": ({"decay": [0.1, math.inf]}, "finite"),
     "domain": ({"rate": [-1, 0.5]}, "leaves its domain"),
     "whole": ({"count": [0.5, 2]}, "whole numbers"),
-    "log": ({"decay": [0, 1]}, "begin above it"),
+    "log": ({"decay": [0, 1]}, "must begin above 0"),
     "initial": ({"rate": [0.5, 0.8]}, "does not contain its initial value 0.3"),
     "simplex": ({"mix": [0, 1]}, "takes no range"),
     "one number": ({"rate": 3}, "give \\[low, high\\]"),
@@ -167,7 +167,7 @@ def test_too_many_coordinates_are_refused_or_doubted():
 
 
 def test_a_pruner_without_room_is_refused():
-    with pytest.raises(BilevelError, match="leave nothing to prune"):
+    with pytest.raises(BilevelError, match="leaves nothing to prune"):
         ready(Ridge.synthetic(), Search(trial_epochs=2, pruner=Hyperband(min_epochs=3)))
     with pytest.raises(BilevelError, match="reduction=1 must be a whole number of at least 2"):
         Hyperband(reduction=1)
@@ -430,9 +430,9 @@ def test_a_trial_that_is_not_finite_fails_and_the_search_goes_on(sampler, above,
 
 
 def test_what_blew_up_does_not_hide_what_is_good():
-    assert bounded([2.0, 1.0, 1.5]) == [2.0, 1.0, 1.5]
-    assert bounded([math.inf, 1.0, 1.5, 2.0, 1e300]) == [3.0, 1.0, 1.5, 2.0, 3.0]
-    assert bounded([math.inf] * 2) == [0.0, 0.0]
+    assert capped([2.0, 1.0, 1.5]) == [2.0, 1.0, 1.5]
+    assert capped([math.inf, 1.0, 1.5, 2.0, 1e300]) == [3.0, 1.0, 1.5, 2.0, 3.0]
+    assert capped([math.inf] * 2) == [0.0, 0.0]
 
 
 # --- the same again, and resumed ---
