@@ -14,15 +14,16 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/bilevel
 
-# xdist's workers share the cores among them
+# xdist's workers share the cores among them; tests that share a fixture stay together.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 quick test mutants soak: export OMP_NUM_THREADS = 1
 
 quick: lint
-	$(BIN)/python -m pytest -n 2 tests/solvers/test_laws.py -k "delta_stn or implicit_cg"
+	$(PYTEST) tests/solvers/test_laws.py -k "delta_stn or implicit_cg"
 	$(BIN)/bilevel problem=ridge runner.epochs=2 runner.progress=none wandb.mode=disabled
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 lint: .venv/tested
 	$(BIN)/ruff check .

@@ -35,6 +35,14 @@ sys.modules["shape_checker"] = sys.modules[__name__]
 install_import_hook(["bilevel"], "shape_checker.shapes")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share a fixture of their module on one worker, so that it is made once."""
+    for item in items:
+        known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+        if any(found[-1].scope == "module" for found in known.values()):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """Seed the global generator, and use one thread, so that xdist's workers do not compete."""

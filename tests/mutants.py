@@ -1,7 +1,7 @@
 """Break the code on purpose, one named error at a time; a test must fail.
 
 Run `make mutants` or `python -m tests.mutants`. Each mutant is applied to a copy of the project, in
-which the named tests run. A mutant that survives is a gap in the tests. docs/mutants.md has the list.
+which the named tests run. A mutant that survives is a gap in the tests. docs/mutants.md lists all.
 """
 
 import argparse
@@ -44,7 +44,8 @@ MUTANTS = [
         "transposed response: the scale on the inputs of a layer, not on its outputs",
         "solvers/response/rules.py",
         "        if weight.axis == 0:\n            units",
-        "        if weight.axis == 1 or weight.base.shape[0] != weight.base.shape[1]:\n            units",
+        "        square = weight.base.shape[0] == weight.base.shape[1]\n"
+        "        if weight.axis == 1 or not square:\n            units",
         "solvers/response/test_rules.py",
     ),
     Mutant(
@@ -114,14 +115,16 @@ MUTANTS = [
         "the tangent goes through W₁ too",
         "solvers/response/rules.py",
         "units = f(primal(x) if weight.tangent else x, weight.response, None)",
-        "units = f(primal(x), weight.response, None) + (0 if tangent(x) is None else f(tangent(x), weight.response, None))",
+        "units = f(primal(x), weight.response, None) + "
+        "(0 if tangent(x) is None else f(tangent(x), weight.response, None))",
         "solvers/response/test_rules.py",
     ),
     Mutant(
         "W₁ẋ computed and thrown away",
         "solvers/response/rules.py",
         "            units = f(primal(x) if weight.tangent else x, weight.response, None)",
-        "            units = f(x, weight.response, None)\n            units = primal(units) if weight.tangent else units",
+        "            units = f(x, weight.response, None)\n"
+        "            units = primal(units) if weight.tangent else units",
         "solvers/test_step_cost.py",
     ),
     Mutant(
@@ -142,10 +145,12 @@ MUTANTS = [
         "w₀ moves with the perturbed loss, though regularized",
         "solvers/self_tuning.py",
         "            w0 = core.weights.detached()\n"
-        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n"
+        "            response_loss, response_carry = "
+        "self.perturbed_loss(w0, self.response_carry, batch)\n"
         "            descend(response_loss, self.theta)",
         "            w0 = core.weights.tensors\n"
-        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n"
+        "            response_loss, response_carry = "
+        "self.perturbed_loss(w0, self.response_carry, batch)\n"
         "            descend(response_loss, self.theta, core.weights)",
         "solvers/test_self_tuning.py",
     ),
@@ -155,19 +160,23 @@ MUTANTS = [
         "        descend(loss, core.weights)\n"
         '        with core.services.phase("response"):\n'
         "            w0 = core.weights.detached()\n"
-        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n",
+        "            response_loss, response_carry = "
+        "self.perturbed_loss(w0, self.response_carry, batch)\n",
         '        with core.services.phase("response"):\n'
         "            w0 = core.weights.detached()\n"
-        "            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)\n"
+        "            response_loss, response_carry = "
+        "self.perturbed_loss(w0, self.response_carry, batch)\n"
         "            descend(loss, core.weights)\n",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
         "the penalty at w₀, not at w₀ + ΔW(ε), under linearization",
         "solvers/self_tuning.py",
-        "        return core.problem.inner_objective(hypers, params, prediction, batch), detached(carry)",
+        "        return core.problem.inner_objective(hypers, params, prediction, batch), "
+        "detached(carry)",
         "        params = w0 if flags.linearize else params\n"
-        "        return core.problem.inner_objective(hypers, params, prediction, batch), detached(carry)",
+        "        return core.problem.inner_objective(hypers, params, prediction, batch), "
+        "detached(carry)",
         "solvers/autodiff/test_linearization.py",
     ),
     Mutant(
@@ -334,8 +343,8 @@ MUTANTS = [
     Mutant(
         "t of a paired test without √n",
         "bilevel/comparison/statistics.py",
-        "told.mean / (told.std / math.sqrt(told.n))",
-        "told.mean / told.std",
+        "summary.mean / (summary.std / math.sqrt(summary.n))",
+        "summary.mean / summary.std",
         "bilevel/comparison/test_comparison.py",
     ),
     Mutant(
