@@ -2,21 +2,21 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilevel.comparison import html_page
 from bilevel.comparison.curves import LOSS, common_target, reached
-from bilevel.comparison.figures import Picture, pictures
+from bilevel.comparison.figures import pictures
+from bilevel.comparison.report_page import document, title
 from bilevel.comparison.runs import Run, Warn, group_runs
-from bilevel.comparison.statistics import Paired, paired
+from bilevel.comparison.section import Section
+from bilevel.comparison.statistics import paired
 from bilevel.comparison.table import (
     COST,
     QUALITY,
     STEP,
-    Rows,
     pair_rows,
     rich_table,
     rows,
@@ -29,41 +29,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 REPORT = "report.html"
-TITLE = "Runs compared"
-MANY_GROUPS = (
-    "There are many groups, so each is compared with the group of lowest mean alone. "
-    "That group was chosen by these same numbers, so p is too small"
-)
 TESTED = {"best validation loss": LOSS, "test loss at that evaluation": "test_loss"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """The results of the runs on one problem.
-
-    Attributes:
-        problem: name of the problem.
-        groups: its runs by label.
-        target: the validation loss whose cost is reported; None where no run has a loss.
-        target_source: the choice of the target, in words.
-        quality, cost, step: tables of quality, cost, and cost per step.
-        pairs: the paired comparisons, by compared quantity.
-        all_pairs: True where they are all pairs.
-        notes: facts about these runs that a reader must consider.
-        pictures: pictures as PNG.
-    """
-
-    problem: str
-    groups: Mapping[str, Sequence[Run]]
-    target: float | None
-    target_source: str
-    quality: Rows
-    cost: Rows
-    step: Rows
-    pairs: Mapping[str, Sequence[Paired]]
-    all_pairs: bool
-    notes: Sequence[str]
-    pictures: Sequence[Picture]
 
 
 def sections(
@@ -152,99 +118,8 @@ def write_report(
     for section, stem in zip(made, _stems([section.problem for section in made]), strict=True):
         for picture in section.pictures:
             _write(out / f"{stem}-{picture.name}.png", picture.png, warn)
-    text = html_page.page(_title(made), _document(made, faults))
+    text = html_page.page(title(made), document(made, faults))
     return out / REPORT if _write(out / REPORT, text.encode(), warn) else None
-
-
-def _document(made: Sequence[Section], faults: Sequence[str]) -> list[str]:
-    count = sum(len(runs) for section in made for runs in section.groups.values())
-    parts = [
-        html_page.heading(_title(made), 1),
-        html_page.paragraph(_opening(made, count), pale=True),
-    ]
-    if faults:
-        parts += [html_page.paragraph("Files that cannot be read:"), html_page.bullets(faults)]
-    for section in made:
-        parts += _section(section)
-    return [*parts, *_reading()]
-
-
-def _section(section: Section) -> list[str]:
-    parts = [html_page.heading(section.problem), html_page.bullets(section.notes)]
-    parts += [html_page.heading("Quality", 3), html_page.table(section.quality)]
-    parts += [
-        html_page.paragraph(
-            (
-                "At the evaluation of lowest validation loss of each run; mean ± standard "
-                "deviation over runs."
-            ),
-            pale=True,
-        )
-    ]
-    parts += [html_page.heading("Cost", 3), html_page.table(section.cost)]
-    if section.target is not None:
-        parts += [
-            html_page.paragraph(
-                f"The target, {section.target:.4g}, is {section.target_source}.", pale=True
-            )
-        ]
-    parts += [html_page.heading("Cost per step", 3), html_page.table(section.step)]
-    parts += [html_page.picture(picture.png, picture.caption) for picture in section.pictures]
-    for words, pairs in section.pairs.items():
-        parts += [
-            html_page.heading(f"Paired over seeds: {words}", 3),
-            html_page.table(pair_rows(pairs), words=(0, 1)),
-        ]
-    if section.pairs:
-        parts += [html_page.paragraph(_tested(section), pale=True)]
-    return parts
-
-
-def _opening(made: Sequence[Section], count: int) -> str:
-    solvers = sum(len(section.groups) for section in made)
-    text = f"{count} {_plural('run', count)} in {solvers} {_plural('group', solvers)}"
-    if len(made) > 1:
-        text += (
-            f" on {len(made)} problems, {', '.join(section.problem for section in made)}, "
-            "each in its own section"
-        )
-    return f"{text}. A group is a solver, with the settings in which its runs differ."
-
-
-def _tested(section: Section) -> str:
-    pairs = "All pairs" if section.all_pairs else MANY_GROUPS
-    return (
-        f"{pairs}. A negative difference means that the first is lower. n is the number of "
-        "seeds that both have; t = mean / (std / √n); p is two-sided with n − 1 degrees of "
-        "freedom. The last column has Holm's correction for the pairs of its table. t is "
-        "missing for one seed, and for equal differences."
-    )
-
-
-def _reading() -> list[str]:
-    notes = [
-        (
-            "The lowest of many validation losses is optimistic, while the test loss at that "
-            "evaluation was not selected. The test split is used only at the end of a run."
-        ),
-        (
-            "A run that diverged, was interrupted or has not ended counts with its results so far, "
-            "and its row names this."
-        ),
-        (
-            "Targets are reached at an evaluation, without interpolation. A number followed by (k "
-            "of n) is a mean over the k runs that have one."
-        ),
-        (
-            "Time is training time, without evaluation and set-up. Examples are those that the "
-            "solver drew, for training and for validation."
-        ),
-        (
-            "Peak memory is that of tensors on a GPU. On a CPU it is that of the whole process, "
-            "which never falls from one run of a sweep to the next."
-        ),
-    ]
-    return [html_page.heading("How to read this"), html_page.bullets(notes)]
 
 
 def _notes(groups: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -284,14 +159,3 @@ def _stems(names: Sequence[str]) -> list[str]:
     return [
         f"{stem}-{index}" if stems.count(stem) > 1 else stem for index, stem in enumerate(stems)
     ]
-
-
-def _title(made: Sequence[Section]) -> str:
-    return (
-        f"{TITLE}: "
-        f"{', '.join(section.problem for section in made[:3])}{' …' if len(made) > 3 else ''}"
-    )
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"

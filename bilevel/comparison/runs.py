@@ -1,8 +1,7 @@
 """Runs read from their directories: each file once, and its columns as arrays."""
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +11,15 @@ import numpy as np
 
 from bilevel.comparison.labels import label
 from bilevel.comparison.record_columns import Array, columns_of, finite
+from bilevel.comparison.run_files import (
+    CONFIG,
+    Warn,
+    find_runs,
+    parse_records,
+    read_config,
+    read_object,
+)
 from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
-
-CONFIG = "config.yaml"
-
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class Run:
     @cached_property
     def records(self) -> list[Record]:
         """Return the lines of `metrics.jsonl`, read again; `columns` serves many runs."""
-        return _parsed(self.directory / METRICS)[0]
+        return parse_records(self.directory / METRICS)[0]
 
     def column(self, name: str) -> Array:
         """Return one column, [evaluations] or [evaluations, entries]; NaN where it is missing."""
@@ -129,7 +132,7 @@ def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: Non
             fault = "is a file" if place.exists() else "does not exist"
             warn(f"{place} {fault}; give the directory of a run, or one with runs in it")
             continue
-        found = list(_find(place, warn))
+        found = list(find_runs(place, warn))
         if not found:
             warn(
                 f"{place} holds no run, since it has no {METRICS} at any depth; give the directory "
@@ -155,7 +158,7 @@ def read_run(directory: Path, *, warn: Warn = lambda sentence: None) -> Run | No
     """Return the run in `directory`; None, after a warning, where none of it can be used."""
     records: list[Record] = []
     try:
-        records, skipped = _parsed(directory / METRICS)
+        records, skipped = parse_records(directory / METRICS)
         if skipped:
             warn(
                 f"{directory / METRICS} has {skipped} damaged "
@@ -164,8 +167,8 @@ def read_run(directory: Path, *, warn: Warn = lambda sentence: None) -> Run | No
             )
     except OSError as error:
         warn(f"cannot read {directory / METRICS} ({error.strerror or error}); its summary is used")
-    summary, description = (_object(directory / name, warn) for name in (SUMMARY, DESCRIPTION))
-    config = _config(directory / CONFIG, warn)
+    summary, description = (read_object(directory / name, warn) for name in (SUMMARY, DESCRIPTION))
+    config = read_config(directory / CONFIG, warn)
     columns = columns_of(records)
     usable = np.isfinite(columns["valid_loss"]).any() if "valid_loss" in columns else False
     if not records and not summary:
@@ -202,79 +205,6 @@ def group_runs(runs: Iterable[Run]) -> dict[str, dict[str, list[Run]]]:
     for run in runs:
         groups.setdefault(run.problem, {}).setdefault(run.label, []).append(run)
     return groups
-
-
-def _find(place: Path, warn: Warn) -> Iterator[Path]:
-    """Yield the run directories at or below `place`; a run's own subdirectories belong to it."""
-
-    def unreadable(error: OSError) -> None:
-        warn(f"cannot list {error.filename} ({error.strerror or error}); its content is left out")
-
-    for root, below, files in os.walk(place, onerror=unreadable):
-        if METRICS in files or SUMMARY in files:
-            below.clear()
-            yield Path(root)
-        below.sort(key=_in_order)
-
-
-def _in_order(name: str) -> tuple[int, str]:
-    """Return a sort key; sweeps number their runs from 0 without leading zeros."""
-    number = name.partition("-")[0]
-    return (int(number) if number.isascii() and number.isdigit() else -1, name)
-
-
-def _parsed(path: Path) -> tuple[list[Record], int]:
-    """Return the records and the number of damaged lines; an unfinished last line is neither."""
-    lines = path.read_bytes().split(b"\n")[:-1]
-    try:
-        # parsing all lines at once takes half the time
-        records = json.loads(b"[" + b",".join(lines) + b"]")
-        if len(records) == len(lines) and all(type(record) is dict for record in records):
-            return records, 0
-    except (ValueError, RecursionError):
-        pass
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records, len(lines) - len(records)
-
-
-def _object(path: Path, warn: Warn) -> Record:
-    """Return a JSON object; {} without the file, and {} after a warning where it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not JSON"
-        warn(f"cannot use {path} ({reason}); the run is read without it")
-        return {}
-    if isinstance(found, dict):
-        return found
-    warn(f"cannot use {path} (it holds no object); the run is read without it")
-    return {}
-
-
-def _config(path: Path, warn: Warn) -> dict[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not YAML"
-        warn(f"cannot use {path} ({reason}); the run is read without it")
-        return {}
-    if isinstance(found, dict):
-        return {str(key): value for key, value in found.items()}
-    warn(f"cannot use {path} (it holds no settings); the run is read without it")
-    return {}
 
 
 def _status(summary: Record, columns: dict[str, Array]) -> str:

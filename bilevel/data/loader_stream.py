@@ -1,23 +1,18 @@
 """Batches from a DataLoader or another iterable, reproducible and resumable."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 
+from bilevel.data.fixed_order import FixedOrder
+from bilevel.data.isolated_draws import generators_of, isolated
 from bilevel.data.stream import Stream
 from bilevel.errors import BilevelError
 from bilevel.params import Batch, count_examples
@@ -91,11 +86,11 @@ class LoaderStream(Stream):
         self.generator = generator
         self.device = torch.device(device)
         self.name = name
-        self._generators = _generators(loader)
+        self._generators = generators_of(loader)
         # the __iter__ of a subclass may change batches, which a second DataLoader would not do
-        self._ordered: _FixedOrder | None = None
+        self._ordered: FixedOrder | None = None
         if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
-            self._ordered = _FixedOrder(loader, self._generators)
+            self._ordered = FixedOrder(loader, self._generators)
         if self._ordered is None and iter(loader) is iter(loader):
             raise BilevelError(
                 f"the {name} loader returns the same iterator at every iter(), so an evaluation "
@@ -126,7 +121,7 @@ class LoaderStream(Stream):
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         seen = 0
         loader = self.loader if self._ordered is None else self._ordered.loader(limit)
-        batches = _isolated(loader, self._generators, 0)
+        batches = isolated(loader, self._generators, 0)
         while True:
             try:
                 batch = next(batches)
@@ -166,11 +161,11 @@ class LoaderStream(Stream):
     def _begin(self, seed: int) -> None:
         if not self._started and getattr(self.loader, "persistent_workers", False):
             # the first pass, which starts these workers, also draws their seed; drop that pass
-            next(_isolated(self.loader, self._generators, seed), None)
+            next(isolated(self.loader, self._generators, seed), None)
         self._started = True
         self._seed = seed
         self._position = 0
-        self._batches = _isolated(self.loader, self._generators, seed)
+        self._batches = isolated(self.loader, self._generators, seed)
 
     def _draw(self) -> Batch:
         try:
@@ -210,99 +205,3 @@ class LoaderStream(Stream):
         return pytree.tree_map(
             lambda x: x.to(self.device, non_blocking=pinned) if isinstance(x, Tensor) else x, batch
         )
-
-
-class _FixedOrder:
-    """The examples of a DataLoader's split in a fixed order.
-
-    Attributes:
-        size: number of examples, or None where the dataset returns ready-made batches.
-    """
-
-    def __init__(self, loader: DataLoader, generators: Sequence[torch.Generator]) -> None:
-        self._loader = loader
-        self._examples: Sequence[Any] | None = None
-        self._batches: Sequence[Any] = []
-        self._streamed = isinstance(loader.dataset, IterableDataset)
-        self.size: int | None = None
-        if self._streamed:
-            sized: Any = loader.dataset
-            self.size = None if loader.batch_size is None else len(sized)
-            return
-        sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        if type(sampler) is BatchSampler:
-            self._per_batch = sampler.batch_size
-            self._examples = _examples(sampler.sampler, generators)
-            self.size = len(self._examples)
-        else:
-            self._batches = list(islice(_isolated(sampler, generators, 0), len(loader)))
-            self.size = None if loader.batch_sampler is None else sum(map(len, self._batches))
-
-    def loader(self, limit: int | None) -> DataLoader:
-        """Return a separate loader.
-
-        It stops at `limit` examples where the batches are put together here.
-        """
-        dataset, collate = self._loader.dataset, self._loader.collate_fn
-        if self._streamed:
-            return DataLoader(dataset, batch_size=self._loader.batch_size, collate_fn=collate)
-        batches = self._batches
-        if self._examples is not None:
-            chosen = self._examples[:limit]
-            batches = [
-                list(chosen[i : i + self._per_batch])
-                for i in range(0, len(chosen), self._per_batch)
-            ]
-        if self._loader.batch_sampler is None:
-            return DataLoader(dataset, batch_size=None, sampler=batches, collate_fn=collate)
-        return DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
-
-
-def _examples(sampler: Any, generators: Sequence[torch.Generator]) -> Sequence[Any]:
-    """Return the examples that a sampler may return, each once."""
-    if type(sampler) in (RandomSampler, SequentialSampler):
-        return range(len(sampler.data_source))
-    if isinstance(sampler, SubsetRandomSampler):
-        return [int(i) for i in sampler.indices]
-    if isinstance(sampler, WeightedRandomSampler):
-        return sampler.weights.nonzero().flatten().tolist()
-    return list(dict.fromkeys(islice(_isolated(sampler, generators, 0), len(sampler))))
-
-
-def _generators(loader: Iterable[Batch]) -> list[torch.Generator]:
-    """Return the generators that the loader draws from: the global one, its own, its samplers'."""
-    batches = getattr(loader, "batch_sampler", None)
-    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
-    own = [getattr(owner, "generator", None) for owner in owners]
-    return list(
-        dict.fromkeys(
-            [torch.default_generator, *(g for g in own if isinstance(g, torch.Generator))]
-        )
-    )
-
-
-def _isolated(
-    batches: Iterable[Any], generators: Sequence[torch.Generator], seed: int
-) -> Iterator[Any]:
-    """Yield the items of `batches`, with all draws from `generators` following from `seed`.
-
-    Between items the generators have the states that they had before. Samplers and workers may draw
-    as late as at the first item, so the seed must hold then, not only at `iter`.
-    `torch.manual_seed` would seed the generators of the GPU too.
-    """
-    states = [torch.Generator(g.device).manual_seed(seed).get_state() for g in generators]
-    iterator: Iterator[Any] | None = None
-    while True:
-        outside = [g.get_state() for g in generators]
-        for g, state in zip(generators, states, strict=True):
-            g.set_state(state)
-        try:
-            iterator = iter(batches) if iterator is None else iterator
-            item = next(iterator)
-        except StopIteration:
-            return
-        finally:
-            states = [g.get_state() for g in generators]
-            for g, state in zip(generators, outside, strict=True):
-                g.set_state(state)
-        yield item

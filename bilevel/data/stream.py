@@ -69,8 +69,10 @@ class StreamView(Stream):
     def __init__(self, stream: Stream, device: torch.device | str) -> None:
         if stream._start is None:
             stream._start = copy.deepcopy(stream.state_dict())
-        self.stream, self.device = stream, device
-        self.size, self.steps_per_epoch = stream.size, stream.steps_per_epoch
+        self.stream = stream
+        self.device = device
+        self.size = stream.size
+        self.steps_per_epoch = stream.steps_per_epoch
         self._state = stream._start
         self.examples = self._at_own_position().examples
 

@@ -25,7 +25,8 @@ class JsonLines(Logger):
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         path = self.path = run.directory / METRICS
-        self.lines, self.durable = state.get("lines", 0), state.get("bytes", 0)
+        self.lines = state.get("lines", 0)
+        self.durable = state.get("bytes", 0)  # size of the file that is on disk for good
         try:
             self.file = open(path, "r+b" if state else "wb", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -89,8 +90,10 @@ class JsonLines(Logger):
             else:
                 for line in self.pending:
                     self.digest.update(line)
-                self.lines, self.durable = self.lines + len(self.pending), self.file.tell()
-                self.pending, self.written = [], 0
+                self.lines += len(self.pending)
+                self.durable = self.file.tell()
+                self.pending = []
+                self.written = 0
         pending = [line.decode() for line in self.pending]
         return {
             "bytes": self.durable,

@@ -53,7 +53,8 @@ class TensorBoard(Logger):
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.info, self.folder = run, run.directory / FOLDER
+        self.info = run
+        self.folder = run.directory / FOLDER
         self.began = state.get("began", time.time())
         try:
             _cut(self.folder, state.get("files", {}))

@@ -114,7 +114,7 @@ class WandB(Logger):
             },
             "dir": str(run.directory),
             "id": self._id,
-            "resume": "allow" if self._id else None,  # the same run goes on, under its id
+            "resume": "allow" if self._id else None,  # the run continues under its id
             "settings": settings,
         }
         if self.mode == "online" and (problem := _unreachable(wandb, settings)) is None:

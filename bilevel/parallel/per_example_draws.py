@@ -24,7 +24,8 @@ class WholeBatchDraws(TorchFunctionMode):
 
     def __init__(self, shard: Shard, normalize: Normalize) -> None:
         super().__init__()
-        self.shard, self.normalize = shard, normalize
+        self.shard = shard
+        self.normalize = normalize
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

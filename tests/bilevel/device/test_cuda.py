@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(name, make, monkeypatc
     "name", ["lstm per batch", "lstm per example", "convolutions with batch norm"]
 )
 def test_the_outer_loss_and_its_gradient_are_those_of_the_cpu(name):
-    """cuDNN, and what stands in for it where it has no derivative, against the formulas of the CPU."""
+    """Compare cuDNN, and its replacement for derivatives, with the formulas of the CPU."""
     problem, results = PROBLEMS[name](), []
     for device in (torch.device("cpu"), DEVICE):
         solver = ready(problem, SelfTuning(tune_scale=False), away=0.3, device=device)

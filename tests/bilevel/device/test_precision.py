@@ -29,9 +29,9 @@ from tests.support.solver_list import BLACK_BOX, SOLVERS, suited
 CPU = torch.device("cpu")
 SUBTRACT = {"sama", "es", "es, truncated"}
 ALIKE = {"fixed", "first_order", "unrolled, checkpointed"}
-"""Of which one has no hypergradient, one none that passes through the network, and one that of another line."""
+"""Solvers left out: without a hypergradient, without one through the network, or repeated."""
 ROUNDING = 2.0**-8
-"""Of bfloat16, relative."""
+"""The relative rounding of bfloat16."""
 
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.SolverWarning")
 differentiating = pytest.mark.parametrize(
@@ -40,7 +40,7 @@ differentiating = pytest.mark.parametrize(
 
 
 class Seen(nn.Module):
-    """Two layers, or a network of one's own, that note in which type activations come to the second one."""
+    """Two layers, or given ones, that record the type of the second one's input."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -65,7 +65,7 @@ class Penalized(ModuleProblem):
 
 
 def penalized(shape, make_layers, per_example):
-    """Cross-entropy plus weight decay on random inputs, in float32, with layers that are the same at every call."""
+    """Return cross-entropy plus weight decay on random inputs, with equal layers at every call."""
     torch.manual_seed(0)
     network = Seen(*make_layers())
     draws = torch.Generator().manual_seed(0)
@@ -87,7 +87,7 @@ NETWORKS = {name: partial(penalized, SHAPES[name], LAYERS[name]) for name in LAY
 
 
 def hypergradients(make_problem, make, rounds=4):
-    """Of the solver in float32 and with products in bfloat16, at one state, batch and draw."""
+    """Return the hypergradients in float32 and bfloat16 at one state, batch and draw."""
     first = ready(make_problem(), make())
     for _ in range(rounds):
         first.step()
@@ -126,7 +126,10 @@ def test_hypergradients_are_near_those_of_float32(name):
 @pytest.mark.parametrize("name", ["delta_stn", "unrolled_forward", "implicit_cg"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_norms_differentiate_as_well(network, name):
-    """Fused in the self-tuning passes, composed where they are differentiated twice; per example where the solver can."""
+    """Norms are fused in the self-tuning passes, and decomposed for second derivatives.
+
+    They are per example where the solver allows it.
+    """
     assert_near(
         *hypergradients(partial(NETWORKS[network], per_example=name.endswith("stn")), SOLVERS[name])
     )
@@ -199,7 +202,7 @@ def test_a_difference_that_would_drown_is_refused():
 
 
 def test_and_it_would():
-    """What the refusal is for: SAMA's hypergradient in bfloat16 is not even near."""
+    """The reason for the refusal: SAMA's hypergradient in bfloat16 is far off."""
     exact, narrow = hypergradients(
         lambda: digits(hidden=[32, 32], dropout="gaussian"), SOLVERS["sama"]
     )
@@ -248,7 +251,7 @@ def test_pytorchs_own_settings_come_back(precision):
 )
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_someone_may_have_set_the_newer_switches(precision):
-    """Which have PyTorch refuse to read the older ones."""
+    """PyTorch then refuses to read the older ones."""
     matrices, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matrices.fp32_precision
     matrices.fp32_precision = "tf32"

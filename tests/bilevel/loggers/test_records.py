@@ -193,7 +193,7 @@ def test_a_schedule_plans_in_steps():
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed_and_nothing_is_cut(tmp_path):
-    """Same problem, solver and seed, other settings: its lines are not these, so the file stays as it was."""
+    """A run with other settings has other lines, so the file must not change."""
     for name, scale in (("one", 1.0), ("other", 2.0)):
         Runner(epochs=3, progress="none", picture=False).run(
             FakeProblem(), FakeSolver(rate=0.01 * scale), directory=tmp_path / name

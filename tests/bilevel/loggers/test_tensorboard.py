@@ -66,7 +66,7 @@ def events(directory):
 
 
 def scalars(directory, tag):
-    """(step, wall time, value) of every event with the tag: nothing is hidden, as a dashboard would."""
+    """Return (step, wall time, value) of every event with the tag."""
     return [
         (event.step, event.wall_time, value.tensor.float_val[0])
         for event in events(directory)

@@ -67,7 +67,10 @@ def break_down():
 
 
 def read_back(directory):
-    """The records of every offline file, in order; W&B's own process may still be writing when a run has ended."""
+    """Return the records of every offline file, in order.
+
+    W&B's own process may still be writing when a run has ended.
+    """
     records = []
     for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
         deadline = time.monotonic() + 10
@@ -249,7 +252,7 @@ def test_where_the_truth_is_known_the_hypergradient_is_held_against_it(tmp_path)
 
 
 class WandBServer(BaseHTTPRequestHandler):
-    """As much of W&B's server as `wandb sync` asks for; what is uploaded gathers in `server.runs`."""
+    """Serve the part of W&B's API that `wandb sync` needs; `server.runs` holds the uploads."""
 
     def do_PUT(self):
         self.body()
@@ -447,7 +450,7 @@ def test_online_without_a_network_or_an_account_goes_on_and_says_so_once(
 
 
 def test_what_wandb_had_not_yet_written_is_logged_when_the_run_goes_on(tmp_path):
-    """Its process holds lines back, and ends with ours: the files of a killed run lack their end."""
+    """W&B's process buffers lines and ends with ours, so files of a killed run lack their end."""
     run(tmp_path, WandB(), epochs=2)
     first = [items(h.item)["step"] for h in of_kind(read_back(tmp_path), "history")]
     run(tmp_path, WandB(), epochs=5, resume=True)
