@@ -7,6 +7,7 @@ from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, FullBatch, TensorStream, stream, streams
 from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
 from bilevel.errors import BilevelError, Refused, SpeedWarning
+from bilevel.links import explain_broken_links
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import (
     Batch,
@@ -67,3 +68,5 @@ __all__ = [
     "stream",
     "streams",
 ]
+
+explain_broken_links()

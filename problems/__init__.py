@@ -1,5 +1,8 @@
 """Bilevel problems: closed forms, image classification, language, few-shot learning, and others."""
 
+if __name__ != "bilevel.problems":
+    raise ImportError("`problems` is the source folder of bilevel.problems; import it by that name")
+
 from bilevel.problems.architecture.problem import Architecture
 from bilevel.problems.architecture.recipes import architecture_images, architecture_tabular
 from bilevel.problems.classification.problem import Classification

@@ -1,5 +1,8 @@
 """Solvers: each approximates the best response ŵ(λ) in its own way."""
 
+if __name__ != "bilevel.solvers":
+    raise ImportError("`solvers` is the source folder of bilevel.solvers; import it by that name")
+
 from bilevel.solvers.autodiff.pullback import Pullback
 from bilevel.solvers.black_box.population import PopulationBased
 from bilevel.solvers.black_box.samplers import GP, TPE, Hyperband, Median, RandomSearch

@@ -15,6 +15,7 @@ from bilevel.cli import input_errors, standard_streams, sweep, user_modules
 from bilevel.cli.job import OPEN_GROUPS, Job, add_resolvers
 from bilevel.cli.resume import AUTO, stored_config
 from bilevel.errors import BilevelError
+from bilevel.links import broken_link
 from bilevel.parallel.torchrun import torchrun_launch, world_size
 from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
 
@@ -41,7 +42,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     job = Job(traceback_wanted=os.environ.get("HYDRA_FULL_ERROR") == "1")
     try:
         with torchrun_launch() as job.launch, time_limit_raises(), sweep.counted() as failed:
-            user_modules.check_links()
+            if (sentence := broken_link()) is not None:
+                raise BilevelError(sentence)
             user_modules.add_working_directory()
             _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
     except Exception as error:

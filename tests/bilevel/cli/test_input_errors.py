@@ -1,16 +1,13 @@
 """Every kind of bad input: one sentence on the standard error, a status that is not zero, and nothing left behind."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bilevel import BilevelError
 from bilevel.cli.app import main
-from bilevel.cli.user_modules import check_links
 
 QUICK = (
     "wandb.mode=disabled",
@@ -303,31 +300,7 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(capfd, finished):
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_a_users_own_solvers_and_problems_live_beside_ours(capfd):
-    """Folders and modules with the names of our subpackages hide nothing, and can be named."""
-    Path("solvers.py").write_text("from bilevel.solvers import delta_stn\n\nmine = delta_stn\n")
-    Path("problems").mkdir()
-    Path("problems/mine.py").write_text("from bilevel.problems import Quadratic as Toy\n")
-    own = ["solver._target_=solvers.mine", "problem._target_=problems.mine.Toy.random"]
-    done = subprocess.run(
-        [sys.executable, "-m", "bilevel", *QUICK, *own], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_problem_in_a_folder_with_our_name_is_told_why_it_is_not_found(capfd):
     Path("bilevel").mkdir()
     Path("bilevel/mine.py").touch()
     assert "rename it" in refused(capfd, *QUICK, "problem._target_=bilevel.mine.Toy")
-
-
-def test_a_broken_link_is_one_sentence(tmp_path):
-    """Git without symbolic links writes a file with the path of the target."""
-    for name in ("problems", "solvers", "conf"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").touch()
-    check_links(tmp_path)
-    shutil.rmtree(tmp_path / "solvers")
-    (tmp_path / "solvers").write_text("../solvers")
-    with pytest.raises(BilevelError, match=r"solvers must be a folder .* core\.symlinks=true"):
-        check_links(tmp_path)
