@@ -1,4 +1,4 @@
-"""The files that a run resumes from: written atomically, several kept, checksummed, read with suspicion."""
+"""The checkpoints of a run: written atomically, checksummed, and several kept."""
 
 import errno
 import os
@@ -24,11 +24,11 @@ _OLDER = re.compile(r"checkpoint-step(\d+)\.pt")
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint cannot be read, and an older one stands in for it."""
+    """A checkpoint cannot be read, and an older one replaces it."""
 
 
 class Identity(NamedTuple):
-    """Whose checkpoint it is: a run continues none but its own."""
+    """The run that a checkpoint belongs to; a run continues its own checkpoints only."""
 
     problem: str
     solver: str
@@ -36,31 +36,36 @@ class Identity(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run: `checkpoint.pt`, and up to `keep` − 1 older ones beside it as `checkpoint-step<step>.pt`.
+    """The checkpoints of a run.
+
+    The newest one is `checkpoint.pt`. Up to `keep` − 1 older ones lie beside it as
+    `checkpoint-step<step>.pt`.
 
     Args:
-        directory: of the run.
-        identity: whose checkpoints they are.
-        keep: how many, the newest included.
+        directory: the run directory.
+        identity: the run that they belong to.
+        keep: the number of checkpoints to keep, the newest included.
     """
 
     def __init__(self, directory: Path, identity: Identity, keep: int = 3) -> None:
-        self.directory, self.identity, self.keep = directory, identity, keep
-        self._newest: int | None = (
-            None  # the step of `checkpoint.pt`, once that is known to be whole
-        )
+        self.directory = directory
+        self.identity = identity
+        self.keep = keep
+        self._newest: int | None = None  # the step of `checkpoint.pt` once it is known to be whole
         self._readable = False
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the newest, which stays as an older one; a process killed at any moment leaves a whole one.
+        """Write a new `checkpoint.pt`, and keep the previous one as an older one.
+
+        A process that is killed at any moment leaves a whole checkpoint.
 
         Args:
-            state: with `step`, the inner steps behind it.
+            state: the state, with the number of inner steps as `step`.
 
         Raises:
-            Unwritable: the file cannot be written; those before it stay.
-            BilevelError: the first one could not be read again: a `state_dict` holds an object that is no tensor, number,
-                string or container of them.
+            Unwritable: the file cannot be written; the previous checkpoints stay.
+            BilevelError: the first checkpoint could not be loaded, because a `state_dict` holds an
+                object other than tensors, numbers, strings and containers of them.
         """
         path, step = self.directory / CHECKPOINT, int(state["step"])
         content = {**self.identity._asdict(), "state": dict(state)}
@@ -73,31 +78,29 @@ class Checkpoints:
                 raise
             write_atomically(path, lambda file: file_format.write(content, file), mode="wb")
         self._newest = step
-        if not self._readable and (
-            strange := torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        ):
-            raise BilevelError(
-                f"the run could not be resumed: a state_dict of the problem's data or of the solver holds {strange[0]}; "
-                "keep tensors, numbers, strings and containers of them there"
-            )
-        self._readable = True
+        if not self._readable:
+            if strange := torch.serialization.get_unsafe_globals_in_checkpoint(str(path)):
+                raise BilevelError(
+                    f"a state_dict of the data or of the solver holds {strange[0]}, so the run "
+                    "could not be resumed; keep only tensors, numbers, strings and containers of "
+                    "them there"
+                )
+            self._readable = True
         self._forget()
 
     def load(self) -> dict[str, Any]:
-        """As the function `load`; what is saved from now on follows it."""
+        """Return what the function `load` returns; the next `save` continues from it."""
         path, state = _newest_whole(self.directory, self.identity)
-        self._newest = (
-            int(state["step"]) if path.name == CHECKPOINT else None
-        )  # what is damaged is not set aside
+        # a damaged `checkpoint.pt` is not kept as an older one
+        self._newest = int(state["step"]) if path.name == CHECKPOINT else None
         return state
 
     def _set_aside(self, newest: Path, older: Path) -> None:
-        """A second name, so that there is never a moment without the first."""
+        """Give the newest a second name, so that the first name is never missing."""
         temporary = older.with_name(f".{older.name}.tmp")
         try:
-            older.unlink(
-                missing_ok=True
-            )  # of a run that was killed just after this, or of a future that it has left
+            # left by a run that was killed right here, or that was resumed from an earlier step
+            older.unlink(missing_ok=True)
             try:
                 os.link(newest, older)
             except OSError:  # a file system without hard links
@@ -107,69 +110,71 @@ class Checkpoints:
             with suppress(OSError):  # half of a copy would fill the disk further
                 temporary.unlink(missing_ok=True)
             raise Unwritable(
-                f"cannot write {older}: {error.strerror or error}; free some space or move the run"
+                f"{older} cannot be written ({error.strerror or error}); free some space, or move "
+                "the run"
             ) from None
 
     def _give_way(self) -> bool:
-        """Remove the older ones: the newest is whole, and a newer one is worth more than they are. Whether there were any."""
+        """Remove the older checkpoints for a newer one, and return whether there were any."""
         older = _older(self.directory) if self._newest is not None else []
         for path, _ in older:
-            with suppress(OSError):  # the write that follows tells
+            with suppress(OSError):  # the next write shows whether there is space
                 path.unlink()
         return bool(older)
 
     def _forget(self) -> None:
-        """Remove what is beyond `keep`, and what is of steps that the run has yet to take (again)."""
+        """Remove checkpoints beyond `keep`, and those of steps that the run has yet to repeat."""
         older = _older(self.directory)
         past = [path for path, step in older if self._newest is not None and step < self._newest]
         for path, _ in older:
             if path not in past[: self.keep - 1]:
-                with suppress(OSError):  # one too many does no harm
+                with suppress(OSError):  # one too many is harmless
                     path.unlink()
 
 
 def kept(directory: Path) -> list[Path]:
-    """The checkpoints in a directory, the newest first."""
+    """Return the checkpoints in a directory, the newest first."""
     newest = directory / CHECKPOINT
     return [path for path in (newest, *(path for path, _ in _older(directory))) if path.is_file()]
 
 
 def load(directory: Path, identity: Identity | None = None) -> dict[str, Any]:
-    """The state of the newest checkpoint that is whole, on the CPU; one that is not is passed over with a `CheckpointWarning`.
+    """Return the state of the newest whole checkpoint, on the CPU.
 
     Raises:
-        BilevelError: no run is there, or every file is truncated, damaged or foreign, or one is of another version, or not of
-            the run `identity`.
+        BilevelError: the directory holds no run, every file is truncated, damaged or foreign, or a
+            file has another version or belongs to another run than `identity`.
+
+    Warns:
+        CheckpointWarning: a newer checkpoint is truncated, damaged, foreign or missing.
     """
     return _newest_whole(directory, identity)[1]
 
 
 def best_solution(directory: str | Path) -> Solution:
-    """Hyperparameters, weights and carry of a run's best evaluation so far, on the CPU.
+    """Return hyperparameters, weights and carry of a run's best evaluation so far, on the CPU.
 
     Raises:
-        BilevelError: the directory holds no readable checkpoint, or its run never had a finite validation loss.
+        BilevelError: the directory holds no readable checkpoint, or its run never had a finite
+            validation loss.
     """
     best = load(Path(directory))["best"]
     if best is None:
         raise BilevelError(
-            f"the run in {directory} never had a finite validation loss; look at its {METRICS}"
+            f"{directory} holds a run that never had a finite validation loss; see its {METRICS}"
         )
     return Solution(**best["solution"])
 
 
 def _newest_whole(directory: Path, identity: Identity | None) -> tuple[Path, dict[str, Any]]:
-    files = kept(directory)
+    newest, files = directory / CHECKPOINT, kept(directory)
     if not files:
-        reason = (
-            f"{directory / CHECKPOINT} is missing"
-            if directory.is_dir()
-            else "there is no such directory"
-        )
+        reason = f"{newest} is missing" if directory.is_dir() else "there is no such directory"
         raise BilevelError(
-            f"{directory} is not a run that can be resumed: {reason}; give the directory of a run, or start a new one"
+            f"{directory} is not a run that can be resumed ({reason}); give the directory of a "
+            "run, or start a new one"
         )
-    wrong = [] if files[0].name == CHECKPOINT else [f"{directory / CHECKPOINT} is missing"]
+    wrong = [] if files[0] == newest else [f"{newest} is missing"]
     for path in files:
         try:
             content = _read(path)
@@ -178,33 +183,29 @@ def _newest_whole(directory: Path, identity: Identity | None) -> tuple[Path, dic
             continue
         _check_identity(path, content, identity)
         if wrong:
-            warnings.warn(
-                _stands_in(wrong, path, content["state"]["step"]), CheckpointWarning, stacklevel=2
-            )
+            sentence = _replacement(wrong, path, content["state"]["step"])
+            warnings.warn(sentence, CheckpointWarning, stacklevel=2)
         return path, content["state"]
-    raise BilevelError(
-        f"{', and '.join(wrong)}; restore {'it' if len(wrong) == 1 else 'one'} from a copy, or start a new run"
-    )
+    one = "it" if len(wrong) == 1 else "one"
+    raise BilevelError(f"{', and '.join(wrong)}; restore {one} from a copy, or start a new run")
 
 
-def _stands_in(wrong: list[str], path: Path, step: int) -> str:
-    said = f"{', and '.join(wrong)}; {path.name}, of step {step}, stands in"
+def _replacement(wrong: list[str], path: Path, step: int) -> str:
+    """Return the sentence about an older checkpoint in place of the newer ones in `wrong`."""
+    sentence = f"{', and '.join(wrong)}; {path.name}, of step {step}, replaces it"
     try:
         lost = read_metrics(path.with_name(METRICS))[-1]["step"] - step
-    except (OSError, ValueError, LookupError, TypeError):  # this is about another file
+    except (OSError, ValueError, LookupError, TypeError):  # the metrics may be damaged too
         lost = 0
-    return (
-        f"{said}, and {lost} steps or more are lost: they are taken again where the run goes on"
-        if lost > 0
-        else said
-    )
+    return f"{sentence}, and the run repeats at least {lost} lost steps" if lost > 0 else sentence
 
 
 def _check_identity(path: Path, content: dict[str, Any], identity: Identity | None) -> None:
     for name, ours in ({} if identity is None else identity._asdict()).items():
         if content[name] != ours:
             raise BilevelError(
-                f"{path} is of a run with {name}={content[name]}, not {name}={ours}; resume it as it was, or start anew"
+                f"{path} belongs to a run with {name}={content[name]}, not {name}={ours}; resume "
+                "it with its own settings, or start a new run"
             )
 
 
@@ -215,7 +216,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _older(directory: Path) -> list[tuple[Path, int]]:
-    """The older checkpoints and their steps, the youngest first."""
+    """Return the older checkpoints and their steps, the newest first."""
     names = sorted(os.listdir(directory)) if directory.is_dir() else []
     found = [
         (directory / name, int(match[1])) for name in names if (match := _OLDER.fullmatch(name))

@@ -1,73 +1,109 @@
-"""One file with a checksum in it: what a checkpoint is on disk.
+"""The format of a checkpoint on disk: one file with a checksum in it.
 
-It is what `torch.save` writes, a zip, whose comment holds the version of the format and the SHA-256 of everything before that
-sum. One write and one rename bring both, and a flipped bit anywhere is noticed before anything is unpickled; the sums of a zip
-itself leave out its headers, and `torch.load` does not look at them.
+The file is what `torch.save` writes, a zip archive. Its comment holds the version of the format and
+the SHA-256 of everything before that sum. One write and one rename store both, and a flipped bit is
+found before anything is unpickled. The sums of a zip archive leave out its headers, and
+`torch.load` does not check them.
 """
 
 import hashlib
 import os
 import re
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from bilevel.errors import BilevelError
+from bilevel.text import first_line
 
 FORMAT = "bilevel-checkpoint"
-VERSION = 2
-"""2: with a checksum. 1 had none, and is no longer read."""
+VERSION = 3
+"""Version 3 has solvers and problems in `bilevel.solvers` and `bilevel.problems`."""
 
-FOREIGN = "is no checkpoint of bilevel"
+FOREIGN = "is not a checkpoint of bilevel (it has no checksum)"
 
 _SEAL = re.compile(rb"bilevel-checkpoint (\d+) sha256 ([0-9a-f]{64})\Z")
-_HEX, _LENGTH = 64, struct.Struct("<H")
+_HEX = 64
+_LENGTH = struct.Struct("<H")
+_END = b"PK\x05\x06"
+"""The start of the last record of a zip archive, whose comment follows it after 22 bytes."""
 
 
 class Unreadable(Exception):
-    """What is wrong with a file, as the rest of a sentence that begins with its name."""
+    """A file cannot be read; the message continues a sentence that begins with its path."""
 
 
 def write(content: dict[str, Any], file: BinaryIO) -> None:
     """Write tensors, numbers, strings and containers of them."""
-    sealing = _Sealing(file)
-    torch.save({"format": FORMAT, "version": VERSION, **content}, sealing)  # type: ignore[arg-type]  # it writes, no more
-    sealing.seal(f"{FORMAT} {VERSION} sha256 ".encode())
+    summing = _ChecksumWriter(file)
+    everything = {"format": FORMAT, "version": VERSION, **content}
+    torch.save(everything, summing)  # type: ignore[arg-type]  # it has what torch.save calls
+    summing.seal(f"{FORMAT} {VERSION} sha256 ".encode())
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What was written, on the CPU; code is never executed.
+    """Return what was written, on the CPU, without executing code.
 
     Raises:
-        Unreadable: the file is not whole, or something else.
-        BilevelError: it is of another version.
+        Unreadable: the file is truncated, damaged or foreign.
+        BilevelError: the file has another version.
     """
     try:
         with open(path, "rb") as file:
-            seal = _verified(file)
-            _check_version(path, _unsealed(file) if seal is None else int(seal[1]))
+            _check_version(path, _verified(file))
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (BilevelError, Unreadable):
         raise
     except OSError as error:
         raise Unreadable(f"cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # unpickling what `write` has not written raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unreadable(f"is damaged, or no checkpoint of bilevel ({reason})") from None
+    except Exception as error:  # unpickling another file raises nearly anything
+        reason = first_line(error).partition(". ")[0]  # without advice to run code
+        raise Unreadable(f"is damaged, or is not a checkpoint of bilevel ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise Unreadable(FOREIGN)
     return content
 
 
-class _Sealing:
-    """A file that sums up what it is given; the last two bytes, the length of a zip's comment, are held back."""
+def check_version(path: Path) -> None:
+    """Check the version that a checkpoint claims; a file without a checksum passes.
+
+    Raises:
+        BilevelError: the version is another one.
+    """
+    with open(path, "rb") as file:
+        seal = _SEAL.search(_tail(file))
+    if seal is not None:
+        _check_version(path, seal)
+
+
+def _check_version(path: Path, seal: "re.Match[bytes]") -> None:
+    version = int(seal[1])
+    if version > VERSION:
+        raise BilevelError(
+            f"{path} has format {version}, which is newer than this bilevel reads ({VERSION}); "
+            "update bilevel, or resume with the bilevel that wrote it"
+        )
+    if version < VERSION:
+        raise BilevelError(
+            f"{path} has format {version}, from before solvers and problems moved into "
+            "bilevel.solvers and bilevel.problems; resume with the bilevel that wrote it, or start "
+            "a new run"
+        )
+
+
+class _ChecksumWriter:
+    """A file that sums up what is written to it.
+
+    It holds back the last two bytes, which are the length of the comment of a zip archive.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.tail = file, hashlib.sha256(), b""
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.tail = b""
 
     def write(self, data: Any) -> int:
         body = memoryview(data).cast("B")
@@ -95,15 +131,17 @@ class _Sealing:
         self.file.write(data)
 
 
-def _verified(file: BinaryIO) -> "re.Match[bytes] | None":
-    """The seal of a file that matches its content; None where it has no seal."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 128))
-    seal = _SEAL.search(file.read())
+def _verified(file: BinaryIO) -> "re.Match[bytes]":
+    """Return the seal of a file that matches its content.
+
+    Raises:
+        Unreadable: it does not match, or there is none.
+    """
+    seal = _SEAL.search(_tail(file))
     if seal is None:
-        return None
+        raise Unreadable(_without_seal(file))
+    digest, left = hashlib.sha256(), file.seek(0, os.SEEK_END) - _HEX
     file.seek(0)
-    digest, left = hashlib.sha256(), size - _HEX
     while left > 0 and (part := file.read(min(left, 1 << 20))):
         digest.update(part)
         left -= len(part)
@@ -112,41 +150,21 @@ def _verified(file: BinaryIO) -> "re.Match[bytes] | None":
     return seal
 
 
-def _unsealed(file: BinaryIO) -> int:
-    """The version of a whole file from before there were checksums.
-
-    Raises:
-        Unreadable: it is no such file.
-    """
+def _without_seal(file: BinaryIO) -> str:
+    """Return what is wrong with a file that has no checksum: a whole zip archive is foreign."""
     file.seek(0)
     if file.read(2) not in (b"PK", b"P", b""):
-        raise Unreadable(FOREIGN)
-    if not zipfile.is_zipfile(file):  # whose end marks it as whole
-        raise Unreadable("is truncated")
-    with zipfile.ZipFile(file) as archive:
-        if archive.comment:
-            ours = FORMAT.encode()[: len(archive.comment)] == archive.comment[: len(FORMAT)]
-            raise Unreadable("is truncated" if ours else FOREIGN)
-        if damaged := archive.testzip():
-            raise Unreadable(f"is damaged ({damaged} in it does not match its checksum)")
-    file.seek(0)
-    content = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise Unreadable(FOREIGN)
-    if content["version"] >= VERSION:
-        raise Unreadable("is truncated (it has lost its checksum)")
-    return int(content["version"])
+        return FOREIGN
+    tail = _tail(file)
+    end = tail.rfind(_END)
+    rest = tail[end + 20 :]
+    if end < 0 or len(rest) < _LENGTH.size:
+        return "is truncated"
+    (length,) = _LENGTH.unpack_from(rest)
+    return "is truncated" if len(rest) < _LENGTH.size + length else FOREIGN
 
 
-def _check_version(path: Path, version: int) -> None:
-    if version == VERSION:
-        return
-    written, otherwise = (
-        ("a newer", "or update this one")
-        if version > VERSION
-        else ("an older", "or start a new run")
-    )
-    raise BilevelError(
-        f"{path} was written by {written} bilevel (its format is {version}, and this bilevel reads {VERSION}); resume it with "
-        f"the bilevel that wrote it, {otherwise}"
-    )
+def _tail(file: BinaryIO) -> bytes:
+    """Return the last bytes of a file, which hold the checksum."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 128))
+    return file.read()

@@ -65,7 +65,7 @@ class Fault:
         bilevel.run.faults.AT_THE_END = bilevel.run.faults.PAUSE = 0.01  # nobody makes room here
         self.watch(bilevel.run.loop.Loop, "_round", "round")
         self.watch(bilevel.run.loop, "evaluate", "evaluate")
-        self.watch(bilevel.checkpoint.file_format._Sealing, "_write", "checkpoint")
+        self.watch(bilevel.checkpoint.file_format._ChecksumWriter, "_write", "checkpoint")
         self.watch(bilevel.loggers.jsonl.JsonLines, "log", "line")
         for name in ("fsync", "replace", "link", "unlink"):
             self.watch(os, name, name)

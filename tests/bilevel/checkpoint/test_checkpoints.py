@@ -60,7 +60,7 @@ def test_it_is_an_ordinary_file_of_pytorch(tmp_path):
     content = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert (content["problem"], content["state"]["step"]) == ("digits", 7)
     assert zipfile.ZipFile(tmp_path / CHECKPOINT).comment.startswith(
-        b"bilevel-checkpoint 2 sha256 "
+        b"bilevel-checkpoint 3 sha256 "
     )
 
 
@@ -227,8 +227,8 @@ def test_an_older_one_stands_in_and_says_so(tmp_path, how):
         path.write_text("not a checkpoint")
     else:
         path.unlink()
-    what = {"foreign": "is no checkpoint of bilevel"}.get(how, f"is {how}")
-    said = rf"checkpoint\.pt {what}.*; checkpoint-step10\.pt, of step 10, stands in, and 8 steps or more are lost"
+    what = {"foreign": "is not a checkpoint of bilevel"}.get(how, f"is {how}")
+    said = rf"checkpoint\.pt {what}.*; checkpoint-step10\.pt, of step 10, replaces it, and the run repeats at least 8 lost"
     with pytest.warns(CheckpointWarning, match=said) as warned:
         state = load(tmp_path, IDENTITY)
     assert len(warned) == 1
@@ -243,7 +243,7 @@ def test_two_that_are_damaged_are_passed_over_and_go_when_the_run_goes_on(tmp_pa
     checkpoints = Checkpoints(tmp_path, IDENTITY)
     with pytest.warns(
         CheckpointWarning,
-        match=r"checkpoint\.pt is damaged.*step10\.pt is damaged.*step5\.pt, of step 5, stands",
+        match=r"checkpoint\.pt is damaged.*step10\.pt is damaged.*step5\.pt, of step 5, replaces",
     ):
         assert checkpoints.load()["step"] == 5
     checkpoints.save({**STATE, "step": 8})
@@ -276,14 +276,14 @@ def test_a_truncated_checkpoint_is_named_so(tmp_path, kept_bytes):
 def test_foreign_files_are_named_so(tmp_path):
     path = tmp_path / CHECKPOINT
     path.write_text("not a checkpoint")
-    with pytest.raises(BilevelError, match="is no checkpoint of bilevel"):
+    with pytest.raises(BilevelError, match="is not a checkpoint of bilevel"):
         load(tmp_path)
     torch.save({"weight": torch.zeros(2)}, path)
-    with pytest.raises(BilevelError, match="is no checkpoint of bilevel"):
+    with pytest.raises(BilevelError, match="is not a checkpoint of bilevel"):
         load(tmp_path)
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("readme", "an archive")
-    with pytest.raises(BilevelError, match="no checkpoint of bilevel"):
+    with pytest.raises(BilevelError, match="is not a checkpoint of bilevel"):
         load(tmp_path)
     path.unlink()
     path.mkdir()
@@ -298,34 +298,43 @@ class Harmful:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"format": "bilevel-checkpoint", "x": Harmful()}, tmp_path / CHECKPOINT)
-    with pytest.raises(BilevelError, match="is damaged, or no checkpoint"):
+    with pytest.raises(BilevelError, match="is not a checkpoint of bilevel"):
         load(tmp_path)
 
 
 def test_nor_is_it_where_the_checksum_is_right(tmp_path):
-    with pytest.raises(BilevelError, match=r"could not be resumed.*Fail"):
+    with pytest.raises(BilevelError, match=r"holds .*Fail.*could not be resumed"):
         Checkpoints(tmp_path, IDENTITY).save({**STATE, "solver": Harmful()})
-    with pytest.raises(BilevelError, match="is damaged, or no checkpoint"):
+    with pytest.raises(BilevelError, match="is damaged, or is not a checkpoint"):
         load(tmp_path)
 
 
 def test_what_could_not_be_read_again_is_found_when_first_saved(tmp_path):
-    with pytest.raises(BilevelError, match=r"could not be resumed.*Identity"):
+    with pytest.raises(BilevelError, match=r"holds .*Identity, so the run could not be resumed"):
         Checkpoints(tmp_path, IDENTITY).save({**STATE, "solver": IDENTITY})
 
 
 # --- versions and identities ---
 
 
-def test_an_older_version_is_refused(tmp_path):
+def test_an_older_version_is_refused_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("bilevel.checkpoint.file_format.VERSION", 2)
     save(tmp_path, 5, 10)
-    torch.save(
-        {"format": "bilevel-checkpoint", "version": 1, "state": STATE}, tmp_path / CHECKPOINT
+    monkeypatch.undo()
+    said = (
+        r"has format 2, from before solvers and problems moved into bilevel\.solvers and "
+        r"bilevel\.problems; resume with the bilevel that wrote it, or start a new run"
     )
-    with pytest.raises(
-        BilevelError,
-        match=r"written by an older bilevel \(its format is 1, and this bilevel reads 2\); resume it",
-    ):
+    for read in (load, best_solution):
+        with pytest.raises(BilevelError, match=said):
+            read(tmp_path)
+
+
+def test_the_oldest_version_has_no_checksum(tmp_path):
+    content = {"format": "bilevel-checkpoint", "version": 1, "state": STATE}
+    torch.save(content, tmp_path / CHECKPOINT)
+    said = r"is not a checkpoint of bilevel \(it has no checksum\); restore it"
+    with pytest.raises(BilevelError, match=said):
         load(tmp_path)
 
 
@@ -335,8 +344,7 @@ def test_a_newer_version_is_refused(tmp_path, monkeypatch):
     save(tmp_path, 10)
     monkeypatch.undo()
     with pytest.raises(
-        BilevelError,
-        match=rf"written by a newer bilevel \(its format is {VERSION + 1}.*or update this one",
+        BilevelError, match=rf"has format {VERSION + 1}, which is newer.*; update bilevel"
     ):
         load(tmp_path)
 
@@ -388,9 +396,7 @@ def test_a_run_whose_newest_is_damaged_goes_on_to_the_same_bits(tmp_path, damage
     run(tmp_path / "short", epochs=4)
     for path in kept(tmp_path / "short")[:damaged]:
         damage(path)
-    with pytest.warns(
-        CheckpointWarning, match=f"and {6 if damaged == 1 else 10} steps or more are lost"
-    ):
+    with pytest.warns(CheckpointWarning, match=f"at least {6 if damaged == 1 else 10} lost steps"):
         run(tmp_path / "short", resume=True)
     assert told(tmp_path / "whole") == told(tmp_path / "short")
     ours, theirs = (load(tmp_path / name) for name in ("short", "whole"))
@@ -404,7 +410,7 @@ def test_the_best_solution_is_that_of_the_older_one(tmp_path):
     run(tmp_path)
     best = best_solution(tmp_path)
     damage(tmp_path / CHECKPOINT)
-    with pytest.warns(CheckpointWarning, match="stands in"):
+    with pytest.warns(CheckpointWarning, match="replaces it"):
         older = best_solution(tmp_path)
     assert older.params["w"].shape == best.params["w"].shape
 
@@ -421,7 +427,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path)
     for path in kept(tmp_path / "killed"):
         path.unlink()
     with pytest.raises(
-        BilevelError, match="holds a run already"
+        BilevelError, match="already holds a run"
     ):  # work that somebody has removed the checkpoints of
         run(tmp_path / "killed")
     records = tmp_path / "killed" / "metrics.jsonl"
@@ -439,7 +445,7 @@ def test_how_many_are_kept_may_change_when_a_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(0, "above zero"), (1.5, "is no count"), (True, "above zero")]
+    ("value", "said"), [(0, "at least 1"), (1.5, "a whole number"), (True, "a whole number")]
 )
 def test_how_many_is_a_count(value, said):
     with pytest.raises(BilevelError, match=said):
