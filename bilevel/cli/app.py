@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra import main as hydra_main
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig
 
 from bilevel.cli import input_errors, standard_streams, sweep, user_modules
-from bilevel.cli.job import OPEN_GROUPS, Job, add_resolvers
+from bilevel.cli.job import Job, add_resolvers
 from bilevel.cli.resume import AUTO, stored_config
+from bilevel.cli.run_config import OPEN_GROUPS
 from bilevel.errors import BilevelError
 from bilevel.links import broken_link
 from bilevel.parallel.torchrun import torchrun_launch, world_size
@@ -21,20 +22,19 @@ from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status.
+    """Run the command line and return the exit status.
 
-    It is 0 where all ended well, 1 where a run failed, 130 after Ctrl-C and its like, and 75 (EX_TEMPFAIL) after the signal of
-    a time limit. Bad input is one sentence on the standard error; HYDRA_FULL_ERROR=1 asks for the traceback.
+    The status is 0 if all runs ended well, 1 if a run failed, 130 after Ctrl-C or another signal
+    that ends a run, and 75 (EX_TEMPFAIL) after the signal of a time limit. Bad input causes one
+    sentence on the standard error. HYDRA_FULL_ERROR=1 shows the traceback.
     """
     standard_streams.occupy_standard_streams()
-    told, logging.raiseExceptions = (
-        logging.raiseExceptions,
-        False,
-    )  # W&B's own log on a full disk would print tracebacks
+    before = logging.raiseExceptions
+    logging.raiseExceptions = False  # on a full disk the log of W&B would print tracebacks
     try:
         return _main(arguments)
     finally:
-        logging.raiseExceptions = told
+        logging.raiseExceptions = before
         standard_streams.flush_standard_streams(sys.stdout, sys.stderr)
 
 
@@ -47,12 +47,12 @@ def _main(arguments: Sequence[str] | None) -> int:
             user_modules.add_working_directory()
             _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
     except Exception as error:
-        if not job.told(error):
+        if not job.report(error):
             raise
     except OutOfTime:
         return EX_TEMPFAIL
     except KeyboardInterrupt:
-        return 130  # what shells expect of a process that Ctrl-C ended
+        return 130  # the status that shells expect after Ctrl-C
     return min(job.failures + len(failed), 1)
 
 
@@ -60,22 +60,24 @@ GROUPS = ("problem", "solver", "logger", "experiment")
 
 
 def prepared(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra gets them: checked as far as they can be before it makes a directory.
+    """Return the arguments for Hydra, checked as far as possible before it makes a directory.
 
-    A setting of a constructor that the YAML leaves at its default is set like one that it lists, where Hydra alone would want a
-    `++`; and flags may stand between overrides.
+    A constructor setting that the YAML leaves out can be set like any other, where Hydra alone
+    needs a `++`. Flags may stand between overrides.
 
     Example:
         >>> prepared(["solver.clip_norm=1", "-m", "seed=3,4"])
         ['-m', '++solver.clip_norm=1', 'seed=3,4']
 
     Raises:
-        BilevelError: several values without `-m`, or `resume` of what is no run.
+        BilevelError: an override has several values without `-m`, a choice is not a name, or
+            `resume` gives a directory without a run.
     """
     sweeping = "-m" in arguments or "--multirun" in arguments
     if sweeping and world_size() > 1:
         raise BilevelError(
-            "torchrun spreads one run over its processes, and -m is a sweep; start torchrun for each run of it"
+            "-m is a sweep, but torchrun spreads one run over its processes; start torchrun for "
+            "each run of the sweep"
         )
     flags: list[str] = []
     overrides: list[str] = []
@@ -84,54 +86,49 @@ def prepared(arguments: Sequence[str]) -> list[str]:
             flags.append(argument)
             continue
         if argument.startswith("resume=") and argument not in ("resume=", "resume=null"):
-            argument = "resume=" + _quoted(
-                argument.removeprefix("resume=")
-            )  # a path, whatever its letters mean to Hydra
+            # a path may have letters that mean something to Hydra
+            argument = "resume=" + _quoted(argument.removeprefix("resume="))
         override = input_errors.parse(argument)
+        _check_choice(argument, override, sweeping)
         key = override.key_or_group
-        if override.is_sweep_override() and not sweeping:
-            raise BilevelError(
-                f"`{argument}` gives several values; add -m to run each, or write [a,b] for a list"
-            )
-        if (
-            key in GROUPS
-            and override.type is OverrideType.DEL
-            and not isinstance(override.value(), (str, type(None)))
-        ):
-            raise BilevelError(
-                f"`{argument}` names no choice of {key}; write ~{key}, or ~{key}=NAME of what was chosen"
-            )
-        if (
-            key in GROUPS
-            and override.type in (OverrideType.CHANGE, OverrideType.ADD)
-            and not override.is_sweep_override()
-        ):
-            chosen = override.value()
-            named = (
-                (str,) if override.type is OverrideType.CHANGE else (str, dict)
-            )  # a node of one's own may be added
-            if not all(
-                isinstance(name, named)
-                for name in (chosen if isinstance(chosen, list) else [chosen])
-            ):
-                raise BilevelError(f"`{argument}` chooses no {key} by its name; write {key}=NAME")
         if key == "resume" and override.value() is not None:
-            resumed = str(override.value())
-            if sweeping and resumed == AUTO:
-                raise BilevelError(
-                    f"resume={AUTO} is of one run; a sweep with its hydra.sweep.dir=… goes on when it is repeated"
-                )
-            if sweeping:
-                raise BilevelError("`resume` continues one run; leave -m out")
-            if resumed != AUTO:
-                stored_config(Path(resumed))
-        opened = (
-            override.type is OverrideType.CHANGE
-            and key.partition(".")[0] in OPEN_GROUPS
-            and "." in key
-        )
+            _check_resume(str(override.value()), sweeping)
+        changed = override.type is OverrideType.CHANGE and "." in key
+        opened = changed and key.partition(".")[0] in OPEN_GROUPS
         overrides.append(f"++{argument}" if opened else argument)
     return flags + overrides
+
+
+def _check_choice(argument: str, override: Override, sweeping: bool) -> None:
+    """Check that an override has one value, and that a choice from a group is a name."""
+    kind, key, value = override.type, override.key_or_group, override.value()
+    several = override.is_sweep_override()
+    if several and not sweeping:
+        raise BilevelError(
+            f"`{argument}` gives several values; add -m to run each, or write [a,b] for a list"
+        )
+    if key not in GROUPS:
+        return
+    if kind is OverrideType.DEL and not isinstance(value, (str, type(None))):
+        raise BilevelError(
+            f"`{argument}` is not the name of a choice; write ~{key}, or ~{key}=NAME of the choice"
+        )
+    if kind in (OverrideType.CHANGE, OverrideType.ADD) and not several:
+        # a user may add a node in place of a name
+        named = (str,) if kind is OverrideType.CHANGE else (str, dict)
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(name, named) for name in names):
+            raise BilevelError(f"`{argument}` is not the name of a choice; write {key}=NAME")
+
+
+def _check_resume(resumed: str, sweeping: bool) -> None:
+    if sweeping:
+        raise BilevelError(
+            f"resume={resumed} is for one run; repeat a sweep with its hydra.sweep.dir=… to "
+            "continue it, or leave -m out"
+        )
+    if resumed != AUTO:
+        stored_config(Path(resumed))
 
 
 def _quoted(text: str) -> str:
@@ -140,17 +137,15 @@ def _quoted(text: str) -> str:
 
 def _run_hydra(job: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
     add_resolvers()
-    with _process(
-        ["bilevel", *arguments], HYDRA_FULL_ERROR="1"
-    ):  # errors reach us instead of being printed in Hydra's way
-        hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")(
-            job
-        )()
+    run = hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")
+    # with HYDRA_FULL_ERROR, Hydra raises errors instead of printing them
+    with _process(["bilevel", *arguments], HYDRA_FULL_ERROR="1"):
+        run(job)()
 
 
 @contextmanager
 def _process(argv: list[str], **environment: str) -> Iterator[None]:
-    """The process as Hydra reads it, and afterwards as it was."""
+    """Give the process the arguments and the environment that Hydra reads, and restore both."""
     before = sys.argv, {name: os.environ.get(name) for name in environment}
     sys.argv = argv
     os.environ.update(environment)

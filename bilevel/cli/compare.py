@@ -1,4 +1,4 @@
-"""The command `bilevel-compare`: runs read back, tables printed, and a report written."""
+"""The command `bilevel-compare`: read runs, print tables, and write a report."""
 
 import argparse
 import math
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 WIDE = 400
-"""Columns where the output is no terminal: no cell is broken."""
+"""Columns outside a terminal, so that no cell is broken."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare runs; the exit status, 0 if a report was made of at least one.
+    """Compare runs, and return the exit status: 0 if a report was made.
 
-    What cannot be used is told in a sentence each on the standard error.
+    Every file that cannot be used causes one sentence on the standard error.
     """
     given = parser().parse_args(arguments)
     from rich.console import Console
@@ -29,26 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     runs = read_runs(*given.runs, warn=warn)
     if not runs:
-        warn("there is no run to compare; give the directories of runs, or of sweeps")
+        warn("no run can be compared; give the directories of runs, or of sweeps")
         return 1
     made = sections(runs, x=given.x, target=given.target, best_so_far=given.best_so_far)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDE
     if len(made) > 1:
-        console.print(
-            f"{len(made)} problems, a section each: {', '.join(section.problem for section in made)}"
-        )
+        names = ", ".join(section.problem for section in made)
+        console.print(f"{len(made)} problems, with one section each: {names}")
     for section in made:
-        for told in printed(section):
-            console.print(told, "", sep="\n", soft_wrap=isinstance(told, str), markup=False)
+        for part in printed(section):
+            console.print(part, "", sep="\n", soft_wrap=isinstance(part, str), markup=False)
         if section.target is not None:
-            console.print(
-                f"the target, {section.target:.4g}, is {section.target_source}",
-                "",
-                sep="\n",
-                markup=False,
-            )
+            chosen = f"the target, {section.target:.4g}, is {section.target_source}"
+            console.print(chosen, "", sep="\n", markup=False)
     report = write_report(made, given.out, faults=faults, warn=warn)
     if report is None:
         return 1
@@ -57,25 +52,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of the command."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="bilevel-compare",
-        description="Compare runs: tables on the terminal, and a report of one HTML file with the pictures beside it.",
-        epilog="Runs that are still going, diverged or were interrupted take part, and are marked.",
+        description="Compare runs: print tables, and write a report as one HTML file with plots.",
+        epilog="Running, diverged and interrupted runs take part, and are marked.",
     )
     made.add_argument(
         "runs",
         nargs="+",
         metavar="RUN",
-        help="the directory of a run, or one with runs at any depth (a sweep's)",
+        help="the directory of a run, or one with runs at any depth, such as a sweep",
     )
     made.add_argument(
         "--x",
         choices=("seconds", "examples", "epochs"),
         default="seconds",
-        help="what curves are drawn against",
+        help="the horizontal axis of the curves",
     )
-    target = "validation loss whose cost is told; by default the highest of the solvers' mean best losses"
+    target = (
+        "validation loss whose cost is compared (default: the highest mean best loss of a solver)"
+    )
     made.add_argument("--target", type=_loss, metavar="LOSS", help=target)
     made.add_argument(
         "--best-so-far",
@@ -87,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("report"),
         metavar="DIR",
-        help="where the report goes (default: report)",
+        help="the folder of the report (default: report)",
     )
     return made
 
@@ -98,7 +95,7 @@ def _loss(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is no loss; give a finite number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a loss; give a finite number")
     return value
 
 

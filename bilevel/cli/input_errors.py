@@ -1,4 +1,4 @@
-"""What Hydra, OmegaConf and the file system raise on bad input, in one sentence each."""
+"""Errors of Hydra, OmegaConf and the file system on bad input, as one sentence each."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from bilevel.errors import BilevelError
-from bilevel.text import near
+from bilevel.text import describe, first_line, near
 
 UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
-"""Errors of the file system that say something about a place rather than about the program."""
+"""Errors of the file system that are about a place and not about the program."""
 
 LOST_WORKERS = (
     "TerminatedWorkerError",
@@ -32,26 +32,27 @@ LOST_WORKERS = (
     "UncompletedJobError",
     "FailedJobError",
 )
-"""What joblib and submitit raise of a process that was killed; by name, since neither need be installed."""
+"""Errors of joblib and submitit about a killed process, by name, since both are optional."""
 
 
 def sentence(error: BaseException) -> str | None:
-    """What is wrong and what to do; None for an error that is no user's input but somebody's bug, whose traceback is wanted."""
+    """Return the sentence about an error, or None for an error that bad input does not explain."""
     if isinstance(error, BilevelError):
         return " ".join(str(error).split())
     if isinstance(error, MissingConfigException):
         return _missing(error)
     if type(error).__name__ in LOST_WORKERS:
         return (
-            f"a process of the launcher has ended without a result ({_first_line(error).rstrip('.')}), most often since the "
-            "machine's memory ran out; the same command with the same hydra.sweep.dir runs what is missing"
+            f"a process of the launcher ended without a result ({first_line(error).rstrip('.')}), "
+            "most often because the memory of the machine ran out; repeat the command with the "
+            "same hydra.sweep.dir to run what is missing"
         )
     if isinstance(error, OSError):
         return _unusable(error) if error.errno in UNUSABLE else None
-    if isinstance(error, ConfigCompositionException) and isinstance(
-        error.__cause__, (ConfigKeyError, ConfigAttributeError)
-    ):
-        return _unknown_key(error.__cause__)
+    cause = error.__cause__
+    unknown = isinstance(cause, (ConfigKeyError, ConfigAttributeError))
+    if isinstance(error, ConfigCompositionException) and unknown:
+        return _unknown_key(cause)
     if isinstance(error, OverrideParseException):
         return _malformed(error)
     if isinstance(error, SearchPathException):
@@ -59,26 +60,22 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, OmegaConfBaseException) and (ours := _ours(error)) is not None:
         return sentence(ours)
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        cause = error.__cause__
-        lines = [
-            _first_line(e)
-            for e in (error, cause)
-            if isinstance(e, (HydraException, OmegaConfBaseException))
+        both = [
+            e for e in (error, cause) if isinstance(e, (HydraException, OmegaConfBaseException))
         ]
-        return ": ".join(line.rstrip(".:") for line in lines if line)
+        return ": ".join(first_line(e).rstrip(".:") for e in both if str(e).strip())
     return None
 
 
 def unexpected(error: BaseException) -> str:
-    """An error that nothing here explains, and where it came from."""
+    """Return a sentence about an error that nothing here explains, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    said = _first_line(error).rstrip(".")
-    return f"{type(error).__name__}{': ' if said else ''}{said}{where}; HYDRA_FULL_ERROR=1 shows the whole traceback"
+    return f"{describe(error).rstrip('.')}{where}; HYDRA_FULL_ERROR=1 shows the whole traceback"
 
 
 def parse(text: str) -> Override:
-    """A command-line override as Hydra reads it."""
+    """Return a command-line override as Hydra reads it."""
     return OverridesParser.create().parse_overrides([text])[0]
 
 
@@ -86,12 +83,12 @@ def _missing(error: MissingConfigException) -> str:
     path = str(error.missing_cfg_file)
     group, _, name = path.rpartition("/")
     if not group:
-        return _first_line(error)
+        return first_line(error)
     options = sorted(option for option in error.options or ())
-    known = f"there are {', '.join(options)}" if options else "there is none"
+    known = f"choose from {', '.join(options)}, or put" if options else "put"
     return (
-        f"there is no {group} `{name}`{near(name, options)}; {known}; "
-        f"one of your own goes into DIR/{group}/{name}.yaml, with --config-dir DIR"
+        f"{group}={name} does not exist{near(name, options)}; {known} your own into "
+        f"DIR/{group}/{name}.yaml and add --config-dir DIR"
     )
 
 
@@ -100,16 +97,20 @@ def _unknown_key(cause: Any) -> str:
     parent = cause.parent_node
     keys = [str(key) for key in parent if key != "hydra"] if OmegaConf.is_dict(parent) else []
     prefix, _, name = full.rpartition(".")
-    where = f"`{prefix}` has" if prefix else "there is"
-    return f"{where} no key `{name}`{near(name, keys)}; the keys are {', '.join(keys) or 'none'}"
+    where = f" of {prefix}" if prefix else ""
+    listed = f"choose from {', '.join(keys)}" if keys else "leave it out"
+    return f"`{name}` is not a key{where}{near(name, keys)}; {listed}"
 
 
 def _malformed(error: OverrideParseException) -> str:
-    return f"`{error.override}` is no override; write key=value, and quote what has spaces, commas or equals signs: 'key=\"a, b\"'"
+    return (
+        f"`{error.override}` is not an override; write key=value, and quote a value that has "
+        "spaces, commas or equals signs: 'key=\"a, b\"'"
+    )
 
 
 def _ours(error: BaseException | None) -> BilevelError | None:
-    """The error of ours that OmegaConf has wrapped."""
+    """Return our own error that OmegaConf has wrapped, or None."""
     while error is not None and not isinstance(error, BilevelError):
         error = error.__cause__ or error.__context__
     return error
@@ -118,11 +119,6 @@ def _ours(error: BaseException | None) -> BilevelError | None:
 def _unusable(error: OSError) -> str:
     place = os.fspath(error.filename) if error.filename is not None else "the run directory"
     return (
-        f"cannot use {place!r}: {error.strerror}; choose a place that exists and where you may write "
+        f"{place} cannot be used ({error.strerror}); choose a place that exists and is writable "
         "(hydra.run.dir=… for a run, hydra.sweep.dir=… for a sweep, data.root=… for data)"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else ""

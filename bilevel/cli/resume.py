@@ -1,4 +1,4 @@
-"""Continuing a run: its stored configuration, and which overrides may differ from it."""
+"""Resuming a run: its stored configuration, and the overrides that may differ from it."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from bilevel.checkpoint.checkpoints import CHECKPOINT, kept
+from bilevel.checkpoint.file_format import check_version
 from bilevel.errors import BilevelError
 from bilevel.loggers.records import SUMMARY, Record
 
@@ -29,47 +30,46 @@ MAY_CHANGE = (
     "wandb.mode",
     "tensorboard.flush_seconds",
 )
-"""What a resumed run may do otherwise: none of it enters the steps that are already taken."""
+"""Settings that a resumed run may change: no step that was taken depends on them."""
 
 BUDGETS = ("runner.epochs", "runner.seconds", "runner.examples", "runner.patience")
-"""What ends a run: one that has ended goes on where they differ."""
+"""Settings that end a run: a finished run continues if one of them differs."""
 
 AUTO = "auto"
-"""`resume=auto`: start, go on or leave alone, as the directory of the run has it."""
+"""`resume=auto` starts a run, continues it, or leaves it as it ended."""
 
 ABSENT = object()
 
 
 def stored_config(directory: Path) -> DictConfig:
-    """The configuration that the run in `directory` was started with.
+    """Return the configuration that the run in `directory` was started with.
 
     Raises:
-        BilevelError: the directory is not a run's.
+        BilevelError: the directory holds no run, or a run from before the packages moved.
     """
-    file = directory / CONFIG
+    file, setting = directory / CONFIG, f"resume={directory}"
     if not directory.is_dir():
+        raise BilevelError(f"{setting} is not a directory; give the directory of an earlier run")
+    checkpoints = kept(directory)
+    there = {CONFIG: file.is_file(), CHECKPOINT: bool(checkpoints)}
+    if missing := [name for name, found in there.items() if not found]:
         raise BilevelError(
-            f"resume={directory} is not a directory; give the directory of an earlier run"
+            f"{setting} is not a run, since it has no {missing[0]}; give the directory of an "
+            "earlier run"
         )
-    if missing := [
-        name
-        for name, there in ((CONFIG, file.is_file()), (CHECKPOINT, kept(directory)))
-        if not there
-    ]:
-        raise BilevelError(
-            f"resume={directory} is not a run: it has no {missing[0]}; give the directory of an earlier run"
-        )
+    # before the configuration is used: the targets of an older run can no longer be imported
+    check_version(checkpoints[0])
     try:
         config = OmegaConf.load(file)
     except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise BilevelError(
             f"{file} cannot be read ({type(error).__name__}); restore it, or start a new run"
         ) from error
-    if not isinstance(config, DictConfig) or any(
-        key not in config for key in ("names", "seed", "problem", "solver", "runner")
-    ):
+    keys = ("names", "seed", "problem", "solver", "runner", "loggers")
+    if not isinstance(config, DictConfig) or any(key not in config for key in keys):
         raise BilevelError(
-            f"{file} is not the configuration of a run of bilevel; give the directory of an earlier run"
+            f"{file} is not the configuration of a run of bilevel; give the directory of an "
+            "earlier run"
         )
     return config
 
@@ -77,32 +77,30 @@ def stored_config(directory: Path) -> DictConfig:
 def continued(
     stored: DictConfig, composed: Mapping[str, Any], overridden: Sequence[str], directory: Path
 ) -> dict[str, Any]:
-    """The stored configuration with the overrides that a resumed run may have.
+    """Return the stored configuration with the overrides that a resumed run may have.
 
     Args:
-        stored: from `stored_config`.
+        stored: the result of `stored_config`.
         composed: the resolved configuration of this command line.
-        overridden: the keys that this command line sets; all others are the stored ones.
-        directory: named in errors.
+        overridden: the keys that this command line sets; all others keep their stored values.
+        directory: the run directory, for errors.
 
     Raises:
-        BilevelError: an override differs from the stored value, and may not.
+        BilevelError: an override must not differ from the stored value, and does.
     """
     now = OmegaConf.create(dict(composed))
     config = stored.copy()
     for key in overridden:
         if key == "resume":
             continue
-        if key == "logger":  # a choice too, of which the nodes alone are stored
-            for name in stored.get("loggers", ("wandb",)):
+        if key == "logger":  # a choice from a group, of which only the nodes are stored
+            for name in stored.loggers:
                 config.pop(name, None)
             for name in ("loggers", *now.loggers):
                 config[name] = now[name]
             continue
-        if key in (
-            "problem",
-            "solver",
-        ):  # a choice from a group: its name stands for it, its settings may have been overridden
+        if key in ("problem", "solver"):
+            # a choice from a group: compare its name, since its settings may have been overridden
             key = f"names.{key}"
         value = OmegaConf.select(now, key, default=ABSENT)
         before = OmegaConf.select(stored, key, default=ABSENT)
@@ -110,8 +108,8 @@ def continued(
             OmegaConf.update(config, key, value, force_add=True)
         elif value != before:
             raise BilevelError(
-                f"`{key.removeprefix('names.')}` is {_said(value)} on the command line and was {_said(before)} in {directory}; "
-                "leave it out to continue that run, or start a new one"
+                f"{key.removeprefix('names.')}={_text(value)} differs from {_text(before)} in "
+                f"{directory}; leave it out to continue that run, or start a new one"
             )
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
@@ -119,13 +117,13 @@ def continued(
 
 
 def repeated(composed: Mapping[str, Any], directory: Path) -> tuple[bool, Record | None]:
-    """What a command that may have run before finds in the directory of its run.
+    """Look for an earlier run of the same command in its directory.
 
     Returns:
-        Whether there is a run to go on with, and the summary of one that has ended with the same budgets.
+        Whether there is a run to continue, and its summary if it has ended with the same budgets.
 
     Raises:
-        BilevelError: a run with other settings is there, or one that cannot be read.
+        BilevelError: the directory holds a run with other settings, or one that cannot be read.
     """
     if not kept(directory):
         return False, None
@@ -133,39 +131,31 @@ def repeated(composed: Mapping[str, Any], directory: Path) -> tuple[bool, Record
     before = OmegaConf.to_container(stored, resolve=True)
     assert isinstance(before, dict)
     apart = dict(_differences({**before, "resume": None}, {**composed, "resume": None}))
-    free = {*MAY_CHANGE, "loggers", *stored.get("loggers", {}), *now.get("loggers", {})}
+    free = {*MAY_CHANGE, "loggers", *stored.loggers, *now.get("loggers", {})}
     for key, (then, this) in apart.items():
         if key not in free and key.split(".")[0] not in free:
             raise BilevelError(
-                f"{directory} holds a run with `{key}` {_said(then)}, and it is {_said(this)} now; choose another directory, "
-                "or remove that run"
+                f"{key}={_text(this)} differs from {_text(then)} in {directory}; choose another "
+                "directory, or remove that run"
             )
     try:
         summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
         ended = not summary["interrupted"] and {"best", "diverged", "message"} <= summary.keys()
         ended = ended and (summary["diverged"] or "valid_loss" in summary["best"])
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-    ):  # killed, or not a summary: the checkpoint knows how far it came
-        return True, None
+    except (OSError, ValueError, LookupError, TypeError):
+        return True, None  # the run was killed; its checkpoint has its last step
     return True, summary if ended and not any(budget in apart for budget in BUDGETS) else None
 
 
 def _differences(then: Any, now: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The keys by which two configurations differ, with both values."""
+    """Yield the keys in which two configurations differ, with both values."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for key in {**then, **now}:
-            yield from _differences(
-                then.get(key, ABSENT),
-                now.get(key, ABSENT),
-                f"{prefix}.{key}" if prefix else str(key),
-            )
+            name = f"{prefix}.{key}" if prefix else str(key)
+            yield from _differences(then.get(key, ABSENT), now.get(key, ABSENT), name)
     elif then != now:
         yield prefix, (then, now)
 
 
-def _said(value: Any) -> str:
-    return "left at its default" if value is ABSENT else str(value)
+def _text(value: Any) -> str:
+    return "its default" if value is ABSENT else str(value)

@@ -1,13 +1,16 @@
-"""Standard output and error, which a run outlives: a pipe that nobody reads, a terminal that is gone, a full disk."""
+"""Standard output and error, whose failure must not end a run.
+
+A pipe may have no reader, a terminal may be closed, a disk may be full.
+"""
 
 import os
 from contextlib import suppress
 from typing import TextIO
 
 
-def say(text: str, stream: TextIO | None) -> None:
-    """Print a line; no run fails since it cannot be printed."""
-    if stream is None:  # closed before we began
+def print_line(text: str, stream: TextIO | None) -> None:
+    """Print a line if the stream takes it."""
+    if stream is None:  # closed before the process started
         return
     try:
         print(text, file=stream, flush=True)
@@ -18,19 +21,22 @@ def say(text: str, stream: TextIO | None) -> None:
 
 
 def occupy_standard_streams() -> None:
-    """Give those of descriptors 0, 1 and 2 that are closed to the null device.
+    """Connect descriptors 0, 1 and 2 to the null device if they are closed.
 
-    The next file that is opened would get the number, `metrics.jsonl` say, and what a library prints would go there.
+    Otherwise the next file that is opened gets such a number, and receives what a library prints.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 def flush_standard_streams(*streams: TextIO | None) -> None:
-    """Empty the buffers while that can still fail in silence: Python, at its end, makes another exit status of it."""
+    """Flush the streams and ignore errors.
+
+    Python flushes them at its end too, where an error would change the exit status.
+    """
     for stream in streams:
         if stream is None:
             continue
@@ -41,7 +47,7 @@ def flush_standard_streams(*streams: TextIO | None) -> None:
 
 
 def _discard(stream: TextIO) -> None:
-    """Let all that follows go nowhere."""
+    """Connect the stream to the null device."""
     with suppress(OSError, ValueError):  # a stream without a descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -1,4 +1,4 @@
-"""A sweep: which run of how many this is, and the table at its end, of what each solver reached and what it cost."""
+"""A sweep: the place of each run in it, and the table of results and costs at its end."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from bilevel.cli.standard_streams import say
+from bilevel.cli.standard_streams import print_line
 from bilevel.comparison.runs import Run, group_runs, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
 from bilevel.loggers.logger import Place
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
 TABLE = "table.txt"
 RUNS = "BILEVEL_SWEEP_RUNS"
-"""The environment variable in which the processes of a sweep's launcher inherit how many runs there are."""
+"""The environment variable that gives the number of runs to the processes of a launcher."""
 FAILED = "failed"
-"""The folder of a sweep that says why runs of it failed."""
+"""The folder of a sweep with the reasons why runs failed."""
 WIDE = 400
-"""Columns where nobody looks on: no cell is broken, and no line is longer than its table."""
+"""Columns of a table outside a terminal, so that no cell is broken."""
 
 
 class SweepTable(Callback):
-    """Counts the runs of a sweep before it begins, reads them when all have ended, and prints a table of each problem's, and
-    which runs failed.
+    """Count the runs of a sweep before it starts, and print its tables and failures at its end.
 
-    Whichever launcher runs them: what it reads are files.
+    There is one table for each problem. The tables are made from files, so any launcher may run the
+    sweep.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Count the runs, so that each can tell its place, and forget who failed before: who is asked for again will say so."""
+        """Count the runs, and forget earlier failures of the same sweep."""
         shutil.rmtree(Path(config.hydra.sweep.dir) / FAILED, ignore_errors=True)
         os.environ.pop(RUNS, None)
         if (runs := count(config)) is not None:
             os.environ[RUNS] = str(runs)
         if str(config.hydra.launcher.get("_target_", "")).endswith("JoblibLauncher"):
-            _patience.enter_context(Patience())
+            _interrupts.enter_context(WorkersEndFirst())
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the tables, and write them to `table.txt`."""
@@ -58,48 +58,46 @@ class SweepTable(Callback):
 
         directory = Path(config.hydra.sweep.dir)
         if not directory.is_dir():
-            return  # not one of them began
+            return  # no run began
         runs, failed = read_runs(directory), failures(directory)
         _failed.update(failed)
         if len(runs) + len(failed) < 2:
             return
-        told = sweep_tables(runs) + [
-            f"failed: {name}: {sentence}" for name, sentence in failed.items()
-        ]
+        lines = [f"failed: {name}: {sentence}" for name, sentence in failed.items()]
+        parts = [*sweep_tables(runs), *lines]
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = WIDE
-        console.print(*told, sep="\n", markup=False)
+        console.print(*parts, sep="\n", markup=False)
         try:
             with open(directory / TABLE, "w", encoding="utf-8") as file:
-                Console(file=file, width=WIDE).print(*told, sep="\n", markup=False)
+                Console(file=file, width=WIDE).print(*parts, sep="\n", markup=False)
         except OSError as error:
-            say(f"bilevel: cannot write {directory / TABLE}: {error.strerror or error}", sys.stdout)
-        say(
-            f"the runs, and this table: {directory}; more of them: bilevel-compare {directory}",
-            sys.stdout,
-        )
+            reason = error.strerror or error
+            print_line(f"bilevel: {directory / TABLE} cannot be written ({reason})", sys.stdout)
+        more = f"more tables and plots: bilevel-compare {directory}"
+        print_line(f"the runs and this table: {directory}; {more}", sys.stdout)
 
 
 _failed: dict[str, str] = {}
-_patience = ExitStack()
+_interrupts = ExitStack()
 
 
 @contextmanager
 def counted() -> Iterator[dict[str, str]]:
-    """Within it, a sweep gathers its failures, by the name of the run; other processes may have had them."""
+    """Collect the failures of a sweep in the context, by the name of the run, of all processes."""
     _failed.clear()
-    with _patience:
+    with _interrupts:
         yield _failed
 
 
-class Patience:
-    """While entered, the first Ctrl-C (or signal of a time limit) lets the workers end their rounds, which have it too.
+class WorkersEndFirst:
+    """Let the workers of a launcher end their rounds after the first Ctrl-C or time limit.
 
-    The launcher would kill them at once.
+    The workers receive the signal too. Without this context the launcher would kill them at once.
     """
 
-    def __enter__(self) -> "Patience":
+    def __enter__(self) -> "WorkersEndFirst":
         self._interrupts = Interrupts(signals=[signal.SIGINT, *time_limit_signals()])
         self._interrupts.__enter__()
         return self
@@ -113,22 +111,22 @@ class Patience:
 
 
 def note_failure(sentence: str) -> None:
-    """Leave the reason beside the runs of a sweep, for the process that makes the table, and for who looks later."""
+    """Write the reason of a failure beside the runs of a sweep, for its table and for readers."""
     if (file := _failure()) is not None:
-        with suppress(OSError):  # it was printed
+        with suppress(OSError):  # the sentence was printed already
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(sentence + "\n", encoding="utf-8")
 
 
 def forget_failure() -> None:
-    """This run has ended well."""
+    """Remove the reason of an earlier failure of a run that has now ended well."""
     if (file := _failure()) is not None:
-        with suppress(OSError):  # it would stand below the table once more
+        with suppress(OSError):  # the table would list it again
             file.unlink(missing_ok=True)
 
 
 def failures(directory: Path) -> dict[str, str]:
-    """Why runs of a sweep failed, by their names."""
+    """Return the reasons why runs of a sweep failed, by the names of the runs."""
     found = sorted(
         (directory / FAILED).glob("*.txt"),
         key=lambda file: [int(n) for n in re.findall(r"^\d+", file.name)],
@@ -145,7 +143,10 @@ def _failure() -> Path | None:
 
 
 def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:
-    """A table for each problem, with a row for each solver (and ablation): mean ± standard deviation over its runs."""
+    """Return a table for each problem.
+
+    Each solver (and ablation) has a row with mean ± standard deviation over its runs.
+    """
     return [
         rich_table(rows(groups, SWEEP), title=problem)
         for problem, groups in group_runs(runs).items()
@@ -153,7 +154,7 @@ def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:
 
 
 def place() -> Place | None:
-    """The place of this run in its sweep; None of a run by itself."""
+    """Return the place of this run in its sweep, or None outside a sweep."""
     hydra = HydraConfig.get()
     if hydra.mode is not RunMode.MULTIRUN or OmegaConf.is_missing(hydra.job, "num"):
         return None
@@ -162,7 +163,7 @@ def place() -> Place | None:
 
 
 def count(config: DictConfig) -> int | None:
-    """How many runs Hydra's own sweeper will make; None where that is not known beforehand, as of other sweepers."""
+    """Return how many runs Hydra's own sweeper will make, or None if that is not known."""
     if not str(config.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return None
     texts = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
@@ -174,9 +175,6 @@ def count(config: DictConfig) -> int | None:
             else 1
             for override in overrides
         }
-    except (
-        HydraException,
-        AssertionError,
-    ):  # a range without an end, a glob: the sweeper's own to resolve
-        return None
+    except (HydraException, AssertionError):
+        return None  # only the sweeper can resolve a glob or a range without an end
     return math.prod(values.values())

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 from bilevel import BilevelError
 from bilevel.checkpoint import file_format
 from bilevel.checkpoint.checkpoints import Checkpoints, CheckpointWarning, Identity, kept, load
-from bilevel.cli import input_errors, job
+from bilevel.cli import input_errors, job, run_config
 from bilevel.cli.app import main as command
 from bilevel.cli.app import prepared
 from bilevel.loggers.records import read_metrics
@@ -211,7 +211,7 @@ class Configurations:
         try:
             with soon(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                summary = job.run(config, directory, resumed=False)
+                summary = run_config.run_config(config, directory, resumed=False)
         except TooLong:
             raise
         except Exception as error:

@@ -100,7 +100,7 @@ def test_an_experiment_suits_every_solver():
 
 def test_a_problem_that_may_waste_the_run_is_told_in_a_line():
     Path("idlebox.py").write_text(
-        "from problems import Quadratic\n"
+        "from bilevel.problems import Quadratic\n"
         "from bilevel import Real, Space\n"
         "def Idle():\n"
         "    problem = Quadratic.random(weights=2, hypers=1)\n"
@@ -196,7 +196,7 @@ def test_a_problem_of_ones_own_beside_oneself():
     Path("conf/problem").mkdir(parents=True)
     Path("conf/problem/toy.yaml").write_text("_target_: toybox.Toy\nscale: 3\n")
     Path("toybox.py").write_text(
-        "from problems import Quadratic\n"
+        "from bilevel.problems import Quadratic\n"
         "class Toy(Quadratic):\n"
         "    def __init__(self, scale: float):\n"
         "        q = Quadratic.random(weights=2, hypers=1)\n"

@@ -134,7 +134,9 @@ def test_problems_have_a_section_each(tmp_path, out, capsys):
     write_runs(tmp_path / "runs", problem="ridge")
     write_runs(tmp_path / "runs", problem="digits/odd")
     assert main([str(tmp_path / "runs"), "--out", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("2 problems, a section each: digits/odd, ridge\n")
+    assert capsys.readouterr().out.startswith(
+        "2 problems, with one section each: digits/odd, ridge\n"
+    )
     assert {path.name for path in out.glob("*curves.png")} == {
         "ridge-curves.png",
         "digits-odd-curves.png",
@@ -189,7 +191,7 @@ def test_each_fault_is_a_sentence_and_the_rest_is_reported(tmp_path, out, capsys
 
 def test_nothing_to_compare_is_status_1(tmp_path, out, capsys):
     assert main([str(tmp_path), "--out", str(out)]) == 1
-    assert "no run to compare" in capsys.readouterr().err
+    assert "no run can be compared" in capsys.readouterr().err
     assert not out.exists()
 
 

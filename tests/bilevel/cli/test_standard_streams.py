@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bilevel.cli.standard_streams import flush_standard_streams, occupy_standard_streams, say
+from bilevel.cli.standard_streams import flush_standard_streams, occupy_standard_streams, print_line
 
 
 def command(directory, *overrides):
@@ -59,12 +59,12 @@ def test_a_line_that_cannot_be_printed_is_no_error(capsys):
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as stream:
-        say("one", stream)
-        say("two", stream)  # the descriptor leads to the null device now
+        print_line("one", stream)
+        print_line("two", stream)  # the descriptor leads to the null device now
         assert os.fstat(stream.fileno()).st_rdev == os.stat(os.devnull).st_rdev
         flush_standard_streams(stream, None)
-    say("three", None)
-    say("four", sys.stdout)
+    print_line("three", None)
+    print_line("four", sys.stdout)
     assert capsys.readouterr().out == "four\n"
 
 

@@ -212,13 +212,13 @@ def test_loggers_compose(choice, names):
         ),
         (["logger=tensorbord"], "(did you mean `tensorboard`"),
         (["logger=tensorboard", "tensorboard.flush_second=3"], "(did you mean `flush_seconds`"),
-        (["loggers.mine=true"], "`loggers` has no key `mine`"),
-        (["++loggers.mine=true"], "`mine` names no class"),
+        (["loggers.mine=true"], "`mine` is not a key of loggers"),
+        (["++loggers.mine=true"], "mine has no _target_"),
         (
             ["loggers=3"],
-            "`loggers` = 3 says of no logger whether it is on; write loggers.NAME=true or false",
+            "loggers=3 does not name loggers; write loggers.NAME=true or false",
         ),
-        (["loggers.wandb=maybe"], "`loggers.wandb` = 'maybe' is a str; give bool"),
+        (["loggers.wandb=maybe"], "loggers.wandb='maybe' is a str; give bool"),
         (
             ["+mine._target_=tests.support.fakes.FakeProblem", "+loggers.mine=true"],
             "a logger is a subclass of bilevel.loggers.logger.Logger",

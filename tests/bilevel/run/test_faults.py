@@ -764,12 +764,12 @@ def test_what_the_command_cannot_go_on_with(stoppable, capfd):
         (said,) = capfd.readouterr().err.splitlines()
         return said
 
-    assert "name it: hydra.run.dir=runs/mine" in refused("resume=auto")
-    assert "goes on when it is repeated" in refused("-m", "resume=auto")
+    assert "add hydra.run.dir=runs/mine" in refused("resume=auto")
+    assert "is for one run; repeat a sweep" in refused("-m", "resume=auto")
     assert main([*COMMAND, "resume=auto", "hydra.run.dir=mine"]) == 0
     said = refused("resume=auto", "hydra.run.dir=mine", "seed=1", "solver.inner_steps=2")
-    assert "holds a run with `seed` 0, and it is 1 now; choose another directory" in said
-    assert "with `runner.warmup_epochs` left at its default, and it is 2 now" in refused(
+    assert "seed=1 differs from 0 in" in said
+    assert "runner.warmup_epochs=2 differs from its default in" in refused(
         "resume=auto", "hydra.run.dir=mine", "runner.warmup_epochs=2"
     )
     for file in Path("mine").glob("checkpoint*"):
