@@ -36,7 +36,7 @@ def test_a_run_whose_output_nobody_reads_goes_on(tmp_path, both):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"] is False
     if not both:
         assert (
-            "PlainDisplay failed to log (BrokenPipeError: the reader of the output has ended); the run goes on"
+            "PlainDisplay failed to log (BrokenPipeError: the reader of the output has ended); the run continues"
             in told
         )
 
@@ -49,7 +49,7 @@ def test_output_on_a_full_disk(tmp_path):
         )
     assert done.returncode == 0, done.stderr
     assert (
-        "PlainDisplay failed to log (OSError: [Errno 28] No space left on device); the run goes on"
+        "PlainDisplay failed to log (OSError: [Errno 28] No space left on device); the run continues"
         in done.stderr
     )
     assert (tmp_path / "run" / "summary.json").is_file()

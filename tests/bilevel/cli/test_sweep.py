@@ -69,7 +69,7 @@ def test_a_run_that_went_wrong_is_marked_and_one_that_left_nothing_is_told(capfd
     assert (marked / "table.txt").read_text().splitlines()[3].rstrip().endswith("1 diverged")
     *_, failed = (alone / "table.txt").read_text().splitlines()
     assert failed.startswith(
-        "failed: 0-quadratic-fixed-seed0-inner_steps-0: solver.inner_steps=0 is below 1"
+        "failed: 0-quadratic-fixed-seed0-inner_steps-0: solver.inner_steps=0 must be a whole number"
     )
 
 

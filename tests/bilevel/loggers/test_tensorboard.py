@@ -221,7 +221,7 @@ def test_loggers_compose(choice, names):
         (["loggers.wandb=maybe"], "loggers.wandb='maybe' is a str; give bool"),
         (
             ["+mine._target_=tests.support.fakes.FakeProblem", "+loggers.mine=true"],
-            "a logger is a subclass of bilevel.loggers.logger.Logger",
+            "give the dotted path of a subclass of bilevel.loggers.logger.Logger",
         ),
     ],
 )
