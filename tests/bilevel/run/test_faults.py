@@ -127,7 +127,7 @@ def test_lines_that_are_held_are_in_the_checkpoint(tmp_path, disk):
     first.log({"step": 0})
     whole = first.state()
     disk((tmp_path / "metrics.jsonl").stat().st_size + 4)
-    with pytest.warns(FaultWarning, match="holds its lines"):
+    with pytest.warns(FaultWarning, match="keeps its lines"):
         first.log({"step": 1})
     first.log({"step": 2})  # which is not told again
     state = first.state()
