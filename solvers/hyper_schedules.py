@@ -41,7 +41,8 @@ class HyperSchedule(ABC):
         Raises:
             Refused: the rule does not fit to the space.
         """
-        self.space, self.u = space, space.init(like.dtype).to(like)
+        self.space = space
+        self.u = space.init(like.dtype).to(like)
         self.prepare(space, like)
 
     def prepare(self, space: Space, like: Tensor) -> None:

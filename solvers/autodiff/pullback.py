@@ -52,7 +52,8 @@ class Pullback:
         generator: torch.Generator,
         functions: Set[Any] = frozenset(),
     ) -> None:
-        self.problem, self._functions = problem, functions
+        self.problem = problem
+        self._functions = functions
         self.passes: list[tuple[Batch, Prediction]] = []
         losses, carries = [], [carry]
         with torch.enable_grad():  # a solve runs in a custom backward, which disables gradients
@@ -80,7 +81,8 @@ class Pullback:
                 loss, self._w, create_graph=True, materialize_grads=True
             )
         self._edges = gradient_edges(self._gradients)
-        self.loss, self.carried = loss.detach(), carries[1]
+        self.loss = loss.detach()
+        self.carried = carries[1]
 
     @property
     def gradient(self) -> Float[Tensor, " m"]:

@@ -22,7 +22,8 @@ class DomainShift:
     """The map from a change in own units, [h] or [B, h], to u of the changed initial values."""
 
     def __init__(self, space: Space, like: Tensor) -> None:
-        self.sizes, self.parts = [space[name].numel for name in space.tuned], []
+        self.sizes = [space[name].numel for name in space.tuned]
+        self.parts = []
         for name in space.tuned:
             domain, initial = space[name], space[name].initial()
             self.parts.append((domain, initial.reshape(-1).to(like), *_bounds(domain, initial)))

@@ -23,7 +23,7 @@ ROUNDING = 10
 
 
 class Guess(NamedTuple):
-    """Where a solve starts; the last solve provides it.
+    """The start of a solve, taken from the result of the last solve.
 
     Attributes:
         x: the first iterate; None for 0.

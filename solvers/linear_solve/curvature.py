@@ -1,6 +1,7 @@
 """The curvature of L_T in w: the Hessian or the Gauss–Newton matrix, with damping."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -85,7 +86,8 @@ class _GaussNewtonBatch:
 
     def __init__(self, pullback: Pullback, batch: Batch, prediction: Prediction) -> None:
         leaves, spec = pytree.tree_flatten(prediction)
-        self.w, self.unflat = list(pullback.params.values()), pullback.unflat
+        self.w = list(pullback.params.values())
+        self.unflat = pullback.unflat
         moved = [
             i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
@@ -95,13 +97,11 @@ class _GaussNewtonBatch:
         ]
         with torch.enable_grad():
             self.v = [torch.zeros_like(y, requires_grad=True) for y in self.y]
-            p = (
-                torch.autograd.grad(
+            p: Sequence[Tensor] = ()
+            if moved:
+                p = torch.autograd.grad(
                     self.y, self.w, self.v, create_graph=True, materialize_grads=True
                 )
-                if moved
-                else ()
-            )
             at = [y.detach().requires_grad_() for y in self.y]
             for i, y in zip(moved, at, strict=True):
                 constants[i] = y
@@ -115,7 +115,8 @@ class _GaussNewtonBatch:
             slopes = torch.autograd.grad(
                 loss, self.inputs, create_graph=True, materialize_grads=True
             )
-        self.p, self.slopes = gradient_edges(p), gradient_edges(slopes)
+        self.p = gradient_edges(p)
+        self.slopes = gradient_edges(slopes)
 
     def product(self, q: Tensor) -> Float[Tensor, " m"]:
         """Return the product with q."""

@@ -117,8 +117,12 @@ class ResponseWeight(PerExampleWeight, Tensor):
     ) -> "ResponseWeight":
         """Return the weight with these parts; error messages use `label`."""
         self = base.detach().as_subclass(ResponseWeight)
-        self.base, self.response, self.scale = base, response, scale
-        self.axis, self.tangent, self.label = axis, tangent, label
+        self.base = base
+        self.response = response
+        self.scale = scale
+        self.axis = axis
+        self.tangent = tangent
+        self.label = label
         return self
 
     @classmethod

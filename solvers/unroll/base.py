@@ -12,7 +12,7 @@ from bilevel import Batch, Hypers, Params
 from bilevel.solvers.unroll.trajectory import InnerGradient, InnerState, Trajectory
 
 Vectors: TypeAlias = Sequence[Tensor | None]
-"""One tensor for each of several tensors, in the same shapes; None for zeros."""
+"""Tangents or cotangents of several tensors, in their shapes; None for zeros."""
 
 
 class Unroll(ABC):

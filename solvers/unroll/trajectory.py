@@ -1,4 +1,4 @@
-"""One inner step w_{k+1} = Φ(w_k; λ, batch) as a differentiable function."""
+"""The inner step w_{k+1} = Φ(w_k; λ, batch) as a differentiable function."""
 
 from collections.abc import Iterable, Sequence, Set
 from contextlib import nullcontext

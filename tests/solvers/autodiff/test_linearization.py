@@ -1,4 +1,4 @@
-"""The linearized prediction y₀ + J_w f · ΔW(ε) against double backward with dense weights per example."""
+"""The linearized prediction y₀ + J_w f · ΔW(ε) against double backward with dense weights."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tests.support.solver_cases import B, Dropped, drawn, ready
 
 
 class Net(nn.Module):
-    """Layers, which also take weights with an example axis, [B, *shape]: the oracle, in elementary operations throughout."""
+    """Layers that also accept weights [B, *shape], in elementary operations: the oracle."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -73,7 +73,7 @@ NETWORKS = {
 
 
 def changes(solver, noise):
-    """ΔW_b = diag(Uε_b) W₁ in full: [B, *shape]."""
+    """Return ΔW_b = diag(Uε_b) W₁ in full, [B, *shape]."""
     out, start = {}, 0
     for name, w in solver.core.weights.tensors.items():
         rows = solver.method.theta.tensors["rows"][start : start + len(w)]
@@ -85,7 +85,7 @@ def changes(solver, noise):
 
 
 def oracle(solver, batch):
-    """The same loss: ẏ = ∂(vᵀJ_w f)/∂v · ΔW by two backward passes."""
+    """Return the same loss, with ẏ = ∂(vᵀJ_w f)/∂v · ΔW by two backward passes."""
     generator, problem = solver.core.generator.manual_seed(7), solver.core.problem
     noise = solver.core.search.perturbation(B, generator)
     hypers = problem.space.constrain(solver.core.search.u0 + noise, generator)
@@ -107,7 +107,7 @@ def oracle(solver, batch):
 @pytest.mark.parametrize("regularized_w0", [True, False], ids=["separate", "joint"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_linearized_gradients_equal_double_backward(network, regularized_w0):
-    """Θ's gradient, and in the joint update w₀'s through y₀ and ẏ; masks shared by the value and its tangent."""
+    """Compare the gradient of Θ, and in the joint update that of w₀ through y₀ and ẏ."""
     make, shape = NETWORKS[network]
     solver = ready(Dropped(make(), shape), SelfTuning(regularized_w0=regularized_w0), away=0.4)
     batch = solver.core.data.train.peek()
@@ -122,7 +122,7 @@ def test_linearized_gradients_equal_double_backward(network, regularized_w0):
 
 @pytest.mark.parametrize("network", ["conv with batch norm", "mlp with layer norm"])
 def test_forward_mode_would_give_the_joint_update_a_wrong_gradient(network, monkeypatch):
-    """Why the joint update goes backward twice; the day this fails PyTorch has mended its norms, and forward mode would do."""
+    """The joint update needs double backward; if this fails, PyTorch has corrected its norms."""
     forward = partial(forward_mode, functions=set())
     monkeypatch.setattr("bilevel.solvers.self_tuning.double_backward", forward)
     make, shape = NETWORKS[network]
@@ -136,7 +136,7 @@ def test_forward_mode_would_give_the_joint_update_a_wrong_gradient(network, monk
 
 
 def test_the_linearization_differs_from_the_network_itself():
-    """So that the tests above can fail: at this Θ the two predictions are far apart."""
+    """The tests above can fail: at this Θ the two predictions differ."""
     make, shape = NETWORKS["mlp with dropout"]
     values = []
     for linearize in (True, False):

@@ -50,7 +50,10 @@ def weights():
 
 
 def gradients(step, params):
-    """Curved, and noisy; of `a` two entries are zero for the first seven steps, and `unused` never has any."""
+    """Return noisy gradients of a curved loss.
+
+    Two entries of `a` have zero gradient in the first seven steps; `unused` has no gradient.
+    """
     draws = torch.Generator().manual_seed(step)
     seen = torch.tensor([1.0, 0.0, 0.0, 1.0] if step < 7 else [1.0] * 4).double()
     noise = {name: torch.randn(4, generator=draws).double() for name in ("a", "b")}
@@ -69,7 +72,7 @@ def run(functional, point, settings, steps=STEPS, first=0):
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @all_optimizers
 def test_the_function_takes_the_steps_of_its_optimizer(make, clip_norm):
-    """Weights and memory, every one of 20 steps; weights whose gradient is zero, or absent, for a while or for ever."""
+    """Compare weights and memory after each of 20 steps, also for zero and absent gradients."""
     theirs, ours = (Optimized(weights(), make, clip_norm=clip_norm) for _ in range(2))
     functional = FunctionalOptimizer(ours, NOTHING)
     point, settings = functional.read(), functional.settings({})
@@ -94,8 +97,8 @@ def test_the_function_takes_the_steps_of_its_optimizer(make, clip_norm):
 
 
 @all_optimizers
-def test_steps_of_both_kinds_may_alternate(make):
-    """What a functional writes back the optimizer continues from, and the other way round."""
+def test_steps_of_optimizer_and_function_may_alternate(make):
+    """The optimizer continues from what the function wrote, and the reverse."""
     theirs, ours = Optimized(weights(), make), Optimized(weights(), make)
     functional = FunctionalOptimizer(ours, NOTHING)
     for step in range(12):
@@ -115,8 +118,8 @@ def test_steps_of_both_kinds_may_alternate(make):
     torch.testing.assert_close(ours.detached(), theirs.detached(), rtol=1e-13, atol=1e-13)
 
 
-def test_a_gradient_of_one_number_in_many_places_is_written_back_as_memory_of_its_own():
-    """Autograd hands out expanded tensors: in-place steps on them would fail, or change many weights at once."""
+def test_an_expanded_gradient_is_written_back_as_a_copy():
+    """Autograd returns expanded tensors; an in-place step on them fails or changes many weights."""
     trained = Optimized({"w": torch.zeros(3)}, partial(SGD, lr=1.0, momentum=0.5))
     functional = FunctionalOptimizer(trained, NOTHING)
     params, moments = functional.read()
@@ -132,7 +135,7 @@ def test_a_gradient_of_one_number_in_many_places_is_written_back_as_memory_of_it
 
 
 def final(make, start, settings=None, clip_norm=None):
-    """The sum of all weights after 20 steps, to be differentiated in `start` and in the settings."""
+    """Return the sum of all weights after 20 steps, differentiable in start and settings."""
     functional = FunctionalOptimizer(Optimized(start, make, clip_norm=clip_norm), NOTHING)
     point = (dict(start), functional.read()[1])
     params, _ = run(functional, point, {**functional.settings({}), **(settings or {})})
@@ -151,7 +154,7 @@ def central(function, x, h=1e-6):
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @all_optimizers
 def test_the_derivative_in_the_start_is_that_of_central_differences(make, clip_norm):
-    """Finite, and right, where weights have had no gradient yet."""
+    """The derivative is finite for weights that had no gradient yet."""
     start = weights()
 
     def at(a):
@@ -194,7 +197,7 @@ def test_a_setting_as_a_tensor_changes_no_value(name, settings):
 
 
 def test_adam_divides_by_the_root_of_the_second_moment():
-    """The trap of a differentiable Adam without its square root: the first step is lr · sign(g), whatever the size of g."""
+    """The first step of Adam is lr · sign(g), whatever the size of g."""
     for size in (1e-3, 1.0, 1e3):
         functional = FunctionalOptimizer(
             Optimized({"w": torch.zeros(2).double()}, partial(Adam, lr=0.1, eps=0.0)), NOTHING
@@ -218,7 +221,7 @@ def tuning(make, scheduler=None, **settings):
     return FunctionalOptimizer(trained, space), space
 
 
-def test_settings_of_lambda_take_the_place_of_the_optimizers():
+def test_settings_in_lambda_replace_those_of_the_optimizer():
     functional, space = tuning(partial(Adam, lr=0.5), lr=0.01, beta1=0.8)
     hypers = space.constrain(space.init(torch.float64))
     settings = functional.settings(hypers)
@@ -227,7 +230,7 @@ def test_settings_of_lambda_take_the_place_of_the_optimizers():
     assert (settings["beta2"], settings["eps"]) == (0.999, 1e-8)
 
 
-def test_a_frozen_setting_is_the_optimizers_own_number():
+def test_a_frozen_setting_is_a_constant_of_the_optimizer():
     space = Space(rate=Positive(init=0.02, optimizer="lr", frozen=True), decay=Positive(init=1.0))
     functional = FunctionalOptimizer(
         Optimized(weights(), configured(partial(SGD, lr=0.5), {"lr": 0.02})), space
@@ -238,7 +241,7 @@ def test_a_frozen_setting_is_the_optimizers_own_number():
 
 @pytest.mark.parametrize("first", [1.0, 0.5])
 def test_a_schedule_multiplies_a_tuned_learning_rate(first):
-    """By the factor by which it has changed its own, its very first one included."""
+    """The factor is that of the optimizer's own learning rate, from the first epoch on."""
 
     def factor(epoch):
         return first * 0.1**epoch
@@ -263,7 +266,7 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
     [
         (
             partial(torch.optim.Adagrad, lr=0.1),
-            "inner_optimizer=Adagrad has no differentiable form here; choose one of torch.optim.SGD",
+            "inner_optimizer=Adagrad has no differentiable form here; choose one of torch",
         ),
         (
             partial(Adam, amsgrad=True),
@@ -297,8 +300,8 @@ def test_a_setting_that_the_optimizer_lacks_is_refused():
         Optimized(weights(), configured(partial(SGD, lr=0.1), {"beta1": 0.9}))
 
 
-def test_a_half_precision_root_is_no_root_of_the_smallest_number():
-    """√0 is 0 in every type, and its derivative too."""
+def test_the_root_of_zero_is_zero_in_half_precision():
+    """√0 and its derivative are 0 in every dtype."""
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         v = torch.tensor([0.0, 4.0], dtype=dtype, requires_grad=True)
         root = square_root(v)

@@ -1,4 +1,4 @@
-"""Whatever layer a network has: its response is differentiated rightly, or refused at set-up; never silently wrong."""
+"""The response of any layer has a right gradient or is refused at set-up."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class Attention(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Recomputes its activations in the backward pass."""
+    """A layer that recomputes its activations in the backward pass."""
 
     def __init__(self):
         super().__init__()
@@ -91,14 +91,14 @@ LAYERS = {
         {("joint", "per batch")},
     ),
 }
-"""A network, the shape of its input, and where its response is differentiated; elsewhere it is refused."""
+"""A network, its input shape, and the cases that are not refused, for each layer."""
 
 
 @pytest.mark.parametrize("draw", ["per example", "per batch"])
 @pytest.mark.parametrize("step", ["separate", "joint"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_any_layer_is_differentiated_rightly_or_refused_at_setup(layer, step, draw):
-    """The gradient is the central difference along a random direction: never silently wrong, never an error in mid-run."""
+    """Compare the gradient with a central difference along a random direction."""
     make, shape, runs = LAYERS[layer]
     problem, options = (
         Dropped(make(), shape, per_example=draw == "per example"),
@@ -128,7 +128,7 @@ def test_any_layer_is_differentiated_rightly_or_refused_at_setup(layer, step, dr
 
 
 def test_a_checkpointed_module_fails_loudly_and_is_refused():
-    """What the backward pass recomputes would use the module's own weights, not those of the call: no silent wrong gradient."""
+    """The recomputation would use the weights of the module, and not those of the call."""
     problem = Dropped(Checkpointed().double(), (B, 6))
     w = {name: (p + 0.3).requires_grad_() for name, p in problem.init(torch.Generator())[0].items()}
     hypers, batch = (

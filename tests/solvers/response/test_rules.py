@@ -1,4 +1,4 @@
-"""Response rules against dense weights per example, for every supported layer, in value, tangent and gradient."""
+"""Response rules of every layer against dense weights: value, tangent and gradient."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ B, H = 3, 2
 
 
 class Tied(nn.Module):
-    """An embedding whose table is the decoder too."""
+    """An embedding that shares its table with the decoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Recurrent(nn.Module):
 
 
 class DropConnect(nn.Module):
-    """Weights masked before they are used, one mask for all examples."""
+    """Layers with masked weights; all examples share one mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,10 +91,8 @@ LAYERS = {
         nn.Sequential(nn.Conv3d(1, 2, 2), nn.Tanh(), nn.Conv3d(2, 2, 2, dilation=2)),
         (B, 1, 5, 5, 5),
     ),
-    "batch norm": (
-        normed(nn.BatchNorm2d(2)),
-        (B, 2, 4, 4),
-    ),  # alone: its statistics would couple the examples of a layer below
+    # without a layer below, whose examples its statistics would couple
+    "batch norm": (normed(nn.BatchNorm2d(2)), (B, 2, 4, 4)),
     "batch norm 1d": (normed(nn.BatchNorm1d(4)), (B, 4)),
     "layer norm": (normed(nn.LayerNorm(5), nn.Linear(4, 5)), (B, 6, 4)),
     "layer norm 2": (normed(nn.LayerNorm([6, 4])), (B, 6, 4)),
@@ -112,7 +110,7 @@ LAYERS = {
 
 @pytest.fixture(params=LAYERS)
 def layer(request):
-    """A module, its input, base and response weights, and one row of scales per example and weight; float64."""
+    """Return a call of a module, with base and response weights, scales and axes; float64."""
     torch.manual_seed(0)
     module, shape = LAYERS[request.param]
     module = module.double()
@@ -132,8 +130,8 @@ def layer(request):
     return call, base, response, scales, axes
 
 
-def spread(scale, p, axis):
-    """One example's scale as a factor of the weight: [*shape]."""
+def as_factor(scale, p, axis):
+    """Return the scale of one example as a factor of the weight."""
     shape = [1] * p.ndim
     if p.ndim:
         shape[axis] = -1
@@ -141,15 +139,15 @@ def spread(scale, p, axis):
 
 
 def dense(base, response, scales, axes, b):
-    """W₀ + diag(s_b) W₁ of one example, formed."""
-    return {k: base[k] + spread(scales[k][b], base[k], axes[k]) * response[k] for k in base}
+    """Return the weights W₀ + diag(s_b) W₁ of one example."""
+    return {k: base[k] + as_factor(scales[k][b], base[k], axes[k]) * response[k] for k in base}
 
 
 def change(response, scales, axes, b):
-    return {k: spread(scales[k][b], response[k], axes[k]) * response[k] for k in response}
+    return {k: as_factor(scales[k][b], response[k], axes[k]) * response[k] for k in response}
 
 
-def responding(base, response, scales, axes, *, tangent=False):
+def per_example(base, response, scales, axes, *, tangent=False):
     return {
         k: ResponseWeight.of(base[k], response[k], scales[k], axes[k], tangent=tangent, label=k)
         for k in base
@@ -169,7 +167,7 @@ def require_grad(*groups):
 def test_exact_rule_equals_dense_weights_per_example(layer):
     call, base, response, scales, axes = layer
     leaves = require_grad(base, response, scales)
-    ours = call(responding(base, response, scales, axes))
+    ours = call(per_example(base, response, scales, axes))
     oracle = torch.stack([call(dense(base, response, scales, axes, b))[b] for b in range(B)])
     torch.testing.assert_close(ours, oracle)
     for mine, theirs in zip(gradients(ours, leaves), gradients(oracle, leaves), strict=True):
@@ -184,7 +182,7 @@ def linearized(call, params):
 def test_tangent_rule_equals_forward_mode_of_dense_weights(layer):
     call, base, response, scales, axes = layer
     leaves = require_grad(response, scales)
-    value, dot = linearized(call, responding(base, response, scales, axes, tangent=True))
+    value, dot = linearized(call, per_example(base, response, scales, axes, tangent=True))
     pairs = []
     for b in range(B):
         with forward_ad.dual_level(), Decomposed(FORWARD_MODE):
@@ -203,12 +201,12 @@ def test_tangent_rule_equals_forward_mode_of_dense_weights(layer):
 
 def test_tangent_rule_equals_central_differences(layer):
     call, base, response, scales, axes = layer
-    _, dot = linearized(call, responding(base, response, scales, axes, tangent=True))
+    _, dot = linearized(call, per_example(base, response, scales, axes, tangent=True))
     h = 1e-5
     ahead, behind = ({k: s * sign * h for k, s in scales.items()} for sign in (1, -1))
     differences = (
-        call(responding(base, response, ahead, axes))
-        - call(responding(base, response, behind, axes))
+        call(per_example(base, response, ahead, axes))
+        - call(per_example(base, response, behind, axes))
     ) / (2 * h)
     torch.testing.assert_close(dot, differences, atol=1e-7, rtol=1e-6)
 
@@ -216,7 +214,7 @@ def test_tangent_rule_equals_central_differences(layer):
 def test_primal_of_a_linearization_carries_no_graph(layer):
     call, base, response, scales, axes = layer
     require_grad(response, scales)
-    value, dot = linearized(call, responding(base, response, scales, axes, tangent=True))
+    value, dot = linearized(call, per_example(base, response, scales, axes, tangent=True))
     assert not value.requires_grad
     assert dot.requires_grad
 
@@ -231,10 +229,8 @@ def test_exact_rule_has_second_derivatives(layer):
             sum(g.square().sum() for g in first if g is not None), leaves, allow_unused=True
         )
 
-    with Decomposed(
-        DOUBLE_BACKWARD
-    ):  # double backward through a fused training batch norm is not PyTorch's to give
-        ours = curvature(call(responding(base, response, scales, axes)))
+    with Decomposed(DOUBLE_BACKWARD):  # PyTorch raises for a fused training batch norm
+        ours = curvature(call(per_example(base, response, scales, axes)))
         oracle = curvature(
             torch.stack([call(dense(base, response, scales, axes, b))[b] for b in range(B)])
         )
@@ -251,7 +247,7 @@ def test_squared_norm_per_example(layer, weighted):
         if weighted
         else None
     )
-    ours = squared_norm(responding(base, response, scales, axes), weights)
+    ours = squared_norm(per_example(base, response, scales, axes), weights)
     oracle = torch.stack(
         [squared_norm(dense(base, response, scales, axes, b), weights) for b in range(B)]
     )
@@ -260,20 +256,19 @@ def test_squared_norm_per_example(layer, weighted):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("composed", [False, True])
-def test_batch_norm_shares_the_statistics_of_responding_inputs(composed):
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_batch_norm_shares_the_statistics_of_all_examples(decomposed):
     torch.manual_seed(0)
     x, gain, shift = torch.randn(B, 4), torch.randn(B, 4), torch.randn(B, 4)
     ones, zeros = torch.ones(4), torch.zeros(4)
     running = torch.zeros(4), torch.ones(4)
     params = ResponseWeight.of(ones, ones, gain - 1), ResponseWeight.of(zeros, ones, shift)
-    with Decomposed(DOUBLE_BACKWARD if composed else {}):
+    with Decomposed(DOUBLE_BACKWARD if decomposed else {}):
         ours = F.batch_norm(x, *running, *params, training=True)
     plain = torch.zeros(4), torch.ones(4)
     torch.testing.assert_close(ours, F.batch_norm(x, *plain, training=True) * gain + shift)
-    torch.testing.assert_close(
-        running, plain
-    )  # and the running ones are written as the fused kernel writes them
+    # the running statistics are written as by the fused kernel
+    torch.testing.assert_close(running, plain)
 
 
 def weight(axis=0):
