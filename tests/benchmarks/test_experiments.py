@@ -72,20 +72,18 @@ def test_every_experiment_has_its_block_and_every_block_its_experiment():
     assert found == {(experiment.page, name) for name, experiment in EXPERIMENTS.items()}
 
 
-@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_command_line_composes(name, quick, tmp_path):
+def test_every_command_line_composes(name, tmp_path):
+    """Each problem, solver and key once, rather than every combination; full and reduced size."""
     for sweep in EXPERIMENTS[name].sweeps.values():
         seen: set[str] = set()
-        for overrides in sweep.jobs(quick):
+        for overrides in (*sweep.jobs(False), *sweep.jobs(True)):
             parts = {
                 text if "." not in text.partition("=")[0] else text.partition("=")[0]
                 for text in overrides
             }
             parts = {part for part in parts if not part.startswith("seed=")}
-            if (
-                not parts <= seen
-            ):  # each problem, solver and key once, rather than every combination
+            if not parts <= seen:
                 seen |= parts
                 job(overrides, tmp_path)
 
