@@ -13,10 +13,13 @@ from bilevel.problems.closed_form.input_dropout import InputDropout
 from bilevel.problems.closed_form.linear_network import LinearNetwork
 from bilevel.problems.closed_form.quadratic import Quadratic
 from bilevel.problems.closed_form.ridge import Ridge
-from bilevel.problems.dataset_distillation.problem import Distillation, distillation
-from bilevel.problems.few_shot.problem import FewShot, sinusoid
+from bilevel.problems.dataset_distillation.problem import Distillation
+from bilevel.problems.dataset_distillation.recipes import distillation
+from bilevel.problems.few_shot.problem import FewShot
+from bilevel.problems.few_shot.recipes import sinusoid
 from bilevel.problems.hyper_cleaning import HyperCleaning
-from bilevel.problems.language_modeling.problem import Language, language
+from bilevel.problems.language_modeling.problem import Language
+from bilevel.problems.language_modeling.recipes import language
 from bilevel.problems.loss_weights import LossWeights
 from bilevel.problems.networks.mlp import MLP
 from bilevel.problems.networks.simple_cnn import SimpleCNN

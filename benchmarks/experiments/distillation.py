@@ -12,7 +12,8 @@ from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
 from bilevel.comparison import plot_style
 from bilevel.comparison.runs import Run
-from bilevel.problems.dataset_distillation.problem import Distillation, distillation
+from bilevel.problems.dataset_distillation.problem import Distillation
+from bilevel.problems.dataset_distillation.recipes import distillation
 
 CPU = torch.device("cpu")
 STEPS = 1000

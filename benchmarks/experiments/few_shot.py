@@ -12,7 +12,8 @@ from bilevel import Hypers, Stream, evaluate
 from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.cli.targets import build
 from bilevel.comparison import plot_style
-from bilevel.problems.few_shot.problem import REPORTED_STEPS, FewShot, sinusoid
+from bilevel.problems.few_shot.problem import REPORTED_STEPS, FewShot
+from bilevel.problems.few_shot.recipes import sinusoid
 from bilevel.solver import Solution
 
 CPU = torch.device("cpu")

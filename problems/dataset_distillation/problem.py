@@ -1,7 +1,6 @@
 """Dataset distillation: learn a few training images that replace the real ones."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -29,9 +28,7 @@ from bilevel import (
 from bilevel.params import to_device
 from bilevel.problems.dataset_distillation.initial_images import Start, initial_images
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.datasets.standard_images import load_digits, load_mnist
 from bilevel.problems.datasets.standardize import Standardize
-from bilevel.problems.networks.mlp import MLP
 from bilevel.problems.space_checks import SpaceChanges, require_per_batch
 from bilevel.validate import one_of, whole
 
@@ -229,31 +226,3 @@ class HeldOutStream(TensorStream):
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         return self.held_out.once(limit)
-
-
-def distillation(
-    dataset: Literal["digits", "mnist"] = "digits",
-    root: str = "data",
-    download: bool = True,
-    hidden: Sequence[int] = (),
-    **options: Any,
-) -> Distillation:
-    """Distill digits or MNIST for an MLP; without hidden layers, for logistic regression.
-
-    Args:
-        dataset: `digits` or `mnist`.
-        root: folder of MNIST.
-        download: whether missing files of MNIST are downloaded.
-        hidden: widths of the hidden layers.
-        options: other arguments of `Distillation`.
-
-    Example:
-        >>> distillation(per_class=2).space["images"].shape
-        (20, 1, 8, 8)
-
-    Raises:
-        BilevelError: the data set is unknown, or `Distillation` raises it.
-    """
-    one_of(("digits", "mnist"), dataset=dataset)
-    images = load_digits() if dataset == "digits" else load_mnist(root, download)
-    return Distillation(partial(MLP, [images.train[0][0].numel(), *hidden, 10]), images, **options)

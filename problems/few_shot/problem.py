@@ -1,8 +1,7 @@
 """Few-shot meta-learning: the hyperparameters are the initial weights of many tasks."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, final
+from collections.abc import Callable
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -30,9 +29,7 @@ from bilevel.problems.few_shot.tasks import (
     SupportStream,
     Tasks,
     UnseenStream,
-    sinusoids,
 )
-from bilevel.problems.networks.mlp import MLP
 from bilevel.problems.space_checks import SpaceChanges
 from bilevel.validate import positive, whole
 
@@ -229,25 +226,3 @@ class FewShot(Problem):
 
     def _errors(self, prediction: Tensor, batch: Batch) -> Float[Tensor, " tasks"]:
         return (prediction - batch["y"]).square().mean((1, 2))
-
-
-def sinusoid(
-    hidden: Sequence[int] = (40, 40), shots: int = 10, queries: int = 10, **options: Any
-) -> FewShot:
-    """Return regression on sinusoids from few points, by an MLP.
-
-    Args:
-        hidden: widths of the hidden layers.
-        shots: number of support points of a task.
-        queries: number of query points of a task.
-        options: other arguments of `FewShot`.
-
-    Example:
-        >>> sinusoid().space["initialization"].shape
-        (1761,)
-
-    Raises:
-        BilevelError: a task has no points, or `FewShot` raises it.
-    """
-    whole(1, shots=shots, queries=queries)
-    return FewShot(partial(MLP, [1, *hidden, 1]), sinusoids(shots, queries), **options)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from bilevel import BilevelError, Real, Refused, SolverWarning, Space, check_problem, solvers
 from bilevel.problems.dataset_distillation.initial_images import initial_images
-from bilevel.problems.dataset_distillation.problem import Distillation, distillation
+from bilevel.problems.dataset_distillation.problem import Distillation
+from bilevel.problems.dataset_distillation.recipes import distillation
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.mlp import MLP
 from bilevel.solvers.base.dry_run import check_response

@@ -268,19 +268,19 @@ def test_hypergradient_of_a_converged_model_is_the_implicit_one():
 @pytest.mark.parametrize(
     ("response", "numbers", "each"), [(None, "22,210", 34), (Dense(), "700,700", 1078)]
 )
-def test_self_tuning_solvers_take_it_and_doubt_a_thousand_weights(response, numbers, each):
+def test_self_tuning_solvers_take_it_and_warn_about_a_thousand_weights(response, numbers, each):
     small, large = blobs(), HyperCleaning.digits()
     assert (
         bilevel.check_problem(small, solvers={"it": SelfTuning(response=response)}).refused_by == {}
     )
     solver = ready(small, SelfTuning(response=response))
     assert solver.warnings(solver.step()) == {}
-    doubt = ready(large, SelfTuning(response=response)).warnings({})["response"]
+    warning = ready(large, SelfTuning(response=response)).warnings({})["response"]
     assert (
         "1,078 coordinates (most of them `example_weight`), and the response holds "
-        f"{numbers} numbers" in doubt
+        f"{numbers} numbers" in warning
     )
-    assert f"{each:,} for each weight" in doubt
+    assert f"{each:,} for each weight" in warning
 
 
 @pytest.mark.parametrize("batch_size", [None, 20])

@@ -22,7 +22,7 @@ from bilevel.parallel.sharded_problem import ShardedProblem
 from bilevel.parallel.shards import Shard
 from bilevel.problems import MLP, Classification, Language, LossWeights, Quadratic, Ridge
 from bilevel.problems.datasets.labelled_images import Images
-from bilevel.problems.few_shot.problem import sinusoid
+from bilevel.problems.few_shot.recipes import sinusoid
 from bilevel.problems.language_modeling.corpus import Corpus
 from bilevel.run.distributed import shard
 from bilevel.solvers import (

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from bilevel import BilevelError, SolverWarning, check_problem, evaluate, solvers
-from bilevel.problems.few_shot.problem import FewShot, sinusoid
+from bilevel.problems.few_shot.problem import FewShot
+from bilevel.problems.few_shot.recipes import sinusoid
 from bilevel.problems.few_shot.tasks import Tasks, sinusoids
 from bilevel.problems.networks.mlp import MLP
 from tests.support.solver_cases import ready, sgd
@@ -331,7 +332,7 @@ def test_a_problem_without_errors_that_gradient_based_solvers_tune(fresh):
         ({"adaptation_lr": -0.1}, "adaptation_lr=-0.1 must be positive"),
         ({"shots": 0}, "shots=0 must be a whole number of at least 1"),
         ({"queries": -1}, "queries=-1 must be a whole number"),
-        ({"proximity": -1.0}, "is below 0"),
+        ({"proximity": -1.0}, "must not be below"),
     ],
 )
 def test_bad_arguments_are_one_sentence(options, sentence):

@@ -429,13 +429,13 @@ def test_the_response_is_that_of_dense_weights_for_each_row(options, tangent):
     """The test covers embedding, tied decoder, masked recurrent weights and decoder together."""
     problem = small(**options)
     solver = ready(problem, SelfTuning(), away=0.3)
-    assert solver.response.axes["embedding.weight"] == 1
+    assert solver.method.response.axes["embedding.weight"] == 1
     offset = torch.randn(4, problem.space.numel, generator=generator(), dtype=torch.float64)
     base, theta, h = solver.core.weights.detached(), solver.method.theta.detached(), 1e-6
     rates = dict.fromkeys((name for name in RATES if name in problem.space), 0.3)
 
     def f(offset, scale=1.0):
-        params = solver.response.weights(theta, base, scale * offset, tangent=False)
+        params = solver.method.response.weights(theta, base, scale * offset, tangent=False)
         return predict(problem, params, solver.core.carry, batch(), train=True, seed=2, **rates)[0]
 
     if tangent:
@@ -516,14 +516,16 @@ def test_a_run_resumes_bit_for_bit(tmp_path, flags):
         ]
 
     whole, first = run("whole", 3)
-    run(
-        "parts", 1
-    )  # the 7 steps of an epoch are those of whole rounds, of 3, 1 (the end of warm-up) and 3
+    # The 7 steps of an epoch are whole rounds of 3, 1 (the end of warm-up) and 3 steps.
+    run("parts", 1)
     parts, second = run("parts", 3, resume=True)
     assert records("parts") == records("whole")
     assert len(records("whole")) == 4
-    for kept in ("carry", "response_carry", "last_outer_carry"):
-        ours, theirs = getattr(first, kept), getattr(second, kept)
+    for ours, theirs in (
+        (first.core.carry, second.core.carry),
+        (first.core.last_outer_carry, second.core.last_outer_carry),
+        (first.method.response_carry, second.method.response_carry),
+    ):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert all(map(torch.equal, first.core.weights.leaves, second.core.weights.leaves))
     assert all(
