@@ -488,7 +488,7 @@ def test_fewer_images_are_the_first_ones():
             r"space\.cutout_length goes from 0 to 10 and must stay between 0 and 9 for",
         ),
         ({"cutout_holes": {"high": 101}}, r"space\.cutout_holes goes from 0 to 101"),
-        ({"degrees": {"init": 50.0}}, r"`degrees`: init=50.0 is outside \(0, 45\)"),
+        ({"degrees": {"init": 50.0}}, r"`degrees`: init=50.0 lies outside \(0, 45\)"),
         ({"saturation": {"low": 0.0, "init": 0.0}}, r"`saturation`: init=0.0 lies on the edge"),
     ],
 )

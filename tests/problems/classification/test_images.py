@@ -991,7 +991,7 @@ def test_other_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
         problems.images("cifar10")
     with refused("train_size=13 must be between 1 and 12"):
         problems.images(random_images(), train_size=13)
-    with refused("train split, which has 12 examples"):
+    with refused("batch_size=128 must be between 1 and the 12 examples of the train split"):
         problems.images(random_images()).data(CPU, generator())
     with refused(
         r"space\.hue goes from 0 to 0.7 and must stay between 0 and 0.5 for images of 32 × 32"

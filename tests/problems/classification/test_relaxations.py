@@ -207,7 +207,7 @@ def test_a_relaxed_rate_is_declared_differentiable_and_the_problem_is_clean(kind
     )
     assert (report.findings, report.refused_by) == ([], {})
     with pytest.raises(
-        Refused, match=r"`input_dropout` is sampled .* relax it where .* \(problem.dropout=gaussian"
+        Refused, match=r"`input_dropout` is sampled .* relax it where .* problem.dropout=gaussian"
     ):
         check_space("Implicit", small().space, {Need.INNER_DERIVATIVE}, ())
 
@@ -289,7 +289,7 @@ def test_equal_decays_are_one_decay(double):
     decay = torch.full((sum(p.numel() for p in params.values()),), 0.3)
     torch.testing.assert_close(squared_norm(params, decay), 0.3 * squared_norm(params))
     with pytest.raises(
-        BilevelError, match=r"weights are \[3\] and the parameters have 116 entries"
+        BilevelError, match=r"weights=\[3\] must have one entry for each of the 116 entries of w"
     ):
         squared_norm(params, torch.ones(3))
 

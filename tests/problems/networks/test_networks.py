@@ -554,7 +554,7 @@ def test_a_layer_without_a_response_rule_is_named_and_can_be_registered(monkeypa
 
     @per_example_weight.rule(F.prelu, torch.prelu)
     def prelu(input, weight):
-        slope = weight.per_example()[:, :, None, None]
+        slope = weight.dense()[:, :, None, None]
         return torch.where(input > 0, input, slope * input)
 
     metrics = ready(classified).step()
