@@ -126,9 +126,12 @@ def test_the_list_of_mutants_is_complete():
 
 
 def test_no_mutant_is_out_of_date():
+    """The text of each mutant stands once in its file, and its tests exist."""
     assert [
         mutant.name for mutant in MUTANTS if (ROOT / mutant.file).read_text().count(mutant.old) != 1
     ] == []
+    tests = {test for mutant in MUTANTS for test in mutant.tests.split()}
+    assert [test for test in tests if not (ROOT / "tests" / test).is_file()] == []
 
 
 def leaves(nav: Any) -> Iterator[str]:
