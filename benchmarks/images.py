@@ -216,7 +216,7 @@ def measured(
         for variant in VARIANTS
     }
     return {
-        "hyperparameters": ready["plain"].problem.space.numel,
+        "hyperparameters": ready["plain"].core.problem.space.numel,
         "rounds": len(taken["plain"]),
         "steps": rows,
         "augmentation": {

@@ -118,7 +118,7 @@ def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[
     """
     hypers = problem.space.constrain(solver.core.search.u0)
     exact, theta = problem.best_response_jacobian(hypers), response_jacobian(problem, solver)
-    w, best = problem.linear_map(solver.method.effective_weights()), problem.minimizer(hypers)
+    w, best = problem.linear_map(solver.solution().params), problem.minimizer(hypers)
     nearest = one_direction(exact, problem.hessian(hypers), solver.core.search.sigma.detach())
     size = theta.norm() * exact.norm()
     values = {

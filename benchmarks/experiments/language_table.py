@@ -104,7 +104,7 @@ def arms(best: float, stn: Path, size: Size) -> dict[str, tuple[float, Callable[
         * problem(START, size).data(torch.device("cpu"), torch.Generator()).train.steps_per_epoch
     )
 
-    def fixed(hypers: Callable[[], solvers.Given]) -> Callable[[], Solver]:
+    def fixed(hypers: Callable[[], solvers.HyperSchedule]) -> Callable[[], Solver]:
         return lambda: solvers.Fixed(hypers=hypers(), **INNER)
 
     return {
