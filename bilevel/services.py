@@ -1,4 +1,4 @@
-"""Services of a run for its solver: timers, the watch for losses that are not finite, captured steps."""
+"""Services of a run for its solver: timers, a watch for non-finite losses, captured steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -33,7 +33,7 @@ def implicit_cg(**options: Any) -> Implicit:
 
     The method is HOAG (Pedregosa, 2016). The Hessian of a network is rarely positive definite, and
     CG would stop at the first direction that shows it. The Gauss–Newton matrix of one batch is
-    singular, and ∇_w L_V is not in its range, so it is damped: otherwise x would grow without bound.
+    singular, and ∇_w L_V is not in its range. Without damping x would grow without bound.
     """
     return Implicit(**{"linear_solve": CG(), "curvature": GaussNewton(damping=0.1)} | options)
 

@@ -25,7 +25,7 @@ SLOW: MakeOptimizer = partial(torch.optim.RMSprop, lr=0.006)
 """A fifth of the rate of other solvers, which move λ at every fifth step of w."""
 
 MOST_RESIDUAL = 10
-"""Relative, on a batch. The noise of its ∇_w L_V alone gives 1 or 2, even if q is exact on average."""
+"""Relative, on a batch, whose noise in ∇_w L_V alone gives 1 or 2 for a q exact on average."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -166,7 +166,7 @@ class SOBAMethod(Method):
         return Directions(pull.gradient, D_q, cross + direct, pull, shift, outer_loss, metrics)
 
     def adjoint_rate(self, at: Directions) -> tuple[Tensor | float, Tensor]:
-        """Return the step size of q and a lower bound of L; take one step of the power iteration."""
+        """Return the step size of q and a lower bound of L, and advance the power iteration."""
         largest = at.metrics["largest_eigenvalue"]
         if self.settings.adjoint_lr is not None:
             return self.settings.adjoint_lr, largest

@@ -19,7 +19,7 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """PyTorch's graph; every replay draws anew from `generator` and the device's global generator."""
+    """PyTorch's graph; a replay draws anew from `generator` and the device's global generator."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._graph = torch.cuda.CUDAGraph()

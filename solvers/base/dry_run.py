@@ -1,4 +1,4 @@
-"""Refusals at set-up: a response that would not fit, and a dry run of a round whose errors it explains."""
+"""Refusals at set-up: a response that would not fit, and the errors of a dry run, explained."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -113,7 +113,7 @@ def refusals(lacking: str | None) -> Iterator[None]:
 
 
 class Peeking(Stream):
-    """A stream that stays at its first batch, for a dry run: it counts nothing and moves nothing."""
+    """A stream that stays at its first batch, for a dry run; it counts and moves nothing."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream

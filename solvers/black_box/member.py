@@ -67,7 +67,7 @@ class Best:
 def set_settings(
     trained: Optimized, before: Mapping[str, float], after: Mapping[str, float]
 ) -> None:
-    """Change tuned settings from `before` to `after`; a learning rate keeps its schedule's factor."""
+    """Change tuned settings from `before` to `after`; a schedule's factor of the rate stays."""
     for group in trained.optimizer.param_groups:
         factor = group["lr"] / before["lr"] if "lr" in before else 1.0
         apply_settings(group, after)

@@ -140,7 +140,7 @@ class PopulationBased(InnerSettings, Solver):
         return metrics
 
     def descend(self, member: Member) -> Tensor:
-        """Take one step of a member; return L_T, [], unwatched, because a bad member is replaced."""
+        """Take one step of a member; return L_T, [], unwatched: a bad member is replaced."""
         batch = self.services.next_batch(self.data.train)
         self.inner_count += 1
         member.steps += 1
