@@ -216,7 +216,7 @@ def test_nothing_is_kept_from_round_to_round(name):
     """Live tensors, after the buffers of the first rounds have been made: no graph of an earlier outer step stays alive."""
     solver = ready(Quadratic.random(weights=3, hypers=2), SOLVERS[name]())
     counts = []
-    for rounds in (40, 200):
+    for rounds in (30, 90):
         for _ in range(rounds):
             solver.step()
         gc.collect()
