@@ -406,7 +406,7 @@ def test_what_is_no_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "hypers.a": {"mean": 1.0, "min": 0.0, "max": 2.0}}\n'
     )
-    with pytest.raises(BilevelError, match="`a` has so many entries"):
+    with pytest.raises(BilevelError, match="`a` is too large"):
         export(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{]\n")
     with pytest.raises(BilevelError, match="is damaged"):

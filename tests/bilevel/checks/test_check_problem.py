@@ -156,22 +156,13 @@ def make(kind, **space):
     )
 
 
-def beyond_norms(report):
-    """Return the findings without the note on the settings of norms."""
-    return [
-        finding
-        for finding in report.findings
-        if finding.level == "error" or "not tunable" not in finding.text
-    ]
-
-
 @pytest.mark.parametrize(
     "problem", [make(Sound), Quadratic.random(weights=3, hypers=2)], ids=["sound", "quadratic"]
 )
 def test_sound_problems_pass_and_every_installed_solver_tunes_them(problem):
     report = check_problem(problem)
     assert report.ok
-    assert not beyond_norms(report)
+    assert not report.findings
     assert {"delta_stn", "centered_stn", "stn", "fixed"} <= set(report.tuned_by)
     assert "nothing is wrong" in str(report)
 
@@ -399,7 +390,7 @@ def test_an_example_axis_in_another_place_is_found():
 def test_a_network_that_normalizes_by_its_batch_has_an_example_axis():
     norm = torch.nn.BatchNorm1d(4, track_running_stats=False)
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), norm, torch.nn.Linear(4, 2))
-    assert not beyond_norms(check_problem(with_batches_of_three(network), solvers={}))
+    assert not check_problem(with_batches_of_three(network), solvers={}).findings
 
 
 class Described(Sound):
@@ -431,7 +422,7 @@ class Bare(Sound):
 @pytest.mark.parametrize("kind", [Described, Bare])
 def test_batches_with_text_or_without_tensors(kind):
     report = check_problem(make(kind), solvers={})
-    assert not beyond_norms(report), report
+    assert not report.findings, report
 
 
 def test_a_check_leaves_a_run_of_the_same_problem_its_data():
