@@ -1,1 +1,1 @@
-"""What a step costs: measured and printed here, never asserted in a timed test."""
+"""Benchmarks measure and print the cost of a step; no test asserts a time."""

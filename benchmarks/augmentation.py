@@ -34,7 +34,7 @@ Parameters = dict[str, Tensor]
 
 
 def parameters(generator: torch.Generator) -> Parameters:
-    """One of each for every image of a batch."""
+    """Draw one value of every parameter for each image of a batch."""
 
     def within(name: str, *shape: int) -> Tensor:
         return MOST[name] * (2 * torch.rand((BATCH, *shape), generator=generator) - 1)
@@ -54,7 +54,7 @@ def parameters(generator: torch.Generator) -> Parameters:
 
 
 def batched(x: Tensor, p: Parameters) -> Tensor:
-    """From bytes [B, C, H, W] to the augmented batch, in [0, 1]."""
+    """Augment a batch of bytes [B, C, H, W]; return it in [0, 1]."""
     x = image_transforms.affine(x / 255, p["degrees"], p["shift"], p["scale"], p["shear"])
     x = image_transforms.contrast(image_transforms.brightness(x, p["brightness"]), p["contrast"])
     if x.shape[1] == 3:
@@ -63,7 +63,7 @@ def batched(x: Tensor, p: Parameters) -> Tensor:
 
 
 def one_by_one(x: Tensor, p: Parameters) -> Tensor:
-    """The same through Pillow, an image at a time, as in a data loader's worker."""
+    """Augment one image at a time through Pillow, as the worker of a data loader does."""
     height, width = x.shape[2:]
     pixels = x.permute(0, 2, 3, 1).squeeze(-1).numpy()
     numbers = {name: values.tolist() for name, values in p.items()}

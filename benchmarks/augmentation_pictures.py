@@ -16,7 +16,7 @@ from bilevel.problems.datasets import standard_images
 
 
 def main() -> int:
-    """Write the picture; 0 if it could be made."""
+    """Write the picture; return 0 on success and 1 if data are missing."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -11,10 +11,10 @@ from bilevel.problems import Quadratic, Ridge
 from bilevel.solvers.base.descent import Descent
 
 HELD = partial(torch.optim.SGD, lr=0.0)
-"""λ stays, while everything else that a solver trains goes on."""
+"""The outer optimizer that keeps λ fixed while the solver trains everything else."""
 SGD = partial(torch.optim.SGD, lr=0.1)
 STEPS, DRAWS = 2000, 100
-"""Inner steps at the held λ before anything is measured, and rounds in which it is."""
+"""Inner steps at the fixed λ before the measurement, and measured rounds."""
 
 PROBLEMS: dict[str, Callable[[], Any]] = {
     "quadratic, 10 weights, 3 λ, condition 10": partial(

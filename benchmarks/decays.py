@@ -56,5 +56,5 @@ class Decays(ModuleProblem):
 
 
 def decays(hypers: int | None, sizes: Sequence[int] = (784, 1200, 1200, 1200, 10)) -> Decays:
-    """The problem with `hypers` decays, or one per weight."""
+    """Return the problem with `hypers` decays, or with one decay per weight."""
     return Decays(hypers, sizes)

@@ -27,15 +27,15 @@ from bilevel.problems.networks.dropout import dropout
 BATCH, PIXELS, CLASSES = 128, 900, 10
 HYPERS, WIDTHS = (3, 10, 30, 100, 300), (1, 2, 4, 8)
 UNITS, FEW = 256, 10
-"""Hidden units of the two layers at width ×1, and at all h; and h at all widths."""
+"""Hidden units of the two layers at width ×1 and at all h; h at all widths."""
 
 
 Report: TypeAlias = dict[str, Any]
-"""What both sweeps measured: `hypers` and `width`, a row for every point, and `slopes`."""
+"""Measurements of both sweeps: `hypers` and `width` have a row per point; and `slopes`."""
 
 
 class Point(NamedTuple):
-    """One of those that are compared."""
+    """One point of a sweep."""
 
     hypers: int
     units: int
@@ -79,7 +79,7 @@ class Grouped(ModuleProblem):
 
 
 def prepared(point: Point, variant: str, device: torch.device) -> Timed:
-    """Δ-STN, or plain training, set up."""
+    """Return Δ-STN or plain training, set up."""
     problem = Grouped(point)
     solver: Timed = solvers.delta_stn() if variant == "delta_stn" else solvers.Fixed()
     data = problem.data(device, torch.Generator().manual_seed(1))
@@ -116,7 +116,7 @@ def measured(
 
 
 def line(xs: list[float], ys: list[float]) -> tuple[float, float]:
-    """(a, b) of the least-squares line a + b x.
+    """Return (a, b) of the least-squares line a + b x.
 
     Example:
         >>> line([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
@@ -153,7 +153,7 @@ def slopes(by_hypers: list[dict[str, Any]], by_width: list[dict[str, Any]]) -> d
 
 
 def both(seconds: float, device: torch.device) -> Report:
-    """Both sweeps and their slopes."""
+    """Return both sweeps and their slopes."""
     at_h, at_width = (
         [Point(h, UNITS) for h in HYPERS],
         [Point(FEW, UNITS * width) for width in WIDTHS],
@@ -171,7 +171,7 @@ def both(seconds: float, device: torch.device) -> Report:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One sweep, in Markdown."""
+    """Return one sweep as a Markdown table."""
     lines = [
         "| h | hidden units | weights | numbers in Θ | GFLOP a step | ms "
         "| × the first | × plain | peak MiB |",
@@ -187,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Time and multiplications over h, and over the width, each as a multiple of the first."""
+    """Draw time and multiplications over h and over the width, as multiples of the first point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,7 +212,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure and print, or JSON; `--picture` draws."""
+    """Measure and print text or JSON; `--picture` also draws."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")

@@ -24,10 +24,10 @@ from bilevel.device.device import Meter, choose_device
 from bilevel.solvers.base.descent import Descent
 
 K = 10
-"""Terms, iterations, unrolled steps."""
+"""Number of Neumann terms, of CG iterations and of unrolled steps."""
 KS = (1, 10, 40)
 MANY = 1000
-"""From so many on, the cases for few hyperparameters are left out."""
+"""Number of λ from which the cases for few hyperparameters are left out."""
 MEMORY_ROUNDS = 2
 WEIGHED = (
     "implicit, CG",
@@ -35,11 +35,11 @@ WEIGHED = (
     "unrolled, reverse, checkpointed",
     "unrolled, forward",
 )
-"""Whose memory is measured against K."""
+"""Cases whose memory is measured against K."""
 
 
 class Case(NamedTuple):
-    """A solver as it is timed.
+    """A solver and how it is timed.
 
     Attributes:
         make: the solver.
@@ -138,7 +138,7 @@ def hypergradient(case: str, solver: Descent) -> Step:
 
 
 def plain_gradient(solver: Descent) -> Step:
-    """∇_w L_T on one batch: forward and backward, nothing else."""
+    """Compute ∇_w L_T on one batch: one forward and one backward pass."""
     problem, batch, carry = solver.core.problem, solver.core.data.train.peek(), solver.core.carry
     params = {name: p.detach().requires_grad_() for name, p in solver.core.weights.tensors.items()}
     hypers = problem.space.constrain(solver.core.search.u0)
@@ -193,7 +193,7 @@ def _work(
 
 
 def cost(seconds: float, device: torch.device) -> dict[str, Any]:
-    """Every case against one plain gradient, with few λ and with one per weight."""
+    """Measure every case against one plain gradient, with few λ and with one per weight."""
     sizes = {
         title: None if make().space.numel > MANY else make().space.numel
         for title, make in LAMBDAS.items()
@@ -250,7 +250,7 @@ def _row(name: str, h: int, time: float, memory: float | None) -> dict[str, Any]
 
 
 def scaling(seconds: float, device: torch.device) -> dict[str, Any]:
-    """Time and memory against the number of hyperparameters, and against K."""
+    """Measure time and memory against the number of hyperparameters, and against K."""
 
     def solves(make: Callable[[int], Any]) -> list[tuple[int, dict[str, Any]]]:
         return [(4, {"linear_solve": make(k)}) for k in KS]
@@ -348,7 +348,7 @@ def main() -> None:
 
 
 def cost_table(report: dict[str, Any]) -> str:
-    """The costs as text."""
+    """Return the costs as text."""
     lines = []
     for title, part in report["cost"].items():
         lines.append(
@@ -370,7 +370,7 @@ def cost_table(report: dict[str, Any]) -> str:
 
 
 def scaling_table(report: dict[str, Any]) -> str:
-    """The scaling as text."""
+    """Return the scaling as text."""
     lines = []
     for axis, part in report["scaling"].items():
         lines.append(f"\nagainst {axis}: plain gradients (memory × plain)")
@@ -385,7 +385,7 @@ def scaling_table(report: dict[str, Any]) -> str:
 
 
 def bias_table(report: dict[str, Any]) -> str:
-    """The errors as text."""
+    """Return the errors as text."""
     lines = []
     for title, rows in report["bias"].items():
         lines.append(f"\n{title}\n{'':34} {'relative error':>15} {'of the mean':>12} {'cosine':>8}")

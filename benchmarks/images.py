@@ -40,13 +40,13 @@ SHAPES = {
     "resnet18": (3, 32, 32),
 }
 MOST = {"stn": (2.5, 2.0), "delta_stn": (3.5, 2.67)}
-"""Time and multiplications over those of plain training, as the project wants them on a GPU."""
+"""The aim on a GPU for time and multiplications, in multiples of plain training."""
 PHASES = ("data", "inner", "response", "outer")
 PHASE_ROUNDS = 2
 
 
 class Setting(NamedTuple):
-    """Under which everything is measured."""
+    """The settings of a measurement."""
 
     batch: int
     width: float
@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 
 def main() -> None:
-    """Measure the networks and print a table each, or JSON."""
+    """Measure the networks, and print a table for each or JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.images", description=__doc__.splitlines()[0]
     )
@@ -111,7 +111,7 @@ def main() -> None:
 
 
 def machine(device: torch.device) -> str:
-    """What it was measured on."""
+    """Return a description of the machine."""
     from benchmarks.experiments.harness import processor
 
     if device.type == "cuda":
@@ -121,7 +121,7 @@ def machine(device: torch.device) -> str:
 
 
 def problem_of(network: str, setting: Setting) -> Classification:
-    """`network` on random images, all of it tuned."""
+    """Return `network` on random images, with all its hyperparameters tuned."""
     generator, shape = torch.Generator().manual_seed(0), SHAPES[network]
 
     def split() -> tuple[Tensor, Tensor]:
@@ -146,7 +146,7 @@ def problem_of(network: str, setting: Setting) -> Classification:
 
 
 def prepared(network: str, variant: str, setting: Setting, device: torch.device) -> Timed:
-    """The solver `variant`, set up to tune `network`."""
+    """Return the solver `variant`, set up to tune `network`."""
     solver = VARIANTS[variant]()
     problem = at_precision(problem_of(network, setting), solver, setting.precision, device)
     data = problem.data(device, torch.Generator().manual_seed(1))
@@ -227,7 +227,7 @@ def measured(
 
 
 def augmentation(solver: Timed) -> Step:
-    """One batch augmented at strengths of its own for every image."""
+    """Augment one batch with strengths that differ between images."""
     problem = problem_in(solver)
     (x, *_), generator = (
         solver.core.data.train.peek(),
@@ -246,7 +246,7 @@ def augmentation(solver: Timed) -> Step:
 
 
 def problem_in(solver: Timed) -> Classification:
-    """The classification that is tuned, without what it is wrapped in."""
+    """Return the classification problem inside its wrappers."""
     problem = solver.core.problem
     while not isinstance(problem, Classification):
         problem = problem.problem  # type: ignore[attr-defined]  # a `ProblemWrapper` one
@@ -254,7 +254,7 @@ def problem_in(solver: Timed) -> Classification:
 
 
 def phases(solver: Timed, device: torch.device) -> dict[str, float]:
-    """Milliseconds by phase: of a training step, `outer` of an outer step."""
+    """Return the milliseconds of each phase of a training step; `outer` is an outer step."""
     timers = solver.services.timers = Timers(device)
     before = solver.inner_count, solver.outer_count
     for _ in range(PHASE_ROUNDS):
@@ -268,7 +268,7 @@ def phases(solver: Timed, device: torch.device) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of one network as text."""
+    """Return the result of one network as text."""
     lines = [
         f"{'':13} {'units':>6} {'× plain':>7} {'ms':>8} {'× plain':>7} {'images/s':>9} "
         + " ".join(f"{name:>8}" for name in ("data", "w₀", "response", "outer"))

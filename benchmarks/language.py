@@ -38,12 +38,12 @@ VARIANTS: dict[str, Callable[..., Timed]] = {
     "Δ-STN": solvers.delta_stn,
 }
 MOST = 4.0
-"""Δ-STN's time over that of plain training with an unrolled cell, as the project wants it."""
+"""The aim for Δ-STN's time, in multiples of plain training with an unrolled cell."""
 SGD = partial(torch.optim.SGD, lr=1.0)
 
 
 def prepared(size: str, variant: str, device: torch.device) -> Timed:
-    """The solver `variant`, set up on random tokens."""
+    """Return the solver `variant`, set up on random tokens."""
     sizes = dict(SIZES[size])
     words, window = sizes.pop("words"), sizes["batch_size"] * sizes["bptt"]
     draws = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def prepared(size: str, variant: str, device: torch.device) -> Timed:
 
 
 def training_step(solver: Timed, variant: str) -> Step:
-    """One inner step, as a run takes it."""
+    """Take one inner step, as in a run."""
 
     def step() -> None:
         solver.step(warmup=True, limit=1)
@@ -73,7 +73,7 @@ def training_step(solver: Timed, variant: str) -> Step:
 
 
 def whole_round(solver: Timed, variant: str) -> Step:
-    """`inner_steps` inner steps and the outer step that follows them."""
+    """Take `inner_steps` inner steps and the outer step that follows them."""
 
     def step() -> None:
         solver.step()
@@ -82,7 +82,7 @@ def whole_round(solver: Timed, variant: str) -> Step:
 
 
 def unrolled(step: Step) -> Step:
-    """The same with every recurrent layer as the cell that a perturbed pass has, step by step."""
+    """Replace every recurrent layer by the step-by-step cell that a perturbed pass uses."""
 
     def within() -> None:
         with Decomposed(FORWARD_MODE):
@@ -92,7 +92,7 @@ def unrolled(step: Step) -> Step:
 
 
 def work(size: str, variant: str, device: torch.device) -> None:
-    """What memory is measured of: set-up, and a few inner steps."""
+    """Set up a solver and take a few inner steps, for the measurement of memory."""
     step = training_step(prepared(size, variant, device), variant)
     for _ in range(MEMORY_STEPS):
         step()
@@ -148,7 +148,7 @@ def measured(
 
 
 def table(size: str, result: dict[str, Any]) -> str:
-    """The result of one size as text."""
+    """Return the result of one size as text."""
     sizes = ", ".join(f"{name} {value}" for name, value in result["sizes"].items())
     lines = [
         f"{size}: LSTM of two layers, {sizes}; {result['steps']} steps and "

@@ -1,4 +1,4 @@
-"""Time, memory and multiplications of a step."""
+"""Measure time, memory and multiplications of a step."""
 
 import statistics
 import time
@@ -52,12 +52,12 @@ def multiplications(step: Step) -> int:
 
 
 def peak_memory(network: str, variant: str, device: torch.device) -> int:
-    """Bytes by which set-up and three training steps raise the peak: see `peak_growth`."""
+    """Return the bytes by which set-up and three training steps raise the peak."""
     return peak_growth(partial(_train, network, variant), _warm, device)
 
 
 def peak_growth(work: Work, warm: Work, device: torch.device) -> int:
-    """Bytes by which `work` raises the peak after `warm`.
+    """Return the bytes by which `work` raises the peak after `warm`.
 
     On CUDA this is the peak of the tensors, on the CPU that of a new process. `warm` takes each
     kind of step on a tiny scale first, so that memory of libraries does not count.

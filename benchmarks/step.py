@@ -21,11 +21,11 @@ TITLES = {
     "convolutions": "conv 5×5 1-16, pool, conv 5×5 16-32, pool, linear 1568-1568-10",
 }
 MOST = {"mlp": 1.4, "convolutions": 1.5}
-"""Δ-STN's time over STN's, as the project wants it."""
+"""The aim for Δ-STN's time, in multiples of STN's."""
 
 
 def main() -> None:
-    """Measure both networks and print a table, or JSON."""
+    """Measure both networks, and print a table or JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step",
         description="Time, memory and multiplications of one step.",
@@ -112,12 +112,12 @@ def measured(
 
 
 def training_step(solver: Timed) -> Step:
-    """One inner step on the next training batch, as a run takes it."""
+    """Take one inner step on the next training batch, as in a run."""
     return lambda: solver.step(warmup=True, limit=1)
 
 
 def outer_step(solver: SelfTuning) -> Step:
-    """One step of u and σ on the next validation batch, and u₀ ← u."""
+    """Take one step of u and σ on the next validation batch, and set u₀ ← u."""
 
     def step() -> None:
         solver.method.outer_step(solver.core.data.valid.next())
@@ -127,14 +127,14 @@ def outer_step(solver: SelfTuning) -> Step:
 
 
 def forward(solver: Timed) -> Step:
-    """One unit: a multiplication by all the weights, plain ones, for a batch."""
+    """Take one unit: a forward pass with plain weights on one batch."""
     problem, (hypers, params, carry) = solver.core.problem, solver.solution()
     batch = solver.core.data.train.peek()
     return lambda: problem.predict(hypers, params, carry, batch, train=False, generator=None)
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of one network as text."""
+    """Return the result of one network as text."""
     stn = result["steps"]["stn"]["peak_bytes"]
     lines = [
         f"{'':16} {'units':>6} {'ms':>8} {'fastest':>8} {'× STN':>6} {'peak MiB':>9} {'× STN':>6}"
@@ -154,7 +154,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def profiled(network: str, variant: str, device: torch.device, steps: int = 10) -> str:
-    """PyTorch's table of the operations that take most of `steps` training steps."""
+    """Return PyTorch's table of the most expensive operations of `steps` training steps."""
     step = training_step(prepared(network, variant, device))
     for _ in range(3):
         step()

@@ -1,4 +1,4 @@
-"""Make a toy page: Δ-STN's ŵ(λ), ∂ŵ/∂λ and λ against w*(λ), ∂w*/∂λ and λ* on four data sets."""
+"""Make a toy page: compare Δ-STN's ŵ(λ), ∂ŵ/∂λ and λ with the closed forms."""
 
 from functools import partial
 from typing import Any, TypeAlias
@@ -17,20 +17,20 @@ DATA = {
     "linnerud": "Linnerud",
 }
 SHOWN = "wine"
-"""The set whose response curves are drawn."""
+"""The data set whose response curves are drawn."""
 ROUNDS, WARMUP = 400, 20
 REACH = 2.0
-"""How far ŵ(λ) is drawn, in σ to either side of λ₀."""
+"""Range of the drawn ŵ(λ), in σ to either side of λ₀."""
 Run: TypeAlias = dict[str, Any]
 
 
 def experiment(kind: str, name: str) -> Experiment:
-    """The experiment that makes the block `name` of docs/problems/NAME.md."""
+    """Return the experiment that makes the block `name` of docs/problems/NAME.md."""
     return Experiment(page=f"problems/{name}.md", report=partial(report, kind=kind, name=name))
 
 
 def report(context: Context, *, kind: str, name: str) -> str:
-    """Table and picture."""
+    """Return the table and the picture."""
     seeds, rounds = (range(100, 102), ROUNDS // 4) if context.quick else (range(5), ROUNDS)
     jobs = [
         Job(kind, data, None, "delta_stn", "dense", seed, rounds, WARMUP, 0.03, 0.03)
@@ -102,7 +102,7 @@ def follow(job: Job) -> Run:
 
 
 def draw(runs: dict[str, list[Run]], place: Any, kind: str) -> None:
-    """Responses, Jacobians, ways."""
+    """Draw responses, Jacobians and paths."""
     with figure(place, 1, 3, size=(3.4, 2.9)) as axes:
         responses(axes[0, 0], runs[SHOWN][0], kind)
         jacobians(axes[0, 1], runs)
@@ -110,7 +110,7 @@ def draw(runs: dict[str, list[Run]], place: Any, kind: str) -> None:
 
 
 def responses(ax: Any, run: Run, kind: str) -> None:
-    """w*(λ) in thin lines, and over them ŵ(λ) as it was at two moments."""
+    """Draw w*(λ) as thin lines and ŵ(λ) at two moments over them."""
     problem = make(Job(kind, SHOWN, None, "delta_stn", "dense", 0, 0, 0, 0.0, 0.0))
     (name,) = problem.penalized
     ends = [at for shot in run["shots"] for at in shot[0]]
@@ -150,7 +150,7 @@ def responses(ax: Any, run: Run, kind: str) -> None:
 
 
 def jacobians(ax: Any, runs: dict[str, list[Run]]) -> None:
-    """Every entry of ∂ŵ/∂λ at the end, of every seed."""
+    """Draw every entry of ∂ŵ/∂λ at the end, for every seed."""
     for (data, told), color in zip(runs.items(), COLORS, strict=False):
         exact, estimated = ([x for run in told for x in run[key]] for key in ("exact", "estimated"))
         ax.plot(exact, estimated, ".", color=color, markersize=5, alpha=0.7, label=DATA[data])
@@ -162,7 +162,7 @@ def jacobians(ax: Any, runs: dict[str, list[Run]]) -> None:
 
 
 def ways(ax: Any, runs: dict[str, list[Run]]) -> None:
-    """λ − λ*, mean within the range of the seeds."""
+    """Draw λ − λ*: the mean within the range of the seeds."""
     for (data, told), color in zip(runs.items(), COLORS, strict=False):
         away = Tensor([run["path"] for run in told]) - told[0]["best"]
         ax.plot(told[0]["steps"], away.mean(0), color=color, label=DATA[data])

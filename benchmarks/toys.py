@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 def make(job: Job) -> GeneralizedRidge:
-    """The problem, in float64, with σ = 0.5 at the start as in `conf/problem`."""
+    """Return the problem in float64, with σ = 0.5 at the start as in `conf/problem`."""
     cls, options = KINDS[job.kind]
     (name,) = cls.penalized
     given = {"data_seed": job.data_seed, "features": job.features}
@@ -65,7 +65,7 @@ def make(job: Job) -> GeneralizedRidge:
 
 
 def ready(job: Job, problem: GeneralizedRidge) -> SelfTuning:
-    """The solver with its default settings but for the rates, set up."""
+    """Return the solver with default settings except the rates, set up."""
     outer = partial(torch.optim.RMSprop, lr=job.outer)
     solver = RECIPES[job.recipe](
         response=RESPONSES[job.response](),
@@ -79,7 +79,7 @@ def ready(job: Job, problem: GeneralizedRidge) -> SelfTuning:
 
 
 def train(solver: SelfTuning, rounds: Iterable[int], warmup: int) -> Iterator[int]:
-    """Yield when so many rounds, warm-up among them, are done."""
+    """Yield the number of rounds each time it reaches one of `rounds`; warm-up counts."""
     done = 0
     for wanted in rounds:
         while done < wanted:
@@ -89,7 +89,7 @@ def train(solver: SelfTuning, rounds: Iterable[int], warmup: int) -> Iterator[in
 
 
 def response_jacobian(problem: GeneralizedRidge, solver: SelfTuning) -> Tensor:
-    """∂ŵ/∂λ at λ₀, [d, h]: of the linear map, as an outer step sees it."""
+    """Return ∂ŵ/∂λ at λ₀, [d, h], for the linear map, as an outer step uses it."""
     return jacobian(
         lambda offset: problem.linear_map(solver.method.respond(offset)),
         torch.zeros_like(solver.core.search.u0),
@@ -111,7 +111,7 @@ def watch(job: Job) -> dict[str, Any]:
 
 
 def compare(problem: GeneralizedRidge, solver: SelfTuning, rounds: int) -> dict[str, Any]:
-    """ŵ, Θ and λ against their closed forms at the λ₀ of the moment.
+    """Compare ŵ, Θ and λ with their closed forms at the current λ₀.
 
     `response_cosine` and `response_error` compare Θ with ∂w*/∂λ. `projected_error` compares it with
     the best structured Θ, whose own error is `floor`. `weight_error` is ‖ŵ − w*‖/‖w*‖.
@@ -150,7 +150,7 @@ def one_direction(exact: Tensor, curvature: Tensor, sigma: Tensor) -> Tensor:
 
 
 def spread(values: list[float], form: str = ".3f") -> str:
-    """Mean ± standard deviation of those that are finite, and how many are not."""
+    """Return mean ± standard deviation of the finite values, and the number of the others."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return "diverged"

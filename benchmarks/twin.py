@@ -1,4 +1,4 @@
-"""Δ-STN with its linearization done by double backward, as the official code does it."""
+"""Δ-STN with a linearization by double backward, as in the official code."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The two networks, and the solvers that are timed on them, on random images of MNIST's shape."""
+"""The two networks and the timed solvers, on random images of MNIST's shape."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,10 @@ BATCH = 128
 
 
 def _on_random_images(network: Callable[[], nn.Module]) -> Classification:
-    """Four dropout rates tuned per example from 0.05, as in the papers; no weight decay."""
+    """Return a problem with four dropout rates tuned per example and no weight decay.
+
+    The rates start at 0.05, as in the papers.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def split() -> tuple[Tensor, Tensor]:
@@ -47,7 +50,7 @@ VARIANTS: dict[str, Callable[[], Timed]] = {
 
 
 def prepared(network: str, variant: str, device: torch.device) -> Timed:
-    """The solver `variant`, set up to tune the dropout rates of `network`."""
+    """Return the solver `variant`, set up to tune the dropout rates of `network`."""
     problem, solver = _on_random_images(NETWORKS[network]), VARIANTS[variant]()
     data = problem.data(device, torch.Generator().manual_seed(1))
     solver.setup(problem, data, device, torch.Generator(device).manual_seed(2))

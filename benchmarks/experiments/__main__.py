@@ -13,7 +13,7 @@ from bilevel import BilevelError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 if every experiment that could be made was made."""
+    """Run the command line; return 0 if no experiment failed."""
     options = _options(arguments)
     runs = options.runs or ROOT / "runs" / ("experiments-quick" if options.quick else "experiments")
     out = options.out or (

@@ -26,7 +26,7 @@ FLAGS = ("centered", "regularized_w0", "linearize")
 
 
 def sweeps(problem: str, *quick: str) -> dict[str, Sweep]:
-    """The six combinations that there are: linearizing needs a centered response."""
+    """Return the six valid combinations; linearization needs a centered response."""
     base = (f"+experiment=ablation_{problem}", "solver.regularized_w0=true,false")
     reduced = ("seed=100,101", *quick)
     return {
@@ -38,7 +38,7 @@ def sweeps(problem: str, *quick: str) -> dict[str, Sweep]:
 
 
 def section(context: Context, problem: str) -> str:
-    """Table and picture of one problem."""
+    """Return the tables and the picture of one problem."""
     runs = [run for name in sweeps(problem) for run in context.runs(name)]
     named = {name: [run for run in runs if flags(run) == those] for those, name in NAMES.items()}
     groups = {name: members for name, members in named.items() if members}
@@ -46,12 +46,12 @@ def section(context: Context, problem: str) -> str:
 
 
 def flags(run: Run) -> tuple[bool, ...]:
-    """Which of the three parts are on."""
+    """Return the settings of the three parts."""
     return tuple(run.config["solver"][flag] for flag in FLAGS)
 
 
 def unconstrained(run: Run, name: str) -> np.ndarray:
-    """One hyperparameter along a run in the coordinates u, [evaluations, entries]."""
+    """Return the path of one hyperparameter in the coordinates u, [evaluations, entries]."""
     domain = space_from_json(run.description["space"])[name]
     path = torch.from_numpy(run.column(f"hypers.{name}").reshape(run.evaluations, -1))
     return domain.unconstrain(path).numpy()
@@ -104,7 +104,7 @@ def _against(groups: Mapping[str, Sequence[Run]], name: str) -> str:
 
 
 def _paths(groups: Mapping[str, Sequence[Run]]) -> str:
-    """Return the spike of every hyperparameter beside its way: in u, then in its own units."""
+    """Return the spike and the distance of every hyperparameter, in u and in its own units."""
     names = next(iter(groups.values()))[0].part("hypers.")
     inside, own = [], []
     for label, runs in groups.items():
@@ -141,7 +141,7 @@ def _travel(paths: Sequence[np.ndarray], form: str) -> str:
 
 
 def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str) -> str:
-    """Validation loss and every path, over epochs and over seconds."""
+    """Draw the validation loss and every path, over epochs and over seconds."""
     panels = curve_plots.hyper_panels([run for runs in groups.values() for run in runs])
     path = context.figures / f"ablation-{problem}.png"
     with plot_style.figure(path, rows=1 + len(panels), columns=2, size=(3.5, 1.9)) as axes:
@@ -159,7 +159,7 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
 
 
 def _step(runs: Sequence[Run]) -> float:
-    """Seconds of training for each inner step, outer steps included: the median over runs."""
+    """Return the median seconds of training per inner step, outer steps included."""
     totals = [(run.total("seconds"), run.total("steps")) for run in runs]
     costs = [seconds / steps for seconds, steps in totals if seconds and steps]
     return float(np.median(costs)) if costs else 0.0
@@ -174,7 +174,7 @@ def _known(groups: Mapping[str, Sequence[Run]], score: str) -> bool:
 
 
 def report(context: Context) -> str:
-    """The block: ridge, then digits."""
+    """Return the block: ridge, then digits."""
     ridge, digits = section(context, "ridge"), section(context, "digits")
     return f"## Ridge regression\n\n{ridge}\n\n## Digits\n\n{digits}"
 

@@ -15,9 +15,9 @@ from bilevel.problems.architecture.genotype import Edge, Genotype, derive, rando
 from bilevel.problems.architecture.operations import SKIP
 
 RANDOM = 3
-"""Random cells for each seed of the searches."""
+"""Number of random cells for each seed of the searches."""
 LONGER = 3
-"""Training time of a cell over that of its search; convolutions are slower than pools."""
+"""Ratio of a cell's training time to its search time; cells of convolutions train slowly."""
 TABLE = ("problem=architecture_tabular", "solver.inner_steps=1", "seed=0,1,2", "runner.epochs=15")
 IMAGES = (
     *(
@@ -34,7 +34,7 @@ REMEDIES = {
     "price 1": ("problem.free_price=1",),
     "warm-up 5 epochs": ("runner.warmup_epochs=5",),
 }
-"""What is done against the collapse, and the overrides that do it."""
+"""Remedies against the collapse, with their overrides."""
 SWEEPS = {
     "table": Sweep((*TABLE, "solver=first_order,unrolled,implicit_identity,delta_stn"), QUICK),
     "table neumann": Sweep(
@@ -60,7 +60,7 @@ NAMES = {
 
 
 class Retraining(NamedTuple):
-    """A derived cell to be trained from scratch, as plain training does it."""
+    """A derived cell and the settings of its plain training from scratch."""
 
     problem: dict[str, Any]
     cell: str
@@ -70,7 +70,7 @@ class Retraining(NamedTuple):
 
 
 def retrained(job: Retraining) -> float | None:
-    """Test accuracy at the lowest validation loss."""
+    """Return the test accuracy at the lowest validation loss."""
     import torch
     from hydra.utils import instantiate
 
@@ -95,7 +95,7 @@ def retrained(job: Retraining) -> float | None:
 
 
 def found(run: Run) -> Genotype:
-    """The cell that the last α of a run stand for."""
+    """Return the cell that is derived from the last α of a run."""
     settings = run.config["problem"]
     assert run.summary is not None
     return derive(
@@ -104,7 +104,10 @@ def found(run: Run) -> Genotype:
 
 
 def retraining(run: Run, cell: Genotype, seed: int) -> Retraining:
-    """Train the cell in place of the search network of `run`, `LONGER` and at the same rate."""
+    """Return the settings that train a cell in place of the search network of `run`.
+
+    The cell trains `LONGER` times as long as the search, at the same learning rate.
+    """
     return Retraining(
         run.config["problem"],
         str(cell),
@@ -115,12 +118,12 @@ def retraining(run: Run, cell: Genotype, seed: int) -> Retraining:
 
 
 def all_skip(nodes: int, keep: int) -> Genotype:
-    """The cell that a collapsed search ends in: nothing but skip connections."""
+    """Return the cell of a collapsed search: nothing but skip connections."""
     return Genotype(Edge(source, node, SKIP) for source, node in pairs(nodes) if source < keep)
 
 
 def baselines(run: Run) -> Iterator[tuple[str, Genotype, int]]:
-    """Cells that nobody searched for, with the seed that each is trained from."""
+    """Yield the cells that need no search, each with its seed."""
     settings = run.config["problem"]
     form = settings["nodes"], settings["keep"]
     seed = run.seed or 0
@@ -195,7 +198,7 @@ def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
 
 
 def by_solver(runs: Sequence[Run], suffix: str = "") -> dict[str, list[Run]]:
-    """The runs under the names of the tables."""
+    """Group the runs under the names of the tables."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         name = NAMES[run.solver]
@@ -204,7 +207,7 @@ def by_solver(runs: Sequence[Run], suffix: str = "") -> dict[str, list[Run]]:
 
 
 def report(context: Context) -> str:
-    """Both tables and both pictures."""
+    """Return both tables and both pictures."""
     rows = by_solver([*context.runs("table"), *context.runs("table neumann")])
     arms = {remedy: context.runs(remedy) for remedy in REMEDIES}
     images = {

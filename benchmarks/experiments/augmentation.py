@@ -29,7 +29,7 @@ TUNED = ("STN", "Δ-STN")
 
 
 def sweeps(problem: str, *quick: str) -> dict[str, Sweep]:
-    """The five settings, a seed each."""
+    """Return the five settings, each a sweep over seeds."""
     reduced = ("seed=100", *quick)
     return {
         name: Sweep((f"problem={problem}", *setting, "seed=0,1,2"), reduced)
@@ -38,7 +38,7 @@ def sweeps(problem: str, *quick: str) -> dict[str, Sweep]:
 
 
 def comparison(context: Context, name: str) -> str:
-    """The tables of the five settings, and the picture `NAME.png` of the strengths' paths."""
+    """Return the tables of the five settings and the picture `NAME.png` of the strengths' paths."""
     groups = {setting: context.runs(setting) for setting in SETTINGS}
     rows = [_row(setting, runs) for setting, runs in groups.items()]
     head = ["", "n", "validation loss", "test loss", "test accuracy", "training, s"]
@@ -75,7 +75,7 @@ def _row(setting: str, runs: Sequence[Run]) -> list[str]:
 
 
 def _difference(fixed: Sequence[Run], tuned: Sequence[Run]) -> str:
-    """Δ-STN's test figures less those of training at the initial strengths, seed by seed."""
+    """Return Δ-STN's test scores minus those at the initial strengths, paired by seed."""
     by_seed = {run.seed: run for run in fixed}
     pairs = [(by_seed[run.seed], run) for run in tuned if run.seed in by_seed]
     said = []
@@ -121,7 +121,7 @@ PANELS: dict[str, tuple[float, ...]] = {
 """Strengths to show: the initial value first, the end of its interval last."""
 
 DRAW = 5
-"""The seed of the picture's draws: one with which every operation is well away from no effect."""
+"""Seed of the picture's draws; with it, every operation has a visible effect."""
 
 
 def pictures(path: Path, photograph: Tensor, digit: Images) -> None:
@@ -165,7 +165,7 @@ def _show(ax: Any, images: Images, name: str, value: float) -> None:
 
 
 def photograph(size: int = 32) -> Tensor:
-    """The flower that scikit-learn brings, [1, 3, size, size], a byte a pixel."""
+    """Return scikit-learn's picture of a flower, [1, 3, size, size], as bytes."""
     from sklearn.datasets import load_sample_image
 
     x = (

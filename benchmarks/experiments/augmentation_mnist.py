@@ -5,7 +5,7 @@ from benchmarks.experiments.harness import Context, Experiment
 
 
 def report(context: Context) -> str:
-    """The tables of the five settings, and the picture of the strengths' paths."""
+    """Return the tables of the five settings and the picture of the strengths' paths."""
     return comparison(context, "augmentation_mnist")
 
 

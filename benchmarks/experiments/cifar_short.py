@@ -15,7 +15,7 @@ QUICK = (
 
 
 def report(context: Context) -> str:
-    """The table, the pairs and the picture."""
+    """Return the table, the paired differences and the picture."""
     groups = by_solver(context.runs("vgg16"))
     shown = ((LOSS, "epochs"), (LOSS, "seconds"), ("valid_accuracy", "epochs"))
     drawn = picture(

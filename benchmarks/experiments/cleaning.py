@@ -42,7 +42,7 @@ def sweeps(base: str, solvers: str, few: str, *quick: str) -> dict[str, Sweep]:
 
 
 def comparison(context: Context) -> list[list[str]]:
-    """The rows that digits and MNIST share."""
+    """Return the rows that digits and MNIST share."""
     ones = context.runs("ones")
     ranked = context.map(loss_ranking, [run.directory for run in ones])
     found = [spread((one[name] for one in ranked), ".3f") for name in DETECTION]
@@ -60,7 +60,7 @@ def comparison(context: Context) -> list[list[str]]:
 
 
 def measured(runs: Sequence[Run]) -> list[str]:
-    """Test accuracy and validation loss, at the lowest of the latter."""
+    """Return test accuracy and validation loss at the lowest validation loss."""
     return [
         spread((run.at_best("test_accuracy") for run in runs), "%"),
         spread((run.at_best("valid_loss") for run in runs), ".3f"),
@@ -68,18 +68,18 @@ def measured(runs: Sequence[Run]) -> list[str]:
 
 
 def whole(runs: Sequence[Run]) -> list[str]:
-    """All columns of a run that tunes the weights."""
+    """Return all columns for runs that tune the weights."""
     found = [spread((run.at_best(f"exact.{name}") for run in runs), ".3f") for name in DETECTION]
     return [*measured(runs), *found, seconds(runs)]
 
 
 def seconds(runs: Sequence[Run]) -> str:
-    """Of training."""
+    """Return the seconds of training."""
     return spread((run.total("seconds") for run in runs), ".1f")
 
 
 def gain(runs: Sequence[Run], over: Sequence[Run], name: str, form: str) -> str:
-    """What a number gained over that of the run of the same seed."""
+    """Return the gain of a score over the run of the same seed in the other group."""
     before = {run.seed: run.at_best(name) for run in over}
     pairs = [(run.at_best(name), before.get(run.seed)) for run in runs]
     return spread(
@@ -106,7 +106,7 @@ def loss_ranking(directory: Path) -> dict[str, float]:
 
 
 def on_validation_alone(seed: int) -> float:
-    """Test accuracy of the same model trained on the right validation labels, for as long."""
+    """Return the test accuracy of the same model trained on the clean validation split."""
     images = standard_images.load_digits(seed)
     problem = HyperCleaning(partial(MLP, [64, 10]), images._replace(train=images.valid), rate=0.0)
     solver = Fixed(inner_optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9))
@@ -118,7 +118,7 @@ def on_validation_alone(seed: int) -> float:
 
 
 def report(context: Context) -> str:
-    """Tables of digits, and the picture."""
+    """Return the tables of digits and the picture."""
     rows = comparison(context)
     rows.insert(-1, ["weights tuned by `delta_stn`", *whole(context.runs("delta_stn"))])
     alone = context.map(on_validation_alone, [run.seed for run in context.runs("ones")])

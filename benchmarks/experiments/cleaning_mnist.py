@@ -6,7 +6,7 @@ from benchmarks.experiments.report import table
 
 
 def report(context: Context) -> str:
-    """The table of MNIST."""
+    """Return the table of MNIST."""
     return f"{table(HEAD, comparison(context))}\n\nn = {len(context.runs('ones'))} each."
 
 

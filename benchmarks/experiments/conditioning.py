@@ -32,11 +32,11 @@ from bilevel.problems.closed_form.ridge import Ridge
 from bilevel.solvers import Dense, delta_stn
 
 ORDER = 6
-"""Gauss–Hermite points in each λ, for expectations over ε."""
+"""Number of Gauss–Hermite points in each λ, for expectations over ε."""
 CENTRES = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0)
 SCALES = (0.1, 0.3, 1.0)
 MOMENTS = (0, 100, 500, 2000)
-"""Inner steps after which the network's curvature is taken."""
+"""Inner steps after which the curvature of the network is computed."""
 RATE = 0.02
 
 
@@ -235,7 +235,7 @@ def network(job: tuple[int, float]) -> list[dict[str, Any]]:
 
 
 def report(context: Context) -> str:
-    """Two tables and a picture."""
+    """Return two tables and a picture."""
     seeds, scales = (range(100, 102), SCALES[1:]) if context.quick else (range(5), SCALES)
     ridges = context.map(ridge, itertools.product(CENTRES, scales))
     networks = [
@@ -251,7 +251,7 @@ def report(context: Context) -> str:
 
 
 def ridge_table(ridges: list[dict[str, Any]]) -> str:
-    """One row for each σ and λ₀."""
+    """Return one row for each σ and λ₀."""
     lines = [
         "| σ | λ₀ | cond G_w | cond A, uncentered | product | measured "
         "| cond A, centered | product | measured | error of A ⊗ G_w, uncentered | centered |",
@@ -272,7 +272,7 @@ def ridge_table(ridges: list[dict[str, Any]]) -> str:
 
 
 def network_table(networks: list[dict[str, Any]]) -> str:
-    """One row for each σ and moment."""
+    """Return one row for each σ and number of inner steps."""
     lines = [
         "| σ | inner steps | error of G | error of A ⊗ G_w | negative eigenvalues of H | cond G_w "
         "| cond A, uncentered / centered | cond G, uncentered | cond G, centered |",
@@ -296,12 +296,12 @@ def network_table(networks: list[dict[str, Any]]) -> str:
 
 
 def condition(eigenvalues: list[float]) -> float:
-    """Of a positive definite matrix; infinite where it is not."""
+    """Return the condition number of a matrix; infinity if it is not positive definite."""
     return eigenvalues[-1] / eigenvalues[0] if eigenvalues[0] > 0 else math.inf
 
 
 def draw(ridges: list[dict[str, Any]], networks: list[dict[str, Any]], context: Context) -> None:
-    """Spectra on the left, what becomes of them with λ₀ and along training on the right."""
+    """Draw spectra on the left; condition numbers over λ₀ and errors over training on the right."""
     with figure(context.figures / "conditioning.png", 2, 2, size=(3.6, 2.7)) as axes:
         scale, shown = max(told["scale"] for told in ridges), CENTRES[1]
         at = {told["centre"]: told["spectra"] for told in ridges if told["scale"] == scale}
@@ -323,7 +323,7 @@ def draw(ridges: list[dict[str, Any]], networks: list[dict[str, Any]], context: 
 
 
 def spectrum(ax: Any, measured: list[float], formula: list[float], color: str, label: str) -> None:
-    """Measured eigenvalues as dots, the formula's as a line."""
+    """Draw measured eigenvalues as dots and those of the formula as a line."""
     ax.plot(
         range(1, len(measured) + 1),
         measured,
@@ -387,7 +387,7 @@ def network_spectrum(ax: Any, spectra: Spectra) -> None:
 
 
 def errors(ax: Any, networks: list[dict[str, Any]]) -> None:
-    """Relative error of both approximations along training."""
+    """Draw the relative error of both approximations along training."""
     from matplotlib.ticker import LogLocator
 
     scales = sorted({told["scale"] for told in networks})

@@ -11,7 +11,7 @@ from bilevel import Runner, problems, solvers
 
 EPOCHS, WARMUP = 100, 5
 REDUCED = 15
-"""Epochs of the reduced size."""
+"""Number of epochs at the reduced size."""
 DROPOUTS = ("input_dropout", "dropout1", "dropout2")
 BAD_START = dict.fromkeys(DROPOUTS, 0.5) | {"weight_decay": 0.1}
 SGD = partial(torch.optim.SGD, lr=0.03, momentum=0.9)
@@ -22,7 +22,7 @@ SOLVERS = {
 
 
 class Job(NamedTuple):
-    """One run: of which solver, from which hyperparameters."""
+    """One run: the solver, the seed and the initial hyperparameters."""
 
     solver: str
     seed: int
@@ -31,7 +31,7 @@ class Job(NamedTuple):
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Its summary."""
+    """Run the job and return its summary."""
     problem = problems.digits(space={hyper: {"init": value} for hyper, value in job.start.items()})
     settings = {"progress": "none", "picture": False, "checkpoint_every": 10**6, "threads": 1}
     with tempfile.TemporaryDirectory() as directory:

@@ -11,7 +11,7 @@ from benchmarks.experiments.report import spread, table
 
 
 def report(context: Context) -> str:
-    """One row for each solver, and the paired difference."""
+    """Return one row for each solver, and the paired difference."""
     seeds, epochs = ((100, 101), REDUCED) if context.quick else (range(10), EPOCHS)
     runs = context.map(
         train, [Job(name, seed, BAD_START, epochs) for seed in seeds for name in SOLVERS]
@@ -20,7 +20,7 @@ def report(context: Context) -> str:
 
 
 def block(groups: dict[str, list[dict[str, Any]]]) -> str:
-    """The summaries of both solvers, in the order of the seeds."""
+    """Return the block from the summaries of both solvers, in the order of the seeds."""
     rows = [
         [
             f"`{name}`"
@@ -41,7 +41,7 @@ def block(groups: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def paired_t(differences: Sequence[float]) -> float:
-    """The t statistic of paired differences, with n − 1 degrees of freedom.
+    """Return the t statistic of paired differences, with n − 1 degrees of freedom.
 
     Example:
         >>> round(paired_t([1.0, 2.0, 3.0]), 3)

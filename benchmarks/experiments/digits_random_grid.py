@@ -14,7 +14,7 @@ Summary = dict[str, Any]
 
 
 def report(context: Context) -> str:
-    """One row for each seed, and their mean."""
+    """Return one row for each seed, and their mean."""
     seeds, points, epochs = ((100, 101), 3, REDUCED) if context.quick else (range(5), 30, EPOCHS)
     runs = context.map(train, [job for seed in seeds for job in jobs(seed, points, epochs)])
     each = points + 1
@@ -22,7 +22,7 @@ def report(context: Context) -> str:
 
 
 def jobs(seed: int, points: int, epochs: int) -> list[Job]:
-    """Δ-STN from the bad start, and `points` random ones, drawn from the seed."""
+    """Return Δ-STN from the bad start and `points` random starts, drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
     grid = [Job("fixed", seed, draw(generator), epochs) for _ in range(points)]
     return [Job("delta_stn", seed, BAD_START, epochs), *grid]
@@ -38,7 +38,7 @@ def draw(generator: torch.Generator) -> dict[str, float]:
 
 
 def block(groups: dict[int, list[Summary]]) -> str:
-    """By seed, the summaries of Δ-STN and of the grid behind it."""
+    """Return the block from the summaries by seed: Δ-STN first, then the grid."""
     points = len(next(iter(groups.values()))) - 1
     head = [
         "seed",

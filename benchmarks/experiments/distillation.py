@@ -17,7 +17,7 @@ from bilevel.problems.dataset_distillation.recipes import distillation
 
 CPU = torch.device("cpu")
 STEPS = 1000
-"""Of the training of a fresh network, at `lr` 0.05 with momentum 0.9."""
+"""Training steps of a fresh network, at `lr` 0.05 with momentum 0.9."""
 
 BASE = "+experiment=distillation"
 CG = ("solver=implicit_cg", "solver.curvature.damping=0.0", "solver.linear_solve.iterations=20")
@@ -31,7 +31,7 @@ QUICK = ("seed=100", "runner.epochs=300", "runner.warmup_epochs=50")
 
 
 def initial(problem: Distillation) -> Hypers:
-    """Where λ begins."""
+    """Return the initial λ."""
     return problem.space.constrain(problem.space.init())
 
 
@@ -70,7 +70,7 @@ def baselines(seed: int) -> list[tuple[float, float]]:
 
 
 def report(context: Context) -> str:
-    """The table, and the picture."""
+    """Return the table and the picture."""
     tuned = {
         "logistic regression": [*context.runs("cg"), *context.runs("others")],
         "an MLP": context.runs("mlp"),
@@ -121,7 +121,7 @@ def report(context: Context) -> str:
 
 
 def _picture(context: Context, runs: Sequence[Run]) -> None:
-    """A row of ten images for the start of the first seed, and one for each solver."""
+    """Draw a row of ten images for the start of the first seed, and one for each solver."""
     shown = [
         next(run for run in group if run.best is not None) for group in by_solver(runs).values()
     ]

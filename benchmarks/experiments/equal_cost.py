@@ -29,7 +29,7 @@ def sweeps(problem: str, perturbation: float, *quick: str) -> dict[str, Sweep]:
 
 
 def section(context: Context, problem: str) -> str:
-    """Table and picture of one problem."""
+    """Return the table and the picture of one problem."""
     runs = [
         run
         for name in (problem, f"{problem}_model", f"{problem}_pbt")
@@ -41,7 +41,7 @@ def section(context: Context, problem: str) -> str:
 
 
 def targets(groups: Mapping[str, Sequence[Run]]) -> dict[int | None, float]:
-    """The lowest validation loss of random search, by seed."""
+    """Return the lowest validation loss of random search, by seed."""
     found = {run.seed: run.at_best(LOSS) for run in groups.get(REFERENCE, ())}
     return {seed: loss for seed, loss in found.items() if loss is not None}
 
@@ -102,14 +102,14 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
 
 
 def _limits(groups: Mapping[str, Sequence[Run]]) -> tuple[float, float]:
-    """From below the lowest loss to where all runs are once training has begun."""
+    """Return the limits of the loss axis: all runs are inside once training has begun."""
     best = [run.at_best(LOSS) for runs in groups.values() for run in runs]
     losses = np.array([loss for loss in best if loss is not None])
     return 0.8 * float(losses.min()), max(8 * float(np.median(losses)), 1.2 * float(losses.max()))
 
 
 def report(context: Context) -> str:
-    """The block of digits."""
+    """Return the block of digits."""
     return section(context, "digits")
 
 

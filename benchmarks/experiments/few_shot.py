@@ -28,7 +28,7 @@ MAML = (
 QUICK = ("seed=100", "runner.epochs=300", "runner.evaluate_every=100")
 
 SHOWN = 2
-"""The test task of the picture, whose amplitude is 3.9: on a flat one the starts look alike."""
+"""The test task of the picture: its amplitude of 3.9 makes the starts look different."""
 
 METHODS = {
     "maml": "MAML, K = 1",
@@ -59,20 +59,20 @@ def joint(seed: int, steps: int) -> Tensor:
 
 
 def worth(problem: FewShot, hypers: Hypers) -> dict[str, float]:
-    """Errors on the test tasks along adaptation."""
+    """Return the errors on the test tasks along adaptation."""
     params, carry = problem.init(torch.Generator())
     return evaluate(problem, Solution(hypers, params, carry), test_tasks(problem))
 
 
 def test_tasks(problem: FewShot) -> Stream:
-    """The stream of them, the same for every seed."""
+    """Return the stream of test tasks, the same for every seed."""
     test = problem.data(CPU, torch.Generator()).test
     assert test is not None
     return test
 
 
 def baselines(seed: int, steps: int) -> list[tuple[dict[str, float], Tensor]]:
-    """Errors and φ of a random start, and of one that fits all tasks jointly."""
+    """Return errors and φ of a random start, and of the start that fits all tasks jointly."""
     problem = sinusoid(start_seed=seed, proximity=0.0)
     return [
         (worth(problem, problem.space.constrain(φ)), φ)
@@ -81,7 +81,7 @@ def baselines(seed: int, steps: int) -> list[tuple[dict[str, float], Tensor]]:
 
 
 def of_run(directory: Path) -> tuple[FewShot, Hypers]:
-    """The problem of a run, and its best λ."""
+    """Return the problem of a run and its best λ."""
     import yaml
 
     config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def of_run(directory: Path) -> tuple[FewShot, Hypers]:
 
 
 def report(context: Context) -> str:
-    """The table, and the picture."""
+    """Return the table and the picture."""
     runs = {name: context.runs(name) for name in METHODS}
     seeds = sorted({run.seed for group in runs.values() for run in group if run.seed is not None})
     made = context.map(partial(baselines, steps=200 if context.quick else 1500), seeds)
@@ -132,7 +132,7 @@ def report(context: Context) -> str:
 
 
 def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: int) -> None:
-    """One test task, and what 0, 1 and 10 steps make of each start."""
+    """Draw one test task, and each start after 0, 1 and 10 steps of adaptation."""
     with plot_style.figure(
         context.figures / "few_shot.png", columns=len(shown), size=(2.6, 2.9)
     ) as axes:
@@ -177,7 +177,7 @@ def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: i
 
 
 def _truth(task: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The sinusoid through a task's points: a sin x + b cos x, by least squares."""
+    """Return the sinusoid through a task's points: a sin x + b cos x, by least squares."""
     points, values = (
         torch.cat([task["support_x"], task["x"]], 1)[0],
         torch.cat([task["support_y"], task["y"]], 1)[0],

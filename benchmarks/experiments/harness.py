@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent.parent
 FEW = 3
-"""Runs that went wrong; more of them are folded away below a block."""
+"""Largest number of failed runs that a block lists openly; a longer list is folded."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Sweep:
     quick: tuple[str, ...] = ()
 
     def jobs(self, quick: bool) -> list[tuple[str, ...]]:
-        """The overrides of each of its runs."""
+        """Return the overrides of each run of the sweep."""
         from benchmarks.experiments.jobs import expand, replaced
 
         return expand(replaced(self.overrides, self.quick) if quick else self.overrides)
@@ -55,7 +55,7 @@ class Experiment:
 
 
 def find(*names: str) -> dict[str, Experiment]:
-    """Every `EXPERIMENT` of this package by the name of its module, or the named ones alone.
+    """Return every `EXPERIMENT` of this package by the name of its module, or the named ones.
 
     Raises:
         BilevelError: there is none of that name.
@@ -82,7 +82,7 @@ def find(*names: str) -> dict[str, Experiment]:
 
 
 class Context:
-    """What a report is made from; a context manager that owns the processes.
+    """Run and read the runs of one experiment; a context manager that owns the processes.
 
     Attributes:
         quick: whether the size is the reduced one.
@@ -133,7 +133,7 @@ class Context:
         )
 
     def missing(self) -> str | None:
-        """The sentence of an experiment whose data are not here; None where all is there."""
+        """Return a sentence about missing data, or None if all data are present."""
         from benchmarks.experiments.jobs import where
 
         lacking = [job.data for job in self._all if where(self.data, job.data) is None]
@@ -143,7 +143,7 @@ class Context:
         return f"since {lacking[0]} is not in {place}; give --data PATH of a folder that holds it"
 
     def run(self) -> None:
-        """Run what has not ended yet."""
+        """Run every job that has not ended yet."""
         from benchmarks.experiments.jobs import outcome_of, run_job
 
         self._outcomes = {job: outcome for job in self._all if (outcome := outcome_of(job))}
@@ -157,7 +157,7 @@ class Context:
             print(f"{self.name}: {told}, {' '.join(job.overrides)}{failure}", flush=True)
 
     def check(self) -> None:
-        """Raise where nothing was left to report, so that the page keeps what it has.
+        """Raise an error if no run can be reported, so that the page keeps its block.
 
         Raises:
             BilevelError: there are runs, and all of them failed.
@@ -180,7 +180,7 @@ class Context:
     def _completed(
         self, function: "Callable[[Job], Outcome]", jobs: "list[Job]"
     ) -> "Iterator[tuple[Job, Outcome]]":
-        """Each job with its outcome, as they end."""
+        """Yield each job with its outcome in the order of completion."""
         if not self.workers:
             yield from ((job, function(job)) for job in jobs)
             return
@@ -188,7 +188,7 @@ class Context:
         yield from ((waiting[future], future.result()) for future in as_completed(waiting))
 
     def map(self, function: Callable[..., Any], jobs: Iterable[Any]) -> list[Any]:
-        """`[function(job) for job in jobs]`, spread over the processes."""
+        """Return `[function(job) for job in jobs]`, computed by the processes."""
         jobs = list(jobs)
         start = time.perf_counter()
         made = list(self._pool.map(function, jobs) if self.workers else map(function, jobs))
@@ -199,7 +199,7 @@ class Context:
         return made
 
     def colophon(self) -> str:
-        """What the block was made from, what it cost and on what; and every run that went wrong."""
+        """Return the number, the cost and the machine of the runs, and the list of failures."""
         from bilevel.comparison.runs import read_run
 
         lines = []
@@ -247,7 +247,7 @@ def _one_thread() -> None:
 
 
 def processor() -> str:
-    """What the processor calls itself."""
+    """Return the model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""∂ŵ/∂λ of STN, centered STN and Δ-STN against the exact best-response Jacobian, along training."""
+"""Compare ∂ŵ/∂λ of STN, centered STN and Δ-STN with the exact Jacobian along training."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ Run: TypeAlias = dict[str, Any]
 
 
 def report(context: Context) -> str:
-    """The table at the end of training, and the figure along it."""
+    """Return the table at the end of training, and the figure along training."""
     seeds, rounds = (range(100, 101), ROUNDS // 2) if context.quick else (range(5), ROUNDS)
     jobs = [
         Job(
@@ -69,7 +69,7 @@ def report(context: Context) -> str:
 
 
 def table(runs: Mapping[Group, list[Run]]) -> str:
-    """One row for each problem, response and recipe."""
+    """Return one row for each problem, response and recipe."""
     lines = [
         "| problem | response | solver | cosine with ∂w\\*/∂λ | relative error "
         "| error of the best structured Θ | distance from it | error of ŵ |",
@@ -88,7 +88,7 @@ def table(runs: Mapping[Group, list[Run]]) -> str:
 
 
 def at_end(seeds: list[Run], key: str) -> list[float]:
-    """One value a seed; NaN where the run diverged."""
+    """Return one value per seed; NaN for a run that diverged."""
     return [
         run["points"][-1][key] if len(run["points"]) == len(run["steps"]) else math.nan
         for run in seeds
@@ -96,7 +96,7 @@ def at_end(seeds: list[Run], key: str) -> list[float]:
 
 
 def draw(runs: Mapping[Group, list[Run]], context: Context) -> None:
-    """Cosines above, errors below, a column for each problem."""
+    """Draw cosines above and errors below, a column for each problem."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     with figure(context.figures / "jacobian.png", 2, len(STARTS), size=(2.6, 2.2)) as axes:
@@ -144,7 +144,7 @@ def draw(runs: Mapping[Group, list[Run]], context: Context) -> None:
 
 
 def band(ax: Any, seeds: list[Run], key: str, *, color: str, **look: Any) -> None:
-    """The mean over seeds within their range, as far as all of them go."""
+    """Draw the mean over seeds within their range, up to the length of the shortest run."""
     each = list(zip(*(of(run, key) for run in seeds), strict=False))
     steps = seeds[0]["steps"][: len(each)]
     ax.plot(steps, [statistics.mean(values) for values in each], color=color, **look)
@@ -153,7 +153,7 @@ def band(ax: Any, seeds: list[Run], key: str, *, color: str, **look: Any) -> Non
 
 
 def of(run: Run, key: str) -> list[float]:
-    """The values along a run."""
+    """Return the values along a run."""
     return [point[key] for point in run["points"]]
 
 

@@ -29,9 +29,9 @@ JOB = "job.json"
 
 
 DATA_SETS = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
-"""Those that are not embedded, by the names of the functions that read them."""
+"""Data sets that are not embedded, by the names of the functions that read them."""
 ARCHIVE = "cifar10_jpeg.npz"
-"""An archive of JPEG files that may stand for torchvision's CIFAR-10."""
+"""An archive of JPEG files that may replace torchvision's CIFAR-10."""
 
 
 class Job(NamedTuple):
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a job: how long it took, and the sentence of one that left no run."""
+    """The wall time of a job, and the error sentence of a job that left no run."""
 
     wall_seconds: float
     failure: str | None
@@ -71,7 +71,7 @@ def expand(overrides: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def replaced(overrides: Iterable[str], by: Iterable[str]) -> tuple[str, ...]:
-    """The overrides, with those of equal key replaced and the rest of `by` behind them.
+    """Return the overrides with those of `by`, which replace overrides of the same key.
 
     Example:
         >>> replaced(["solver=stn", "seed=0,1,2"], ["seed=100", "runner.epochs=2"])
@@ -105,7 +105,7 @@ def job(overrides: Sequence[str], folder: Path) -> Job:
 
 
 def where(data: Path | None, needed: str | None) -> tuple[str, ...] | None:
-    """The overrides that tell a job where its data lie; None where they are not there."""
+    """Return the overrides for the place of the data, or None if the data are not there."""
     folder = (data or Path("data")).resolve()
     if needed == "CIFAR-10" and (folder / ARCHIVE).is_file():
         return (f"problem.data.archive='{folder / ARCHIVE}'",)
@@ -116,7 +116,7 @@ def where(data: Path | None, needed: str | None) -> tuple[str, ...] | None:
 
 
 def ended(directory: Path) -> bool:
-    """Whether the directory holds a run that came to its end, in order or by diverging."""
+    """Return whether the directory holds a finished or diverged run."""
     try:
         return not json.loads((directory / SUMMARY).read_text(encoding="utf-8"))["interrupted"]
     except (OSError, ValueError, KeyError):
@@ -158,7 +158,7 @@ def run_job(job: Job, data: Path | None = None) -> Outcome:
 
 
 def outcome_of(job: Job) -> Outcome | None:
-    """What became of a job that was run to its end; None where there is nothing to keep."""
+    """Return the outcome of a job that has ended, or None if its run must be repeated."""
     path = job.directory / JOB
     if not (ended(job.directory) and path.exists()):
         return None

@@ -19,7 +19,7 @@ WARMUP = 1
 START, GRID_SEED = 0.05, 100
 STD, AMPLITUDE = 0.05, 0.1
 PERIOD = 3.63
-"""Of the sinusoid in epochs: the paper's 1200 steps of 331 an epoch."""
+"""Period of the sinusoid in epochs: the paper's 1200 steps of 331 per epoch."""
 OTHERS = ("input_dropout", "embedding_dropout", "weight_dropout", "ar", "tar")
 
 ADAM = partial(torch.optim.Adam, lr=0.003)
@@ -41,7 +41,7 @@ SHORT = {"stn": "STN", "gaussian": "Gaussian", "delta_stn": "Δ-STN"}
 
 
 class Size(NamedTuple):
-    """How much is run.
+    """The size of the experiment.
 
     Attributes:
         seeds: of the rows.
@@ -63,7 +63,7 @@ QUICK = Size((101, 102), (0.4, 0.7), 3, 6000, 2000)
 
 
 def report(context: Context) -> str:
-    """The table, the grid, and the paired differences."""
+    """Return the table, the grid, and the paired differences."""
     size = QUICK if context.quick else FULL
     losses = dict(
         zip(size.grid, context.map(at_rate, [(rate, size) for rate in size.grid]), strict=True)
@@ -77,7 +77,7 @@ def report(context: Context) -> str:
 
 
 def at_rate(job: tuple[float, Size]) -> float:
-    """The lowest validation loss at one rate of the grid, on a seed of its own."""
+    """Return the lowest validation loss at one rate of the grid, on the seed of the grid."""
     rate, size = job
     with tempfile.TemporaryDirectory() as directory:
         return train(solvers.Fixed(**INNER), rate, GRID_SEED, Path(directory) / "grid", size)[
@@ -86,7 +86,7 @@ def at_rate(job: tuple[float, Size]) -> float:
 
 
 def at_seed(job: tuple[int, float, Size]) -> dict[str, Summary]:
-    """Every row on one seed: one job, since some follow STN's run of the same seed."""
+    """Return every row on one seed; it is one job, because some rows replay STN's run."""
     seed, best, size = job
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
@@ -120,7 +120,7 @@ def arms(best: float, stn: Path, size: Size) -> dict[str, tuple[float, Callable[
 
 
 def problem(rate: float, size: Size) -> Language:
-    """One LSTM of 128 units with output dropout alone, from `rate`."""
+    """Return one LSTM of 128 units with output dropout alone, from `rate`."""
     text = load_corpus(vocabulary_size=1000)
     held_out = {split: getattr(text, split)[: size.held_out] for split in ("valid", "test")}
     off = {name: {"init": 0.0, "frozen": True} for name in OTHERS}
@@ -130,7 +130,7 @@ def problem(rate: float, size: Size) -> Language:
 
 
 def train(solver: Solver, rate: float, seed: int, directory: Path, size: Size) -> Summary:
-    """The summary of one run."""
+    """Run one solver and return the summary."""
     settings = {"progress": "none", "picture": False, "checkpoint_every": 10**6, "threads": 1}
     runner = Runner(epochs=size.epochs, warmup_epochs=WARMUP, **settings)
     return runner.run(
@@ -146,7 +146,7 @@ def train(solver: Solver, rate: float, seed: int, directory: Path, size: Size) -
 
 
 def block(losses: Mapping[float, float], runs: Mapping[int, Mapping[str, Summary]]) -> str:
-    """Of the grid's losses by rate and the rows' summaries by seed."""
+    """Return the block from the grid's losses by rate and the rows' summaries by seed."""
     best = min(losses, key=losses.__getitem__)
     grid = ", ".join(
         f"**{rate}: {loss:.3f}**" if rate == best else f"{rate}: {loss:.3f}"
@@ -159,7 +159,7 @@ def block(losses: Mapping[float, float], runs: Mapping[int, Mapping[str, Summary
 
 
 def table(best: float, runs: Mapping[int, Mapping[str, Summary]]) -> str:
-    """One row for each arm."""
+    """Return one row for each arm."""
     names = {
         "start": f"*start*: {START}, fixed",
         "best": f"*best*: {best}, fixed",
@@ -200,7 +200,7 @@ def table(best: float, runs: Mapping[int, Mapping[str, Summary]]) -> str:
 
 
 def differences(runs: Mapping[int, Mapping[str, Summary]]) -> str:
-    """One row for each pair of arms, one column for each seed."""
+    """Return one row for each pair of arms, with one column for each seed."""
     rows = []
     for first, second in PAIRS:
         values = [

@@ -27,7 +27,7 @@ HEAD = [
 
 
 def report(context: Context) -> str:
-    """The table and the picture."""
+    """Return the table and the picture."""
     named = {
         "plain cross-entropy": context.runs("plain"),
         "weights 1/n_c, fixed": context.runs("inverse"),
@@ -53,7 +53,7 @@ def report(context: Context) -> str:
 
 
 def measured(runs: Sequence[Run], plain: Sequence[Run]) -> list[str]:
-    """The columns of the table, at the lowest validation loss."""
+    """Return the columns of the table, at the lowest validation loss."""
     scores = [spread((run.at_best(name) for run in runs), form) for name, form in COLUMNS.items()]
     gained = "" if runs is plain else gain(runs, plain, BALANCED, "%")
     return [
@@ -128,7 +128,7 @@ def _picture(context: Context) -> None:
 
 
 def _fixed(**hypers: list[float]) -> str:
-    """Weights or offsets that stay, written as an override."""
+    """Return the override for fixed weights or offsets."""
     parts = [
         f"{name}: {{init: [{', '.join(f'{v:.4f}' for v in values)}], frozen: true}}"
         for name, values in hypers.items()

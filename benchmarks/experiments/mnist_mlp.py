@@ -21,7 +21,7 @@ QUICK = (
 
 
 def report(context: Context) -> str:
-    """The table, what the pairs of runs of one seed say, and the picture."""
+    """Return the table, the paired differences and the picture."""
     groups = by_solver(context.runs("runs"))
     shown = ((LOSS, "epochs"), *((f"hypers.{name}", "epochs") for name in RATES))
     drawn = picture(
@@ -63,7 +63,7 @@ def scores(groups: Mapping[str, Sequence[Run]], rates: Sequence[str] = ()) -> st
 
 
 def pairs(groups: Mapping[str, Sequence[Run]]) -> str:
-    """How the lowest validation losses of Δ-STN differ from those of the others, seed by seed."""
+    """Return the paired differences between Δ-STN's lowest validation loss and the others'."""
     lines = []
     for pair in paired(groups, lambda run: run.at_best(LOSS))[0]:
         if "delta_stn" in (pair.first, pair.second):
@@ -80,7 +80,7 @@ def picture(
     shown: Sequence[tuple[str, str]],
     warmup: float | None = None,
 ) -> str:
-    """A panel for each of `shown`, a column against epochs or seconds."""
+    """Draw a panel for each of `shown`: a column against epochs or seconds."""
     looks = plot_style.styles(list(groups))
     with plot_style.figure(path, rows=1, columns=len(shown), size=(3.0, 2.7)) as axes:
         for ax, (y, x) in zip(axes[0], shown, strict=True):

@@ -1,4 +1,4 @@
-"""Pages of `docs/`: prose by hand, with blocks between two comments that a command makes."""
+"""Read and write pages of `docs/`, whose generated blocks stand between two comments."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ BLOCK = re.compile(
 
 
 class Page:
-    """A page, and the folder `out` that its made copy goes to, which may be the page's own.
+    """A page, and the folder `out` for its generated copy, which may be the page's own folder.
 
     Args:
         name: the page below `docs`, such as `experiments/ablation.md`.
@@ -25,7 +25,7 @@ class Page:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def check(self, block: str) -> None:
-        """See that the page has the block, before anything is run for it.
+        """Require that the page has the block; this is called before anything runs.
 
         Raises:
             BilevelError: the page or its block is missing.
@@ -38,7 +38,7 @@ class Page:
             )
 
     def write(self, block: str, content: str) -> None:
-        """Put `content` into the block, and the prose of the source around it."""
+        """Write the page with `content` in the block and the prose of the source around it."""
         made = blocks(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         made[block] = content.strip() + "\n"
         text = self.source.read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ class Page:
 
 
 def blocks(text: str) -> dict[str, str]:
-    r"""The content of each block of a page, by the experiment's name.
+    r"""Return the content of each block of a page, by the experiment's name.
 
     Example:
         >>> blocks("a <!-- made by: python -m benchmarks.experiments x -->\n| 1 |\n<!-- end --> b")

@@ -1,4 +1,4 @@
-"""One weight decay against one per weight; the protocol is in docs/problems/per-weight-decay.md."""
+"""Compare one weight decay with one per weight; see docs/problems/per-weight-decay.md."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ HEAD = [
 
 
 def report(context: Context) -> str:
-    """Losses, what a self-tuning response would hold, and the picture."""
+    """Return losses, the size of a self-tuning response, and the picture."""
     fixed = context.runs("fixed")
     rows = [["none tuned (`fixed`)", "0", *measured(fixed, fixed)]]
     for name, label in (("one", "one decay"), ("each", "one per weight")):
@@ -56,14 +56,14 @@ def report(context: Context) -> str:
 
 
 def measured(runs: Sequence[Run], fixed: Sequence[Run]) -> list[str]:
-    """The columns of the table, at the lowest validation loss."""
+    """Return the columns of the table, at the lowest validation loss."""
     scores = [spread((run.at_best(name) for run in runs), form) for name, form in COLUMNS.items()]
     changed = "" if runs is fixed else gain(runs, fixed, "test_loss", ".4f")
     return [*scores[:2], changed, *scores[2:], seconds(runs)]
 
 
 def coordinates(run: Run) -> int:
-    """h."""
+    """Return h."""
     return build(run.config["problem"], "problem").space.numel
 
 
@@ -71,7 +71,7 @@ SIZES = ([16], [64], [256, 256], [1000, 1000])
 
 
 def response(hidden: list[int]) -> list[str]:
-    """A row of what a response would hold, and what Δ-STN says where it refuses."""
+    """Return a row of the size of a response, with Δ-STN's error if it refuses."""
     frozen = {
         name: {"init": 0.0, "frozen": True}
         for name in ("input_dropout", *(f"dropout{i + 1}" for i in range(len(hidden))))
@@ -97,7 +97,7 @@ def response(hidden: list[int]) -> list[str]:
 
 
 def decays(run: Run) -> dict[str, Tensor]:
-    """The learned decays of a run, shaped as the weights."""
+    """Return the learned decays of a run in the shapes of the weights."""
     solution = best_solution(run.directory)
     sizes = [p.numel() for p in solution.params.values()]
     parts = solution.hypers["weight_decay"].split(sizes)

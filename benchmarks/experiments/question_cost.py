@@ -1,4 +1,4 @@
-"""What a step and an epoch cost, and why STN is quicker per epoch."""
+"""Measure a step and an epoch, and explain why STN is quicker per epoch."""
 
 import os
 import statistics
@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 
 
 def steps(seconds: float) -> dict[str, dict[str, float | None]]:
-    """`benchmarks.step`'s rows for the MLP: milliseconds, multiplications and peak memory."""
+    """Return the rows of `benchmarks.step` for the MLP: time, multiplications and peak memory."""
     torch.set_num_threads(1)
     memory = {variant: peak_memory(NETWORK, variant, CPU) for variant in VARIANTS}
     return measured(NETWORK, memory, seconds, CPU)["steps"]
 
 
 def rounds(seconds: float) -> dict[str, list[float]]:
-    """Seconds of whole rounds on digits, five training steps and what follows, taken in turn."""
+    """Return the seconds of whole rounds on digits: five training steps and the outer step."""
     torch.set_num_threads(1)
     ready = {name: _ready(name) for name in COMPARED}
     return alternating({name: solver.step for name, solver in ready.items()}, seconds, CPU)

@@ -1,4 +1,4 @@
-"""How much does the entropy weight τ matter, the same for all methods?"""
+"""Vary the entropy weight τ, the same for all methods."""
 
 import numpy as np
 
@@ -21,13 +21,13 @@ TAUS = "solver.entropy_weight=0.0,1.0e-5,1.0e-4,1.0e-3,1.0e-2"
 
 
 def tau(config: object) -> float:
-    """τ of a run."""
+    """Return τ of a run."""
     assert isinstance(config, dict)
     return float(config["solver"]["entropy_weight"])
 
 
 def report(context: Context) -> str:
-    """One row for each method and τ."""
+    """Return one row for each method and τ."""
     rows = []
     for method in COMPARED:
         for weight, runs in grouped(context.runs(method), tau).items():

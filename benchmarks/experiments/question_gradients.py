@@ -1,4 +1,4 @@
-"""Are training and validation gradients aligned early in training, and does that push λ outward?"""
+"""Measure the alignment of training and validation gradients, and its push on λ."""
 
 import statistics
 import tempfile
@@ -56,7 +56,7 @@ class Point(NamedTuple):
 
 
 class Probe(Logger):
-    """Looks at a run after every round, and leaves its random numbers as they were."""
+    """A logger that measures a run after every round and restores its random numbers."""
 
     def __init__(self, problem: Problem, solver: SelfTuning) -> None:
         self.problem, self.solver, self.points = problem, solver, list[Point]()
@@ -66,7 +66,7 @@ class Probe(Logger):
         self.masks.manual_seed(run.seed)
 
     def log(self, record: Record) -> None:
-        """Nothing: rounds are looked at, not evaluations."""
+        """Ignore evaluations; the probe measures rounds."""
 
     def advance(self, progress: Progress) -> None:
         train, valid = self.gradients()
@@ -111,7 +111,7 @@ def _gradient(losses: Callable[[Params], Iterator[tuple[Tensor, int]]], params: 
 
 
 def watch(job: Job) -> list[Point]:
-    """The points of one run."""
+    """Run the job and return its points."""
     problem = problems.digits(space={name: {"init": job.start} for name in RATES})
     solver = RECIPES[job.method](
         inner_optimizer=lambda w: torch.optim.SGD(w, lr=0.01, momentum=0.9),
@@ -134,7 +134,7 @@ def watch(job: Job) -> list[Point]:
 
 
 def report(context: Context) -> str:
-    """Cosines early and late, and the push on λ after warm-up."""
+    """Return cosines early and late, and the push on λ after warm-up."""
     seeds, epochs = ((100,), 25) if context.quick else ((0, 1, 2), 40)
     jobs = [
         Job(method, start, seed, epochs) for start in STARTS for method in RECIPES for seed in seeds
@@ -191,7 +191,7 @@ def report(context: Context) -> str:
 
 
 def draw(runs: dict[tuple[str, float], list[list[Point]]], context: Context) -> None:
-    """Above the cosine of the gradients, below the push; a column for each start."""
+    """Draw the cosine of the gradients above and the push below; a column for each start."""
     rows = {"cosine": "cosine of ∇L_T and ∇L_V", "outward": "cosine of −dL_V/du and u"}
     with figure(
         context.figures / "question_gradients.png", 2, len(STARTS), size=(3.6, 2.2)

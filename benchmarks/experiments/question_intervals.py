@@ -1,4 +1,4 @@
-"""How much do the intervals matter: T_train training steps, then T_valid steps of λ?"""
+"""Vary the intervals: T_train training steps, then T_valid steps of λ."""
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
 from benchmarks.experiments.reviewers import (
@@ -22,13 +22,13 @@ QUICK = ("runner.epochs=10", "seed=100", "solver.inner_steps=2,5,10", "solver.ou
 
 
 def intervals(config: object) -> tuple[int, int]:
-    """T_train and T_valid of a run."""
+    """Return T_train and T_valid of a run."""
     assert isinstance(config, dict)
     return config["solver"]["inner_steps"], config["solver"]["outer_steps"]
 
 
 def report(context: Context) -> str:
-    """One row for each pair."""
+    """Return one row for each pair of intervals."""
     groups = grouped(context.runs("grid"), intervals)
     rows = []
     for (train, valid), runs in groups.items():

@@ -1,4 +1,4 @@
-"""What self-tuning cannot tune, the inner learning rate, beside solvers that can."""
+"""Tune the inner learning rate, which self-tuning refuses, by solvers that support it."""
 
 import tempfile
 from contextlib import redirect_stderr
@@ -22,7 +22,7 @@ ROWS = {
 
 
 def refused(overrides: tuple[str, ...]) -> str:
-    """What the command prints when it is asked."""
+    """Return the error that the command prints for these overrides."""
     errors = StringIO()
     with tempfile.TemporaryDirectory() as directory, redirect_stderr(errors):
         main(
@@ -37,7 +37,7 @@ def refused(overrides: tuple[str, ...]) -> str:
 
 
 def report(context: Context) -> str:
-    """The refusal as it is printed, and what the others reach."""
+    """Return the printed refusal, and the results of the other solvers."""
     asked = ("problem=digits", "solver=delta_stn", RATE)
     (sentence,) = context.map(refused, [asked])
     shown = " ".join(f"'{text}'" if " " in text else text for text in asked)

@@ -1,4 +1,4 @@
-"""Does a choice, or a schedule, of the three learning rates make STN as good as Δ-STN?"""
+"""Compare Δ-STN with STN at chosen and scheduled values of the three learning rates."""
 
 from collections.abc import Sequence
 
@@ -34,19 +34,19 @@ QUICK_ANNEALED = (
 )
 COMPARED = ("stn", "delta_stn")
 DEFAULT = (0.01, 1.0, 0.03)
-"""α₁, α₂/α₁ and α₃ as the configuration has them."""
+"""α₁, α₂/α₁ and α₃ of the default configuration."""
 Rates = tuple[float, float, float, bool]
 
 
 def rates(config: object) -> Rates:
-    """α₁, α₂/α₁, α₃, and whether w₀'s and Θ's are annealed."""
+    """Return α₁, α₂/α₁, α₃, and whether the rates of w₀ and Θ are annealed."""
     assert isinstance(config, dict)
     annealed = config["solver"]["inner_scheduler"] is not None
     return config["lr"]["inner"], float(config["response_part"]), config["lr"]["outer"], annealed
 
 
 def report(context: Context) -> str:
-    """The whole grid, and what its best points say."""
+    """Return the whole grid, and the results of its best points."""
     groups = {
         method: grouped(
             [*context.runs(f"grid_{method}"), *context.runs(f"annealed_{method}")], rates

@@ -1,4 +1,4 @@
-"""Does a smaller rate on λ remove the spike, or does centering?"""
+"""Compare a smaller rate on λ with centering as a remedy for the spike."""
 
 from benchmarks.experiments.harness import Context, Experiment
 from benchmarks.experiments.reviewers import (
@@ -30,13 +30,13 @@ DIGITS = ("+experiment=questions", "lr.outer=0.003,0.01,0.03,0.1")
 
 
 def rate(config: object) -> float:
-    """α₃."""
+    """Return α₃."""
     assert isinstance(config, dict)
     return float(config["lr"]["outer"])
 
 
 def report(context: Context) -> str:
-    """Spike and overshoot of each method at each rate, and the paths on ridge."""
+    """Return spike and overshoot of each method at each rate, and the paths on ridge."""
     sections = []
     for problem, name in (("ridge", "Ridge"), ("digits", "Digits")):
         rows = []
@@ -69,7 +69,7 @@ def report(context: Context) -> str:
 
 
 def draw(context: Context) -> None:
-    """A panel for each method on ridge, a line for each rate."""
+    """Draw a panel for each method on ridge, with a line for each rate."""
     with figure(context.figures / "question_spike.png", 1, len(COMPARED), size=(2.9, 2.6)) as axes:
         for ax, method in zip(axes[0], COMPARED, strict=True):
             ax.sharey(axes[0, 0])

@@ -1,4 +1,4 @@
-"""Does the outcome rely on the initial λ, and is λ slower when the response is centered?"""
+"""Vary the initial λ, and measure the speed of λ with and without a centered response."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from bilevel.comparison.table import part_of_regret, plus_minus
 
 WARMUP = 5
 EARLY = 10
-"""Epochs after warm-up over which speed is measured."""
+"""Number of epochs after warm-up over which the speed is measured."""
 ON_DIGITS = ("fixed", "stn", "centered_only", "delta_stn")
 ON_RIDGE = ("stn", "centered_only", "centered_stn", "delta_stn")
 DIGITS = (
@@ -44,13 +44,13 @@ RIDGE = (
 
 
 def start(config: object) -> float:
-    """The initial dropout rate."""
+    """Return the initial dropout rate."""
     assert isinstance(config, dict)
     return float(config["start"])
 
 
 def log_decay(config: object) -> float:
-    """The initial λ of ridge."""
+    """Return the initial λ of ridge."""
     assert isinstance(config, dict)
     return float(config["problem"]["space"]["log_decay"]["init"])
 
@@ -109,7 +109,7 @@ def report(context: Context) -> str:
 
 
 def ridge(context: Context) -> str:
-    """One row for each start, a column for each method."""
+    """Return one row for each start, with a column for each method."""
     found = {method: grouped(context.runs(f"ridge_{method}"), log_decay) for method in ON_RIDGE}
     inits = list(found["stn"])
     rows = [
@@ -139,7 +139,7 @@ def ridge(context: Context) -> str:
 
 
 def draw(found: dict[str, dict[float, list[Run]]], context: Context) -> None:
-    """A panel for each method, a line for each start."""
+    """Draw a panel for each method, with a line for each start."""
     methods = [method for method in found if method != "fixed"]
     with figure(context.figures / "question_starts.png", 1, len(methods), size=(2.9, 2.6)) as axes:
         for ax, method in zip(axes[0], methods, strict=True):

@@ -1,4 +1,4 @@
-"""What becomes of the comparison when all methods start from the same warmed-up weights?"""
+"""Compare the methods from the same warmed-up weights, and from warm-ups of their own."""
 
 import statistics
 import tempfile
@@ -23,7 +23,7 @@ WARMUP = 5
 
 
 class Job(NamedTuple):
-    """Run once; `warm` is the run whose weights it starts from, None for its own warm-up."""
+    """One run; `warm` is the run that gives the weights, or None for a warm-up of its own."""
 
     method: str
     seed: int
@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 
 def run(job: Job) -> dict[str, Any]:
-    """The summary of a run of `epochs` epochs, warm-up included."""
+    """Return the summary of a run of `epochs` epochs, warm-up included."""
     solver = RECIPES[job.method](
         inner_optimizer=lambda w: torch.optim.SGD(w, lr=0.03, momentum=0.9),
         outer_optimizer=lambda u: torch.optim.RMSprop(u, lr=0.03),
@@ -54,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def report(context: Context) -> str:
-    """Each method with a warm-up of its own and from the shared weights."""
+    """Return each method with a warm-up of its own and from the shared weights."""
     epochs = 15 if context.quick else 40
     warm = {run.seed: run for run in context.runs("warmup")}
     jobs = [

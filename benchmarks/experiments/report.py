@@ -1,4 +1,4 @@
-"""Numbers as the tables of a page write them."""
+"""Format numbers and tables for the pages."""
 
 import math
 import statistics
@@ -32,7 +32,7 @@ def spread(values: Iterable[float | None], form: str) -> str:
 
 
 def by_solver(runs: "Sequence[Run]") -> "dict[str, list[Run]]":
-    """The runs of each solver, in the order of the command line."""
+    """Return the runs of each solver, in the order of the command line."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.solver, []).append(run)
@@ -51,7 +51,7 @@ def counted(runs: "Sequence[Run]") -> str:
 
 
 def never(times: Iterable[float | None], form: str) -> str:
-    """When a target was reached, as `spread`; and in how many runs it never was.
+    """Return the time to a target as `spread` does, and the number of runs that never reached it.
 
     Example:
         >>> never([1.0, 3.0], ".2g"), never([1.0, None], ".2g"), never([None, None], ".2g")
@@ -70,7 +70,7 @@ def table(
     rows: Sequence[Sequence[str]],
     best: Mapping[int, Callable[[Iterable[float]], float]] | None = None,
 ) -> str:
-    """A Markdown table; the best mean of a column in `best` is bold.
+    """Return a Markdown table; the best mean of a column in `best` is bold.
 
     Example:
         >>> print(table(["", "loss"], [["a", "2 ± 1"], ["b", "1 ± 1"]], best={1: min}))

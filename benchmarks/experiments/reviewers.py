@@ -1,4 +1,4 @@
-"""What the reviewers' questions share: the page, the methods, and how far a path strays."""
+"""The page, the methods and the measures that the reviewers' questions share."""
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "centered_stn": ("solver=centered_stn",),
     "delta_stn": ("solver=delta_stn",),
 }
-"""The overrides of each method; `centered_only` has the first of Δ-STN's three parts alone."""
+"""The overrides of each method; `centered_only` has only the first of Δ-STN's three parts."""
 TITLES = {
     "fixed": "fixed",
     "stn": "STN",
@@ -38,7 +38,7 @@ Of = Callable[[Run], float | None]
 def sweeps(
     methods: Iterable[str], *overrides: str, quick: tuple[str, ...], prefix: str = ""
 ) -> dict[str, Sweep]:
-    """The same command line for each method, by `prefix` and the method's name."""
+    """Return the same command line for each method, by `prefix` and the method's name."""
     return {prefix + method: Sweep((*overrides, *METHODS[method]), quick) for method in methods}
 
 
@@ -65,7 +65,7 @@ def path(run: Run, names: Sequence[str] | None = None) -> Array:
 
 
 def spike(u: Array) -> float:
-    """max_t |u_t − u_end|, the largest over coordinates.
+    """Return max_t |u_t − u_end|, the largest over coordinates.
 
     Example:
         >>> u = np.array([[0.0], [3.0], [-0.5], [1.0]])
@@ -79,7 +79,7 @@ def spike(u: Array) -> float:
 
 
 def overshoot(u: Array) -> tuple[float, float]:
-    """Return how far u goes behind its start and beyond its end, the largest over coordinates.
+    """Return the distances of u behind its start and beyond its end, largest over coordinates.
 
     A path without a detour has a spike as long as its way, and no overshoot.
     """
@@ -101,12 +101,12 @@ def told(runs: Sequence[Run], of: Of) -> str:
 
 
 def at_best(name: str) -> Of:
-    """A number at the run's best evaluation."""
+    """Return a function that reads a score at the run's best evaluation."""
     return lambda run: run.at_best(name)
 
 
 def percent(run: Run) -> float | None:
-    """Test accuracy at the best evaluation, in per cent."""
+    """Return the test accuracy at the best evaluation, in per cent."""
     accuracy = run.at_best("test_accuracy")
     return None if accuracy is None else 100 * accuracy
 
@@ -120,6 +120,6 @@ def mean_loss(runs: Sequence[Run]) -> float:
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
+    """Return a Markdown table."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

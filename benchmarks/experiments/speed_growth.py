@@ -1,4 +1,4 @@
-"""How a Δ-STN step grows with h and with the width: `benchmarks.growth` for the page on speed."""
+"""Report the growth of a Δ-STN step with h and with the width, from `benchmarks.growth`."""
 
 import torch
 
@@ -7,13 +7,13 @@ from benchmarks.experiments.harness import Context, Experiment
 
 
 def both(seconds: float) -> growth.Report:
-    """Both sweeps, on one thread."""
+    """Measure both sweeps on one thread."""
     torch.set_num_threads(1)
     return growth.both(seconds, torch.device("cpu"))
 
 
 def report(context: Context) -> str:
-    """Two tables, a picture, and the slopes."""
+    """Return two tables, a picture, and the slopes."""
     (told,) = context.map(both, [2.0 if context.quick else 15.0])
     growth.draw(told, context.figures / "growth.png")
     slopes = told["slopes"]

@@ -1,4 +1,4 @@
-"""What a step on images costs, network by network: `benchmarks.images` for the page on speed."""
+"""Report the cost of a step on images for each network, from `benchmarks.images`."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ NAMES = {"plain": "plain", "stn": "STN", "centered_stn": "centered STN", "delta_
 
 
 def measured(seconds: float) -> dict[str, Any]:
-    """All networks, one after the other, on one thread."""
+    """Measure all networks on one thread."""
     torch.set_num_threads(1)
     return {
         name: images.measured(name, SETTING, seconds, torch.device("cpu")) for name in images.SHAPES
@@ -23,7 +23,7 @@ def measured(seconds: float) -> dict[str, Any]:
 
 
 def report(context: Context) -> str:
-    """A table of the networks and variants."""
+    """Return a table of the networks and variants."""
     (told,) = context.map(measured, [1.0 if context.quick else 10.0])
     rows = []
     for network, result in told.items():
