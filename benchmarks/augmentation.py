@@ -99,7 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each kind of images")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="seconds of measurement for each kind of images"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -116,9 +118,8 @@ def _row(name: str, shape: tuple[int, ...], seconds: float) -> str:
     apart = (batched(x, p) - one_by_one(x, p)).abs().mean().item()
     taken: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
-    while (
-        len(taken) < 5 or time.perf_counter() < end
-    ):  # in turn: what slows the machine for a while slows both
+    while len(taken) < 5 or time.perf_counter() < end:
+        # Both take turns, so that a slow moment of the machine affects both.
         taken.append((_time(lambda: batched(x, p)), _time(lambda: one_by_one(x, p))))
     ours, theirs = (BATCH / statistics.median(column) for column in zip(*taken, strict=True))
     ratio = statistics.median(b / a for a, b in taken)

@@ -22,7 +22,7 @@ def main() -> int:
     )
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("docs/problems/augmentations_cifar.png"))
-    parser.add_argument("--image", type=int, default=0, help="which of the test images")
+    parser.add_argument("--image", type=int, default=0, help="index of the test image")
     options = parser.parse_args()
     archive = options.data / "cifar10_jpeg.npz"
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.workloads import set_up
 from bilevel import Problem, solvers
 from bilevel.problems import Quadratic, Ridge
 from bilevel.solvers.base.descent import Descent
@@ -69,16 +70,11 @@ def bias() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _error(problem: Problem, solver: Descent) -> dict[str, float]:
-    cpu = torch.device("cpu")
-    solver.setup(
-        problem,
-        problem.data(cpu, torch.Generator().manual_seed(1)),
-        cpu,
-        torch.Generator().manual_seed(2),
-    )
+    set_up(solver, problem, torch.device("cpu"))
     while solver.inner_count < STEPS:
         solver.step()
-    exact = problem.hypergradient(problem.space.constrain(solver.core.search.u0))  # type: ignore[attr-defined]
+    hypers = problem.space.constrain(solver.core.search.u0)
+    exact = problem.hypergradient(hypers)  # type: ignore[attr-defined]
     drawn = []
     for _ in range(DRAWS):
         solver.step()

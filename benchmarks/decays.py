@@ -18,8 +18,8 @@ class Decays(ModuleProblem):
     g assigns the weights to h groups in order.
 
     Args:
-        hypers: h; None for one decay per weight.
-        sizes: of the layers.
+        hypers: Number of decays; None gives one decay per weight.
+        sizes: Widths of the layers.
     """
 
     def __init__(self, hypers: int | None, sizes: Sequence[int]) -> None:

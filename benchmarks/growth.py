@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.images import machine
+from benchmarks.machine import machine
 from benchmarks.measure import alternating, median_ratio, multiplications, peak_growth
 from benchmarks.step import training_step
-from benchmarks.workloads import Timed
+from benchmarks.workloads import Timed, set_up
 from bilevel import Batch, Hypers, Interval, ModuleProblem, Params, Prediction, Space, solvers
 from bilevel.device.device import choose_device
 from bilevel.problems import MLP
@@ -82,8 +82,7 @@ def prepared(point: Point, variant: str, device: torch.device) -> Timed:
     """Return Δ-STN or plain training, set up."""
     problem = Grouped(point)
     solver: Timed = solvers.delta_stn() if variant == "delta_stn" else solvers.Fixed()
-    data = problem.data(device, torch.Generator().manual_seed(1))
-    solver.setup(problem, data, device, torch.Generator(device).manual_seed(2))
+    set_up(solver, problem, device)
     return solver
 
 
@@ -107,12 +106,17 @@ def measured(
             "of_first": median_ratio(taken[f"{point}"], taken[f"{points[0]}"]),
             "gigaflops": multiplications(steps[f"{point}"]) / 1e9,
             "weights": sum(leaf.numel() for leaf in solver.core.weights.leaves),
-            "response": sum(leaf.numel() for leaf in solver.method.theta.leaves),  # type: ignore[union-attr]
+            "response": _response_size(solver),
             "peak_bytes": memory[point],
             "rounds": len(taken[f"{point}"]),
         }
         for point, solver in ready.items()
     ]
+
+
+def _response_size(solver: Timed) -> int:
+    assert isinstance(solver, solvers.SelfTuning)
+    return sum(leaf.numel() for leaf in solver.method.theta.leaves)
 
 
 def line(xs: list[float], ys: list[float]) -> tuple[float, float]:
@@ -158,7 +162,7 @@ def both(seconds: float, device: torch.device) -> Report:
         [Point(h, UNITS) for h in HYPERS],
         [Point(FEW, UNITS * width) for width in WIDTHS],
     )
-    # memory first: a process that is started inherits the peak of the one that starts it
+    # Memory comes first: a new process inherits the peak of its parent.
     memory = {
         point: peak_growth(partial(_train, point), _warm, device)
         for point in dict.fromkeys(at_h + at_width)
@@ -220,10 +224,10 @@ def main() -> None:
         "--seconds",
         type=float,
         default=20.0,
-        help="how long the rounds of each of the two sweeps go on",
+        help="seconds of measurement for each of the two sweeps",
     )
-    parser.add_argument("--threads", type=int, help="of the CPU; by default what PyTorch takes")
-    parser.add_argument("--picture", type=Path, help="where to draw it, such as growth.png")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--picture", type=Path, help="file of the picture, such as growth.png")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

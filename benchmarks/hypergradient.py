@@ -11,16 +11,17 @@ import math
 import statistics
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.bias import bias
 from benchmarks.decays import decays
-from benchmarks.measure import Step, alternating, median_ratio
-from bilevel import Problem, Solver, solvers
-from bilevel.device.device import Meter, choose_device
+from benchmarks.machine import machine
+from benchmarks.measure import Step, alternating, median_ratio, peak_growth
+from benchmarks.workloads import set_up
+from bilevel import Problem, solvers
+from bilevel.device.device import choose_device
 from bilevel.solvers.base.descent import Descent
 
 K = 10
@@ -42,12 +43,12 @@ class Case(NamedTuple):
     """A solver and how it is timed.
 
     Attributes:
-        make: the solver.
-        whole: time a whole round of K differentiated steps; otherwise `hypergradient` alone.
-        most: the aim in plain gradients per hypergradient, from K and h; None without an aim.
-        memory: the aim for peak memory in multiples of plain training; `math.inf` measures it
+        make: Makes the solver.
+        whole: Time a whole round of K differentiated steps; otherwise `hypergradient` alone.
+        most: The aim in plain gradients per hypergradient, from K and h; None without an aim.
+        memory: The aim for peak memory in multiples of plain training; `math.inf` measures it
             without an aim, None does not measure it.
-        few: whether λ must be few.
+        few: Leave the case out for many λ.
     """
 
     make: Callable[[], Descent]
@@ -112,21 +113,10 @@ def ready(case: str, hypers: int | None, device: torch.device, **changes: Any) -
     """Return the solver of a case after two rounds, which fill momentum and warm starts."""
     problem = decays(hypers)
     solver = CASES[case].make(**changes)  # type: ignore[call-arg]
-    solver.setup(
-        problem,
-        problem.data(device, torch.Generator().manual_seed(1)),
-        device,
-        torch.Generator(device).manual_seed(2),
-    )
+    set_up(solver, problem, device)
     solver.step()
     solver.step()
     return solver
-
-
-def set_up(solver: Solver, problem: Problem, device: torch.device) -> None:
-    """Set the solver up on the problem, from fixed seeds."""
-    data = problem.data(device, torch.Generator().manual_seed(1))
-    solver.setup(problem, data, device, torch.Generator(device).manual_seed(2))
 
 
 def hypergradient(case: str, solver: Descent) -> Step:
@@ -157,37 +147,24 @@ def peak_memory(
 
     On the CPU, a new process measures this after the same work on a tiny problem.
     """
-    if device.type == "cuda":
-        return _growth(case, hypers, device, changes)
-    with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_growth, (case, hypers, device, changes))
+    work = partial(_work, case, hypers, changes)
+    return peak_growth(work, partial(_warm, case, hypers, changes), device)
 
 
-def _growth(
-    case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any]
-) -> int:
+def _warm(
+    case: str | None, hypers: int | None, changes: dict[str, Any], device: torch.device
+) -> None:
     torch.set_num_threads(1)
-    _work(case, hypers, device, changes, sizes=(784, 16, 10))
-    before, after = Meter(device), Meter(device)
-    before.start()
-    before.stop()
-    after.start()
-    _work(case, hypers, device, changes)
-    after.stop()
-    return (after.peak_memory or 0) - (before.peak_memory or 0)
+    _work(case, hypers, changes, device, sizes=(784, 16, 10))
 
 
 def _work(
-    case: str | None, hypers: int | None, device: torch.device, changes: dict[str, Any], **size: Any
+    case: str | None, hypers: int | None, changes: dict[str, Any], device: torch.device, **size: Any
 ) -> None:
     problem = decays(None if hypers is None else min(hypers, 4) if size else hypers, **size)
-    solver = solvers.Fixed() if case is None else CASES[case].make(**changes)  # type: ignore[call-arg]
-    solver.setup(
-        problem,
-        problem.data(device, torch.Generator().manual_seed(1)),
-        device,
-        torch.Generator(device).manual_seed(2),
-    )
+    make = solvers.Fixed if case is None else partial(CASES[case].make, **changes)
+    solver = make()
+    set_up(solver, problem, device)
     for _ in range(MEMORY_ROUNDS):
         solver.step()
 
@@ -321,29 +298,24 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
     parser.add_argument(
-        "--seconds", type=float, default=60.0, help="how long the rounds of each table go on"
+        "--seconds", type=float, default=60.0, help="seconds of measurement for each table"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, threads: {torch.get_num_threads()}"
-    )
     measure = {"cost": cost, "scaling": scaling, "bias": lambda seconds, device: bias()}[
         options.what
     ]
     report = {
-        "machine": machine,
+        "machine": machine(device),
         "torch": torch.__version__,
         options.what: measure(options.seconds, device),
     }
     print(
         json.dumps(report, indent=2)
         if options.json
-        else f"{machine}, torch {torch.__version__}\n{TABLES[options.what](report)}"
+        else f"{machine(device)}, torch {torch.__version__}\n{TABLES[options.what](report)}"
     )
 
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from benchmarks.measure import Step, alternating, median_ratio, multiplications, peak_growth
 from benchmarks.step import forward, training_step
-from benchmarks.workloads import Timed
+from benchmarks.workloads import Timed, set_up
 from bilevel import solvers
 from bilevel.device.device import choose_device
 from bilevel.device.precision import PRECISIONS, at_precision, matmul_precision
@@ -63,21 +64,21 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
-    parser.add_argument("--networks", default=",".join(SHAPES), help="some of them")
+    parser.add_argument("--networks", default=",".join(SHAPES), help="names, separated by commas")
     parser.add_argument(
-        "--seconds", type=float, default=15.0, help="how long each network's rounds go on"
+        "--seconds", type=float, default=15.0, help="seconds of measurement for each network"
     )
-    parser.add_argument("--batch", type=int, help="128 on a GPU, 32 on a CPU")
+    parser.add_argument("--batch", type=int, help="default: 128 on a GPU, 32 on a CPU")
     parser.add_argument(
         "--width", type=float, help="a factor on channels and units: 1 on a GPU, 0.25 on a CPU"
     )
     parser.add_argument(
-        "--norm", choices=["none", "batch", "group"], help="by default each network's usual one"
+        "--norm", choices=["none", "batch", "group"], help="default: the usual norm of each network"
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--capture", action="store_true", help="steps as CUDA graphs")
-    parser.add_argument("--threads", type=int, help="of the CPU; by default what PyTorch takes")
+    parser.add_argument("--capture", action="store_true", help="capture steps as CUDA graphs")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -104,20 +105,10 @@ def main() -> None:
             name, setting, options.seconds, device, memory[name]
         )
         if not options.json:
-            told = f"{result['hyperparameters']} hyperparameters, {result['rounds']} rounds"
-            print(f"\n{name}: {told}\n{table(result)}", flush=True)
+            counts = f"{result['hyperparameters']} hyperparameters, {result['rounds']} rounds"
+            print(f"\n{name}: {counts}\n{table(result)}", flush=True)
     if options.json:
         print(json.dumps(report, indent=2))
-
-
-def machine(device: torch.device) -> str:
-    """Return a description of the machine."""
-    from benchmarks.experiments.harness import processor
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def problem_of(network: str, setting: Setting) -> Classification:
@@ -149,9 +140,7 @@ def prepared(network: str, variant: str, setting: Setting, device: torch.device)
     """Return the solver `variant`, set up to tune `network`."""
     solver = VARIANTS[variant]()
     problem = at_precision(problem_of(network, setting), solver, setting.precision, device)
-    data = problem.data(device, torch.Generator().manual_seed(1))
-    generator = torch.Generator(device).manual_seed(2)
-    solver.setup(problem, data, device, generator)
+    generator = set_up(solver, problem, device)
     if setting.capture:
         solver.services.capture = Capture.of(solver, device, generator)
     return solver
@@ -180,7 +169,7 @@ def measured(
         steps = {variant: training_step(solver) for variant, solver in ready.items()}
         steps["augmentation"] = augmentation(ready["delta_stn"])
         for solver in ready.values():
-            for _ in range(5):  # what a capture records, it does not time
+            for _ in range(5):  # a capture records its graphs before the timing
                 solver.step()
         taken = alternating(steps, seconds, device)
         by_phase = {variant: phases(solver, device) for variant, solver in ready.items()}
@@ -210,7 +199,7 @@ def measured(
         "stn": 1,
         "centered_stn": 2,
         "delta_stn": 2,
-    }  # over augmented images in a step
+    }  # passes over augmented images
     part = {
         variant: passes[variant] * median_ratio(taken["augmentation"], taken[variant])
         for variant in VARIANTS

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import MEMORY_STEPS, Step, alternating, median_ratio, peak_growth
+from benchmarks.machine import machine
+from benchmarks.measure import (
+    MEMORY_STEPS,
+    Step,
+    alternating,
+    median_ratio,
+    peak_growth,
+    target_lines,
+)
 from benchmarks.workloads import Timed
 from bilevel import solvers
 from bilevel.device.device import choose_device
@@ -160,20 +168,16 @@ def table(size: str, result: dict[str, Any]) -> str:
         lines.append(
             f"{name:21} {row['milliseconds']:10.2f} {row['step_of_unrolled']:11.2f} "
             f"{row['step_of_fused']:8.2f} {row['tokens_per_second']:10,.0f} "
-            f"{row['round_of_unrolled']:17.2f} {row['peak_bytes'] / 2**20:9.1f} {row['memory_of_unrolled']:11.2f}"
+            f"{row['round_of_unrolled']:17.2f} {row['peak_bytes'] / 2**20:9.1f} "
+            f"{row['memory_of_unrolled']:11.2f}"
         )
-    for target in result["targets"]:
-        verdict = "reached" if target["measured"] <= target["at_most"] else "missed"
-        lines.append(
-            f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']:g}: {verdict}"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *target_lines(result["targets"])])
 
 
 def main() -> None:
     """Measure, and print tables or JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.language", description="What self-tuning an LSTM costs."
+        prog="python -m benchmarks.language", description="Measure the cost of self-tuning an LSTM."
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
@@ -183,21 +187,16 @@ def main() -> None:
         choices=["small", "medium", "ptb"],
         help="small medium, or ptb on CUDA",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument(
-        "--seconds", type=float, default=30.0, help="how long the rounds of each size go on"
+        "--seconds", type=float, default=30.0, help="seconds of measurement for each size"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     on_cuda = device.type == "cuda"
-    machine = (
-        torch.cuda.get_device_name(device)
-        if on_cuda
-        else f"CPU, threads: {torch.get_num_threads()}"
-    )
     sizes = options.sizes or (["ptb"] if on_cuda else ["small", "medium"])
-    # Memory first: a process that is started inherits the peak of the one that starts it.
+    # Memory comes first: a new process inherits the peak of its parent.
     memory = {
         size: {name: peak_growth(partial(work, size, name), warm, device) for name in VARIANTS}
         for size in sizes
@@ -205,10 +204,12 @@ def main() -> None:
     report = {size: measured(size, memory[size], options.seconds, device) for size in sizes}
     if options.json:
         print(
-            json.dumps({"machine": machine, "torch": torch.__version__, "sizes": report}, indent=2)
+            json.dumps(
+                {"machine": machine(device), "torch": torch.__version__, "sizes": report}, indent=2
+            )
         )
     else:
-        print(f"{machine}, torch {torch.__version__}")
+        print(f"{machine(device)}, torch {torch.__version__}")
         for size, result in report.items():
             print(f"\n{table(size, result)}")
 

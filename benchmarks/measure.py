@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +24,7 @@ def alternating(
     steps: dict[str, Step], seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
     """Return the seconds of every step; a round takes each once, for about `seconds` in all."""
-    for step in steps.values():  # momentum, and what the libraries choose at a first call
+    for step in steps.values():  # fills momentum, and libraries choose their algorithms
         step()
         step()
     taken: dict[str, list[float]] = {name: [] for name in steps}
@@ -49,6 +50,15 @@ def multiplications(step: Step) -> int:
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
+
+
+def target_lines(targets: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each target: the measured ratio, the aim, and whether it is reached."""
+    return [
+        f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']:g}: "
+        + ("reached" if target["measured"] <= target["at_most"] else "missed")
+        for target in targets
+    ]
 
 
 def peak_memory(network: str, variant: str, device: torch.device) -> int:

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import Step, alternating, median_ratio, multiplications, peak_memory
+from benchmarks.machine import machine
+from benchmarks.measure import (
+    Step,
+    alternating,
+    median_ratio,
+    multiplications,
+    peak_memory,
+    target_lines,
+)
 from benchmarks.workloads import BATCH, VARIANTS, Timed, prepared
 from bilevel.device.device import choose_device
 from bilevel.solvers import SelfTuning
@@ -28,19 +36,19 @@ def main() -> None:
     """Measure both networks, and print a table or JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.step",
-        description="Time, memory and multiplications of one step.",
+        description="Measure time, memory and multiplications of one step.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
     parser.add_argument(
-        "--seconds", type=float, default=25.0, help="how long each network's rounds go on"
+        "--seconds", type=float, default=25.0, help="seconds of measurement for each network"
     )
     parser.add_argument(
         "--profile",
         action="store_true",
-        help="print the profile of a Δ-STN and of an STN step instead",
+        help="print profiles of a Δ-STN step and an STN step instead",
     )
-    parser.add_argument("--threads", type=int, help="of the CPU; by default what PyTorch takes")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -50,7 +58,7 @@ def main() -> None:
             for variant in ("stn", "delta_stn"):
                 print(f"{TITLES[network]}, {variant}\n{profiled(network, variant, device)}")
         return
-    # Memory first: a process that is started inherits the peak of the one that starts it.
+    # Memory comes first: a new process inherits the peak of its parent.
     memory = {
         network: {variant: peak_memory(network, variant, device) for variant in VARIANTS}
         for network in TITLES
@@ -58,16 +66,16 @@ def main() -> None:
     networks = {
         network: measured(network, memory[network], options.seconds, device) for network in TITLES
     }
-    machine = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, threads: {torch.get_num_threads()}"
-    )
-    report = {"machine": machine, "torch": torch.__version__, "batch": BATCH, "networks": networks}
+    report = {
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "batch": BATCH,
+        "networks": networks,
+    }
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        print(f"batch {BATCH}, {machine}, torch {torch.__version__}")
+        print(f"batch {BATCH}, {machine(device)}, torch {torch.__version__}")
         for network, result in networks.items():
             print(f"\n{TITLES[network]}: {result['rounds']} rounds\n{table(result)}")
 
@@ -145,12 +153,7 @@ def table(result: dict[str, Any]) -> str:
         if row["peak_bytes"] is not None:
             line += f" {row['peak_bytes'] / 2**20:9.1f} {row['peak_bytes'] / stn:6.2f}"
         lines.append(line)
-    for target in result["targets"]:
-        verdict = "reached" if target["measured"] <= target["at_most"] else "missed"
-        lines.append(
-            f"{target['name']}: {target['measured']:.2f}, wanted ≤ {target['at_most']}: {verdict}"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *target_lines(result["targets"])])
 
 
 def profiled(network: str, variant: str, device: torch.device, steps: int = 10) -> str:

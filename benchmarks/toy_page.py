@@ -38,8 +38,8 @@ def report(context: Context, *, kind: str, name: str) -> str:
         for seed in seeds
     ]
     runs: dict[str, list[Run]] = {data: [] for data in DATA}
-    for job, told in zip(jobs, context.map(follow, jobs), strict=True):
-        runs[job.data].append(told)
+    for job, run in zip(jobs, context.map(follow, jobs), strict=True):
+        runs[job.data].append(run)
     draw(runs, context.figures / f"{name}.png", kind)
     lines = [
         "| data | λ\\* | λ | regret | cosine of ∂ŵ/∂λ with ∂w\\*/∂λ | its relative error "
@@ -47,13 +47,13 @@ def report(context: Context, *, kind: str, name: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for data, title in DATA.items():
-        told = runs[data]
+        group = runs[data]
         cells = [
-            f"{told[0]['best']:.3f}",
-            spread([run["path"][-1] for run in told]),
-            spread([run["regret"] for run in told], ".2e"),
+            f"{group[0]['best']:.3f}",
+            spread([run["path"][-1] for run in group]),
+            spread([run["regret"] for run in group], ".2e"),
             *(
-                spread([run["end"][key] for run in told])
+                spread([run["end"][key] for run in group])
                 for key in ("response_cosine", "response_error", "weight_error")
             ),
         ]
@@ -106,7 +106,7 @@ def draw(runs: dict[str, list[Run]], place: Any, kind: str) -> None:
     with figure(place, 1, 3, size=(3.4, 2.9)) as axes:
         responses(axes[0, 0], runs[SHOWN][0], kind)
         jacobians(axes[0, 1], runs)
-        ways(axes[0, 2], runs)
+        paths(axes[0, 2], runs)
 
 
 def responses(ax: Any, run: Run, kind: str) -> None:
@@ -151,25 +151,27 @@ def responses(ax: Any, run: Run, kind: str) -> None:
 
 def jacobians(ax: Any, runs: dict[str, list[Run]]) -> None:
     """Draw every entry of ∂ŵ/∂λ at the end, for every seed."""
-    for (data, told), color in zip(runs.items(), COLORS, strict=False):
-        exact, estimated = ([x for run in told for x in run[key]] for key in ("exact", "estimated"))
+    for (data, group), color in zip(runs.items(), COLORS, strict=False):
+        exact, estimated = (
+            [x for run in group for x in run[key]] for key in ("exact", "estimated")
+        )
         ax.plot(exact, estimated, ".", color=color, markersize=5, alpha=0.7, label=DATA[data])
     ax.axline((0, 0), slope=1, color="0.5", linewidth=0.8, zorder=0)
-    ax.set_title(f"entries of the Jacobian, {len(told)} seeds")
+    ax.set_title(f"entries of the Jacobian, {len(group)} seeds")
     ax.set_xlabel("∂w*/∂λ")
     ax.set_ylabel("∂ŵ/∂λ")
     ax.legend()
 
 
-def ways(ax: Any, runs: dict[str, list[Run]]) -> None:
+def paths(ax: Any, runs: dict[str, list[Run]]) -> None:
     """Draw λ − λ*: the mean within the range of the seeds."""
-    for (data, told), color in zip(runs.items(), COLORS, strict=False):
-        away = Tensor([run["path"] for run in told]) - told[0]["best"]
-        ax.plot(told[0]["steps"], away.mean(0), color=color, label=DATA[data])
+    for (data, group), color in zip(runs.items(), COLORS, strict=False):
+        away = Tensor([run["path"] for run in group]) - group[0]["best"]
+        ax.plot(group[0]["steps"], away.mean(0), color=color, label=DATA[data])
         ax.fill_between(
-            told[0]["steps"], away.amin(0), away.amax(0), color=color, alpha=0.2, linewidth=0
+            group[0]["steps"], away.amin(0), away.amax(0), color=color, alpha=0.2, linewidth=0
         )
     ax.axhline(0, color="0.5", linewidth=0.8, zorder=0)
-    ax.set_title(f"the way to λ*, {len(told)} seeds")
+    ax.set_title(f"the way to λ*, {len(group)} seeds")
     ax.set_xlabel("inner step")
     ax.set_ylabel("λ − λ*")

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,11 @@ KINDS: dict[str, tuple[type[GeneralizedRidge], dict[str, Any]]] = {
     "input dropout": (InputDropout, {}),
     "input dropout per feature": (InputDropout, {"per_feature": True}),
 }
-RECIPES = {"stn": solvers.stn, "centered_stn": solvers.centered_stn, "delta_stn": solvers.delta_stn}
+RECIPES: dict[str, Callable[..., SelfTuning]] = {
+    "stn": solvers.stn,
+    "centered_stn": solvers.centered_stn,
+    "delta_stn": solvers.delta_stn,
+}
 NAMES = {"stn": "STN", "centered_stn": "centered STN", "delta_stn": "Δ-STN"}
 RESPONSES = {"dense": solvers.Dense, "structured": solvers.Structured}
 
@@ -35,9 +39,9 @@ class Job(NamedTuple):
     """The settings of a training run.
 
     Attributes:
-        data_seed: None for the set's own.
-        rounds: of five inner steps and an outer one, or, the first `warmup` of them, none.
-        init: λ at the start; None for the problem's own.
+        data_seed: The seed of the data; None for the default of the data set.
+        rounds: Rounds of five inner steps and one outer step; the first `warmup` rounds have none.
+        init: The initial λ; None for the default of the problem.
     """
 
     kind: str

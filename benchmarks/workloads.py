@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.twin import DoubleBackward
-from bilevel import solvers
+from bilevel import Problem, Solver, solvers
 from bilevel.problems.classification.problem import Classification
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.mlp import MLP
@@ -52,6 +52,12 @@ VARIANTS: dict[str, Callable[[], Timed]] = {
 def prepared(network: str, variant: str, device: torch.device) -> Timed:
     """Return the solver `variant`, set up to tune the dropout rates of `network`."""
     problem, solver = _on_random_images(NETWORKS[network]), VARIANTS[variant]()
-    data = problem.data(device, torch.Generator().manual_seed(1))
-    solver.setup(problem, data, device, torch.Generator(device).manual_seed(2))
+    set_up(solver, problem, device)
     return solver
+
+
+def set_up(solver: Solver, problem: Problem, device: torch.device) -> torch.Generator:
+    """Set the solver up on the problem from fixed seeds; return the generator of the solver."""
+    generator = torch.Generator(device).manual_seed(2)
+    solver.setup(problem, problem.data(device, torch.Generator().manual_seed(1)), device, generator)
+    return generator

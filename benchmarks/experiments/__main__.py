@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.experiments.harness import ROOT, Context, find
 from benchmarks.experiments.pages import Page
 from bilevel import BilevelError
+from bilevel.validate import whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ROOT / "runs" / "experiments-quick" / "docs" if options.quick else ROOT / "docs"
     )
     try:
+        whole(0, **{"--workers": options.workers})
         experiments = find(*options.names)
     except BilevelError as error:
         return _refused(str(error))
@@ -27,10 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refused(
             "--quick must not write to docs/, because its numbers do not follow the protocol; "
             "omit --out or name another folder"
-        )
-    if options.workers < 0:
-        return _refused(
-            f"--workers={options.workers} must be at least 0; give a number of processes"
         )
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers inherit it
     failed = []
@@ -40,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page.check(name)
             settings = {"workers": options.workers, "quick": options.quick, "data": options.data}
             with Context(name, experiment, figures=page.folder, runs=runs, **settings) as context:
-                if told := context.missing():
-                    print(f"{name}: skipped, {told}", flush=True)
+                if reason := context.missing():
+                    print(f"{name}: skipped: {reason}", flush=True)
                     continue
                 context.run()
                 context.check()
@@ -55,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             place = error.filename or out
             reason = f"cannot use {place}: {error.strerror or error}"
             print(f"{name}: {reason}; give --out or --runs another place", file=sys.stderr)
-        except Exception:  # a mistake in one report leaves the others to be made
+        except Exception:  # one failed report must not stop the others
             failed.append(name)
             traceback.print_exc()
     if failed:
@@ -66,25 +64,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="experiments to make; all without a name"
+        "names", nargs="*", metavar="NAME", help="experiments to make (default: all)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="at reduced size, into a copy of the pages"
+        "--quick", action="store_true", help="run at reduced size and write a copy of the pages"
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=2,
-        help="processes of one thread each (default: 2); 0: this one alone",
+        help="processes of one thread each (default: 2); 0 uses this process",
     )
     parser.add_argument(
-        "--data", type=Path, help="a folder with MNIST/raw and CIFAR-10; what needs more is skipped"
+        "--data",
+        type=Path,
+        help="folder with MNIST/raw and CIFAR-10; without their data, experiments are skipped",
     )
-    parser.add_argument("--out", type=Path, help="the folder of the pages (default: docs)")
+    parser.add_argument("--out", type=Path, help="folder of the pages (default: docs)")
     parser.add_argument(
         "--runs",
         type=Path,
-        help="the folder of the runs, which are kept (default: runs/experiments)",
+        help="folder of the kept runs (default: runs/experiments)",
     )
     return parser.parse_args(arguments)
 

@@ -151,11 +151,11 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
                 curve_plots.draw_paths(ax, groups, name, x, entry=entry)
         plot_style.legend(axes[0][0].figure, axes[0][0])
     n = min(len(runs) for runs in groups.values())
-    told = (
+    caption = (
         f"{problem}: validation loss and λ along training, "
         f"mean ± standard deviation over n = {n} seeds"
     )
-    return f"![{told}, over epochs and over seconds]({path.name})"
+    return f"![{caption}, over epochs and over seconds]({path.name})"
 
 
 def _step(runs: Sequence[Run]) -> float:

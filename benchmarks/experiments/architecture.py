@@ -190,7 +190,7 @@ def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
             }
             curve_plots.draw_bands(ax, shown, "exact.parameter_free")
             ax.set_title(NAMES[solver].partition(":")[0])
-            ax.set_yscale("linear")  # a share, whatever orders of magnitude it spans
+            ax.set_yscale("linear")  # a share needs no logarithmic axis
             ax.set_ylim(0, 1)
             ax.set_ylabel("")
         axes[0][0].set_ylabel("weight of parameter-free operations")

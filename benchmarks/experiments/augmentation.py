@@ -78,12 +78,12 @@ def _difference(fixed: Sequence[Run], tuned: Sequence[Run]) -> str:
     """Return Δ-STN's test scores minus those at the initial strengths, paired by seed."""
     by_seed = {run.seed: run for run in fixed}
     pairs = [(by_seed[run.seed], run) for run in tuned if run.seed in by_seed]
-    said = []
+    gains = []
     for score, form, scale in (("test_loss", "+.4f", 1), ("test_accuracy", "+.2f", 100)):
         values = [(a.at_best(score), b.at_best(score)) for a, b in pairs]
         less = [None if a is None or b is None else scale * (b - a) for a, b in values]
-        said.append(spread(less, form).replace("± +", "± "))
-    gain = f"test loss {said[0]}, test accuracy {said[1]} points (n = {len(pairs)})"
+        gains.append(spread(less, form).replace("± +", "± "))
+    gain = f"test loss {gains[0]}, test accuracy {gains[1]} points (n = {len(pairs)})"
     return f"Δ-STN minus training at the initial strengths, paired by seed: {gain}."
 
 

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
-from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.harness import Context, Experiment, Sweep, read_config
 from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Runner
 from bilevel.checkpoint.checkpoints import best_solution
@@ -89,9 +89,7 @@ def gain(runs: Sequence[Run], over: Sequence[Run], name: str, form: str) -> str:
 
 def loss_ranking(directory: Path) -> dict[str, float]:
     """Return how well training losses find wrong labels, given their number."""
-    import yaml
-
-    config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(directory)
     problem, solution = build(config["problem"], "problem"), best_solution(directory)
     batch = problem.data(torch.device("cpu"), torch.Generator()).train.peek()
     with torch.no_grad():

@@ -83,12 +83,12 @@ class Spectra(NamedTuple):
     """Ascending eigenvalues of the curvature in (Θ, w₀), and the errors of its approximations.
 
     Attributes:
-        true: of the Hessian.
-        gauss_newton: of the Gauss–Newton matrix, its expectation over ε exact.
-        formula: of A ⊗ G_w.
+        true: Eigenvalues of the Hessian.
+        gauss_newton: Eigenvalues of the Gauss–Newton matrix, with an exact expectation over ε.
+        formula: Eigenvalues of A ⊗ G_w.
         errors: ‖G − H‖/‖H‖ (Frobenius) of the Gauss–Newton matrix and of the formula.
-        moment: condition number of A.
-        weights: condition number of G_w.
+        moment: Condition number of A.
+        weights: Condition number of G_w.
     """
 
     true: list[float]
@@ -105,12 +105,12 @@ def curvature(
     """Return the spectra at ŵ(ε) = w₀ + Θε; uncentered, φ + Θ(u + ε) with φ = w₀ − Θu.
 
     Args:
-        problem: its training split is one batch, without randomness.
+        problem: A problem without randomness, whose training split is one batch.
         theta: Θ, [m, h].
         weights: w₀, [m].
         u: λ₀, [h].
-        sigma: of ε, [h].
-        centered: which of the two it is.
+        sigma: The standard deviations of ε, [h].
+        centered: Use ŵ(ε) = w₀ + Θε; otherwise the uncentered form.
     """
     data, template = (
         problem.data(CPU, torch.Generator().manual_seed(0)),
@@ -169,7 +169,7 @@ def linearized_hessian(predict: Any, objective: Any, w: Tensor, noise: Tensor) -
     value, slope = predict(w, noise), jacrev(lambda w: predict(w, noise))(w)
     return hessian(lambda x: objective(x, value + slope @ (x - w), noise))(
         w
-    ).contiguous()  # which torch.kron needs
+    ).contiguous()  # torch.kron needs it
 
 
 def nodes(h: int) -> list[tuple[Tensor, float]]:
@@ -218,7 +218,7 @@ def network(job: tuple[int, float]) -> list[dict[str, Any]]:
         CPU,
         torch.Generator().manual_seed(seed),
     )
-    told, u, sigma = [], solver.core.search.u0, solver.core.search.sigma.detach()
+    rows, u, sigma = [], solver.core.search.u0, solver.core.search.sigma.detach()
     for steps in MOMENTS:
         while solver.inner_count < steps:
             solver.step(warmup=True)
@@ -227,8 +227,8 @@ def network(job: tuple[int, float]) -> list[dict[str, Any]]:
         spectra = {
             c: curvature(problem, theta, weights, u, sigma, centered=c) for c in (True, False)
         }
-        told.append({"seed": seed, "scale": scale, "steps": steps, "spectra": spectra})
-    return told
+        rows.append({"seed": seed, "scale": scale, "steps": steps, "spectra": spectra})
+    return rows
 
 
 # --- the block ---
@@ -239,7 +239,7 @@ def report(context: Context) -> str:
     seeds, scales = (range(100, 102), SCALES[1:]) if context.quick else (range(5), SCALES)
     ridges = context.map(ridge, itertools.product(CENTRES, scales))
     networks = [
-        told for along in context.map(network, itertools.product(seeds, scales)) for told in along
+        row for along in context.map(network, itertools.product(seeds, scales)) for row in along
     ]
     draw(ridges, networks, context)
     return (
@@ -257,9 +257,9 @@ def ridge_table(ridges: list[dict[str, Any]]) -> str:
         "| cond A, centered | product | measured | error of A ⊗ G_w, uncentered | centered |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for scale, centre in sorted({(told["scale"], told["centre"]) for told in ridges}):
+    for scale, centre in sorted({(row["scale"], row["centre"]) for row in ridges}):
         spectra = next(
-            told["spectra"] for told in ridges if (told["scale"], told["centre"]) == (scale, centre)
+            row["spectra"] for row in ridges if (row["scale"], row["centre"]) == (scale, centre)
         )
         numbers = [spectra[True].weights]
         for centered in (False, True):
@@ -278,9 +278,9 @@ def network_table(networks: list[dict[str, Any]]) -> str:
         "| cond A, uncentered / centered | cond G, uncentered | cond G, centered |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for scale, steps in sorted({(told["scale"], told["steps"]) for told in networks}):
+    for scale, steps in sorted({(row["scale"], row["steps"]) for row in networks}):
         seeds = [
-            told["spectra"] for told in networks if (told["scale"], told["steps"]) == (scale, steps)
+            row["spectra"] for row in networks if (row["scale"], row["steps"]) == (scale, steps)
         ]
         cells = [spread([s[True].errors[kind] for s in seeds]) for kind in (0, 1)]
         negative = statistics.mean(sum(x < 0 for x in s[True].true) for s in seeds)
@@ -303,8 +303,8 @@ def condition(eigenvalues: list[float]) -> float:
 def draw(ridges: list[dict[str, Any]], networks: list[dict[str, Any]], context: Context) -> None:
     """Draw spectra on the left; condition numbers over λ₀ and errors over training on the right."""
     with figure(context.figures / "conditioning.png", 2, 2, size=(3.6, 2.7)) as axes:
-        scale, shown = max(told["scale"] for told in ridges), CENTRES[1]
-        at = {told["centre"]: told["spectra"] for told in ridges if told["scale"] == scale}
+        scale, shown = max(row["scale"] for row in ridges), CENTRES[1]
+        at = {row["centre"]: row["spectra"] for row in ridges if row["scale"] == scale}
         for centered, color in ((False, COLORS[1]), (True, COLORS[0])):
             label = "centered" if centered else "uncentered"
             spectrum(
@@ -313,7 +313,7 @@ def draw(ridges: list[dict[str, Any]], networks: list[dict[str, Any]], context: 
         axes[0, 0].set_title(f"ridge: λ₀ = −{-shown:g}, σ = {scale:g}")
         conditions(axes[0, 1], ridges)
         last = next(
-            told for told in networks if told["steps"] == MOMENTS[-1] and told["scale"] == scale
+            row for row in networks if row["steps"] == MOMENTS[-1] and row["scale"] == scale
         )
         network_spectrum(axes[1, 0], last["spectra"][True])
         axes[1, 0].set_title(
@@ -343,13 +343,13 @@ def spectrum(ax: Any, measured: list[float], formula: list[float], color: str, l
 
 def conditions(ax: Any, ridges: list[dict[str, Any]]) -> None:
     """Draw condition numbers of ridge against λ₀: the formula as a line, measurements as dots."""
-    scales = sorted({told["scale"] for told in ridges})
+    scales = sorted({row["scale"] for row in ridges})
     for (centered, color), (scale, dash, mark) in itertools.product(
         ((False, COLORS[1]), (True, COLORS[0])),
         zip(scales, (":", "--", "-"), ("o", "s", "^"), strict=False),
     ):
-        of = [told for told in ridges if told["scale"] == scale]
-        centres, each = [told["centre"] for told in of], [told["spectra"][centered] for told in of]
+        of = [row for row in ridges if row["scale"] == scale]
+        centres, each = [row["centre"] for row in of], [row["spectra"][centered] for row in of]
         label = f"{'centered' if centered else 'uncentered'}, σ = {scale:g}"
         ax.plot(
             centres,
@@ -390,22 +390,22 @@ def errors(ax: Any, networks: list[dict[str, Any]]) -> None:
     """Draw the relative error of both approximations along training."""
     from matplotlib.ticker import LogLocator
 
-    scales = sorted({told["scale"] for told in networks})
+    scales = sorted({row["scale"] for row in networks})
     at = [max(steps, 10) for steps in MOMENTS]
     for scale, dash in zip(scales, (":", "--", "-"), strict=False):
         for kind, (label, color) in enumerate((("G", COLORS[2]), ("A ⊗ G_w", COLORS[4]))):
             means = [
                 statistics.mean(
-                    told["spectra"][True].errors[kind]
-                    for told in networks
-                    if (told["scale"], told["steps"]) == (scale, steps)
+                    row["spectra"][True].errors[kind]
+                    for row in networks
+                    if (row["scale"], row["steps"]) == (scale, steps)
                 )
                 for steps in MOMENTS
             ]
             ax.plot(
                 at, means, marker=".", color=color, linestyle=dash, label=f"{label}, σ = {scale:g}"
             )
-    seeds = len({told["seed"] for told in networks})
+    seeds = len({row["seed"] for row in networks})
     ax.set_title(f"tanh network: ‖· − H‖/‖H‖, centered, {seeds} seeds")
     ax.set_xscale("log")
     ax.set_yscale("log")

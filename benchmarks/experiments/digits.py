@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.experiments.harness import QUIET
 from bilevel import Runner, problems, solvers
 
 EPOCHS, WARMUP = 100, 5
@@ -33,8 +34,7 @@ class Job(NamedTuple):
 def train(job: Job) -> dict[str, Any]:
     """Run the job and return its summary."""
     problem = problems.digits(space={hyper: {"init": value} for hyper, value in job.start.items()})
-    settings = {"progress": "none", "picture": False, "checkpoint_every": 10**6, "threads": 1}
     with tempfile.TemporaryDirectory() as directory:
-        runner = Runner(epochs=job.epochs, warmup_epochs=WARMUP, **settings)
+        runner = Runner(epochs=job.epochs, warmup_epochs=WARMUP, **QUIET)
         place = {"directory": Path(directory) / "run", "names": ("digits", job.solver)}
         return runner.run(problem, SOLVERS[job.solver](), seed=job.seed, **place)

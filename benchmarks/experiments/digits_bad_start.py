@@ -35,9 +35,9 @@ def block(groups: dict[str, list[dict[str, Any]]]) -> str:
     )
     differences = [a - b for a, b in zip(ours, fixed, strict=True)]
     test = f"t = {paired_t(differences):.1f}, n = {len(differences)}"
-    told = f"{spread(differences, '.4f')}, {test}".replace("-", "−")
+    result = f"{spread(differences, '.4f')}, {test}".replace("-", "−")
     head = ["solver", "validation loss", "test accuracy"]
-    return f"{table(head, rows)}\n\nPaired difference in validation loss {told}."
+    return f"{table(head, rows)}\n\nPaired difference in validation loss {result}."
 
 
 def paired_t(differences: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.harness import Context, Experiment, Sweep, read_config
 from benchmarks.experiments.report import by_solver, spread, table
 from bilevel import Hypers, evaluate
 from bilevel.checkpoint.checkpoints import best_solution
@@ -48,9 +48,7 @@ def fresh(problem: Distillation, hypers: Hypers, seed: int, *, real: bool = Fals
 
 def of_run(directory: Path) -> tuple[float, float]:
     """Return accuracies of a fresh network of the same kind and of the other kind."""
-    import yaml
-
-    config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(directory)
     own, hypers = build(config["problem"], "problem"), best_solution(directory).hypers
     other = distillation(hidden=() if config["problem"]["hidden"] else (32,))
     return fresh(own, hypers, config["seed"]), fresh(other, hypers, config["seed"])

@@ -95,10 +95,12 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
                 plot_style.logarithmic(ax)
             line[1].legend(
                 loc="center left", bbox_to_anchor=(1.02, 0.5)
-            )  # one for each row: colours come again
+            )  # colours repeat in the next row
     n = min(len(runs) for runs in groups.values())
-    told = f"{problem}: best validation loss so far, mean ± standard deviation over n = {n} seeds"
-    return f"![{told}, against seconds of training and examples]({path.name})"
+    caption = (
+        f"{problem}: best validation loss so far, mean ± standard deviation over n = {n} seeds"
+    )
+    return f"![{caption}, against seconds of training and examples]({path.name})"
 
 
 def _limits(groups: Mapping[str, Sequence[Run]]) -> tuple[float, float]:

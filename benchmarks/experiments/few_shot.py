@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.harness import Context, Experiment, Sweep, read_config
 from benchmarks.experiments.report import spread, table
 from bilevel import Hypers, Stream, evaluate
 from bilevel.checkpoint.checkpoints import best_solution
@@ -82,9 +82,7 @@ def baselines(seed: int, steps: int) -> list[tuple[dict[str, float], Tensor]]:
 
 def of_run(directory: Path) -> tuple[FewShot, Hypers]:
     """Return the problem of a run and its best λ."""
-    import yaml
-
-    config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    config = read_config(directory)
     return build(config["problem"], "problem"), best_solution(directory).hypers
 
 

@@ -3,7 +3,6 @@
 import importlib
 import multiprocessing
 import pkgutil
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,12 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from bilevel import BilevelError
 from bilevel.loggers.tables import duration
+from bilevel.validate import one_of
 
 if TYPE_CHECKING:
     from benchmarks.experiments.jobs import Job, Outcome
     from bilevel.comparison.runs import Run
 
 ROOT = Path(__file__).parent.parent.parent
+QUIET: dict[str, Any] = {
+    "progress": "none",
+    "picture": False,
+    "checkpoint_every": 10**6,
+    "threads": 1,
+}
+"""Settings of a `Runner` on one thread that prints nothing and saves no checkpoint on its way."""
 FEW = 3
 """Largest number of failed runs that a block lists openly; a longer list is folded."""
 
@@ -44,9 +51,9 @@ class Experiment:
     """One block of a page.
 
     Attributes:
-        page: the page below `docs/`, such as `experiments/ablation.md`.
-        sweeps: its command lines by name.
-        report: the Markdown of the block; saves pictures beside the page.
+        page: The page below `docs/`, such as `experiments/ablation.md`.
+        sweeps: The command lines by name.
+        report: Returns the Markdown of the block and saves pictures beside the page.
     """
 
     page: str
@@ -58,7 +65,7 @@ def find(*names: str) -> dict[str, Experiment]:
     """Return every `EXPERIMENT` of this package by the name of its module, or the named ones.
 
     Raises:
-        BilevelError: there is none of that name.
+        BilevelError: an experiment of that name does not exist.
     """
     package = importlib.import_module(__package__)
     known = sorted(
@@ -66,29 +73,32 @@ def find(*names: str) -> dict[str, Experiment]:
         for module in pkgutil.iter_modules(package.__path__)
         if module.name != "__main__"
     )
-    if unknown := [name for name in names if name not in known]:
-        raise BilevelError(
-            f"no experiment is called {', '.join(unknown)}; there are {', '.join(find())}"
-        )
-    modules = {name: importlib.import_module(f"{__package__}.{name}") for name in names or known}
+    wanted = [name for name in names or known if name in known]
+    modules = {name: importlib.import_module(f"{__package__}.{name}") for name in wanted}
     found = {
         name: module.EXPERIMENT for name, module in modules.items() if hasattr(module, "EXPERIMENT")
     }
-    if helpers := [name for name in names if name not in found]:
-        raise BilevelError(
-            f"{', '.join(helpers)} holds no experiment; there are {', '.join(find())}"
-        )
+    for name in names:
+        if name not in found:
+            one_of(find(), experiment=name)
     return found
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the configuration of a run."""
+    import yaml
+
+    return dict(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
 
 
 class Context:
     """Run and read the runs of one experiment; a context manager that owns the processes.
 
     Attributes:
-        quick: whether the size is the reduced one.
-        figures: the folder of the page, for its pictures.
-        workers: the number of processes of one thread each; 0 runs all in this process.
-        data: the folder that holds MNIST/raw and the like, where one was given.
+        quick: Run at reduced size.
+        figures: The folder of the page, for its pictures.
+        workers: The number of processes of one thread each; 0 runs all in this process.
+        data: The folder that holds MNIST/raw and other data; None is `data`.
     """
 
     def __init__(
@@ -104,20 +114,19 @@ class Context:
     ) -> None:
         from benchmarks.experiments.jobs import job
 
-        self.name, self.figures, self.workers, self.quick, self.data = (
-            name,
-            figures,
-            workers,
-            quick,
-            data,
-        )
+        self.name = name
+        self.figures = figures
+        self.workers = workers
+        self.quick = quick
+        self.data = data
         self._jobs = {
             sweep: [job(overrides, runs / name / sweep) for overrides in command.jobs(quick)]
             for sweep, command in experiment.sweeps.items()
         }
         self._all = list(dict.fromkeys(job for sweep in self._jobs.values() for job in sweep))
         self._outcomes: dict[Job, Outcome] = {}
-        self._mapped, self._mapped_seconds = 0, 0.0
+        self._mapped = 0
+        self._mapped_seconds = 0.0
 
     def __enter__(self) -> "Context":
         return self
@@ -140,7 +149,7 @@ class Context:
         if not lacking:
             return None
         place = self.data or "data"
-        return f"since {lacking[0]} is not in {place}; give --data PATH of a folder that holds it"
+        return f"{lacking[0]} is not in {place}; give --data a folder that holds it"
 
     def run(self) -> None:
         """Run every job that has not ended yet."""
@@ -152,20 +161,20 @@ class Context:
             self._completed(partial(run_job, data=self.data), todo), start=1
         ):
             self._outcomes[job] = outcome
-            told = f"{number} of {len(todo)}, {duration(outcome.wall_seconds)}"
+            progress = f"{number} of {len(todo)}, {duration(outcome.wall_seconds)}"
             failure = f": {outcome.failure}" if outcome.failure else ""
-            print(f"{self.name}: {told}, {' '.join(job.overrides)}{failure}", flush=True)
+            print(f"{self.name}: {progress}, {' '.join(job.overrides)}{failure}", flush=True)
 
     def check(self) -> None:
         """Raise an error if no run can be reported, so that the page keeps its block.
 
         Raises:
-            BilevelError: there are runs, and all of them failed.
+            BilevelError: all runs failed.
         """
         failures = [outcome.failure for outcome in self._outcomes.values()]
         if failures and all(failures):
             raise BilevelError(
-                f"none of its {len(failures)} runs left anything; the first: {failures[0]}"
+                f"all {len(failures)} runs failed; the first error is: {failures[0]}"
             )
 
     def runs(self, sweep: str) -> "list[Run]":
@@ -192,10 +201,8 @@ class Context:
         jobs = list(jobs)
         start = time.perf_counter()
         made = list(self._pool.map(function, jobs) if self.workers else map(function, jobs))
-        self._mapped, self._mapped_seconds = (
-            self._mapped + len(jobs),
-            self._mapped_seconds + time.perf_counter() - start,
-        )
+        self._mapped += len(jobs)
+        self._mapped_seconds += time.perf_counter() - start
         return made
 
     def colophon(self) -> str:
@@ -209,14 +216,16 @@ class Context:
             elif (run := read_run(job.directory)) and run.status != "finished":
                 message = str((run.summary or {}).get("message")).partition(";")[0]
                 lines.append(f"- `{' '.join(job.overrides)}` {message}")
-        told = "\n".join(lines)
+        failures = "\n".join(lines)
         if len(lines) > FEW:
             head = f"<summary>{len(lines)} runs did not finish</summary>"
-            told = f"<details>{head}\n\n{told}\n\n</details>"
-        return "\n\n".join([f"*{self._made()}.*", *([told] if told else [])])
+            failures = f"<details>{head}\n\n{failures}\n\n</details>"
+        return "\n\n".join([f"*{self._made()}.*", *([failures] if failures else [])])
 
     def _made(self) -> str:
         import torch
+
+        from benchmarks.machine import processor
 
         size = (
             "Reduced size (`--quick`): these are not the numbers of the protocol. "
@@ -244,15 +253,3 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def processor() -> str:
-    """Return the model name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )

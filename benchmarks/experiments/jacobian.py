@@ -26,7 +26,7 @@ TITLES = {
 }
 LOOKS: dict[str, dict[str, Any]] = {
     "stn": {"color": COLORS[1]},
-    "centered_stn": {"color": COLORS[2], "linewidth": 4, "alpha": 0.5},  # for Δ-STN may lie upon it
+    "centered_stn": {"color": COLORS[2], "linewidth": 4, "alpha": 0.5},  # Δ-STN may cover it
     "delta_stn": {"color": COLORS[0]},
 }
 DASHES = {"dense": "-", "structured": "--"}
@@ -58,8 +58,8 @@ def report(context: Context) -> str:
         for seed in seeds
     ]
     runs: dict[Group, list[Run]] = defaultdict(list)
-    for told in context.map(watch, jobs):
-        runs[told["job"].kind, told["job"].response, told["job"].recipe].append(told)
+    for run in context.map(watch, jobs):
+        runs[run["job"].kind, run["job"].response, run["job"].recipe].append(run)
     draw(runs, context)
     return (
         f"After {rounds * 5} inner steps, mean ± standard deviation over {len(seeds)} seeds.\n\n"
@@ -132,7 +132,7 @@ def draw(runs: Mapping[Group, list[Run]], context: Context) -> None:
             axes[1, column].set_yscale("log")
             axes[1, column].set_ylim(
                 top=min(20, axes[1, column].get_ylim()[1])
-            )  # whatever a run that diverges reaches
+            )  # diverging runs reach any value
             axes[1, column].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes[1, column].yaxis.set_major_formatter("{x:g}")
             axes[1, column].yaxis.set_minor_formatter(NullFormatter())

@@ -99,8 +99,8 @@ def job(overrides: Sequence[str], folder: Path) -> Job:
     ]
     readable = re.sub(r"[^\w.-]+", "-", "-".join(shown))[:60]
     name = f"{choices.problem}-{choices.solver}-seed{config.seed}-{readable}".rstrip("-")
-    told = OmegaConf.to_yaml(config.problem).lower()
-    data = next((needed for function, needed in DATA_SETS.items() if function in told), None)
+    text = OmegaConf.to_yaml(config.problem).lower()
+    data = next((needed for function, needed in DATA_SETS.items() if function in text), None)
     return Job(tuple(overrides), folder / f"{name}-{digest.hexdigest()[:8]}", data)
 
 
@@ -137,7 +137,7 @@ def run_job(job: Job, data: Path | None = None) -> Outcome:
             [*job.overrides, *SETTINGS, *(where(data, job.data) or ()), f"hydra.run.dir='{place}'"]
         )
     sys.stdout.flush()
-    told = [
+    messages = [
         line.removeprefix("bilevel: ")
         for line in errors.getvalue().splitlines()
         if line.startswith("bilevel: ")
@@ -145,8 +145,8 @@ def run_job(job: Job, data: Path | None = None) -> Outcome:
     failure = None
     if not ended(job.directory):
         failure = next(
-            (line for line in reversed(told) if not line.startswith("warning: ")),
-            "it left no summary, and said nothing",
+            (line for line in reversed(messages) if not line.startswith("warning: ")),
+            "it left no summary and no error message",
         )
     outcome = Outcome(time.perf_counter() - start, failure)
     job.directory.mkdir(parents=True, exist_ok=True)
@@ -162,8 +162,8 @@ def outcome_of(job: Job) -> Outcome | None:
     path = job.directory / JOB
     if not (ended(job.directory) and path.exists()):
         return None
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return Outcome(told["wall_seconds"], told["failure"])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return Outcome(record["wall_seconds"], record["failure"])
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.experiments.harness import Context, Experiment
+from benchmarks.experiments.harness import QUIET, Context, Experiment
 from benchmarks.experiments.report import spread
 from benchmarks.experiments.report import table as markdown
 from bilevel import Runner, Solver, solvers
@@ -44,11 +44,11 @@ class Size(NamedTuple):
     """The size of the experiment.
 
     Attributes:
-        seeds: of the rows.
-        grid: fixed rates.
-        epochs: of every run.
-        train: tokens of the training split: few enough for overfitting within the run.
-        held_out: tokens of the other splits, each; None for all.
+        seeds: Seeds of the rows.
+        grid: Fixed rates.
+        epochs: Epochs of every run.
+        train: Tokens of the training split, few enough for overfitting within the run.
+        held_out: Tokens of each other split; None for all.
     """
 
     seeds: Sequence[int]
@@ -131,8 +131,7 @@ def problem(rate: float, size: Size) -> Language:
 
 def train(solver: Solver, rate: float, seed: int, directory: Path, size: Size) -> Summary:
     """Run one solver and return the summary."""
-    settings = {"progress": "none", "picture": False, "checkpoint_every": 10**6, "threads": 1}
-    runner = Runner(epochs=size.epochs, warmup_epochs=WARMUP, **settings)
+    runner = Runner(epochs=size.epochs, warmup_epochs=WARMUP, **QUIET)
     return runner.run(
         problem(rate, size),
         solver,
@@ -152,10 +151,10 @@ def block(losses: Mapping[float, float], runs: Mapping[int, Mapping[str, Summary
         f"**{rate}: {loss:.3f}**" if rate == best else f"{rate}: {loss:.3f}"
         for rate, loss in losses.items()
     )
-    told = f"Mean ± standard deviation over the seeds {', '.join(map(str, runs))}."
-    told += f"\nValidation losses of the grid on seed {GRID_SEED}: {grid}."
+    notes = f"Mean ± standard deviation over the seeds {', '.join(map(str, runs))}."
+    notes += f"\nValidation losses of the grid on seed {GRID_SEED}: {grid}."
     paired = f"Paired differences in validation perplexity, seed by seed:\n\n{differences(runs)}"
-    return f"{table(best, runs)}\n\n{told}\n{paired}"
+    return f"{table(best, runs)}\n\n{notes}\n{paired}"
 
 
 def table(best: float, runs: Mapping[int, Mapping[str, Summary]]) -> str:

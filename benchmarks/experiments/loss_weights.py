@@ -81,7 +81,7 @@ def _picture(context: Context) -> None:
             }
             for ax, name in ((left, "class_weight"), (middle, "logit_offset")):
                 learned = np.stack([run.column(f"hypers.{name}")[run.best] for run in runs])
-                if name == "logit_offset":  # only differences act
+                if name == "logit_offset":  # only differences between offsets matter
                     learned = learned - learned.mean(1, keepdims=True)
                 label = f"{solver} (n = {len(runs)})"
                 ax.errorbar(
@@ -137,7 +137,7 @@ def _fixed(**hypers: list[float]) -> str:
 
 
 BASE, REDUCED = "+experiment=loss_weights", ("seed=100,101", "runner.epochs=60")
-SHARES = RATIO ** (-np.arange(CLASSES) / (CLASSES - 1))  # n_c but for a factor
+SHARES = RATIO ** (-np.arange(CLASSES) / (CLASSES - 1))  # n_c up to a factor
 INVERSE, LOG = (1 / SHARES / np.mean(1 / SHARES)).tolist(), np.log(SHARES).tolist()
 SOLVERS = "solver=sama,implicit_cg,soba,penalty,delta_stn"
 

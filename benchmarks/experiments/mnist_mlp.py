@@ -76,7 +76,7 @@ def pairs(groups: Mapping[str, Sequence[Run]]) -> str:
 def picture(
     groups: Mapping[str, Sequence[Run]],
     path: Path,
-    told: str,
+    caption: str,
     shown: Sequence[tuple[str, str]],
     warmup: float | None = None,
 ) -> str:
@@ -97,7 +97,7 @@ def picture(
             axes[0][0].set_ylim(0.9 * min(losses), 2.2 * max(losses))
         axes[0][-1].legend()
     n = min((len(runs) for runs in groups.values()), default=0)
-    return f"![{told}: mean ± standard deviation over n = {n} seeds]({path.name})"
+    return f"![{caption}: mean ± standard deviation over n = {n} seeds]({path.name})"
 
 
 EXPERIMENT = Experiment(

@@ -14,13 +14,14 @@ class Page:
     """A page, and the folder `out` for its generated copy, which may be the page's own folder.
 
     Args:
-        name: the page below `docs`, such as `experiments/ablation.md`.
-        docs: the folder of the prose.
-        out: where the page is written; blocks that an earlier call left there stay.
+        name: The page below `docs`, such as `experiments/ablation.md`.
+        docs: The folder of the prose.
+        out: The folder to write to; other blocks of a page that is already there stay.
     """
 
     def __init__(self, name: str, docs: Path, out: Path) -> None:
-        self.source, self.path = docs / name, out / name
+        self.source = docs / name
+        self.path = out / name
         self.folder = self.path.parent
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -33,7 +34,7 @@ class Page:
         if not self.source.exists() or block not in blocks(self.source.read_text(encoding="utf-8")):
             line = f"<!-- made by: python -m benchmarks.experiments {block} -->"
             raise BilevelError(
-                f"{self.source} has no place for {block}; "
+                f"{self.source} has no block for {block}; "
                 f"write `{line}` and `<!-- end -->` on lines of their own"
             )
 

@@ -80,19 +80,19 @@ def response(hidden: list[int]) -> list[str]:
     params, _ = problem.init(torch.Generator())
     h, weights = problem.space.numel, sum(p.numel() for p in params.values())
     numbers = Structured().size(params, h)
-    said = "runs, with a warning" if h > MANY_COORDINATES else "runs"
+    verdict = "runs, with a warning" if h > MANY_COORDINATES else "runs"
     if 2 * 4 * numbers > MOST_RESPONSE_BYTES:
         device = torch.device("cpu")
         try:
             delta_stn().check(problem, problem.data(device, torch.Generator()), device)
         except Refused as refusal:
-            said = f"refuses: “{refusal}”"
+            verdict = f"refuses: “{refusal}”"
     return [
         " × ".join(map(str, hidden)),
         f"{weights:,}",
         byte_size(4 * numbers),
         f"{numbers / weights:,.0f}",
-        said,
+        verdict,
     ]
 
 

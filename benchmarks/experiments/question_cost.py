@@ -6,10 +6,11 @@ import statistics
 import torch
 
 from benchmarks.experiments.harness import Context, Experiment
-from benchmarks.experiments.reviewers import PAGE, TITLES, markdown
+from benchmarks.experiments.report import table
+from benchmarks.experiments.reviewers import PAGE, TITLES
 from benchmarks.measure import alternating, median_ratio, peak_memory
 from benchmarks.step import measured
-from benchmarks.workloads import VARIANTS, Timed
+from benchmarks.workloads import VARIANTS, Timed, set_up
 from bilevel import problems
 
 NETWORK = "mlp"
@@ -37,12 +38,12 @@ def rounds(seconds: float) -> dict[str, list[float]]:
 def report(context: Context) -> str:
     """Make two tables: MNIST, and digits, where launches dominate."""
     seconds = 3.0 if context.quick else 25.0
-    (told,) = context.map(steps, [seconds])
+    (step_rows,) = context.map(steps, [seconds])
     (taken,) = context.map(rounds, [seconds / 2])
-    outer = told["outer step"]
+    outer = step_rows["outer step"]
     rows = []
     for name in COMPARED:
-        row, tuned = told[name], name != "plain"
+        row, tuned = step_rows[name], name != "plain"
         units, ms = (
             row[key] + (outer[key] / 5 if tuned else 0.0) for key in ("units", "milliseconds")
         )
@@ -64,7 +65,7 @@ def report(context: Context) -> str:
             "",
         ]
     )
-    first = markdown(
+    first = table(
         [
             "",
             "units a step",
@@ -77,7 +78,7 @@ def report(context: Context) -> str:
         rows,
     )
     per_epoch = problems.digits().data(CPU, torch.Generator()).train.steps_per_epoch / 5
-    second = markdown(
+    second = table(
         ["", "ms an epoch, median", "× STN"],
         [
             [
@@ -99,8 +100,7 @@ def report(context: Context) -> str:
 
 def _ready(name: str) -> Timed:
     solver, problem = VARIANTS[name](), problems.digits()
-    data = problem.data(CPU, torch.Generator().manual_seed(1))
-    solver.setup(problem, data, CPU, torch.Generator().manual_seed(2))
+    set_up(solver, problem, CPU)
     return solver
 
 

@@ -3,16 +3,16 @@
 import numpy as np
 
 from benchmarks.experiments.harness import Context, Experiment
+from benchmarks.experiments.report import table
 from benchmarks.experiments.reviewers import (
     PAGE,
     RATES,
     TITLES,
     at_best,
     grouped,
-    markdown,
     percent,
+    score,
     sweeps,
-    told,
 )
 from bilevel.comparison.runs import Run
 
@@ -32,7 +32,7 @@ def report(context: Context) -> str:
     for method in COMPARED:
         for weight, runs in grouped(context.runs(method), tau).items():
             cells = [
-                told(runs, of)
+                score(runs, of)
                 for of in (at_best("valid_loss"), at_best("test_loss"), percent, _sigma)
             ]
             rows.append([TITLES[method], f"{weight:g}", str(len(runs)), *cells])
@@ -45,7 +45,7 @@ def report(context: Context) -> str:
         "test accuracy, %",
         "last σ, mean of dropout rates",
     ]
-    return markdown(titles, rows)
+    return table(titles, rows)
 
 
 def _sigma(run: Run) -> float:

@@ -10,20 +10,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.experiments.harness import Context, Experiment
-from benchmarks.experiments.reviewers import PAGE, RATES, TITLES, markdown
-from bilevel import Params, Problem, Runner, problems, solvers
+from benchmarks.experiments.report import table
+from benchmarks.experiments.reviewers import PAGE, RATES, TITLES, mean_std_text
+from benchmarks.toys import RECIPES
+from bilevel import Params, Problem, Runner, problems
 from bilevel.comparison.plot_style import COLORS, figure
-from bilevel.comparison.table import plus_minus
 from bilevel.loggers.logger import Logger, Progress, RunInfo
 from bilevel.loggers.records import Record
 from bilevel.params import count_examples
 from bilevel.solvers import SelfTuning
 
-RECIPES: dict[str, Callable[..., SelfTuning]] = {
-    "stn": solvers.stn,
-    "centered_stn": solvers.centered_stn,
-    "delta_stn": solvers.delta_stn,
-}
 STARTS = (0.05, 0.8)
 WARMUP = 5
 LATER = 10
@@ -43,9 +39,9 @@ class Point(NamedTuple):
     """The gradients of both losses after a round, and the push of the hypergradient.
 
     Attributes:
-        product: ⟨∇_w L_T, ∇_w L_V⟩ over the whole splits.
-        cosine: of the two.
-        outward: the cosine of −dL_V/du with u for the dropout rates; positive if λ is pushed away
+        product: The inner product ⟨∇_w L_T, ∇_w L_V⟩ over the whole splits.
+        cosine: The cosine between both gradients.
+        outward: The cosine of −dL_V/du with u for the dropout rates; positive if λ is pushed away
             from u = 0.
     """
 
@@ -59,7 +55,9 @@ class Probe(Logger):
     """A logger that measures a run after every round and restores its random numbers."""
 
     def __init__(self, problem: Problem, solver: SelfTuning) -> None:
-        self.problem, self.solver, self.points = problem, solver, list[Point]()
+        self.problem = problem
+        self.solver = solver
+        self.points: list[Point] = []
         self.masks = torch.Generator()
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
@@ -100,7 +98,7 @@ class Probe(Logger):
             for batch in data.valid.once():
                 yield self.problem.outer_loss(hypers, w, carry, batch)[0], count_examples(batch)
 
-        return tuple(_gradient(losses, params) for losses in (inner, outer))  # type: ignore[return-value]
+        return _gradient(inner, params), _gradient(outer, params)
 
 
 def _gradient(losses: Callable[[Params], Iterator[tuple[Tensor, int]]], params: Params) -> Tensor:
@@ -160,7 +158,7 @@ def report(context: Context) -> str:
             statistics.fmean(p.product < 0 for p in _within(points, epochs - LATER, epochs))
             for points in ended
         ]
-        cells = [_told(values) for values in means]
+        cells = [mean_std_text(values) for values in means]
         lost = f", {len(each) - len(ended)} diverged" if len(ended) < len(each) else ""
         rows.append(
             [
@@ -168,7 +166,7 @@ def report(context: Context) -> str:
                 TITLES[method],
                 f"{len(each)}{lost}",
                 *cells[:2],
-                _told(negative),
+                mean_std_text(negative),
                 *cells[2:],
             ]
         )
@@ -183,7 +181,7 @@ def report(context: Context) -> str:
         phases[3][0],
     ]
     return (
-        f"Mean ± standard deviation over {len(seeds)} seeds.\n\n{markdown(titles, rows)}\n\n"
+        f"Mean ± standard deviation over {len(seeds)} seeds.\n\n{table(titles, rows)}\n\n"
         "![Cosine of training and validation gradients, "
         "and of the push on λ with u, along training]"
         "(question_gradients.png)"
@@ -201,9 +199,7 @@ def draw(runs: dict[tuple[str, float], list[list[Point]]], context: Context) -> 
                 ax = axes[row, column]
                 for color, method in zip((COLORS[1], COLORS[2], COLORS[0]), RECIPES, strict=True):
                     each = runs[method, start]
-                    epochs = [
-                        p.epoch for p in min(each, key=len)
-                    ]  # one that diverged ends the line
+                    epochs = [p.epoch for p in min(each, key=len)]  # a diverged run ends the line
                     values = list(
                         zip(
                             *([getattr(p, of) for p in points[: len(epochs)]] for points in each),
@@ -244,14 +240,6 @@ def _within(points: Sequence[Point], low: float, high: float) -> list[Point]:
 
 def _mean(points: Sequence[Point], of: str, low: float, high: float) -> float:
     return statistics.fmean(getattr(p, of) for p in _within(points, low, high))
-
-
-def _told(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return plus_minus(
-        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-    )
 
 
 EXPERIMENT = Experiment(page=PAGE, report=report)

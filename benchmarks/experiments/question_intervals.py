@@ -1,15 +1,15 @@
 """Vary the intervals: T_train training steps, then T_valid steps of λ."""
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.report import table
 from benchmarks.experiments.reviewers import (
     METHODS,
     PAGE,
     at_best,
     grouped,
-    markdown,
     mean_loss,
     percent,
-    told,
+    score,
 )
 
 GRID = (
@@ -32,9 +32,9 @@ def report(context: Context) -> str:
     groups = grouped(context.runs("grid"), intervals)
     rows = []
     for (train, valid), runs in groups.items():
-        cells = [told(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent)]
+        cells = [score(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent)]
         cost = [
-            told(runs, lambda run, name=name: run.total(name))
+            score(runs, lambda run, name=name: run.total(name))
             for name in ("outer_steps", "seconds")
         ]
         rows.append([str(train), str(valid), str(len(runs)), *cells, *cost])
@@ -53,8 +53,8 @@ def report(context: Context) -> str:
     ends = [
         f"{means[pair]:.4g} at T_train = {pair[0]}, T_valid = {pair[1]}" for pair in (low, high)
     ]
-    told = f"{' and '.join(ends)}, a ratio of {means[high] / means[low]:.2f}"
-    return f"{markdown(titles, rows)}\n\nLowest and highest mean: {told}."
+    extremes = f"{' and '.join(ends)}, a ratio of {means[high] / means[low]:.2f}"
+    return f"{table(titles, rows)}\n\nLowest and highest mean: {extremes}."
 
 
 EXPERIMENT = Experiment(page=PAGE, sweeps={"grid": Sweep(GRID, QUICK)}, report=report)

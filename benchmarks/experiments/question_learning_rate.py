@@ -5,7 +5,8 @@ from contextlib import redirect_stderr
 from io import StringIO
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.reviewers import PAGE, at_best, markdown, percent, told
+from benchmarks.experiments.report import table
+from benchmarks.experiments.reviewers import PAGE, at_best, percent, score
 from bilevel.cli.app import main
 
 RATE = "problem.space.rate={optimizer: lr, init: 0.001}"
@@ -44,10 +45,10 @@ def report(context: Context) -> str:
     rows = []
     for key, (title, _) in ROWS.items():
         runs = context.runs(key)
-        cells = [told(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent)]
-        tuned = told(runs, at_best("hypers.rate")) if "hypers.rate" in runs[0].columns else ""
+        cells = [score(runs, of) for of in (at_best("valid_loss"), at_best("test_loss"), percent)]
+        tuned = score(runs, at_best("hypers.rate")) if "hypers.rate" in runs[0].columns else ""
         cost = [
-            told(runs, lambda run, name=name: run.total(name)) for name in ("examples", "seconds")
+            score(runs, lambda run, name=name: run.total(name)) for name in ("examples", "seconds")
         ]
         rows.append([title, str(len(runs)), *cells, tuned, *cost])
     titles = [
@@ -61,7 +62,7 @@ def report(context: Context) -> str:
         "seconds",
     ]
     command = f"    $ bilevel {shown}\n    {sentence}"
-    return f"The command and its error:\n\n{command}\n\n{markdown(titles, rows)}"
+    return f"The command and its error:\n\n{command}\n\n{table(titles, rows)}"
 
 
 EXPERIMENT = Experiment(

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 
 from benchmarks.experiments.harness import Context, Experiment, Sweep
+from benchmarks.experiments.report import table
 from benchmarks.experiments.reviewers import (
     METHODS,
     PAGE,
     TITLES,
     at_best,
     grouped,
-    markdown,
     mean_loss,
     percent,
-    told,
+    score,
 )
 from bilevel.comparison.runs import Run
 
@@ -66,7 +66,7 @@ def report(context: Context) -> str:
         ("Δ-STN, its best point", best["delta_stn"], groups["delta_stn"][best["delta_stn"]]),
     ]
     summary = [
-        [name, *_point(point), *_cells(runs), told(runs, percent)] for name, point, runs in chosen
+        [name, *_point(point), *_cells(runs), score(runs, percent)] for name, point, runs in chosen
     ]
     rows = [
         [TITLES[method], *_point(point), *_cells(runs)]
@@ -79,10 +79,10 @@ def report(context: Context) -> str:
         for method, found in groups.items()
     }
     return (
-        f"{markdown([*titles, 'test accuracy, %'], summary)}\n\n"
+        f"{table([*titles, 'test accuracy, %'], summary)}\n\n"
         f"Points that are worse than Δ-STN at its default rates, by mean best validation loss: "
         f"{' and '.join(f'{TITLES[method]} {n} of {of}' for method, (n, of) in worse.items())}.\n\n"
-        f"<details><summary>Every point</summary>\n\n{markdown(titles, rows)}\n\n</details>"
+        f"<details><summary>Every point</summary>\n\n{table(titles, rows)}\n\n</details>"
     )
 
 
@@ -93,7 +93,7 @@ def _point(point: Rates) -> list[str]:
 
 
 def _cells(runs: Sequence[Run]) -> list[str]:
-    return [str(len(runs)), told(runs, at_best("valid_loss")), told(runs, at_best("test_loss"))]
+    return [str(len(runs)), score(runs, at_best("valid_loss")), score(runs, at_best("test_loss"))]
 
 
 EXPERIMENT = Experiment(

@@ -1,16 +1,16 @@
 """Compare a smaller rate on λ with centering as a remedy for the spike."""
 
 from benchmarks.experiments.harness import Context, Experiment
+from benchmarks.experiments.report import table
 from benchmarks.experiments.reviewers import (
     PAGE,
     TITLES,
     grouped,
-    markdown,
     overshoot,
     path,
+    score,
     spike,
     sweeps,
-    told,
 )
 from bilevel.comparison.curve_plots import draw_paths
 from bilevel.comparison.plot_style import figure, styles
@@ -43,11 +43,11 @@ def report(context: Context) -> str:
         for method in COMPARED:
             for alpha, runs in grouped(context.runs(f"{problem}_{method}"), rate).items():
                 end = (
-                    told(runs, lambda run: run.at_end("exact.regret"))
+                    score(runs, lambda run: run.at_end("exact.regret"))
                     if problem == "ridge"
-                    else told(runs, lambda run: run.at_best("valid_loss"))
+                    else score(runs, lambda run: run.at_best("valid_loss"))
                 )
-                strayed = [told(runs, of) for of in (_behind, _beyond, _spike, _steps)]
+                strayed = [score(runs, of) for of in (_behind, _beyond, _spike, _steps)]
                 rows.append([TITLES[method], f"{alpha:g}", str(len(runs)), *strayed, end])
         titles = [
             *(
@@ -61,7 +61,7 @@ def report(context: Context) -> str:
             ),
             "regret of the last λ" if problem == "ridge" else "best validation loss",
         ]
-        sections.append(f"{name}:\n\n{markdown(titles, rows)}")
+        sections.append(f"{name}:\n\n{table(titles, rows)}")
     draw(context)
     return "\n\n".join(
         [*sections, "![Paths of log decay on ridge at four rates](question_spike.png)"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.experiments.harness import Context, Experiment
+from benchmarks.experiments.report import table
 from benchmarks.experiments.reviewers import (
     PAGE,
     RATES,
@@ -13,16 +14,16 @@ from benchmarks.experiments.reviewers import (
     Of,
     at_best,
     grouped,
-    markdown,
+    mean_std_text,
     path,
     percent,
+    score,
     sweeps,
-    told,
 )
 from bilevel.comparison.curve_plots import draw_paths
 from bilevel.comparison.plot_style import figure, styles
 from bilevel.comparison.runs import Run
-from bilevel.comparison.table import part_of_regret, plus_minus
+from bilevel.comparison.table import part_of_regret
 
 WARMUP = 5
 EARLY = 10
@@ -72,11 +73,11 @@ def report(context: Context) -> str:
     rows, spreads = [], []
     for method, groups in found.items():
         for init, runs in groups.items():
-            ends = [] if method == "fixed" else [told(runs, _end(name)) for name in RATES]
-            pace = "" if method == "fixed" else told(runs, speed)
+            ends = [] if method == "fixed" else [score(runs, _end(name)) for name in RATES]
+            pace = "" if method == "fixed" else score(runs, speed)
             cells = [
-                told(runs, at_best("valid_loss")),
-                told(runs, percent),
+                score(runs, at_best("valid_loss")),
+                score(runs, percent),
                 *(ends or [""] * len(RATES)),
                 pace,
             ]
@@ -97,7 +98,7 @@ def report(context: Context) -> str:
     draw(found, context)
     return "\n\n".join(
         [
-            f"Digits:\n\n{markdown(titles, rows)}",
+            f"Digits:\n\n{table(titles, rows)}",
             "Lowest and highest mean of the starts, best validation loss:",
             "\n".join(f"- {spread}" for spread in spreads),
             "![Paths of the first hidden layer's dropout rate from five starts]"
@@ -113,7 +114,7 @@ def ridge(context: Context) -> str:
     found = {method: grouped(context.runs(f"ridge_{method}"), log_decay) for method in ON_RIDGE}
     inits = list(found["stn"])
     rows = [
-        [f"{init:g}", *(told(groups[init], part_of_regret) for groups in found.values())]
+        [f"{init:g}", *(score(groups[init], part_of_regret) for groups in found.values())]
         for init in inits
     ]
     ratios = [
@@ -125,14 +126,8 @@ def ridge(context: Context) -> str:
         ]
         for groups in found.values()
     ]
-    cells = [
-        plus_minus(statistics.fmean(r), statistics.stdev(r) if len(r) > 1 else None)
-        + f" (n = {len(r)})"
-        if r
-        else ""
-        for r in ratios
-    ]
-    return markdown(
+    cells = [f"{mean_std_text(each)} (n = {len(each)})" if each else "" for each in ratios]
+    return table(
         ["initial log decay", *(TITLES[m] for m in found)],
         [*rows, ["× STN's, seed by seed", *cells]],
     )

@@ -1,24 +1,17 @@
 """Compare the methods from the same warmed-up weights, and from warm-ups of their own."""
 
-import statistics
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.experiments.harness import Context, Experiment, Sweep
-from benchmarks.experiments.reviewers import PAGE, TITLES, markdown
-from bilevel import Runner, problems, solvers
-from bilevel.comparison.table import plus_minus
-from bilevel.solvers import SelfTuning
+from benchmarks.experiments.harness import QUIET, Context, Experiment, Sweep
+from benchmarks.experiments.report import table
+from benchmarks.experiments.reviewers import PAGE, TITLES, mean_std_text
+from benchmarks.toys import RECIPES
+from bilevel import Runner, problems
 
-RECIPES: dict[str, Callable[..., SelfTuning]] = {
-    "stn": solvers.stn,
-    "centered_stn": solvers.centered_stn,
-    "delta_stn": solvers.delta_stn,
-}
 WARMUP = 5
 
 
@@ -41,11 +34,8 @@ def run(job: Job) -> dict[str, Any]:
         epochs=job.epochs if job.warm is None else job.epochs - WARMUP,
         warmup_epochs=WARMUP if job.warm is None else 0,
         initial_params=None if job.warm is None else str(job.warm),
-        threads=1,
         device="cpu",
-        progress="none",
-        picture=False,
-        checkpoint_every=10**6,
+        **QUIET,
     )
     with tempfile.TemporaryDirectory() as directory:
         return runner.run(
@@ -71,29 +61,23 @@ def report(context: Context) -> str:
     rows = []
     for (shared, method), summaries in ended.items():
         cells = [
-            _told(summaries, name, of)
+            _score(summaries, name, of)
             for name, of in (("valid_loss", 1), ("test_loss", 1), ("test_accuracy", 100))
         ]
         bad = sum(summary["diverged"] for summary in summaries)
         n = f"{len(summaries)}" + (f", {bad} diverged" if bad else "")
         rows.append(["shared" if shared else "its own", TITLES[method], n, *cells])
     start = [loss for run in warm.values() if (loss := run.at_best("valid_loss")) is not None]
-    said = f"The shared weights have a validation loss of {_mean_std(start)} (n = {len(start)})."
-    titles = ["warm-up", "", "n", "best validation loss", "test loss there", "test accuracy, %"]
-    return f"{markdown(titles, rows)}\n\n{said}"
-
-
-def _told(summaries: list[dict[str, Any]], name: str, factor: float) -> str:
-    return _mean_std(
-        [factor * summary["best"][name] for summary in summaries if not summary["diverged"]]
+    note = (
+        f"The shared weights have a validation loss of {mean_std_text(start)} (n = {len(start)})."
     )
+    titles = ["warm-up", "", "n", "best validation loss", "test loss there", "test accuracy, %"]
+    return f"{table(titles, rows)}\n\n{note}"
 
 
-def _mean_std(values: list[float]) -> str:
-    if not values:
-        return ""
-    return plus_minus(
-        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+def _score(summaries: list[dict[str, Any]], name: str, factor: float) -> str:
+    return mean_std_text(
+        [factor * summary["best"][name] for summary in summaries if not summary["diverged"]]
     )
 
 

@@ -87,7 +87,7 @@ def overshoot(u: Array) -> tuple[float, float]:
     return float((forward * (u[0] - u)).max()), float((forward * (u - u[-1])).max())
 
 
-def told(runs: Sequence[Run], of: Of) -> str:
+def score(runs: Sequence[Run], of: Of) -> str:
     """Return mean ± standard deviation over runs that did not diverge, and the number of others."""
     found = mean_std(None if run.status == "diverged" else of(run) for run in runs)
     if found is None:
@@ -98,6 +98,19 @@ def told(runs: Sequence[Run], of: Of) -> str:
         + missing
         + (f", {bad}" if (bad := failures(runs)) else "")
     )
+
+
+def mean_std_text(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation; an empty text without values.
+
+    Example:
+        >>> mean_std_text([1.0, 3.0]), mean_std_text([])
+        ('2.0 ± 1.4', '')
+    """
+    if not values:
+        return ""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return plus_minus(statistics.fmean(values), deviation)
 
 
 def at_best(name: str) -> Of:
@@ -117,9 +130,3 @@ def mean_loss(runs: Sequence[Run]) -> float:
     if any(loss is None for loss in losses) or failures(runs):
         return float("inf")
     return statistics.fmean(loss for loss in losses if loss is not None)
-
-
-def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

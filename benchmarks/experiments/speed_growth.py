@@ -14,13 +14,13 @@ def both(seconds: float) -> growth.Report:
 
 def report(context: Context) -> str:
     """Return two tables, a picture, and the slopes."""
-    (told,) = context.map(both, [2.0 if context.quick else 15.0])
-    growth.draw(told, context.figures / "growth.png")
-    slopes = told["slopes"]
+    (sweeps,) = context.map(both, [2.0 if context.quick else 15.0])
+    growth.draw(sweeps, context.figures / "growth.png")
+    slopes = sweeps["slopes"]
     return "\n\n".join(
         [
-            growth.table(told["hypers"]),
-            growth.table(told["width"]),
+            growth.table(sweeps["hypers"]),
+            growth.table(sweeps["width"]),
             "![Time, multiplications and the size of the response of a step "
             "over h and over the width]"
             "(growth.png)",

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import images
 from benchmarks.experiments.harness import Context, Experiment
-from benchmarks.experiments.reviewers import markdown
+from benchmarks.experiments.report import table
 
 SETTING = images.Setting(
     batch=32, width=0.25, norm=None, precision="fp32", channels_last=False, capture=False
@@ -24,9 +24,9 @@ def measured(seconds: float) -> dict[str, Any]:
 
 def report(context: Context) -> str:
     """Return a table of the networks and variants."""
-    (told,) = context.map(measured, [1.0 if context.quick else 10.0])
+    (results,) = context.map(measured, [1.0 if context.quick else 10.0])
     rows = []
-    for network, result in told.items():
+    for network, result in results.items():
         part = result["augmentation"]["part_of_step"]
         for variant, row in result["steps"].items():
             phases = [
@@ -49,7 +49,7 @@ def report(context: Context) -> str:
             )
     head = ["network", "", "multiplications × plain", "ms", "time × plain", "images/s"]
     head += ["data ms", "w₀ ms", "response ms", "outer ms", "augmentation"]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 EXPERIMENT = Experiment(page="speed.md", report=report)

@@ -1,4 +1,4 @@
-"""The harness of the experiments, and what every experiment must have."""
+"""Tests of the harness, and of every experiment."""
 
 import doctest
 import json
@@ -46,7 +46,7 @@ def tiny(*overrides: str) -> Experiment:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The command with one experiment, `tiny`; its exit status and the text of its page."""
+    """Return a function that runs the command with `tiny`: its exit status and its page."""
     page = tmp_path / "docs" / "experiments" / "tiny.md"
     page.parent.mkdir(parents=True)
     page.write_text(EMPTY.format("tiny"))
@@ -83,6 +83,7 @@ def test_every_command_line_composes(name, tmp_path):
                 for text in overrides
             }
             parts = {part for part in parts if not part.startswith("seed=")}
+            # Each problem, solver and key is composed once, not in every combination.
             if not parts <= seen:
                 seen |= parts
                 job(overrides, tmp_path)
@@ -131,7 +132,8 @@ def test_a_page_is_made_and_what_has_ended_is_kept(run, tmp_path, capfd):
     status, page = run(tiny(), "--workers", "1")
     assert status == 0
     match = re.fullmatch(
-        r"prose <!-- .* -->\n2 runs, best (\S+); \[1, 2\]\n\n\*2 runs, .*\*\n<!-- end --> more prose\n",
+        r"prose <!-- .* -->\n2 runs, best (\S+); \[1, 2\]\n\n"
+        r"\*2 runs, .*\*\n<!-- end --> more prose\n",
         page,
         re.S,
     )
@@ -162,7 +164,7 @@ def test_the_reduced_size_stays_out_of_docs(run, tmp_path, capfd):
     assert (tmp_path / "docs" / "experiments" / "tiny.md").read_text() == EMPTY.format("tiny")
 
 
-def test_runs_that_went_wrong_are_told_in_the_block(run, capfd):
+def test_the_block_lists_runs_that_went_wrong(run, capfd):
     status, page = run(tiny("solver=fixed", "solver.inner_steps=0,1", "lr.inner=0.03,1e9"))
     assert status == 0
     assert page.count("left no run") == 4  # both rates, both seeds
@@ -179,12 +181,12 @@ def test_an_experiment_without_its_data_is_skipped(run, capfd):
 
 def test_bad_input_is_one_sentence(run, tmp_path, capfd):
     assert run(tiny(), "nothing")[0] == 2
-    assert "no experiment is called nothing; there are " in capfd.readouterr().err
+    assert "experiment='nothing' is unknown" in capfd.readouterr().err
     assert run(tiny(), "pages")[0] == 2
-    assert "pages holds no experiment" in capfd.readouterr().err
+    assert "experiment='pages' is unknown" in capfd.readouterr().err
     (tmp_path / "docs" / "experiments" / "tiny.md").write_text("no block")
     assert run(tiny())[0] == 1
-    assert "has no place for tiny" in capfd.readouterr().err
+    assert "has no block for tiny" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
@@ -266,7 +268,7 @@ def test_the_target_is_random_searchs_loss_on_the_same_seed():
     assert stn[1:3] == ["2", "1.2500 ± 0.3536"]
 
 
-def test_the_ablation_of_ridge_has_six_rows_and_says_what_the_runs_left(tmp_path):
+def test_the_ablation_of_ridge_has_six_rows_with_the_losses_of_the_runs(tmp_path):
     tiny = ("seed=100", "runner.epochs=20", "runner.warmup_epochs=2", "runner.evaluate_every=5")
     sweeps = {
         name: Sweep(sweep.overrides, tiny) for name, sweep in ablation.sweeps("ridge").items()

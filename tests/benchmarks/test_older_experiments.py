@@ -1,4 +1,4 @@
-"""The blocks of digits and language: the tables that their pages have, from what the runs left."""
+"""Tests of the blocks of digits and language against the tables of their pages."""
 
 import re
 import statistics
@@ -23,7 +23,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def words(text: str) -> list[list[str]]:
-    """Of every row, what is no number; bold or not."""
+    """Return every row with its numbers replaced; bold is ignored."""
     return [
         [re.sub(r"[−+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?", "#", cell.replace("**", "")) for cell in row]
         for row in rows(text)

@@ -1,4 +1,4 @@
-"""What the reviewers' questions are measured with."""
+"""Tests of the measures for the reviewers' questions."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.experiments.question_gradients import Probe
 from benchmarks.experiments.question_learning_rate import RATE, refused
-from benchmarks.experiments.reviewers import mean_loss, overshoot, path, spike, told
+from benchmarks.experiments.reviewers import mean_loss, overshoot, path, score, spike
 from bilevel import Runner, problems, solvers
 from bilevel.comparison.runs import Run
 from bilevel.loggers.space_json import space_to_json
@@ -48,12 +48,12 @@ def test_a_detour_is_an_overshoot_and_a_long_way_is_none(sign):
     assert overshoot(straight) == (0.0, 0.0)
 
 
-def test_a_group_with_a_diverged_run_is_told_and_not_chosen():
+def test_a_group_with_a_diverged_run_is_marked_and_not_chosen():
     fine, broken = run_of([[0.0] * 3]), run_of([[0.0] * 3], "diverged", 0.1)
     assert mean_loss([fine, fine]) == 1.0
     assert mean_loss([fine, broken]) == float("inf")
-    assert told([fine, broken], lambda run: run.at_best("valid_loss")).endswith("1 diverged")
-    assert told([fine, fine, fine], lambda run: None) == "never"
+    assert score([fine, broken], lambda run: run.at_best("valid_loss")).endswith("1 diverged")
+    assert score([fine, fine, fine], lambda run: None) == "never"
 
 
 @pytest.mark.parametrize("recipe", [solvers.stn, solvers.delta_stn])
@@ -95,7 +95,7 @@ def test_the_probe_sees_the_gradients_of_both_losses(tmp_path):
 
     slope = (outer(1e-3) - outer(-1e-3)) / 2e-3
     assert slope == pytest.approx((valid @ valid).item(), rel=1e-3)
-    # of the penalty alone, which L_V has not, the training gradient is weight_decay · w: without it the rest is smaller
+    # Only L_T has the penalty, whose gradient is weight_decay · w.
     w = torch.cat([p.reshape(-1) for p in params.values()])
     penalized = problems.digits(hidden=[8], space={"weight_decay": {"init": 1e-6}})
     probe.problem, probe.masks = penalized, torch.Generator()

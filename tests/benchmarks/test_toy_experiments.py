@@ -1,4 +1,4 @@
-"""What the experiments on toy regressions measure with: projections onto structured responses, and curvatures."""
+"""Tests of the measures on toy regressions: projections onto structured responses, curvatures."""
 
 import math
 
@@ -95,18 +95,18 @@ def test_errors_vanish_at_the_closed_form_and_not_beside_it(kind):
     if kind != "linear network":
         with torch.no_grad():
             solver.method.theta.tensors["weight"].copy_(exact[None])
-        told = compare(problem, solver, 7)
-        assert told["response_error"] < 1e-12
-        assert told["response_cosine"] == pytest.approx(1)
-        assert told["steps"] == 35
-    told = compare(problem, solver, 7)
-    assert told["weight_error"] < 1e-12
+        errors = compare(problem, solver, 7)
+        assert errors["response_error"] < 1e-12
+        assert errors["response_cosine"] == pytest.approx(1)
+        assert errors["steps"] == 35
+    errors = compare(problem, solver, 7)
+    assert errors["weight_error"] < 1e-12
     with torch.no_grad():
         for leaf in (*solver.method.theta.leaves, *solver.core.weights.leaves):
             leaf.add_(0.1 * normal(*leaf.shape))
-    told = compare(problem, solver, 7)
-    assert told["response_error"] > 1e-2
-    assert told["weight_error"] > 1e-2
+    errors = compare(problem, solver, 7)
+    assert errors["response_error"] > 1e-2
+    assert errors["weight_error"] > 1e-2
 
 
 @pytest.mark.parametrize("recipe", ["stn", "delta_stn"])
