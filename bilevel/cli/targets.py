@@ -34,10 +34,12 @@ def build(node: Any, role: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, BilevelError):
             raise BilevelError(_with_role(str(cause), role, str(error))) from error
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
+        unknown = re.search(
+            r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(cause)
+        )
         if isinstance(cause, TypeError) and unknown and (name := unknown[1]) in node:
-            # the target takes any name and passes it on
-            known = _settings(locate(node["_target_"], role))[0]
+            # The target takes any name and passes it on, or sets this one itself.
+            known = [k for k in _settings(locate(node["_target_"], role))[0] if k != name]
             raise BilevelError(_unknown(role, name, known)) from error
         reason = str(error) if cause is None else describe(cause)
         raise BilevelError(

@@ -12,6 +12,7 @@ from torch.autograd.functional import hessian, jacobian
 from torch.utils._pytree import tree_leaves
 
 from bilevel import BilevelError, problems
+from bilevel.cli import targets
 from bilevel.problems import MLP, Classification, ElasticNet, Quadratic, Ridge
 from bilevel.problems.closed_form import linear_data
 from bilevel.problems.closed_form.input_dropout import InputDropout
@@ -492,3 +493,20 @@ def test_a_split_without_images_is_one_sentence(tmp_path, fraction):
 def test_a_change_of_the_space_that_means_nothing_is_refused(make, space, sentence):
     with pytest.raises(BilevelError, match=sentence):
         make(space=space)
+
+
+@pytest.mark.parametrize(
+    ("node", "sentence"),
+    [
+        ({"hiden": [8]}, r"problem\.hiden is not a setting .*\(did you mean `hidden`"),
+        ({"drpout": "gaussian"}, r"problem\.drpout is not a setting .*\(did you mean `dropout`"),
+        (
+            {"sites": 3},
+            r"problem\.sites is not a setting of its target; choose",
+        ),  # the recipe sets it
+        ({"weight_decay": 3}, r"problem\.weight_decay=3"),
+    ],
+)
+def test_a_recipe_names_the_settings_of_its_class(node, sentence):
+    with pytest.raises(BilevelError, match=sentence):
+        targets.build({"_target_": "bilevel.problems.digits", **node}, "problem")
