@@ -17,7 +17,7 @@ class DirectoryLocked(BilevelError):
 
 
 class Unwritable(BilevelError):
-    """A file cannot be written now, for example because the disk is full; the runner tries again."""
+    """A file cannot be written now, for example on a full disk; the runner tries again."""
 
 
 class SpeedWarning(UserWarning):

@@ -19,8 +19,8 @@ def broken_link(package: Path | None = None) -> str | None:
     for name in LINKED:
         if not (package / name / "__init__.py").is_file():
             return (
-                f"{package / name} must be a folder or a symbolic link to one; clone the repository "
-                "again with `git clone -c core.symlinks=true`, or install a wheel"
+                f"{package / name} must be a folder or a symbolic link to one; clone the "
+                "repository again with `git clone -c core.symlinks=true`, or install a wheel"
             )
     return None
 

@@ -1,7 +1,8 @@
 """Checks of settings: every message has the form `<setting>=<value> <what is wrong>; <remedy>`.
 
 Each function takes settings by keyword, `positive(lr=lr, eps=eps)`, and raises `BilevelError` at
-the first one that is wrong. A dotted name is given in a dictionary: `positive(**{"runner.epochs": n})`.
+the first one that is wrong. A dictionary can give a dotted name:
+`positive(**{"runner.epochs": n})`.
 """
 
 import sys
@@ -89,9 +90,9 @@ def between(low: float, high: float, remedy: str | None = None, /, **settings: A
     """Require numbers in the closed interval from `low` to `high`.
 
     Example:
-        >>> between(0, 1, resample=2)
+        >>> between(0, 1, share=2)
         Traceback (most recent call last):
-        bilevel.errors.BilevelError: resample=2 must be between 0 and 1; choose a number in that range
+        bilevel.errors.BilevelError: share=2 must be between 0 and 1; choose a number in that range
     """
     for name, value in settings.items():
         if not (is_number(value) and low <= value <= high):

@@ -112,7 +112,10 @@ def test_the_same_command_runs_what_is_missing(capfd):
     failed = {"2-own-fixed-seed0-inner_steps-0", "3-own-fixed-seed1-inner_steps-0"}
     assert set(sweep.failures(Path("sweep"))) == failed
     table = Path("sweep/table.txt").read_text()
-    assert "failed: 2-own-fixed-seed0-inner_steps-0: `solver`: inner_steps=0 is below 1" in table
+    assert (
+        "failed: 2-own-fixed-seed0-inner_steps-0: solver.inner_steps=0 must be a whole number"
+        in table
+    )
     assert table in capfd.readouterr().out
 
     kept, whole = content(f"sweep/{names[0]}"), comparable(f"sweep/{names[1]}")
@@ -128,7 +131,7 @@ def test_the_same_command_runs_what_is_missing(capfd):
     said = [
         line
         for line in capfd.readouterr().err.splitlines()
-        if "holds a run with `runner.warmup_epochs` 1" in line
+        if "runner.warmup_epochs=2 differs from 1" in line
     ]
     assert len(said) == 2
     assert content(f"sweep/{names[0]}") == kept
@@ -241,7 +244,7 @@ def test_joblib(capfd, joblib_launcher):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)]
     assert main(command) == 1
     told = capfd.readouterr()
-    assert told.err.count("inner_steps=0 is below 1") == 2
+    assert told.err.count("inner_steps=0 must be a whole number") == 2
     assert (
         told.out.count("is finished: valid loss") == 2
     )  # and nothing of what several displays would mix
