@@ -348,7 +348,7 @@ def test_by_command(tmp_path, elsewhere, capsys):
     )
     assert main([*base, "solver=fixed", replayed.replace("first/", "frist/")]) == 1
     assert (
-        "`solver`: cannot read the schedule frist/schedule.json (No such file or directory)"
+        "solver.hypers: cannot read the schedule frist/schedule.json (No such file or directory)"
         in capsys.readouterr().err
     )
     assert (
