@@ -102,8 +102,8 @@ class EvolutionMethod(WrittenHypergradient):
     def __init__(self, settings: EvolutionStrategies, core: Core) -> None:
         self.settings = settings
         self.core = core
-        self.twin = FunctionalOptimizer(core.weights, core.problem.space)
-        self.trajectory = Trajectory(core.problem, self.twin, core.generator)
+        self.optimizer = FunctionalOptimizer(core.weights, core.problem.space)
+        self.trajectory = Trajectory(core.problem, self.optimizer, core.generator)
         self.total = core.search.u.new_zeros(settings.pairs, core.problem.space.numel)
         self.particles: list[InnerState] = []
         self.places: list[Tensor] = []
@@ -124,8 +124,8 @@ class EvolutionMethod(WrittenHypergradient):
         if not warmup:
             with self.core.services.phase("response"):
                 self.perturb()
-        # Settings that λ holds lie on the device, where the twin takes them without waiting.
-        self.centre = self.here() if self.twin.tuned else None
+        # Settings that λ holds lie on the device, where the optimizer takes them without waiting.
+        self.centre = self.here() if self.optimizer.tuned else None
 
     def perturb(self) -> None:
         """Place the particles at u₀ ± ε; those that are too old start at the central weights."""
@@ -172,9 +172,9 @@ class EvolutionMethod(WrittenHypergradient):
         core.data.train.count(len(self.particles) * count_examples(batch))
 
     def inner_ended(self) -> Metrics:
-        """Write a central training by the twin back; return the mean loss of the centre."""
+        """Write the central training back to the optimizer of w; return its mean loss."""
         if self.centre is not None:
-            self.twin.write(self.centre.params, self.centre.moments)
+            self.optimizer.write(self.centre.params, self.centre.moments)
             self.core.carry = self.centre.carry
         loss = torch.stack(self.losses).mean()
         self.centre, self.losses = None, []
@@ -182,7 +182,7 @@ class EvolutionMethod(WrittenHypergradient):
 
     def here(self) -> InnerState:
         """Return where the central training stands."""
-        return InnerState(*self.twin.read(), self.core.carry)
+        return InnerState(*self.optimizer.read(), self.core.carry)
 
     # --- ĝ = 1/(2P) Σ_i σ⁻² ∘ ξ_i (L_i⁺ − L_i⁻) ---
 

@@ -84,14 +84,14 @@ class SAMAMethod(WrittenHypergradient):
     """Plain training of w, and three gradients per outer step.
 
     Attributes:
-        twin: the inner optimizer as a function.
+        optimizer: the inner optimizer as a function.
         recent: the last training batch and the carry before it, or None.
     """
 
     def __init__(self, settings: SAMA, core: Core) -> None:
         self.settings = settings
         self.core = core
-        self.twin = FunctionalOptimizer(core.weights, core.problem.space)
+        self.optimizer = FunctionalOptimizer(core.weights, core.problem.space)
         self.recent: tuple[Batch, Carry] | None = None
 
     def inner_step(self, *batches: Batch) -> Metrics:
@@ -127,7 +127,7 @@ class SAMAMethod(WrittenHypergradient):
         masks = generator.get_state()  # lies on the host, whatever the device
         metrics: Metrics = {}
         gradient, tiny = torch.zeros_like(vector), torch.finfo(vector.dtype).tiny
-        if self.twin.update is not sgd or self.settings.clip_norm is not None:
+        if self.optimizer.update is not sgd or self.settings.clip_norm is not None:
             gradient = self.inner_gradient(gradient, batch, carry, of="w")
             metrics["inner_gradient_norm"] = gradient.norm()
             generator.set_state(masks)
@@ -163,10 +163,10 @@ class SAMAMethod(WrittenHypergradient):
         core = self.core
         leaves = core.weights.leaves
         g = [part.requires_grad_() for part in unflat(gradient.detach(), leaves)]
-        settings = self.twin.settings(core.problem.space.constrain(core.search.u0))
-        slots = self.twin.slots()
+        settings = self.optimizer.settings(core.problem.space.constrain(core.search.u0))
+        slots = self.optimizer.slots()
         memory = Moments(slots, dict.fromkeys(slots, core.inner_count))
-        after, _ = self.twin.step(core.weights.detached(), memory, g, settings)
+        after, _ = self.optimizer.step(core.weights.detached(), memory, g, settings)
         return -flat(torch.autograd.grad(list(after.values()), g, unflat(vector, leaves)))
 
     # --- what the runner asks for ---

@@ -88,7 +88,7 @@ class UnrolledMethod(BestResponse):
     """The steps of a round, and their graph until the outer step.
 
     Attributes:
-        twin: the inner optimizer as a function.
+        optimizer: the inner optimizer as a function.
         trajectory: the inner steps as functions.
         restart_point: the initial weights, where a round begins if `restart`; else None.
         unroll: the steps of this round; None between rounds and in plain warm-up.
@@ -99,8 +99,8 @@ class UnrolledMethod(BestResponse):
     def __init__(self, settings: Unrolled, core: Core) -> None:
         self.settings = settings
         self.core = core
-        self.twin = FunctionalOptimizer(core.weights, core.problem.space)
-        self.trajectory = Trajectory(core.problem, self.twin, core.generator, core.functions)
+        self.optimizer = FunctionalOptimizer(core.weights, core.problem.space)
+        self.trajectory = Trajectory(core.problem, self.optimizer, core.generator, core.functions)
         self.unroll: Unroll | None = None
         self.restart_point: InnerState | None = None
         if settings.restart:
@@ -114,10 +114,10 @@ class UnrolledMethod(BestResponse):
         """Begin the unroll at w and u₀; in warm-up without a graph.
 
         Plain warm-up takes the optimizer's own steps. Where λ holds settings of the optimizer, they
-        lie on the device, and the twin takes them without waiting.
+        lie on the device, and the optimizer takes them without waiting.
         """
         self.unroll = None
-        if warmup and not self.twin.tuned:
+        if warmup and not self.optimizer.tuned:
             return
         start = self.here() if warmup or self.restart_point is None else self.restart_point
         u = self.core.search.u0
@@ -137,13 +137,13 @@ class UnrolledMethod(BestResponse):
     def inner_ended(self) -> Metrics:
         """Write w_K and the optimizer's memory back."""
         if self.unroll is not None:
-            self.twin.write(self.unroll.point.params, self.unroll.point.moments)
+            self.optimizer.write(self.unroll.point.params, self.unroll.point.moments)
             self.core.carry = self.unroll.point.carry
         return {}
 
     def here(self) -> InnerState:
         """Return where training stands, apart from what the optimizer changes in place."""
-        params, moments = self.twin.read()
+        params, moments = self.optimizer.read()
         return InnerState({name: p.clone() for name, p in params.items()}, moments, self.core.carry)
 
     # --- ŵ = w_K ---

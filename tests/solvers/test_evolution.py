@@ -85,7 +85,7 @@ def quickly(solver):
     batch, u = solver.core.data.train.peek(), torch.ones_like(solver.core.search.u)
     ends = []
     for how in (step, slow):
-        point = InnerState(*solver.method.twin.read(), {})
+        point = InnerState(*solver.method.optimizer.read(), {})
         for _ in range(2):
             point, _ = how(point, u, batch, create_graph=False)
         ends.append(point.params["w"])
@@ -361,7 +361,7 @@ def test_tunes_momentum_beside_it():
     assert solver.solution().hypers["momentum"] > 0.6
 
 
-def test_an_optimizer_without_a_twin_is_refused():
+def test_an_optimizer_without_a_differentiable_form_is_refused():
     with pytest.raises(Refused, match=r"Adagrad has no differentiable form"):
         strategies(quadratic(), inner_optimizer=partial(torch.optim.Adagrad, lr=0.1))
 

@@ -779,7 +779,7 @@ def test_settings_that_cannot_be_are_named(make, options, said):
         make(**options)
 
 
-def test_an_optimizer_without_a_twin_is_refused_by_sama_alone():
+def test_an_optimizer_without_a_differentiable_form_is_refused_by_sama_alone():
     with pytest.raises(Refused, match="Adagrad has no differentiable form"):
         ready(quadratic(), SAMA(inner_optimizer=partial(torch.optim.Adagrad, lr=0.1)))
     ready(quadratic(), SOBA(inner_optimizer=partial(torch.optim.Adagrad, lr=0.1))).step()

@@ -611,7 +611,7 @@ def test_a_sampled_hyperparameter_is_refused_by_name():
         ready(Decayed(nn.Linear(4, 3), decay=Positive(init=0.1), rate=rate), Unrolled())
 
 
-def test_an_optimizer_without_a_twin_is_refused():
+def test_an_optimizer_without_a_differentiable_form_is_refused():
     with pytest.raises(Refused, match="Adagrad has no differentiable form"):
         ready(network(), Unrolled(inner_optimizer=partial(torch.optim.Adagrad, lr=0.1)))
 
