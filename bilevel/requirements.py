@@ -14,7 +14,7 @@ class Need(Enum):
     """
 
     INNER_DERIVATIVE = "∂L_T/∂λ"
-    """L_T has a derivative in every tuned λ (`Domain.differentiable`): none is sampled or rounded."""
+    """Every tuned λ is `Domain.differentiable` in L_T: none is sampled or rounded."""
     SECOND_DERIVATIVES = "second derivatives of L_T"
     """∇_w L_T can be differentiated again."""
     CONVEXITY = "L_T convex near its minimum"

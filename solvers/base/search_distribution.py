@@ -70,7 +70,7 @@ class SearchDistribution:
         return self.sigma.detach() * self.noise(examples, generator)
 
     def offset(self, examples: int, generator: torch.Generator) -> Tensor:
-        """Return δ = u − u₀ + ε, differentiable in u and s, for an outer step; ε = 0 if σ is fixed."""
+        """Return δ = u − u₀ + ε for an outer step, differentiable in u and s; ε = 0 for fixed σ."""
         moved = self.u - self.u0
         return moved if self.scale is None else moved + self.sigma * self.noise(examples, generator)
 

@@ -1,4 +1,4 @@
-"""The import names: a user's own `solvers` and `problems` coexist, and a broken link has a remedy."""
+"""A user's own `solvers` and `problems` coexist with ours, and a broken link has a remedy."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or an older one stands in for it, and every other file is refused in one sentence."""
+"""A checkpoint is intact or an older one replaces it; other files are refused in one sentence."""
 
 import errno
 import json
@@ -96,7 +96,7 @@ CALLS = [(module, name) for module, name in product([os], ["link", "replace", "f
 
 @pytest.mark.parametrize("at", range(1, 9))
 def test_at_every_moment_of_a_save_there_is_a_whole_one(tmp_path, monkeypatch, at):
-    """The process ends at the `at`-th call that touches the directory; what is left is loaded, and the next run goes on."""
+    """End the process at the `at`-th call that touches the directory, and resume the run."""
 
     class Killed(BaseException):
         pass
@@ -228,7 +228,10 @@ def test_an_older_one_stands_in_and_says_so(tmp_path, how):
     else:
         path.unlink()
     what = {"foreign": "is not a checkpoint of bilevel"}.get(how, f"is {how}")
-    said = rf"checkpoint\.pt {what}.*; checkpoint-step10\.pt, of step 10, replaces it, and the run repeats at least 8 lost"
+    said = (
+        rf"checkpoint\.pt {what}.*; checkpoint-step10\.pt, of step 10, replaces it, "
+        "and the run repeats at least 8 lost"
+    )
     with pytest.warns(CheckpointWarning, match=said) as warned:
         state = load(tmp_path, IDENTITY)
     assert len(warned) == 1

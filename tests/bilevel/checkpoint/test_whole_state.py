@@ -1,4 +1,4 @@
-"""Nothing is forgotten in a checkpoint: after loading, every attribute of the solver and of its streams is what it was."""
+"""A checkpoint holds everything: loading restores every attribute of the solver and its streams."""
 
 import copy
 import types

@@ -120,7 +120,8 @@ def test_a_problem_that_may_waste_the_run_is_told_in_a_line():
     )
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
-        "bilevel: warning: the hyperparameter `idle` changes neither objective; use it, or remove it"
+        "bilevel: warning: the hyperparameter `idle` changes neither objective; "
+        "use it, or remove it"
     ]
 
 

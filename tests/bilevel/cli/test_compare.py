@@ -144,7 +144,7 @@ def test_problems_have_a_section_each(tmp_path, out, capsys):
 
 
 def spoil(place):
-    """Of runs that are written well, each in another way spoilt; the sentence that is due for each."""
+    """Damage a valid run in one way each, and return the expected sentence."""
     runs = sorted(place.iterdir())
     (runs[0] / "config.yaml").unlink()
     (runs[1] / "summary.json").write_text("{half")

@@ -1,4 +1,4 @@
-"""Random configurations and damaged checkpoints: a clear sentence or a correct run; `make soak` has thousands."""
+"""Fuzz configurations and checkpoints: each gives one clear sentence or a correct run."""
 
 import warnings
 from collections import Counter

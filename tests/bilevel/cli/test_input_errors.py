@@ -1,4 +1,4 @@
-"""Every kind of bad input: one sentence on the standard error, status 1, and nothing left behind."""
+"""Every kind of bad input gives one sentence on the standard error, status 1, and no files."""
 
 import shutil
 import sys

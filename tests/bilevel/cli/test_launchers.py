@@ -1,4 +1,4 @@
-"""Sweeps that are repeated, and sweeps on Hydra's joblib and submitit launchers: the workers are processes of their own."""
+"""Repeated sweeps, and sweeps on Hydra's joblib and submitit launchers with worker processes."""
 
 import json
 import os

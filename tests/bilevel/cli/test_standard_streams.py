@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -35,10 +36,9 @@ def test_a_run_whose_output_nobody_reads_goes_on(tmp_path, both):
     assert run.returncode == 0, told
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted"] is False
     if not both:
-        assert (
-            "PlainDisplay failed to log (BrokenPipeError: the reader of the output has ended); the run continues"
-            in told
-        )
+        # On a slow machine the reader may end after the last record: then `finish` fails.
+        assert re.search(r"PlainDisplay failed to (log|finish) \(BrokenPipeError: the reader", told)
+        assert "of the output has ended); the run continues" in told
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -49,8 +49,8 @@ def test_output_on_a_full_disk(tmp_path):
         )
     assert done.returncode == 0, done.stderr
     assert (
-        "PlainDisplay failed to log (OSError: [Errno 28] No space left on device); the run continues"
-        in done.stderr
+        "PlainDisplay failed to log (OSError: [Errno 28] No space left on device); "
+        "the run continues" in done.stderr
     )
     assert (tmp_path / "run" / "summary.json").is_file()
 
@@ -70,7 +70,8 @@ def test_a_line_that_cannot_be_printed_is_no_error(capsys):
 
 def test_closed_descriptors_are_not_left_to_the_next_file(tmp_path):
     script = (
-        "import os, sys; from bilevel.cli.standard_streams import occupy_standard_streams as occupy\n"
+        "import os, sys\n"
+        "from bilevel.cli.standard_streams import occupy_standard_streams as occupy\n"
         "os.close(1); os.close(0); occupy()\n"
         "file = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)\n"
         "os.write(1, b'x'); assert os.read(0, 1) == b''; sys.exit(file)"

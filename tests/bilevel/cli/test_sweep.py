@@ -122,7 +122,8 @@ def test_every_run_tells_its_place(capfd, arguments, runs):
     extra = []
     if "+experiment=swept" in arguments:
         Path("mine/experiment").mkdir(parents=True)
-        swept = "# @package _global_\nhydra: {sweeper: {params: {seed: '5,6,7,8', solver.inner_steps: '1,2,3'}}}\n"
+        params = "{seed: '5,6,7,8', solver.inner_steps: '1,2,3'}"
+        swept = f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
         Path("mine/experiment/swept.yaml").write_text(
             swept
         )  # the command line's seeds replace the file's

@@ -1,4 +1,4 @@
-"""Replayed steps are the steps themselves, bit for bit: on a tape of operations, which holds what a CUDA graph would hold."""
+"""Replayed steps equal normal steps, bit for bit: on a tape that acts like a CUDA graph."""
 
 import copy
 from functools import partial
@@ -25,10 +25,10 @@ aten = torch.ops.aten
 
 
 class Tape(TorchDispatchMode):
-    """Every operation with the very tensors that it met, as a CUDA graph holds kernels with their addresses.
+    """A tape of operations with their tensors, as a CUDA graph holds kernels with addresses.
 
-    What Python decided while it was recorded stays decided, numbers stay as they were, and results go where they went then; a
-    draw from a generator is drawn anew. Reading a number fails, as it does while CUDA captures. Nothing is computed before
+    Decisions of Python, numbers and places of results stay as recorded. A draw from a generator is
+    drawn anew. Reading a number fails, as it does while CUDA captures. Nothing is computed before
     `replay`: all tensors and generators that were there get their values back.
     """
 
@@ -79,7 +79,7 @@ def _place(x):
 
 @pytest.fixture(autouse=True)
 def _unseeded(request, monkeypatch):
-    """On the CPU, seeding the global generators reads a number; here networks are called as on CUDA where they draw nothing."""
+    """Call networks without seeding the global generators, which reads a number on the CPU."""
     if "cuda" not in request.keywords and "gpu" not in request.fixturenames:
 
         def call(self, run, generator):
@@ -136,7 +136,7 @@ def assert_same(ours, theirs):
 
 
 def assert_steps_are_the_same(make_problem, make, rounds=7, between=lambda solver: None):
-    """Twins, one of which replays, over warm-up, whole rounds and a short one; what each round tells is compared as well."""
+    """Compare twins, one of which replays, over warm-up, whole rounds and a short one."""
     plain, ours = twins(make_problem, make)
     captured(ours)
     for number in range(rounds):
@@ -197,7 +197,7 @@ def test_the_first_bad_step_is_noted_by_its_number():
 
 
 def test_a_schedule_is_followed():
-    """The learning rate is a number in the recording: it is recorded again, and the last one is forgotten."""
+    """The learning rate is a number in the recording, so a new rate is recorded again."""
     halved = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
     solver = assert_steps_are_the_same(
         PROBLEMS["digits"],
@@ -215,7 +215,7 @@ def test_without_looking_at_settings_a_schedule_would_be_lost(monkeypatch):
 
 
 def test_without_buffers_carries_would_be_lost(monkeypatch):
-    """That the laws above can fail: bound anew, statistics would be read where they no longer are."""
+    """The laws above can fail: statistics that are bound anew would be read at the old place."""
     monkeypatch.setattr(Capture, "_in_place", lambda self, step, batches: step(*batches))
     with pytest.raises(AssertionError):
         assert_steps_are_the_same(
@@ -503,7 +503,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 @pytest.mark.parametrize("make", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("name", ["digits", "convolutions with batch norm", "augmented images"])
 def test_on_cuda_graphs_take_the_very_steps(name, make, monkeypatch):
-    """Bit for bit what the same solver does with optimizers that count on the device, and without waiting."""
+    """Capture equals the same solver with optimizers that count on the device, bit for bit."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     device = torch.device("cuda")
     solvers = twins(PROBLEMS[name], make, device=device)

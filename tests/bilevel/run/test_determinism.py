@@ -1,4 +1,4 @@
-"""The same seed gives the same bits on the same device, whatever is logged, shown, measured or saved beside."""
+"""The same seed gives the same bits on the same device, whatever is logged, shown or saved."""
 
 import warnings
 from functools import partial

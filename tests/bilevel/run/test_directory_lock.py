@@ -47,7 +47,8 @@ def test_a_second_run_is_refused_and_the_first_is_left_as_it_is(tmp_path, resume
         lock.take(tmp_path)
         with pytest.raises(
             DirectoryLocked,
-            match=r"is in use by another run; wait for its end, stop it, or choose another directory",
+            match=r"is in use by another run; wait for its end, stop it, "
+            "or choose another directory",
         ):
             run(tmp_path, resume=resume)
         assert sorted(path.name for path in tmp_path.iterdir()) == before

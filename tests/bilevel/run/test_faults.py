@@ -1,4 +1,4 @@
-"""What fails while a run goes: it goes on where no work is lost by that, and else ends in one sentence, ready to be resumed."""
+"""A fault during a run loses no work: the run continues, or ends in one sentence and can resume."""
 
 import json
 import logging
@@ -61,7 +61,7 @@ def undisturbed(tmp_path):
 
 @pytest.fixture
 def disk():
-    """Fills and clears the disk, as far as this process is concerned: no file grows beyond a size."""
+    """Fill and clear the disk for this process: no file can grow beyond a size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
@@ -175,7 +175,8 @@ def failing(monkeypatch, steps, heal=lambda: False):
     def saving(self, state):
         if state["step"] in steps and not heal():
             raise Unwritable(
-                "cannot write checkpoint.pt: No space left on device; free some space or move the run"
+                "cannot write checkpoint.pt: No space left on device; "
+                "free some space or move the run"
             )
         save(self, state)
 
@@ -294,7 +295,8 @@ def test_a_logger_that_fails_is_told_once_and_costs_nothing(tmp_path, undisturbe
             tmp_path / "run", loggers=[Broken("log", "advance", "finish", "close", "state")]
         )
     assert told(caught) == [
-        "Broken failed to log (ConnectionError: no log); the run continues, and metrics.jsonl holds "
+        "Broken failed to log (ConnectionError: no log); "
+        "the run continues, and metrics.jsonl holds "
         "the missing values"
     ]
     assert same_weights(solver, undisturbed)
@@ -379,7 +381,8 @@ def test_the_end_of_an_online_run_is_not_waited_for_without_end(tmp_path, monkey
 MESSAGES = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"),
     "cpu": RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes."
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 400 bytes."
     ),
     "python": MemoryError(),
 }
@@ -471,7 +474,7 @@ def test_a_gpu_out_of_memory_tells_what_it_held_and_is_free_afterwards(tmp_path)
 
 
 def in_a_fork(work, file):
-    """The error that `work` ends with; PyTorch's handler of SIGCHLD would go on to raise in this process."""
+    """Run `work` in a fork and return its error; PyTorch's handler of SIGCHLD would raise here."""
     if (child := os.fork()) == 0:
         try:
             work()
@@ -513,7 +516,8 @@ def test_a_worker_of_a_loader_that_dies_is_named_with_its_split(tmp_path, kill):
 
     said = in_a_fork(lambda: run(tmp_path, problem=Loaded()), tmp_path / "said")
     assert re.fullmatch(
-        r"BilevelError: a worker of (the train loader|a DataLoader) died .* num_workers.* resume=.*",
+        r"BilevelError: a worker of (the train loader|a DataLoader) died .* num_workers.* "
+        r"resume=.*",
         said,
     )
     assert load(tmp_path)["step"] == 0
@@ -654,7 +658,8 @@ def scontrol(tmp_path, monkeypatch):
     place = tmp_path / "bin"
     place.mkdir()
     (place / "scontrol").write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n[ ! -e {tmp_path}/refuses ] || {{ echo no >&2; exit 3; }}\n'
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+        f"[ ! -e {tmp_path}/refuses ] || {{ echo no >&2; exit 3; }}\n"
     )
     (place / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
@@ -788,7 +793,10 @@ def test_what_the_command_cannot_go_on_with(stoppable, capfd):
 def test_a_time_limit_before_the_first_round_is_one_too(stoppable, scontrol):
     """Data may take minutes."""
     Path("slowbox.py").write_text(
-        "import os, signal\ndef Slow():\n    os.kill(os.getpid(), signal.SIGUSR1)\n    raise AssertionError('it goes on')\n"
+        "import os, signal\n"
+        "def Slow():\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    raise AssertionError('it goes on')\n"
     )
     try:
         command = [*COMMAND[:-1], "+problem={_target_: slowbox.Slow}", "runner.requeue=true"]

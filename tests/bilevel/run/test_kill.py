@@ -1,4 +1,4 @@
-"""A run killed at any moment and resumed equals one that was left alone, bit for bit; `make soak` has the whole matrix."""
+"""A run that is killed at any moment and resumed equals an undisturbed one, bit for bit."""
 
 import math
 import random
@@ -51,7 +51,8 @@ def test_kill_9_from_outside(matrix, tmp_path, monkeypatch):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "summary.json").exists()
-    length = f"runner.epochs={math.ceil(read_metrics(metrics)[-1]['epoch']) + 2}"  # which it has yet to reach
+    ahead = math.ceil(read_metrics(metrics)[-1]["epoch"]) + 2  # which it has yet to reach
+    length = f"runner.epochs={ahead}"
     ended = matrix.server.run(tmp_path, f"resume={tmp_path}/run", length)
     assert ended.rc == 0, ended.said
     assert matrix.server.run(tmp_path, *SETTINGS, length, f"hydra.run.dir={tmp_path}/whole").rc == 0
@@ -77,7 +78,7 @@ def test_what_a_fault_interrupts_goes_on_to_the_same_bits(matrix, case):
 
 @pytest.mark.parametrize(("event", "at"), [("checkpoint", 1100), ("link", 1), ("replace", 5)])
 def test_a_kill_within_the_writing_of_a_checkpoint(matrix, tmp_path, event, at):
-    """In the middle of the file, between the second name and the first, and just before the rename."""
+    """Kill within a checkpoint: in the file, between its two names, and before the rename."""
     directory, (whole, _) = tmp_path / "run", matrix.reference("delta_stn")
     fault = {"act": "kill", "at": at, "count": str(tmp_path / "count"), "only": event}
     assert (

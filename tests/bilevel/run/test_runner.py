@@ -1,4 +1,4 @@
-"""The runner's promises: exact budgets, an undisturbed trajectory, and nothing lost however a run ends."""
+"""The runner keeps budgets exactly, leaves the trajectory alone, and loses nothing at any end."""
 
 import json
 import os
@@ -391,7 +391,8 @@ def test_a_run_goes_on_on_the_kind_of_device_that_it_began_on(tmp_path):
     )
     with pytest.raises(
         BilevelError,
-        match=r"runner\.device=cpu cannot continue a run of cuda.*; resume with runner\.device=cuda",
+        match=r"runner\.device=cpu cannot continue a run of cuda.*; "
+        r"resume with runner\.device=cuda",
     ):
         run(tmp_path, resume=True)
 
