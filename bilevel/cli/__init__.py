@@ -1,1 +1,1 @@
-"""The command line: what Hydra composes, and how bad input is told."""
+"""The command line: configuration by Hydra, sweeps, resuming, and sentences about bad input."""

@@ -1,4 +1,4 @@
-"""What a run does differently with several ranks: it shards the problem and saves once."""
+"""A run with several ranks: it shards the problem, and saves on the first rank."""
 
 from collections.abc import Callable
 from pathlib import Path

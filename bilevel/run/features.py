@@ -1,4 +1,4 @@
-"""What surrounds a run and its problem. To remove a feature, delete its file and its entry here."""
+"""Features around a run and its problem; to remove one, delete its file and its entry here."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

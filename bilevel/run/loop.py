@@ -297,7 +297,7 @@ class Loop:
                 f"numbers it does not have; resume with runner.device={before}, or start a new run"
             )
         try:
-            # the data come first: their error says more than weights of another shape
+            # the data come first: their error is clearer than weights of another shape
             self.data.train.load_state_dict(state["train"])
             self.data.valid.load_state_dict(state["valid"])
             self.solver.load_state_dict(state["solver"])

@@ -339,7 +339,7 @@ def test_submitit(capfd, submitit_launcher):
     (name,) = summaries()
     assert summaries()[name]["stopped"] == "epochs"
     assert (
-        "failed: 0-own-fixed-seed0-inner_steps-0-flag-flag: `solver`: inner_steps=0"
+        "failed: 0-own-fixed-seed0-inner_steps-0-flag-flag: solver.inner_steps=0"
         in Path("sweep/table.txt").read_text()
     )
     output = "\n".join(path.read_text() for path in Path("sweep/.submitit").glob("*/*.out"))
