@@ -1,6 +1,7 @@
-"""Self-tuning, unrolled and implicit solvers come to λ*, from three initial values, within one budget of examples.
+"""Convergence to λ* of self-tuning, unrolled and implicit solvers within one budget of examples.
 
-The others have their own budgets: test_single_loop.py, test_evolution.py, test_population.py, test_search.py.
+Other solvers have budgets of their own: test_soba_sama_penalty.py, test_evolution.py,
+test_population.py, test_search.py.
 """
 
 import json
@@ -64,7 +65,7 @@ PART = dict.fromkeys(SOLVERS, 0.02) | {
     "unrolled": 0.1,
     "unrolled_forward": 0.1,
 }  # STN is slow far from u = 0
-"""Of the initial regret (or of a start at 1, where that is nearer to λ*) that may be left at the end."""
+"""The part of the initial regret that may be left, or of that at 1 where 1 is nearer to λ*."""
 
 
 @pytest.mark.parametrize("init", [-3.0, 1.0])

@@ -1,4 +1,4 @@
-"""Evolution strategies: the expectation of their estimate in closed form, persistent and truncated, and what it can tune."""
+"""Evolution strategies: the expectation of the estimate in closed form, and tuned problems."""
 
 import io
 import itertools
@@ -42,7 +42,10 @@ def strategies(problem, *, seed=1, away=0.0, **options):
 
 
 def response(problem, steps):
-    """∂w_n/∂λ = −η Σ_{j<n} (I − ηA)^j B of n steps of gradient descent from a w that does not depend on λ."""
+    """Return ∂w_n/∂λ = −η Σ_{j<n} (I − ηA)^j B of n steps of gradient descent.
+
+    The initial w does not depend on λ.
+    """
     step = torch.eye(len(problem.A)).double() - LR * problem.A
     return -LR * sum(torch.linalg.matrix_power(step, j) for j in range(steps)) @ problem.B
 
@@ -55,7 +58,10 @@ def hypergradient(problem, w, u, steps):
 
 
 def signs(solver, rounds):
-    """Perturbations ±σ for each of the rounds to come, in all combinations: as good as Gaussian ones for a quadratic loss."""
+    """Perturb by ±σ in each of the next rounds, in all combinations.
+
+    For a quadratic loss they give the same expectation as Gaussian perturbations.
+    """
     h = solver.core.search.u.numel()
     every = (
         torch.tensor(list(itertools.product([-1.0, 1.0], repeat=h * rounds)))
@@ -68,7 +74,10 @@ def signs(solver, rounds):
 
 
 def quickly(solver):
-    """The same steps of gradient descent on the quadratic, with nothing around them: thousands of particles in a second."""
+    """Replace the steps of the solver by bare gradient descent on the quadratic.
+
+    Thousands of particles then take a second.
+    """
     A, B, d = solver.core.problem.A, solver.core.problem.B, solver.core.problem.d
     group, slow = solver.core.weights.optimizer.param_groups[0], solver.method.trajectory.step
 
@@ -99,7 +108,7 @@ def quickly(solver):
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_expectation_is_the_unrolled_hypergradient(persistent):
-    """Exactly, where the loss is quadratic; a σ that differs from coordinate to coordinate, and the direct term included."""
+    """The equality is exact for a quadratic loss, with a σ per coordinate and a direct term."""
     problem = quadratic(direct=0.5, hypers=3)
     solver = strategies(problem, pairs=8, persistent=persistent)
     set_to(solver.core.search.s, torch.tensor([0.1, 1.0, -2.0]).double())
@@ -145,8 +154,11 @@ def test_noise_is_normal_with_the_scale_of_the_space_times_spread():
     [("persistent", [1, 2, 3, 4]), ("horizon", [1, 2, 1, 2]), ("truncated", [1] * 4)],
 )
 def test_what_each_round_sees_of_the_past(mode, seen):
-    """Persistent particles see all unrolls since they left the central weights; truncated ones see the last. Summed over the
-    rounds, the first is the hypergradient of the summed losses of one long training, the others are not."""
+    """Persistent particles see all unrolls since they left the central weights; truncated ones one.
+
+    Over the rounds, the persistent estimates add up to the hypergradient of the summed losses of
+    one long training. The others do not.
+    """
     problem, rounds = quadratic(hypers=1), 4
     horizon = 2 * K if mode == "horizon" else 1000
     solver = strategies(problem, pairs=2**rounds, persistent=mode != "truncated", horizon=horizon)
@@ -167,7 +179,7 @@ def test_what_each_round_sees_of_the_past(mode, seen):
 
 
 def test_persistent_pairs_sampled():
-    """As above with normal perturbations: PES within 4 standard errors of the whole, truncated ES more than 6 away from it."""
+    """With normal perturbations PES is within 4 standard errors, and truncated ES is 6 away."""
     problem, rounds, sums = quadratic(weights=2, hypers=1), 3, {}
     for persistent in (True, False):
         solver = quickly(
@@ -302,7 +314,10 @@ class Whole(Problem):
 
 @pytest.mark.parametrize("init", [2.0, 9.5])
 def test_tunes_a_rounded_hyperparameter(init):
-    """The rate of rounding up is what is tuned; σ = 1 in place of 0.3 would smooth the loss over [5, 9], and end near 7.6."""
+    """The rate of rounding up is tuned.
+
+    With σ = 1 in place of 0.3 the loss would be smoothed over [5, 9], and the end be near 7.6.
+    """
     solver = strategies(
         Whole(init), outer_optimizer=partial(torch.optim.Adam, lr=0.1), pairs=1, horizon=4 * K
     )
@@ -317,9 +332,11 @@ def test_tunes_dropout_away_where_it_harms():
     high = {name: {"init": 0.7} for name in ("input_dropout", "dropout1")}
     optimizer = partial(torch.optim.RMSprop, lr=0.1)
     solver = strategies(
-        digits(hidden=[16], space=high), inner_optimizer=sgd(0.05, momentum=0.9), outer_optimizer=optimizer,
+        digits(hidden=[16], space=high),
+        inner_optimizer=sgd(0.05, momentum=0.9),
+        outer_optimizer=optimizer,
         inner_steps=5,
-    )  # fmt: skip
+    )
     for _ in range(15):
         solver.step()
     hypers = solver.solution().hypers
@@ -328,7 +345,7 @@ def test_tunes_dropout_away_where_it_harms():
 
 
 def tuned_rate(**rate):
-    """A quadratic whose L_V falls while w is trained, the faster the larger the learning rate; nothing else is tuned."""
+    """Return a quadratic with a tuned learning rate: the larger it is, the faster L_V falls."""
     problem = quadratic(
         space={"hyper": {"frozen": True}, "rate": {"optimizer": "lr", "init": 0.003} | rate}
     )
@@ -389,9 +406,12 @@ def test_any_problem_runs(make):
 def regret(problem, hypers):
     """L_V(λ, w*(λ)) − L_V(λ*, w*(λ*))."""
     batch = problem.data(CPU, torch.Generator()).valid.peek()
-    values = [problem.outer_loss(h, {n: w.double() for n, w in problem.best_response(h).items()}, {}, batch)[0]
-              for h in (hypers, problem.optimum())]  # fmt: skip
-    return float(values[0] - values[1])
+
+    def loss(hypers):
+        best = {name: w.double() for name, w in problem.best_response(hypers).items()}
+        return problem.outer_loss(hypers, best, {}, batch)[0]
+
+    return float(loss(hypers) - loss(problem.optimum()))
 
 
 @pytest.mark.parametrize(
@@ -399,8 +419,10 @@ def regret(problem, hypers):
 )
 @pytest.mark.parametrize("kind", ["quadratic", "ridge"])
 def test_converges_to_the_optimum(kind, init, persistent):
-    """120 rounds of (2 + 1) × 5 training batches leave less than an eighth of the initial regret: the noise of a single pair in
-    the persistent estimate, the bias in the truncated one."""
+    """120 rounds of (2 + 1) × 5 training batches leave less than an eighth of the initial regret.
+
+    The rest is the noise of a single pair (persistent) or the bias (truncated).
+    """
     if kind == "quadratic":
         problem = quadratic(hypers=1, space={"hyper": {"init": init}})
         solver = quickly(strategies(problem, persistent=persistent, **CONVERGING))
@@ -463,7 +485,7 @@ def test_a_pair_that_diverges_is_left_out_and_reported(tmp_path):
     assert not summary["diverged"]
 
 
-def test_losses_far_apart_are_doubted():
+def test_losses_far_apart_give_a_warning():
     solver = strategies(quadratic())
     assert not solver.warnings({"particle_spread": 0.5, "outer_loss": 1.0, "lost_pairs": 0.0})
     (sentence,) = solver.warnings(

@@ -1,4 +1,4 @@
-"""Hyperparameters that fixed training is given: another run's schedule, noise, a wave; and the file of a schedule."""
+"""Hyperparameter schedules of fixed training: another run's, noise, a wave; and their file."""
 
 import json
 import math
@@ -122,7 +122,7 @@ def test_the_file_says_what_the_records_say(tmp_path):
 def test_a_run_evaluated_every_round_is_replayed_at_the_very_values_that_it_had(
     tmp_path, monkeypatch
 ):
-    """λ moves at the end of a round alone, so that what is held between evaluations is what the run had, bit for bit."""
+    """λ moves only at the end of a round, so evaluations of every round hold all its values."""
     had = []
     inner_step = SelfTuningMethod.inner_step
 
@@ -341,10 +341,10 @@ def test_by_command(tmp_path, elsewhere, capsys):
     ] == first[-1:] * 2
     assert hyper_schedule.main(["third"]) == 1
     assert hyper_schedule.main([]) == 2
-    said = capsys.readouterr().err
+    shown = capsys.readouterr().err
     assert (
-        "bilevel: cannot read third/metrics.jsonl (No such file or directory); give the directory of a run\n"
-        in said
+        "bilevel: cannot read third/metrics.jsonl (No such file or directory); "
+        "give the directory of a run\n" in shown
     )
     assert main([*base, "solver=fixed", replayed.replace("first/", "frist/")]) == 1
     assert (

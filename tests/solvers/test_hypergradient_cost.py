@@ -1,4 +1,6 @@
-"""What a hypergradient costs, counted exactly by `FlopCounterMode` in plain gradients (times are printed by benchmarks)."""
+"""The cost of a hypergradient in plain gradients, counted exactly by `FlopCounterMode`."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -41,7 +43,7 @@ def plain_gradient(solver):
 
 
 def cost(make, hypers=4):
-    """Of one hypergradient (of the round that it differentiates, if unrolled), in plain gradients."""
+    """Return the cost of one hypergradient, or of the round that it unrolls, in plain gradients."""
     solver = ready(decays(hypers, SIZES), make())
     solver.step()  # warm starts, power iterations
     work = (
@@ -69,7 +71,7 @@ def test_an_implicit_hypergradient_costs_two_and_a_half_gradients_a_term(solve, 
 
 def test_a_term_more_costs_one_product_more():
     """A product is at most 2.5 gradients, and the solve holds nothing that grows otherwise."""
-    few, many = (cost(lambda: Implicit(linear_solve=CG(iterations=k))) for k in (5, 10))  # noqa: B023  # called at once
+    few, many = (cost(partial(Implicit, linear_solve=CG(iterations=k))) for k in (5, 10))
     assert 5 <= many - few <= 12.5
 
 

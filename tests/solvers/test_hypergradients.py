@@ -1,6 +1,4 @@
-"""Every hypergradient against the closed form, the errors of truncated ones against their predicted size, and identities
-between solvers.
-"""
+"""Hypergradients of all solvers: closed forms, predicted errors, identities between solvers."""
 
 from functools import partial
 
@@ -53,7 +51,7 @@ PROBLEMS = {
 all_problems = pytest.mark.parametrize("make_problem", PROBLEMS.values(), ids=PROBLEMS)
 
 LONG = 250
-"""Terms and steps after which 1 − 1/10, the contraction where the condition number is 10, is 4e-12."""
+"""Terms and steps after which (1 − 1/10)^n is 4e-12; the condition number is 10."""
 
 EXACT = {
     "CG": lambda rate: Implicit(linear_solve=CG(iterations=30, tolerance=1e-14)),
@@ -86,7 +84,7 @@ def exact(problem):
 
 
 def dense(problem):
-    """H = ∇²_w L_T, M = ∂²L_T/∂w∂u and g = ∇_w L_V at w*(λ₀), as matrices, and ∂L_V/∂u; by torch.func on the losses alone."""
+    """Return H = ∇²_w L_T, M = ∂²L_T/∂w∂u, g = ∇_w L_V and ∂L_V/∂u at w*(λ₀), by torch.func."""
     u = problem.space.init(torch.float64)
     w = problem.best_response(problem.space.constrain(u))
     ((name, value),) = w.items()
@@ -155,7 +153,7 @@ DIRECT = EXACT | {
 
 @pytest.mark.parametrize("make", DIRECT.values(), ids=DIRECT)
 def test_the_direct_term_is_part_of_every_hypergradient(make):
-    """With and without P, everything else the same: the difference is P(λ − λ̄), whatever the response is worth."""
+    """With and without P, the hypergradients differ by P(λ − λ̄), for any response."""
     gradients = []
     for direct in (0.0, 1.0):
         solver = at_best_response(Quadratic.random(direct=direct, dtype=torch.float64), make(0.5))
@@ -168,13 +166,13 @@ def test_the_direct_term_is_part_of_every_hypergradient(make):
     assert (gradients[1] - gradients[0]) @ wanted > 0
 
 
-# --- truncated settings: wrong by what theory says ---
+# --- truncated settings: wrong by the predicted amount ---
 
 
 @pytest.mark.parametrize("terms", [1, 3, 10])
 @all_problems
 def test_truncation_costs_what_theory_says(make_problem, terms):
-    """K Neumann terms, K steps of the fixed point from 0, and K truncated steps of SGD lack −Mᵀ(I − ηH)^K H⁻¹g, all three."""
+    """K terms of Neumann, of the fixed point and of truncated SGD lack −Mᵀ(I − ηH)^K H⁻¹g."""
     problem, (H, M, g, _) = make_problem(), dense(make_problem())
     step = 0.7 * rate(problem)
     rest = torch.linalg.matrix_power(torch.eye(len(H)) - step * H, terms)
@@ -210,7 +208,7 @@ def test_conjugate_gradients_are_exact_after_d_steps_and_not_before(name):
 
 @pytest.mark.parametrize("name", ["quadratic", "ridge per feature"])
 def test_the_penalty_is_off_by_one_over_its_weight(name):
-    """At the minimizers y and z of both objectives the error falls as 1/σ: by ten from one weight to ten times it."""
+    """At the minimizers y and z the error falls as 1/σ."""
     problem, errors = PROBLEMS[name](), []
     for weight in (1e3, 1e4):
         solver = at_best_response(problem, Penalty(weight=weight, weight_max=weight))
@@ -222,7 +220,10 @@ def test_the_penalty_is_off_by_one_over_its_weight(name):
 
 @pytest.mark.parametrize("weight", [1.0, 10.0])
 def test_the_penalty_on_a_quadratic_is_what_theory_says(weight):
-    """y − w* = −(σH + V)⁻¹g with V = ∇²_w L_V, and L_T is bilinear in (λ, w): the hypergradient is direct − Mᵀ(H + V/σ)⁻¹g."""
+    """The hypergradient is direct − Mᵀ(H + V/σ)⁻¹g with V = ∇²_w L_V.
+
+    L_T is bilinear in (λ, w), and y − w* = −(σH + V)⁻¹g.
+    """
     problem = PROBLEMS["quadratic, λ in L_V"]()
     H, M, g, direct = dense(problem)
     solver = at_best_response(problem, Penalty(weight=weight, weight_max=weight))
@@ -233,7 +234,7 @@ def test_the_penalty_on_a_quadratic_is_what_theory_says(weight):
 
 
 def place_penalized(solver, problem, weight):
-    """y = argmin L_V/σ + L_T, by Newton's method on what the problem's losses say (both are quadratic in w)."""
+    """Return y = argmin L_V/σ + L_T, by one Newton step: both losses are quadratic in w."""
     u = problem.space.init(torch.float64)
     hypers = problem.space.constrain(u)
     ((name, y),) = solver.method.penalized.tensors.items()
@@ -264,8 +265,9 @@ def test_sama_with_plain_sgd_is_the_identity_solver(make_problem):
 
 @pytest.mark.parametrize("name", ["quadratic", "ridge"])
 def test_a_finite_difference_tends_to_the_identity_solver(name):
-    """DARTS' and SAMA's difference quotient is central: its error falls as α² (ridge is quadratic in w, so that it has none
-    but rounding).
+    """The central difference of DARTS and SAMA has an error of α²; on ridge it is rounding alone.
+
+    Ridge is quadratic in w.
     """
     identity = at_best_response(
         PROBLEMS[name](), Implicit(linear_solve=Identity(scale=0.4))
@@ -317,7 +319,7 @@ def test_forward_mode_is_reverse_mode_away_from_the_minimum_too(make_problem):
 
 @pytest.mark.parametrize("name", ["quadratic", "ridge"])
 def test_a_trained_response_gives_the_closed_form(name):
-    """Δ-STN with a dense Θ at its fixed point −H⁻¹M, which its own training reaches (test_theory.py)."""
+    """Return Δ-STN with a dense Θ at its fixed point −H⁻¹M; test_theory.py trains it there."""
     problem, (H, M, _, _) = PROBLEMS[name](), dense(PROBLEMS[name]())
     solver = at_best_response(problem, SelfTuning(response=Dense(), tune_scale=False))
     (theta,) = solver.method.theta.leaves

@@ -1,4 +1,4 @@
-"""Implicit differentiation: against closed forms and against its own definition, what it reports, refuses and remembers."""
+"""Implicit differentiation: closed forms, dense derivatives, reports, refusals and state."""
 
 import gc
 import io
@@ -66,7 +66,10 @@ def relative(a, b):
 
 
 def densely(solver, curvature=None):
-    """∂_u L_V − (∂²L_T/∂u∂w)ᵀ H⁻¹ ∇_w L_V at the solver's own u and w, by dense derivatives; `curvature` in the place of H."""
+    """Return ∂_u L_V − (∂²L_T/∂u∂w)ᵀ H⁻¹ ∇_w L_V at the solver's u and w, by dense derivatives.
+
+    `curvature` replaces H.
+    """
     problem, leaves = solver.core.problem, solver.core.weights.leaves
     train, valid = solver.core.data.train.peek(), solver.core.data.valid.peek()
 
@@ -268,7 +271,7 @@ def test_with_gauss_newton_the_mixed_derivative_stays_exact():
 
 
 class Tree(Problem):
-    """Its prediction is a pytree: y = tanh(x w), w itself, and something that is no tensor; λ weighs the parts."""
+    """A problem whose prediction is a pytree: y = tanh(x w), w itself and a string."""
 
     def __init__(self):
         self.space = Space(weight=Real(init=[0.5, -0.3], shape=(2,), per_example=False))
@@ -330,7 +333,7 @@ def test_a_prediction_may_be_a_pytree_and_a_weight_may_do_nothing():
 
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()], ids=["Hessian", "Gauss–Newton"])
 def test_masks_are_frozen_so_that_the_matrix_is_symmetric(curvature):
-    """With dropout at ½ two passes differ; qᵀ(A p) = pᵀ(A q) all the same, and the draws are those of one pass."""
+    """Two passes with dropout differ, but qᵀ(A p) = pᵀ(A q): the draws are those of one pass."""
     solver = ready(normed(dropout=0.5), Implicit(curvature=curvature), away=0.5)
     one, other = pullback(solver, seed=1), pullback(solver, seed=2)
     m = sum(leaf.numel() for leaf in solver.core.weights.leaves)
@@ -563,7 +566,7 @@ def test_what_an_outer_step_reports(solve):
     assert "residual" not in solver.step(warmup=True)
 
 
-def test_doubts_are_said_one_by_one():
+def test_warnings_come_one_by_one():
     solver = ready(
         CLOSED["quadratic"](), Implicit(linear_solve=CG(tolerance=0.01), stationarity=0.2)
     )
@@ -572,20 +575,23 @@ def test_doubts_are_said_one_by_one():
     assert solver.warnings(good) == solver.warnings({}) == {}
     assert (
         solver.warnings(dict.fromkeys(good, math.nan)) == {}
-    )  # w has diverged: the runner says so, and once is enough
+    )  # w has diverged, which the runner reports
     bad = {"residual": 0.011, "negative_curvature": 0.25, "inner_gradient_norm": 0.21 * start}
-    said = {
-        "residual": r"CG leaves a relative residual of 0\.011 .*, above its tolerance 0\.01, .*; spend more on the solve",
-        "negative_curvature": r"25% of the solves met curvature that is not positive, .*; use curvature=GaussNewton, damp it",
-        "stationarity": r"‖∇_w L_T‖ = .*, more than 0\.2 of its .* at the initial weights, .*; take more inner_steps",
+    sentences = {
+        "residual": r"CG leaves a relative residual of 0\.011 .*, above its tolerance 0\.01, .*; "
+        "spend more on the solve",
+        "negative_curvature": r"25% of the solves met curvature that is not positive, .*; "
+        "use curvature=GaussNewton, damp it",
+        "stationarity": r"‖∇_w L_T‖ = .*, more than 0\.2 of its .* at the initial weights, .*; "
+        "take more inner_steps",
     }
     for kind, value in bad.items():
         key = "stationarity" if kind == "inner_gradient_norm" else kind
         for wrong in (value, math.nan) if kind != "negative_curvature" else (value,):
-            doubts = solver.warnings(good | {kind: wrong})
-            assert list(doubts) == [key]
-            assert "\n" not in doubts[key]
-        assert re.search(said[key], solver.warnings(good | {kind: value})[key])
+            found = solver.warnings(good | {kind: wrong})
+            assert list(found) == [key]
+            assert "\n" not in found[key]
+        assert re.search(sentences[key], solver.warnings(good | {kind: value})[key])
     identity = ready(CLOSED["quadratic"](), Implicit(linear_solve=Identity()))
     assert "residual" not in identity.warnings(good | {"residual": 5.0})
     gauss_newton = ready(CLOSED["quadratic"](), Implicit(curvature=GaussNewton()))
@@ -608,10 +614,10 @@ def test_a_run_warns_of_a_solve_cut_short(tmp_path):
             seed=0,
             names=("quadratic", "implicit"),
         )
-    said = [str(w.message) for w in caught]
-    assert len(said) == 2
-    assert any("relative residual" in s for s in said)
-    assert any("‖∇_w L_T‖" in s for s in said)
+    messages = [str(w.message) for w in caught]
+    assert len(messages) == 2
+    assert any("relative residual" in s for s in messages)
+    assert any("‖∇_w L_T‖" in s for s in messages)
 
 
 def test_negative_curvature_is_reported():
@@ -638,7 +644,7 @@ def test_negative_curvature_is_reported():
 )
 @all_solves
 def test_no_step_waits_for_the_device(solve, curvature):
-    """On the CPU, where the eigenvalues of `Nystrom`, for which CUDA waits, are no exception yet."""
+    """The check runs on the CPU; on CUDA the eigenvalues of `Nystrom` wait."""
     solver = ready(
         normed(dropout=0.3),
         Implicit(linear_solve=solve, curvature=curvature, batches=2, inner_steps=2, clip_norm=1.0),
@@ -685,8 +691,8 @@ def test_a_warm_start_lowers_the_residual(solve):
 )
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(solve):
     problem = normed(dropout=0.3)
-    make = lambda: Implicit(linear_solve=solve, inner_optimizer=sgd(0.05, momentum=0.9), batches=2)  # noqa: E731
-    solver = ready(problem, make())
+    options = {"inner_optimizer": sgd(0.05, momentum=0.9), "batches": 2}
+    solver = ready(problem, Implicit(linear_solve=solve, **options))
     for _ in range(3):
         solver.step()
     file = io.BytesIO()
@@ -700,7 +706,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(solve):
     )
     file.seek(0)
     state, train, valid = torch.load(file, weights_only=True)
-    resumed = ready(problem, make(), seed=2)
+    resumed = ready(problem, Implicit(linear_solve=solve, **options), seed=2)
     resumed.load_state_dict(state)
     resumed.core.data.train.load_state_dict(train)
     resumed.core.data.valid.load_state_dict(valid)
@@ -728,10 +734,10 @@ def live():
     return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
 
-def test_memory_is_flat_over_a_thousand_outer_steps():
+def test_memory_is_flat_over_two_hundred_outer_steps():
     """No graph of an outer step outlives it."""
     solver = ready(
-        Quadratic.random(4, 2, **DOUBLE), Implicit(linear_solve=CG(iterations=1), outer_steps=100)
+        Quadratic.random(4, 2, **DOUBLE), Implicit(linear_solve=CG(iterations=1), outer_steps=20)
     )
     solver.step()
     before = live()
@@ -765,7 +771,7 @@ class Largest(TorchDispatchMode):
 
 
 class PerWeight(Problem):
-    """Linear regression on a million features with a decay for each: w*_j is known wherever no other feature is active."""
+    """Linear regression on a million features with a decay for each."""
 
     m = 10**6
 

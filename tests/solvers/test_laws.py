@@ -1,4 +1,4 @@
-"""One list of solvers, many laws: a new solver adds a line and inherits all of them."""
+"""The laws of all solvers: a new solver adds a line to the list and inherits every law."""
 
 import copy
 import gc
@@ -38,8 +38,8 @@ gradient_based = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def _doubts_are_meant():
-    """What a solver doubts on a few steps of a tiny problem is beside the point here."""
+def _without_solver_warnings():
+    """Ignore the warnings of solvers after a few steps of a tiny problem."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SolverWarning)
         yield
@@ -67,7 +67,7 @@ def test_what_is_sampled_is_tuned_or_refused_by_name(name):
 
 @pytest.mark.parametrize("name", sorted(DIRECT_ONLY))
 def test_without_a_direct_term_there_is_nothing_to_follow(name):
-    """What has a derivative in L_T alone is refused; the same problem with λ in L_V as well is not."""
+    """A problem with λ in L_T alone is refused, and the same problem with λ in L_V is not."""
     for make in (SMALL, lambda: Decayed(nn.Linear(4, 3), decay=Positive(init=0.1))):
         with pytest.raises(Refused, match=r"has none \(L_V does not depend on it directly\)"):
             ready(make(), SOLVERS[name]())
@@ -140,7 +140,7 @@ def test_a_network_that_can_be_differentiated_once_is_refused_where_twice_is_nee
 
 
 class Killed(Logger):
-    """Copies the run's directory as a kill in the middle would leave it: its last line is younger than its checkpoint."""
+    """Copy the run's directory as a kill leaves it: the last line is later than the checkpoint."""
 
     def __init__(self, copy_to):
         self.copy_to, self.records = copy_to, 0
@@ -213,7 +213,7 @@ def test_the_state_goes_from_one_solver_to_another(name):
 
 @gradient_based
 def test_nothing_is_kept_from_round_to_round(name):
-    """Live tensors, after the buffers of the first rounds have been made: no graph of an earlier outer step stays alive."""
+    """The number of live tensors stays: no graph of an earlier outer step remains."""
     solver = ready(Quadratic.random(weights=3, hypers=2), SOLVERS[name]())
     counts = []
     for rounds in (30, 90):

@@ -1,4 +1,4 @@
-"""No step waits for the device: what would is found on the CPU, by operation (tests/bilevel/device/test_cuda.py asks CUDA itself)."""
+"""No step waits for the device; waiting operations are found on the CPU, by their names."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.support.solver_cases import RECIPES, Decayed, all_problems, all_solve
 @all_solvers
 @all_problems
 def test_no_step_waits_for_the_device(make_problem, make):
-    """After a first step, which hands over constants once; with warm-up, with clipping, and over the end of an epoch."""
+    """The first step may move constants to the device; later ones wait for nothing."""
     solver = ready(make_problem(), make(inner_steps=2, clip_norm=1.0))
     solver.step(limit=1)
     with no_waiting():

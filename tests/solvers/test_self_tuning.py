@@ -1,4 +1,4 @@
-"""Self-tuning steps: which gradient flows where, and what moves when."""
+"""Self-tuning steps: the gradients that reach w₀, Θ, u and s, and the moments when these move."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def copies(solver):
 
 
 def moved(before, after):
-    """The parts of which every tensor changed; a part that changed in some tensors only is an error."""
+    """Return the parts of which every tensor changed; no part may change in some tensors only."""
     changed = {
         part: [not torch.equal(a, b) for a, b in zip(before[part], after[part], strict=True)]
         for part in before
@@ -38,7 +38,7 @@ def moved(before, after):
 
 
 def reached(loss, solver):
-    """The parts that `loss` depends on; in each of these every tensor must receive a gradient other than zero."""
+    """Return the parts that `loss` depends on; no gradient in them may be zero."""
     found = set()
     for part, leaves in parts(solver).items():
         if not leaves[0].requires_grad:
@@ -52,7 +52,7 @@ def reached(loss, solver):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """For every descent of a solver's losses: (parts that the loss depends on, parts that moved)."""
+    """Record for every descent: (parts that the loss depends on, parts that moved)."""
 
     def watch(solver):
         rows, descend = [], optimized.descend
@@ -73,7 +73,10 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("response", [None, Dense()], ids=["structured", "dense"])
 @all_flags
 def test_which_gradient_flows_where(flags, response, watched):
-    """L_T(λ₀, w₀) → w₀;  L_T(λ₀+ε, stop(w₀) + Θε) → Θ;  or both jointly;  L_V − τH → u and s (PAPER 1.4)."""
+    """L_T(λ₀, w₀) moves w₀, L_T(λ₀+ε, w₀ + Θε) moves Θ; L_V − τH moves u and s.
+
+    In a joint step one loss moves w₀ and Θ.
+    """
     solver = ready(classifier(), SelfTuning(response=response, inner_steps=1, **flags), away=AWAY)
     rows = watched(solver)
     solver.step()
@@ -120,7 +123,7 @@ def test_gradient_through_the_hyperparameter_itself():
 
 @all_flags
 def test_without_response_or_entropy_no_rate_moves_by_one_bit(flags):
-    """Θ frozen at zero and τ = 0: L_V does not depend on λ, so neither u nor s may move; with Θ free both do."""
+    """With Θ = 0 and τ = 0, L_V does not depend on λ, so u and s stay; with Θ free both move."""
 
     def after_two_rounds(lr):
         optimizer = sgd(lr)
@@ -163,7 +166,10 @@ def test_centre_is_held_through_an_outer_phase_and_moves_at_its_end(monkeypatch)
 
 
 def test_second_outer_step_looks_at_the_moved_hyperparameters():
-    """ŵ = w₀ + Θ(u − u₀): on L_V = ½|w − w̄|²_M the second gradient is taken at the u that the first step left."""
+    """The second gradient is taken at the u that the first step left.
+
+    Here ŵ = w₀ + Θ(u − u₀) and L_V = ½|w − w̄|²_M.
+    """
     problem = Quadratic.random(weights=4, hypers=2, dtype=torch.float64)
     solver = ready(
         problem,
@@ -198,7 +204,7 @@ def test_response_step_sees_the_weights_that_just_moved(monkeypatch):
 
 @all_flags
 def test_clipping_bounds_the_gradient_of_w0_and_of_theta_each(flags):
-    """With steps of length lr = 1 along a gradient of norm above `clip_norm`, each group moves by `clip_norm`."""
+    """With lr = 1 and a gradient of norm above `clip_norm`, each group moves by `clip_norm`."""
     solver = ready(
         classifier(), SelfTuning(clip_norm=1e-3, inner_optimizer=sgd(1.0), **flags), away=AWAY
     )
@@ -231,7 +237,7 @@ def test_solution_goes_with_the_centre(recipe):
 
 @all_solvers
 def test_a_round_reports_the_means_over_its_inner_steps(make):
-    """The metrics of three inner steps are the means of those of three rounds of one, draw by draw."""
+    """The metrics of three inner steps are the means over three rounds of one step."""
     whole, single = (ready(classifier(), make(inner_steps=3), away=AWAY) for _ in range(2))
     metrics = whole.step(warmup=True)
     each = [single.step(warmup=True, limit=1) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""What a self-tuning solver refuses before any work is lost, and what it learns about a network at set-up."""
+"""Set-up of self-tuning solvers: refusals, and the recorded calls of a network."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_an_operation_without_forward_derivative_is_refused_by_name_and_runs_unl
 
 
 def test_an_operation_whose_forward_derivative_has_no_backward_is_refused_at_setup(monkeypatch):
-    """PyTorch has no derivative of `glu_jvp`: composed, it runs; if it were not, set-up would find it, not the first step."""
+    """`glu_jvp` has no derivative: its decomposition runs, and without it set-up refuses."""
     network = nn.Sequential(nn.Linear(4, 6), nn.GLU())
     ready(Decayed(network)).step()
     monkeypatch.delitem(
@@ -172,7 +172,7 @@ def test_an_embedding_responds_by_columns(recipe):
 
 
 def test_one_response_object_serves_two_solvers():
-    """`Structured()` is a choice, like an optimizer's factory: what it learns of one network must not reach another solver."""
+    """`Structured()` is a setting, so one solver's network must not reach another solver."""
     shared = Structured()
     first = ready(Decayed(nn.Linear(4, 3)), SelfTuning(response=shared))
     ready(
@@ -183,7 +183,7 @@ def test_one_response_object_serves_two_solvers():
 
 
 def test_two_solvers_that_loaded_one_state_go_their_own_ways():
-    """A state handed over in memory is copied: stepping one solver does not move the other's momentum."""
+    """A state passed in memory is copied: a step of one solver leaves the other's momentum."""
     problem = Decayed(nn.Linear(4, 3))
     source, first, second = (ready(problem) for _ in range(3))
     source.step()

@@ -1,4 +1,4 @@
-"""What a solver carries from step to step: statistics, recurrent state, what a resumed run needs, and the first bad step."""
+"""The state of a solver between steps: statistics, recurrent state, resumption, first bad step."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from tests.support.solver_cases import Recurrent, all_flags, all_solvers, normed
 
 @all_flags
 def test_running_statistics_are_those_of_the_pass_that_trains_w0_once_per_batch(flags):
-    """Regularized: the unperturbed pass at λ₀; jointly: the perturbed one (linearized: its primal, at w₀)."""
+    """Statistics come from the unperturbed pass at λ₀; in a joint step, from the perturbed one."""
     solver = ready(normed(per_example=False), SelfTuning(response=Dense(), **flags), away=0.5)
     problem, carry = solver.core.problem, dict(solver.core.carry)
     for _ in range(3):
@@ -59,7 +59,7 @@ def test_an_outer_step_writes_no_statistics(flags):
 
 @pytest.mark.parametrize("linearize", [True, False])
 def test_the_two_passes_keep_their_own_recurrent_state(linearize):
-    """w₀'s pass carries f(w₀); Θ's pass f(w₀ + Θε), or its primal f(w₀) when linearized, each from where it was."""
+    """The pass of w₀ carries f(w₀); that of Θ carries f(w₀ + Θε), or f(w₀) if linearized."""
     solver = ready(Recurrent(), SelfTuning(linearize=linearize, inner_optimizer=sgd(0.5)), away=0.5)
     own = theirs = torch.zeros(6, 3).double()
     for _ in range(3):

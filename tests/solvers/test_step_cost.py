@@ -1,4 +1,4 @@
-"""What a step may cost, counted exactly by `FlopCounterMode` in units of one multiplication by all the weights."""
+"""The cost of a step in units of one multiplication by all weights, by `FlopCounterMode`."""
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ class Convolutions(nn.Module):
         return self.head(drop(2, torch.relu(self.second(drop(1, x)))).flatten(1))
 
 
-# The paper's MLP at a quarter of its size: the first layer and the response's rows keep about their shares of a unit.
+# The paper's MLP at a quarter of its size. The first layer and the response's rows keep about their
+# shares of a unit.
 NETWORKS = {
     "mlp": (lambda: MLP([196, 300, 300, 300, 10]), (196,)),
     "convolutions": (Convolutions, (2, 8, 8)),
@@ -36,7 +37,10 @@ NETWORKS = {
 
 @pytest.fixture(params=NETWORKS)
 def network(request):
-    """A problem, one unit, and the first layer's share of it: the gradient with respect to the data is never needed."""
+    """Return a problem, one unit, and the first layer's share of it.
+
+    The gradient in the data is never needed.
+    """
     make, shape = NETWORKS[request.param]
     split = torch.randn(B, *shape), torch.arange(B) % 10
     problem = Classification(
@@ -59,13 +63,13 @@ def stepped(problem, solver):
 
 
 def within(spent, exact, most, rows=0.0):
-    """At least the exact count of multiplications by weights, a little above it for the response's rows, within the budget."""
+    """Assert that `spent` is the exact count, plus at most `rows`, and within the budget."""
     assert exact <= spent + 1e-9 <= exact + rows + 2e-9
     assert spent <= most
 
 
 def rows_cost(solver, unit, products=2):
-    """Units of the products of ε [B, h] with U and V, forward and backward: small, for rows of W₁ longer than h."""
+    """Return the units of the products of ε [B, h] with U and V, forward and backward."""
     return products * 2 * B * solver.method.theta.tensors["rows"].numel() / unit
 
 

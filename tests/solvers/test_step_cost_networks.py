@@ -1,4 +1,4 @@
-"""What a step of VGG16 and ResNet-18 costs with everything tuned, counted exactly, beside plain training of them."""
+"""The cost of a step of VGG16 and ResNet-18 with everything tuned, against plain training."""
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ SHARE = 5e-4
 class Case:
     """A network with everything tuned.
 
-    A quarter as wide as published: a wider one has more weights for each product of ε with U and V, and comes closer to 8/3.
+    The networks have a quarter of their published width. A wider one has more weights for each
+    product of ε with U and V, and comes closer to 8/3.
     One image: every product is over the batch.
 
     Attributes:
@@ -49,12 +50,12 @@ class Case:
         self.plain = count(self.ready(Fixed(inner_steps=1)).step) / self.unit
 
     def ready(self, solver):
-        """Set up without the rehearsal, which costs more than what is counted."""
+        """Set up without the dry run, which costs more than the counted steps."""
         solver.check = lambda *_: None
         return ready(self.problem, solver)
 
     def steps(self, solver):
-        """Units of a training step and of an outer step; and of a product of ε with U and V, there and back."""
+        """Return the units of a training step, an outer step and a product of ε with U and V."""
         solver = self.ready(solver)
         train, valid = solver.core.data.train.next(), solver.core.data.valid.next()
         inner = count(lambda: solver.method.inner_step(train)) / self.unit
@@ -99,6 +100,6 @@ def test_delta_stn_costs_eight_thirds_and_its_outer_step_four(case):
 
 
 def test_a_linearization_by_double_backward_is_over_that_budget(case):
-    """Where w₀ is trained through the linearized prediction too: a count that lets it pass would let anything pass."""
+    """Training w₀ through the linearized prediction too exceeds the budget."""
     inner, _, _ = case.steps(SelfTuning(regularized_w0=False))
     assert inner / case.plain > 3

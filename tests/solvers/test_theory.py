@@ -1,4 +1,4 @@
-"""The papers' theory where L_T is quadratic (T1–T4, T6): conditioning, what Θ converges to, whence w₀'s variance."""
+"""The papers' theory for a quadratic L_T (T1–T4, T6): conditioning, limits of Θ, variance of w₀."""
 
 import math
 
@@ -18,7 +18,7 @@ from tests.support.solver_cases import all_flags, expected_loss, nodes, ready, s
 
 
 def response_hessian(lambda0, scale, condition, centered):
-    """The Hessian (here also the Gauss–Newton one) of E_ε L_T in (Θ, w₀), by the solver's own joint loss."""
+    """Return the Hessian of E_ε L_T in (Θ, w₀), by the solver's own joint loss."""
     problem = Quadratic.random(
         3,
         len(lambda0),
@@ -61,7 +61,10 @@ def uncentered_eigenvalues(lambda0, scale):
 
 
 def test_t2_the_example_of_the_notes():
-    """λ₀ = (1.5, −2), s = .7: cond A = 120.25 and 2.04; with cond G_w = 2.0416 the response Hessians have 245.5 and 4.2."""
+    """For λ₀ = (1.5, −2), s = .7: cond A = 120.25 and 2.04.
+
+    With cond G_w = 2.0416 the response Hessians have 245.5 and 4.2.
+    """
     assert torch.linalg.cond(second_moment((1.5, -2.0), 0.7, False)).item() == pytest.approx(
         120.25, abs=0.01
     )
@@ -79,7 +82,7 @@ def test_t2_the_example_of_the_notes():
 @example([4.0], 0.2)
 @example([1.5, -2.0, 0.5], 1.0)
 def test_t2_centering_never_conditions_worse_and_is_equal_at_zero(lambda0, scale):
-    """Of the solver's own joint loss: cond G · max(s², s⁻²) centered, cond G · μ₊/min(s², s²/μ₊) uncentered."""
+    """cond G · max(s², s⁻²) centered, and cond G · μ₊/min(s², s²/μ₊) uncentered."""
     (uncentered, G), (centered, _) = (
         response_hessian(lambda0, scale, 5.0, c) for c in (False, True)
     )
@@ -112,7 +115,10 @@ def idle():
 
 
 def one_round(recipe, noise, alpha=0.1, beta=0.2):
-    """One training step with ε = `noise` from Φ = 0, then one λ step: g_T, g_V, Δλ, effective weights before and after, Φ."""
+    """Take one training step with ε = `noise` from Φ = 0, then one λ step.
+
+    Return g_T, g_V, Δλ, the effective weights before and after, and Φ.
+    """
     solver = recipe(
         response=Dense(),
         inner_steps=1,
@@ -200,7 +206,7 @@ def test_t4_theta_converges_to_the_best_response_jacobian_from_any_w0(recipe, se
 
 
 def test_t4_theta_converges_on_samples_too():
-    """Stochastic steps, averaged: unbiased whatever w₀, with the noise of (A w₀ + Bλ₀ + d)εᵀ alone."""
+    """Averaged stochastic steps are unbiased for any w₀; the noise is (A w₀ + Bλ₀ + d)εᵀ."""
     solver = ready(
         quadratic(),
         delta_stn(response=Dense(), inner_optimizer=sgd(0.0), response_optimizer=sgd(0.05)),
@@ -217,7 +223,7 @@ def test_t4_theta_converges_on_samples_too():
 
 @all_flags
 def test_t4_every_variant_finds_the_best_response(flags):
-    """ŵ(λ₀) = w*(λ₀) and Θ = −A⁻¹B for all of them: with L_T jointly quadratic nothing is biased."""
+    """ŵ(λ₀) = w*(λ₀) and Θ = −A⁻¹B for every variant, because L_T is jointly quadratic."""
     solver = ready(quadratic(), SelfTuning(response=Dense(), inner_optimizer=sgd(0.2), **flags))
     for _ in range(600):
         solver.method.inner_step(solver.core.data.train.next())

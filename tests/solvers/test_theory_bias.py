@@ -1,4 +1,4 @@
-"""T5: where λ enters nonlinearly (ridge with decay e^λ) the joint update's w₀ is biased, and the regularized one's is not."""
+"""The bias of w₀ where λ enters nonlinearly (T5): the joint update has it, the regularized not."""
 
 import math
 
@@ -21,7 +21,10 @@ def ridge(scale, per_example=False):
 
 
 def joint_fixed_point(problem, scale):
-    """[[H + c₀I, c₁I], [c₁I, σ²H + c₂I]] [w₀; Θ] = [b; 0];  c₀ = e^{λ+σ²/2}, c₁ = σ²c₀, c₂ = (σ² + σ⁴)c₀."""
+    """Solve [[H + c₀I, c₁I], [c₁I, σ²H + c₂I]] [w₀; Θ] = [b; 0].
+
+    Here c₀ = e^{λ+σ²/2}, c₁ = σ²c₀ and c₂ = (σ² + σ⁴)c₀.
+    """
     H, eye, c0 = problem.gram, torch.eye(4, dtype=torch.float64), math.exp(-0.5 + scale**2 / 2)
     c1, c2 = scale**2 * c0, (scale**2 + scale**4) * c0
     system = torch.cat(
@@ -48,7 +51,7 @@ def test_t5_the_joint_gradient_vanishes_at_the_biased_point(scale, linearize):
 
 
 def own_fixed_point(problem):
-    """Where the gradient of the solver's own expected joint loss, which is quadratic in (w₀, Θ), vanishes."""
+    """Return the (w₀, Θ) where the gradient of the solver's expected joint loss vanishes."""
     solver = ready(problem, SelfTuning(response=Dense(), regularized_w0=False, linearize=False))
 
     def loss(flat):
@@ -60,7 +63,7 @@ def own_fixed_point(problem):
 
 
 def test_t5_leading_bias():
-    """w₀ − w* = −(σ²/2) e^λ (H + e^λ I)⁻¹ (w* + 2Θ*) + O(σ⁴), where w₀ is the end of the solver's own joint descent."""
+    """w₀ − w* = −(σ²/2) e^λ (H + e^λ I)⁻¹ (w* + 2Θ*) + O(σ⁴) at the end of the joint descent."""
     mismatch = {}
     for scale in (0.4, 0.2, 0.1, 0.05):
         problem = ridge(scale)
@@ -78,7 +81,7 @@ def test_t5_leading_bias():
 
 
 def test_t5_a_run_ends_at_the_biased_point_when_joint_and_at_the_right_one_when_regularized():
-    """σ = 1, a perturbation per example: averaged joint iterates sit at the formula's w₀, the regularized ones at w*."""
+    """At σ = 1 averaged joint iterates lie at the formula's w₀, and the regularized ones at w*."""
     problem = ridge(1.0, per_example=True)
     ends = {}
     for name, recipe in {

@@ -1,4 +1,4 @@
-"""The papers' theory on networks: what linearization computes (T7), the gate of T8, Δ-STN against centered STN."""
+"""The papers' theory on networks: linearization (T7), the gate (T8), Δ-STN and centered STN."""
 
 import math
 
@@ -16,7 +16,7 @@ from tests.support.solver_cases import classifier, expected_loss, ready, set_to,
 
 
 class Tanh(Problem):
-    """y = tanh(X Aᵀ) b with one weight decay e^λ per layer, in a network small enough for exact Hessians."""
+    """A network y = tanh(X Aᵀ) b with a decay e^λ per layer, small enough for exact Hessians."""
 
     def __init__(self, scale):
         self.space = Space(log_decay=Real(init=-4.0, shape=(2,), scale=scale, per_example=False))
@@ -101,7 +101,7 @@ def stationary(problem):
 
 
 def fitted_response(scale, linearize):
-    """Θ [9, 2] that minimizes the solver's expected perturbed loss at the stationary w₀, by Newton's method; both oracles."""
+    """Return the Θ [9, 2] of least expected perturbed loss at a stationary w₀, and two oracles."""
     problem = Tanh(scale)
     solver = ready(problem, SelfTuning(response=Dense(), linearize=linearize))
     w, exact, gauss_newton = stationary(problem)
@@ -123,7 +123,10 @@ def fitted_response(scale, linearize):
 
 @pytest.mark.parametrize("linearize", [True, False])
 def test_t7_linearized_fits_the_gauss_newton_response_and_otherwise_the_exact_one(linearize):
-    """As σ → 0: Δ-STN → −G⁻¹H_{wλ}, centered STN → −H⁻¹H_{wλ}, with errors of order σ²; the two differ by far more."""
+    """As σ → 0, Δ-STN tends to −G⁻¹H_{wλ} and centered STN to −H⁻¹H_{wλ}.
+
+    The errors are of order σ², and the two limits differ by far more.
+    """
     errors = []
     for scale in (0.03, 0.01):
         theta, exact, gauss_newton = fitted_response(scale, linearize)
@@ -138,7 +141,7 @@ def test_t7_linearized_fits_the_gauss_newton_response_and_otherwise_the_exact_on
 
 
 def test_t8_ridge_is_a_sigmoid_gate_on_principal_components():
-    """In the basis of XᵀX, d_i singular values of X: w*_i = sigmoid(2 log d_i − log n − λ) w_OLS,i, with L_T's 1/n."""
+    """w*_i = sigmoid(2 log d_i − log n − λ) w_OLS,i, with singular values d_i of X."""
     problem = Ridge.synthetic(examples=50, features=4, dtype=torch.float64)
     X, y = problem._splits[0]
     _, d, basis = torch.linalg.svd(X, full_matrices=False)
@@ -154,7 +157,7 @@ def test_t8_ridge_is_a_sigmoid_gate_on_principal_components():
 
 
 class Gates(Problem):
-    """Ridge in its principal components, w [d] with a decay e^{λ_i} each: every unit is a row of its own."""
+    """Ridge in its principal components, w [d], with a decay e^{λ_i} each."""
 
     def __init__(self, d, target, scale):
         self.d, self.target = d, target
@@ -187,7 +190,7 @@ class Gates(Problem):
 
 
 def test_t8_a_structured_response_learns_the_slope_of_the_gate():
-    """Θ = diag(U) W₁ → −diag(gate (1 − gate) w_OLS), what STN linearizes; by Δ-STN's own steps, small σ."""
+    """Θ = diag(U) W₁ tends to −diag(gate (1 − gate) w_OLS) by Δ-STN's own steps at a small σ."""
     d, target = torch.tensor([1.5, 1.0, 0.5]).double(), torch.tensor([1.0, -2.0, 1.5]).double()
     solver = ready(
         Gates(d, target, scale=0.02),
@@ -210,7 +213,7 @@ def test_t8_a_structured_response_learns_the_slope_of_the_gate():
 
 @pytest.mark.parametrize(("sizes", "equal"), [([6, 3], True), ([6, 5, 3], False)])
 def test_delta_stn_is_centered_stn_where_the_network_is_linear_in_w(sizes, equal):
-    """With dropout and weight decay, over several rounds: the same w₀, Θ, u and s; with a hidden layer they part."""
+    """On a linear model w₀, Θ, u and s are equal over several rounds; with a hidden layer not."""
     states = []
     for recipe in (delta_stn, centered_stn):
         solver = ready(classifier(sizes), recipe(inner_optimizer=sgd(0.3)))

@@ -64,7 +64,7 @@ def test_scales_start_as_declared(tune_scale):
 
 
 def test_u_starts_at_the_initial_values_in_full_precision():
-    """(0, .95) at .05: u = log .05 − log .9 (a float32 on the way would be off by 1e-8 in a float64 problem)."""
+    """On (0, .95) at .05, u = log .05 − log .9; a float32 on the way would be off by 1e-8."""
     b = distribution(Interval(low=0.0, high=0.95, init=0.05), Positive(init=1e-3))
     expected = [math.log(0.05) - math.log(0.9), math.log(math.expm1(1e-3))]
     assert b.u.tolist() == pytest.approx(expected, abs=1e-12)
@@ -89,7 +89,7 @@ def test_noise_is_copied_within_a_batch_where_it_must_not_vary():
 
 @pytest.mark.parametrize("per_example", [True, False])
 def test_noise_without_examples(per_example):
-    """[h] where every hyperparameter is per batch, or where the response can hold one perturbation alone."""
+    """The shape is [h] if every hyperparameter, or the response, has one perturbation per batch."""
     domain = Real(init=0.0, shape=(4,), per_example=not per_example)
     assert distribution(domain, per_example=per_example).noise(64, generator()).shape == (4,)
 
@@ -159,7 +159,7 @@ def test_perturbed_per_batch_the_weights_are_plain(flags, response):
 
 @all_flags
 def test_one_perturbation_for_all_examples_is_the_per_batch_perturbation(flags):
-    """Per-example weights that happen to agree give the loss and the gradients of plain dense ones."""
+    """Equal per-example weights give the loss and the gradients of plain dense ones."""
     solver, results = ready(mixed(True, True), SelfTuning(**flags), away=0.3), []
     noise, batch = torch.randn(4, dtype=torch.float64), solver.core.data.train.next()
     for offset in (noise, noise.expand(8, 4)):
@@ -198,7 +198,10 @@ class Cutout(ModuleProblem):
 
 @pytest.mark.parametrize("init", [1.0, 1.5])
 def test_an_integer_is_rounded_without_bias_in_both_training_passes(init):
-    """λ₀ = 1 trains w₀ at 1, never at 0 (under floor half of the perturbed draws fall to 0); 1.5 at 1 and 2 alike."""
+    """λ₀ = 1 trains w₀ at 1 only, and λ₀ = 1.5 at 1 and 2 equally often.
+
+    Rounding down would take half of the perturbed draws at 1 to 0.
+    """
     problem = Cutout(init=init, scale=0.3)
     solver = ready(problem, away=0.3)
     problem.seen.clear()

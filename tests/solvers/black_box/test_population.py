@@ -1,4 +1,4 @@
-"""Population-based training: copies, moves, scores, and what survives of them."""
+"""Population-based training: copies, moves, scores, and the state of a checkpoint."""
 
 import io
 import json
@@ -297,8 +297,11 @@ def test_a_budget_of_examples_holds_scores_too(tmp_path):
 
 @pytest.mark.parametrize("init", [-9.0, 4.0])
 def test_finds_a_better_decay_than_the_initial_one(init):
-    """20 generations of 10 steps for each of 4 members. What a population minimizes is the loss, w stopped early included: it
-    ends near the lowest of converged weights or below it, and λ follows."""
+    """The best score comes near the lowest loss of converged weights, or below it, and λ follows.
+
+    There are 20 generations of 10 steps for each of 4 members. A population minimizes the loss
+    itself, with w stopped early.
+    """
     problem = Ridge.synthetic(dtype=torch.float64, space={"log_decay": {"init": init}})
     options = {"inner_steps": 10, "interval": 10, "ranges": {"log_decay": [-10.0, 5.0]}}
     solver = population(problem, inner_optimizer=sgd(0.01, momentum=0.9), **options)
@@ -450,9 +453,16 @@ def test_no_round_waits_for_the_device_but_the_one_that_scores(make):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"population": 1}, {"interval": 0}, {"resample": 1.5}, {"resample": -0.1}, {"perturbation": -1}, {"inner_steps": 0},
-     {"clip_norm": 0.0}],
-)  # fmt: skip
+    [
+        {"population": 1},
+        {"interval": 0},
+        {"resample": 1.5},
+        {"resample": -0.1},
+        {"perturbation": -1},
+        {"inner_steps": 0},
+        {"clip_norm": 0.0},
+    ],
+)
 def test_settings_out_of_range_are_errors(wrong):
     with pytest.raises(BilevelError, match=next(iter(wrong))):
         PopulationBased(**wrong)

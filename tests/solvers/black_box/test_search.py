@@ -1,4 +1,4 @@
-"""Black-box search: what is drawn, what a trial is, what is kept, and that nothing of it hides from a checkpoint."""
+"""Black-box search: draws, trials, the best result, and checkpoints with the whole state."""
 
 import io
 import logging
@@ -92,7 +92,7 @@ def test_draws_lie_in_the_domain_and_in_the_ranges_and_u_finds_back(drawn, seed)
 
 
 def test_draws_fill_their_ranges_evenly():
-    """Means of 1,600 draws within four standard errors; log-uniform where positive, every whole number as often."""
+    """Means of 1,600 draws are within four standard errors; positive ranges are log-uniform."""
     space = Space(
         rate=Interval(low=0.0, high=1.0, init=0.1),
         count=Integer(low=0, high=3, init=1.0),
@@ -142,8 +142,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("ranges", "said"), FAULTS.values(), ids=FAULTS)
-def test_what_is_wrong_with_a_range_is_said(ranges, said):
+@pytest.mark.parametrize(("ranges", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_wrong_range_is_named(ranges, message):
     space = Space(
         decay=Positive(init=0.1),
         rate=Interval(low=0.0, high=0.9, init=0.3),
@@ -151,18 +151,18 @@ def test_what_is_wrong_with_a_range_is_said(ranges, said):
         mix=Simplex(init=0.5, shape=(2,)),
         fixed=Real(init=0.0, frozen=True),
     )
-    with pytest.raises(BilevelError, match=said):
+    with pytest.raises(BilevelError, match=message):
         ranges_of(space, ranges)
 
 
-def test_too_many_coordinates_are_refused_or_doubted():
+def test_too_many_coordinates_are_refused_or_give_a_warning():
     problem = Ridge.synthetic(examples=120, features=101, per_feature=True)
     with pytest.raises(
         Refused, match=r"GP proposes at most 100 numbers a trial and λ has 101.*gradient-based"
     ):
         ready(problem, searches.gp())
-    doubts = ready(problem, searches.tpe()).warnings({})
-    assert "101 coordinates" in doubts["dimensions"]
+    found = ready(problem, searches.tpe()).warnings({})
+    assert "101 coordinates" in found["dimensions"]
     assert ready(Ridge.synthetic(), searches.tpe()).warnings({}) == {}
 
 
@@ -243,7 +243,7 @@ def test_whole_numbers_are_whole_and_the_same_throughout_a_trial():
 
 
 def test_settings_of_the_optimizer_are_tuned():
-    """Each trial trains at its own learning rate and momentum; the best of them beats the bad one that it began with."""
+    """Each trial trains at its own learning rate and momentum; the best beats the bad start."""
     space = {
         "rate": {"optimizer": "lr", "init": 1e-4},
         "inertia": {"optimizer": "momentum", "init": 0.5},
@@ -313,7 +313,7 @@ def test_the_best_is_the_least_score_and_its_weights_have_it(early_stopping):
 
 
 def test_the_last_score_is_not_the_lowest():
-    """On a trial that ends worse than it was: the two values of a trial differ, and so does what is kept."""
+    """A trial ends worse than it was, so its two values and the kept results differ."""
     problem = ridge(space={"log_decay": {"init": 3.0}})
     kept = {}
     for early in (True, False):
@@ -333,7 +333,7 @@ def test_the_last_score_is_not_the_lowest():
 
 
 def test_budgets_end_where_they_should(tmp_path):
-    """60 training and 60 validation examples: 3 steps of 20 an epoch, and a pass over validation after each."""
+    """An epoch has 3 steps of 20 training examples, then a pass over 60 validation examples."""
     plain = {"device": "cpu", "progress": "none", "picture": False, "evaluate_every": 1}
 
     def run(directory, **budget):
@@ -356,7 +356,7 @@ def test_budgets_end_where_they_should(tmp_path):
 
 
 def test_pruning_ends_hopeless_trials_and_saves_examples():
-    """A rate of 0 to 0.001 learns nothing, one near 1 learns at once; only trials that were ended save anything."""
+    """A rate below 0.001 learns nothing, and one near 1 learns at once; ended trials save work."""
     problem = ridge(
         space={
             "rate": {"optimizer": "lr", "init": 0.3},
@@ -406,15 +406,15 @@ def poisoned(above):
 @all_samplers
 @pytest.mark.parametrize("above", [1.0, -1.0, -9.0])
 def test_a_trial_that_is_not_finite_fails_and_the_search_goes_on(sampler, above, tmp_path):
-    """Whether some later trials fail, the first, at log_decay 0, or all of them."""
+    """Make some later trials fail, or the first (log_decay 0), or all."""
     solver = Search(sampler=sampler, trial_epochs=2, inner_optimizer=sgd(0.1))
     runner = Runner(epochs=13, device="cpu", progress="none", picture=False)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         summary = runner.run(poisoned(above), solver, directory=tmp_path / "run")
     warned = any(
         "trials had a loss that was not finite" in str(w.message)
-        for w in said
+        for w in caught
         if w.category is SolverWarning
     )
     assert warned or above > -9.0
@@ -463,7 +463,7 @@ def state(solver):
 @all_samplers
 @all_pruners
 def test_a_resumed_search_is_the_undisturbed_one_bit_for_bit(sampler, pruner):
-    """Stopped within an epoch, at an epoch's end, at a trial's beginning, and before anything; with dropout and batch norm."""
+    """The run stops within an epoch, at its end, at the start of a trial, or before any step."""
     problem = normed(dropout=0.3)
     scheduler = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
     make = partial(
@@ -516,7 +516,7 @@ def test_a_resumed_run_of_the_runner_is_the_undisturbed_one(tmp_path):
 
 @all_samplers
 def test_seeds_decide(sampler):
-    """The same one, the same trials; neighbouring ones, other trials, not the same ones a place later."""
+    """Equal seeds give equal trials; neighbouring seeds give other trials in other places."""
 
     def drawn(seed):
         return [
@@ -560,7 +560,7 @@ def test_optuna_is_silent_and_left_as_it_was(caplog, capfd):
 
 
 def test_only_a_score_waits_for_the_device():
-    """Whether a trial goes on depends on its score: the end of an epoch must read it, and nothing else does."""
+    """The end of an epoch reads the score, which may end the trial; no other step waits."""
     solver = ready(normed(), Search(inner_steps=1, clip_norm=1.0))
     solver.step()
     with no_waiting():
@@ -597,7 +597,7 @@ def regret(problem, hypers):
 @pytest.mark.parametrize("recipe", ["tpe", "gp"])
 @pytest.mark.parametrize("kind", ["ridge", "quadratic"])
 def test_regret_falls(kind, recipe, init):
-    """Trained to the end: GP leaves a tenth of the regret after 14 trials, TPE a quarter after 20 (of two λ: 40)."""
+    """GP leaves a tenth of the regret after 14 trials, TPE a quarter after 20 (40 for two λ)."""
     if kind == "ridge":
         problem = ridge(condition=3.0, space={"log_decay": {"init": init}})
         options = {"ranges": {"log_decay": [-6.0, 3.5]}, "inner_optimizer": sgd(0.08, momentum=0.7)}
