@@ -1,4 +1,4 @@
-"""Runs from before solvers and problems moved: refused with the reason, unless only records count."""
+"""Runs from before solvers and problems moved are refused with the reason."""
 
 from pathlib import Path
 
