@@ -3,14 +3,24 @@
 The problem is min_λ L_V(λ, w*(λ)), where w*(λ) minimizes L_T(λ, ·). Near the current λ₀ the best
 response w* is approximated by a linear function with trained weights w₀ and a trained Jacobian Θ:
 
-    STN             ŵ(λ) = w₀ + Θλ            w₀ and Θ descend E_ε L_T(λ₀ + ε, ŵ(λ₀ + ε)) jointly
-    centered STN    ŵ(λ) = w₀ + Θ(λ − λ₀)     w₀ descends L_T(λ₀, w₀), and Θ the expectation
-    Δ-STN           ŵ(λ) = w₀ + Θ(λ − λ₀)     the same, Θ through the prediction linearized at w₀
+    STN            ŵ(λ) = w₀ + Θλ           w₀ and Θ together: min E_ε L_T(λ₀ + ε, ŵ(λ₀ + ε))
+    centered STN   ŵ(λ) = w₀ + Θ(λ − λ₀)    first w₀: min L_T(λ₀, w₀)
+                                            then Θ: min E_ε L_T(λ₀ + ε, w₀ + Θε), w₀ constant
+    Δ-STN          ŵ(λ) = w₀ + Θ(λ − λ₀)    the same, with Θ fitted to the linearized prediction
+                                            f(x; λ₀ + ε, w₀) + J_w f(x; λ₀ + ε, w₀) · Θε
 
-In turn, λ and σ descend E_ε L_V(λ + ε, ŵ(λ + ε)) − τ H[N(λ, σ²)], with ε ~ N(0, diag σ²).
+A round has `inner_steps` such steps (T_train), and then `outer_steps` outer steps (T_valid). In an
+outer step w₀ and Θ are constants, and λ and σ descend
+
+    E_ε L_V(λ + ε, ŵ(λ + ε)) − τ H[N(λ, diag σ²)],    ε ~ N(0, diag σ²).
+
+At the end of the round, λ₀ ← λ.
 
 From paper to code: λ, λ₀ in unconstrained coordinates are `search.u`, `search.u0`; σ = softplus(s)
 is `search.sigma`; w₀ is `core.weights`; Θ is `theta`, and ΔW(ε) = Θε is `response.weights`.
+The papers hold Θ layer by layer, as ΔW(ε) = diag(Uε) W₁ (`response/jacobian.py`). The draw of ε and
+H are in `base/search_distribution.py`, the outer step is in `base/method.py`, the round is in
+`base/descent.py`.
 
 Sources: MacKay, Vicol, Lorraine, Duvenaud & Grosse, ICLR 2019 (STN); Bae & Grosse, NeurIPS 2020
 (Δ-STN), whose equation numbers stand below. `docs/decisions.md` has the departures from their code.
@@ -40,7 +50,7 @@ from bilevel.validate import at_least, wrong
 
 @dataclass(kw_only=True, eq=False)
 class SelfTuning(Descent):
-    """A network trained together with the response of its weights to λ, by which λ is tuned.
+    """Train w₀ and the response Θ of the weights to λ, and tune λ through Θ.
 
     | | centered | regularized_w0 | linearize |
     |---|---|---|---|
@@ -50,11 +60,12 @@ class SelfTuning(Descent):
 
     Attributes:
         centered: take the response at ε = u − u₀; otherwise at u.
-        regularized_w0: w₀ takes its own step, unperturbed, and Θ takes its own while w₀ is held;
-            otherwise both take one joint step at a perturbed λ.
+        regularized_w0: w₀ descends L_T(λ₀, w₀) alone, and then Θ takes its own step, with w₀
+            constant; otherwise both take one joint step at a perturbed λ.
         linearize: fit Θ through the prediction linearized at w₀, under the convex objective.
         response: the parametrization of Θ; `Structured()` by default.
-        response_optimizer: for Θ, by default as for w₀, whose schedule and clipping apply.
+        response_optimizer: for Θ; by default as for w₀. The schedule and the clipping are those of
+            w₀.
         scale_optimizer: for s, where σ = softplus(s).
         tune_scale: train σ; otherwise the outer steps draw no perturbation.
         entropy_weight: τ.
@@ -79,7 +90,7 @@ class SelfTuning(Descent):
     def check_settings(self) -> None:
         at_least(0, entropy_weight=self.entropy_weight)
         if self.linearize and not self.centered:
-            why = "needs centered=True, because an uncentered response is taken at u, far from w₀"
+            why = "needs centered=True, because the linearization holds near w₀ alone"
             raise wrong("linearize", True, why, "set linearize=false or centered=true")
 
     def fits(self, problem: Problem, device: torch.device) -> None:
@@ -123,7 +134,7 @@ class SelfTuningMethod(BestResponse):
         if self.response.per_example:
             core.search.vary_per_example()
 
-    # --- the best response: ŵ(λ) = w₀ + Θλ (eq. 3.7), or w₀ + Θ(λ − λ₀) (eq. 4.12) ---
+    # --- the best response: ŵ(λ) = w₀ + Θλ, or centered w₀ + Θ(λ − λ₀) ---
 
     def respond(self, offset: Tensor) -> Params:
         """Return ŵ(u₀ + offset) for an outer step, in which w₀ and Θ are constants."""
@@ -159,8 +170,8 @@ class SelfTuningMethod(BestResponse):
     def separate_step(self, batch: Batch) -> Metrics:
         """Δ-STN: w₀ descends L_T(λ₀, w₀); then Θ descends E_ε L_T(λ₀ + ε, w₀ + Θε), w₀ held.
 
-        On a joint quadratic, Θ tends to the exact Jacobian −A⁻¹B from any w₀ (theorem 3). The
-        statistics of batch norm are those of the first pass; recurrent state is kept for each.
+        On a joint quadratic, Θ tends to the exact Jacobian −A⁻¹B from any w₀ (theorem 3).
+        Batch-norm statistics come from the first pass. Each pass keeps its own recurrent state.
         """
         core = self.core
         hypers, w = core.hypers(), self.unperturbed_weights()
@@ -193,8 +204,9 @@ class SelfTuningMethod(BestResponse):
     ) -> tuple[Prediction, Carry]:
         """Return y₀ + ẏ, with y₀ = f(x; λ₀ + ε, w₀) and ẏ = J_w f(x; λ₀ + ε, w₀) · Θε.
 
-        The objective on top stays exact, or it would be linear in Θ and unbounded below. Forward
-        mode is cheap, and right only where w₀ is held.
+        Only the prediction is linearized. A linearized objective would have no lower bound in Θ.
+        Forward mode is cheaper, but it gives no correct gradient of w₀ in some layers. The joint
+        step therefore uses two backward passes.
         """
         predict = partial(self.core.predict, hypers, carry, batch)
         weights = partial(self.response.weights, self.theta.tensors, w0)
@@ -205,7 +217,7 @@ class SelfTuningMethod(BestResponse):
     # --- the outer step: u and s descend L_V(λ₀ + δ, ŵ(λ₀ + δ)) − τ H, with δ = u − u₀ + ε ---
 
     def bonus(self) -> dict[str, tuple[float, Tensor]]:
-        """Return τ and H[N(u, diag σ²)]; `BestResponse.outer_step` has the rest."""
+        """Return τ and H[N(u, diag σ²)]; nothing if σ is not tuned."""
         search, tau = self.core.search, self.settings.entropy_weight
         return {"entropy": (tau, search.entropy())} if self.settings.tune_scale else {}
 
@@ -230,7 +242,7 @@ class SelfTuningMethod(BestResponse):
         return large_response(self.space, self.core.weights.leaves, self.theta.leaves)
 
     def after_dry_run(self) -> None:
-        """Take a round with one example fewer: it finds an axis of equal length mistaken for it."""
+        """Take a round with one example fewer; it fails if another axis was taken for that axis."""
         core, varies = self.core, bool(self.space.per_example.any())
         if self.response.per_example and varies and not core.carry:
             self.inner_step(without_last(core.data.train.peek()))

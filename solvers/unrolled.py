@@ -1,4 +1,4 @@
-"""Unrolled differentiation: the best response is what K steps of the inner optimizer make of λ."""
+"""Unrolled differentiation: the best response is the result of K inner optimizer steps at λ."""
 
 import math
 import warnings

@@ -183,7 +183,7 @@ def _show(otherwise: Callable[..., None], launch: Launch) -> Callable[..., None]
 
 
 def _ablation(overrides: Sequence[str]) -> str:
-    """Return the part of a directory name that tells runs of a sweep apart: `-linearize-false`."""
+    """Return the part of a directory name that only this run of a sweep has: `-linearize-false`."""
     plain = [text.lstrip("+~") for text in overrides]
     own = [text for text in plain if text.startswith(("problem.", "solver.", "lr."))]
     label = "".join("-" + text.split(".", 1)[1] for text in own)

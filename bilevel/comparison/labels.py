@@ -83,7 +83,7 @@ def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _is_used(key: str, settings: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether a shared setting reaches the solver.
 
-    It does where a setting of the solver with a similar name varies with it.
+    It does if a solver setting with a similar name varies together with it.
     """
     if not key.startswith(SHARED):
         return True

@@ -47,7 +47,7 @@ class Cell(NamedTuple):
 
 
 class Capture:
-    """Takes the steps of a solver: the first ones directly, then by replaying a recording of them.
+    """Take the steps of a solver: the first ones directly, the later ones as a replayed graph.
 
     A recording holds addresses and numbers, so whatever changes from step to step must lie in
     tensors that keep their memory. The solver declares the attributes that a step binds anew

@@ -1,4 +1,4 @@
-"""The error of a solver's hypergradient, for problems that know the exact one."""
+"""The error of a solver's hypergradient, for problems with an exact one."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""A run as its caller asks for it."""
+"""The arguments of `Runner.run`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

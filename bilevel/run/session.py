@@ -1,4 +1,4 @@
-"""One run while it goes: what its steps make and its features read."""
+"""The shared state of a run: its steps fill it, its features read it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class Session:
         data: the streams; set by `build`.
         problem: the problem as the solver meets it, with all wrappers; set by `build`.
         loop: the training loop; set by `build`.
-        info: what loggers know of the run; set by `build`.
+        info: the facts about the run that loggers receive; set by `build`.
         reason: what ended the run; set by `train`.
     """
 

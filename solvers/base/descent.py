@@ -25,7 +25,7 @@ class Descent(InnerSettings, OuterSettings, Solver):
     """Rounds of `inner_steps` updates of w, then `outer_steps` updates of λ.
 
     A concrete solver holds settings, and makes the mutable state of its method in `start`. This
-    class is everything else, and a solver overrides nothing of it.
+    class does the rest. A solver implements `start` and hooks, and overrides nothing else.
 
     Attributes:
         core: problem, data, weights (`core.weights`) and search distribution (`core.search`).
@@ -45,7 +45,7 @@ class Descent(InnerSettings, OuterSettings, Solver):
         """Raise if a setting of this solver is wrong."""
 
     def fits(self, problem: Problem, device: torch.device) -> None:
-        """Raise `Refused` before anything is built, for example for want of memory."""
+        """Raise `Refused` before anything is built, for example if its state would not fit."""
 
     def lacking(self) -> str | None:
         """Return the refusal of a layer without a needed derivative, with {error} in it."""

@@ -94,7 +94,7 @@ class Method(ABC):
 
 
 class BestResponse(Method):
-    """A method that answers ŵ(λ); autograd then finds the hypergradient.
+    """A method that returns ŵ(λ) as a differentiable function; autograd finds the hypergradient.
 
     dL_V/du = ∂_λ L_V · dλ/du + ∂_w L_V · dŵ/du
     """

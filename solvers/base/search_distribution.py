@@ -79,7 +79,7 @@ class SearchDistribution:
         return torch.log(self.sigma).sum() + 0.5 * self.u.numel() * math.log(2 * math.pi * math.e)
 
     def trained(self) -> list[Optimized]:
-        """Return what an outer step descends: u, and s where it is trained."""
+        """Return the tensors that an outer step trains: u, and s if σ is tuned."""
         return [self.mean] if self.scale is None else [self.mean, self.scale]
 
     def recentre(self) -> None:

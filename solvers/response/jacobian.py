@@ -53,7 +53,7 @@ class Structured(Response):
     matrix product serves all layers. They start at zero. W₁ starts as U(±1/√fan_in), and a vector
     of n entries as U(±1/√n).
 
-    Source: STN eq. 3.7, Δ-STN eq. 4.12.
+    Source: Bae & Grosse, NeurIPS 2020, eq. 3.7 (STN, at λ) and eq. 4.12 (Δ-STN, at λ − λ₀).
     """
 
     per_example = True

@@ -149,7 +149,7 @@ def embedding(input: Tensor, weight: ResponseWeight, *args: Any, **kwargs: Any) 
 def add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
     """Return X + b, where the per-example b has fewer axes: a bias that is written out."""
     if alpha != 1:
-        raise BilevelError(f"alpha={alpha} of `add` has no response rule; multiply first")
+        raise BilevelError(f"alpha={alpha} of `add` has no response rule; write x + alpha * y")
     return _elementwise(torch.add, input, other)
 
 
