@@ -402,7 +402,7 @@ MUTANTS = [
         "problems/datasets/validation_split.py",
         "torch.where(shares + 1 < sizes,",
         "torch.where(shares < sizes,",
-        "problems/classification/test_images.py",
+        "problems/datasets/test_validation_split.py",
     ),
     Mutant(
         "what a captured step binds anew stays where the recording left it",
