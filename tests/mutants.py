@@ -275,7 +275,7 @@ MUTANTS = [
         "solvers/sama.py",
         "        generator.set_state(masks)\n        behind",
         "        behind",
-        "solvers/test_soba_sama_penalty.py",
+        "solvers/test_sama.py",
     ),
     Mutant(
         "ξ divided by σ, not by σ²",
