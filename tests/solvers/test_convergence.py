@@ -1,6 +1,6 @@
 """Convergence to λ* of self-tuning, unrolled and implicit solvers within one budget of examples.
 
-Other solvers have budgets of their own: test_soba_sama_penalty.py, test_evolution.py,
+Other solvers have budgets of their own: base/test_descent.py, test_evolution.py,
 test_population.py, test_search.py.
 """
 
