@@ -7,6 +7,7 @@ the first one that is wrong. A dictionary can give a dotted name:
 
 import sys
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from bilevel.errors import BilevelError
@@ -58,7 +59,7 @@ def positive(remedy: str | None = None, /, **settings: Any) -> None:
 
 
 def at_least(least: float, remedy: str | None = None, /, **settings: Any) -> None:
-    """Require finite numbers that are not below `least`.
+    """Require numbers that are not below `least`; infinity is allowed.
 
     Example:
         >>> at_least(1, inner_steps=0)
@@ -66,7 +67,7 @@ def at_least(least: float, remedy: str | None = None, /, **settings: Any) -> Non
         bilevel.errors.BilevelError: inner_steps=0 must be at least 1; choose 1 or more
     """
     for name, value in settings.items():
-        if not (is_number(value) and least <= value <= sys.float_info.max):
+        if not (is_number(value) and least <= value):
             raise wrong(
                 name, value, f"must be at least {least}", remedy or f"choose {least} or more"
             )
@@ -81,7 +82,8 @@ def whole(least: int, remedy: str | None = None, /, **settings: Any) -> None:
         bilevel.errors.BilevelError: pairs=1.5 must be a whole number of at least 1; choose 1, 2, …
     """
     for name, value in settings.items():
-        if not (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        integral = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (integral and int(value) >= least):
             what = f"must be a whole number of at least {least}"
             raise wrong(name, value, what, remedy or f"choose {least}, {least + 1}, …")
 

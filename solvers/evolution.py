@@ -20,7 +20,7 @@ from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import WrittenHypergradient
 from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 from bilevel.solvers.unroll.trajectory import InnerState, Trajectory
-from bilevel.validate import positive, whole
+from bilevel.validate import at_least, positive, whole
 
 LARGE = 100
 """A spread of the particles' losses above so many central losses is not an effect of λ alone."""
@@ -80,7 +80,8 @@ class EvolutionStrategies(Descent):
         return EvolutionMethod(self, core)
 
     def check_settings(self) -> None:
-        whole(1, pairs=self.pairs, horizon=self.horizon)
+        whole(1, pairs=self.pairs)
+        at_least(1, horizon=self.horizon)
         positive(spread=self.spread)
 
     def memory_settings(self, space: Space) -> list[str]:
@@ -121,6 +122,7 @@ class EvolutionMethod(WrittenHypergradient):
     def begin_round(self, steps: int, *, warmup: bool) -> None:
         """Draw ε of this round; only the centre trains in warm-up."""
         self.places = []
+        self.losses = []
         if not warmup:
             with self.core.services.phase("response"):
                 self.perturb()

@@ -130,8 +130,11 @@ class PenaltyMethod(WrittenHypergradient):
         core = self.core
         y, z = self.penalized.detached(), core.weights.detached()
         loss, _, direct = core.outer_gradients(batch, y, self.penalized_carry)
-        begun = (core.data.train.peek(), core.carry, self.penalized_carry)
-        training, z_carry, y_carry = self.recent or begun
+        training, z_carry, y_carry = self.recent or (
+            core.data.train.peek(),
+            core.carry,
+            self.penalized_carry,
+        )
         core.data.train.count(count_examples(training))
         masks = core.generator.get_state()
         of_y, at_y = self.inner_gradient(y, y_carry, training)

@@ -92,6 +92,7 @@ class UnrolledMethod(BestResponse):
         trajectory: the inner steps as functions.
         restart_point: the initial weights, where a round begins if `restart`; else None.
         unroll: the steps of this round; None between rounds and in plain warm-up.
+        warmup: whether this round has no outer step.
     """
 
     unrolls: ClassVar[bool] = True
@@ -102,6 +103,7 @@ class UnrolledMethod(BestResponse):
         self.optimizer = FunctionalOptimizer(core.weights, core.problem.space)
         self.trajectory = Trajectory(core.problem, self.optimizer, core.generator, core.functions)
         self.unroll: Unroll | None = None
+        self.warmup = False
         self.restart_point: InnerState | None = None
         if settings.restart:
             names = list(core.weights.tensors)
@@ -117,6 +119,7 @@ class UnrolledMethod(BestResponse):
         lie on the device, and the optimizer takes them without waiting.
         """
         self.unroll = None
+        self.warmup = warmup
         if warmup and not self.optimizer.tuned:
             return
         start = self.here() if warmup or self.restart_point is None else self.restart_point
@@ -139,6 +142,8 @@ class UnrolledMethod(BestResponse):
         if self.unroll is not None:
             self.optimizer.write(self.unroll.point.params, self.unroll.point.moments)
             self.core.carry = self.unroll.point.carry
+        if self.warmup:
+            self.unroll = None
         return {}
 
     def here(self) -> InnerState:

@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 import pkgutil
 import textwrap
 from abc import ABC, abstractmethod
@@ -155,11 +156,14 @@ def test_shared_settings_are_spelled_once_in_python():
     defined = {f.name for settings in (InnerSettings, OuterSettings) for f in fields(settings)}
     assert set(SHARED) <= defined
     sources = {p: p.read_text(encoding="utf-8") for p in (ROOT / "solvers").rglob("*.py")}
-    for name in ("inner_optimizer", "inner_scheduler", "clip_norm"):
-        spelled = [p.name for p, text in sources.items() if f"    {name}: Make" in text]
-        spelled += [p.name for p, text in sources.items() if f"    {name}: float" in text]
-        allowed = {"settings.py", "optimized.py"}
-        assert set(spelled) <= allowed, name
+    other = {"inner_steps": {"first_order.py", "unrolled.py", "soba.py"}}  # another default
+    other |= {"outer_steps": {"unrolled.py", "soba.py", "evolution.py"}}  # always 1
+    other |= {"outer_optimizer": {"soba.py"}, "clip_norm": {"optimized.py"}}
+    for name in SHARED:
+        line = re.compile(rf"^    {name}: ", re.MULTILINE)
+        spelled = {p.name for p, text in sources.items() if line.search(text)}
+        assert "settings.py" in spelled
+        assert spelled <= {"settings.py"} | other.get(name, set()), name
     for solver in (getattr(bilevel.solvers, name) for name in bilevel.solvers.__all__):
         if inspect.isclass(solver) and issubclass(solver, Solver):
             assert is_dataclass(solver)

@@ -170,8 +170,8 @@ class Loop:
         # a DataLoader draws from the global random state whenever it is iterated
         with torch.random.fork_rng(devices=cuda):
             solution = self.solver.solution()
-            train, valid, hypergradient = self._measure(solution)
-        bad = not_finite("hyperparameter", solution.hypers)
+            bad = not_finite("hyperparameter", solution.hypers)
+            train, valid, hypergradient = self._measure(solution, finite=not bad)
         metrics = self._step_metrics()
         self.evaluating += time.perf_counter() - began
         exact = self.problem.exact(solution.hypers)
@@ -208,7 +208,7 @@ class Loop:
             self.stalled += 1
 
     def _measure(
-        self, solution: Solution
+        self, solution: Solution, *, finite: bool
     ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
         """Return the metrics on training and validation data, and the hypergradient's error."""
         self.ranks.check(solution._asdict(), self.step)
@@ -216,8 +216,7 @@ class Loop:
         # training losses are not comparable between solvers, so all are measured in this one way
         few = min(self.data.train.size, self.data.valid.size)
         train = evaluate(self.problem, solution, self.data.train, limit=few)
-        finite = math.isfinite(valid["loss"]) and not not_finite("λ", solution.hypers)
-        if self.hypergradient_error is None or not finite:
+        if self.hypergradient_error is None or not (finite and math.isfinite(valid["loss"])):
             return train, valid, {}
         measured = self.hypergradient_error.measure(self.solver, self.data, solution.hypers)
         return train, valid, measured

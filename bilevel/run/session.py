@@ -37,6 +37,7 @@ class Session:
         params: initial weights in place of random ones, or None.
         data: the streams; set by `build`.
         problem: the problem as the solver meets it, with all wrappers; set by `build`.
+        set_up: whether the solver is set up.
         loop: the training loop; set by `build`.
         info: the facts about the run that loggers receive; set by `build`.
         reason: what ended the run; set by `train`.
@@ -54,6 +55,7 @@ class Session:
     params: Mapping[str, Tensor] | None = None
     data: Data = field(init=False)
     problem: Problem = field(init=False)
+    set_up: bool = False
     loop: Loop = field(init=False)
     info: RunInfo = field(init=False)
     reason: str | None = None
@@ -61,7 +63,7 @@ class Session:
     @property
     def data_after_setup(self) -> Data | None:
         """Return the streams once the solver is set up, and None before."""
-        return self.data if hasattr(self, "loop") else None
+        return self.data if self.set_up else None
 
     @property
     def out_of_time(self) -> bool:

@@ -1,5 +1,6 @@
 """The settings of a run: its length, and what is measured, shown and saved on the way."""
 
+import math
 from dataclasses import dataclass
 
 from bilevel import validate
@@ -82,7 +83,9 @@ class RunSettings:
         for name in (*budgets, "patience", "threads"):
             if getattr(self, name) is not None:
                 validate.positive(**self._named(name))
-        validate.positive(**self._named("evaluate_every"))
+        if self.evaluate_every != math.inf:  # infinity: at the start and at the end alone
+            validate.positive(**self._named("evaluate_every"))
+        validate.finite(**self._named("warmup_epochs"))
         validate.at_least(0, **self._named("warmup_epochs"))
         validate.whole(1, **self._named("checkpoint_every", "keep_checkpoints"))
         check_precision(self.precision)

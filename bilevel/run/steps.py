@@ -62,6 +62,7 @@ def build(run: Session) -> None:
     error = HypergradientError.of(problem, solver, device)
     services = Services(Timers(device))
     solver.setup(problem, run.data, device, for_solver, services)
+    run.set_up = True
     run.loop = Loop(
         problem=problem,
         solver=solver,

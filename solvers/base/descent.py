@@ -142,15 +142,19 @@ class Descent(InnerSettings, OuterSettings, Solver):
         self.fits(problem, device)
         second = Need.SECOND_DERIVATIVES in self.needs
         trial, draws = copy.copy(self), torch.Generator(device).manual_seed(0)
-        with refusals(self.lacking() or (lacks_derivative(self) if second else None)):
-            trial.build(problem, peeking(data), device, draws, Services())
-            trial.method.before_dry_run()
-            trial.step(limit=2)
-            if second:
-                core, batches = trial.core, [data.train.peek()]
-                params, u = core.weights.detached(), core.search.u0
-                Pullback(problem, u, params, core.carry, batches, draws, core.functions).check()
-            trial.method.after_dry_run()
+        try:
+            with refusals(self.lacking() or (lacks_derivative(self) if second else None)):
+                trial.build(problem, peeking(data), device, draws, Services())
+                trial.method.before_dry_run()
+                trial.step(limit=2)
+                if second:
+                    core, batches = trial.core, [data.train.peek()]
+                    params, u = core.weights.detached(), core.search.u0
+                    Pullback(problem, u, params, core.carry, batches, draws, core.functions).check()
+                trial.method.after_dry_run()
+        finally:  # the core refers to the trial, so its memory would stay until a collection
+            for name in ("core", "method"):
+                vars(trial).pop(name, None)
 
     # --- what the runner asks for ---
 

@@ -150,6 +150,6 @@ class WrittenHypergradient(Method):
     def outer_step(self, *batches: Batch) -> Metrics:
         """Take one step of u along the hypergradient."""
         loss, gradient, metrics = self.differentiate(*batches)
-        self.core.watch(loss)
+        self.core.watch(loss + 0 * gradient.sum())  # a gradient that is not finite counts too
         apply_gradients([gradient], self.core.search.mean)
         return metrics | {"outer_loss": loss, "hypergradient_norm": gradient.norm()}

@@ -68,7 +68,7 @@ PART = dict.fromkeys(SOLVERS, 0.02) | {
 """The part of the initial regret that may be left, or of that at 1 where 1 is nearer to λ*."""
 
 
-@pytest.mark.parametrize("init", [-3.0, 1.0])
+@pytest.mark.parametrize("init", [-3.0, -1.0, 1.0])
 @pytest.mark.parametrize("title", PROBLEMS)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_each_comes_to_the_optimum_within_the_budget(name, title, init, tmp_path, record_property):
