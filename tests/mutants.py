@@ -6,6 +6,7 @@ which the named tests run. A mutant that survives is a gap in the tests. docs/mu
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -462,7 +463,8 @@ def survives(mutant: Mutant | None) -> str | None:
         ]
         environment = os.environ | {"PYTHONPATH": place, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    failed = done.returncode == 1 and "\nFAILED " in done.stdout
+    # A fixture may notice it, too; an error without `::` is one of collection.
+    failed = done.returncode == 1 and re.search(r"^(FAILED |ERROR .*::)", done.stdout, re.MULTILINE)
     if mutant is None:
         return (
             None

@@ -36,7 +36,7 @@ from bilevel.solvers import (
     implicit_cg,
 )
 from tests.support.device_waits import no_waiting
-from tests.support.solver_cases import FLAGS
+from tests.support.solver_cases import FLAGS, at
 from tests.support.solver_list import SOLVERS, suited
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def trained(problem, solver, ranks=None, *, dry_run=True):
         f"{kind}.{name}": t for kind, held in solution._asdict().items() for name, t in held.items()
     }
     found |= {f"metrics.{name}": t for name, t in metrics.items()} | {
-        "generator": solver.core.generator.get_state()
+        "generator": at(solver).generator.get_state()
     }
     found |= {
         f"valid.{name}": torch.tensor(value, dtype=torch.float64)

@@ -43,9 +43,20 @@ def outcomes(tmp_path_factory):
     """Return the results of every case on both ranks, from one pair of processes."""
     out = tmp_path_factory.mktemp("parallel")
     command = [sys.executable, "-m", "tests.support.parallel_cases", out]
-    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
-    pair = [subprocess.Popen([*command, str(rank), out / "store"], **options) for rank in (0, 1)]
-    errors = [process.communicate(timeout=600)[1] for process in pair]
+    with open(out / "log0", "w") as first, open(out / "log1", "w") as second:
+        pair = [
+            subprocess.Popen([*command, str(rank), out / "store"], cwd=ROOT, stderr=log)
+            for rank, log in enumerate((first, second))
+        ]
+        deadline = time.monotonic() + 600
+        while any(process.poll() is None for process in pair) and time.monotonic() < deadline:
+            if any(process.poll() for process in pair):
+                break  # the other process would wait for it
+            time.sleep(0.1)
+    for process in pair:
+        process.kill()
+        process.wait()
+    errors = [(out / f"log{rank}").read_text() for rank in (0, 1)]
     assert [process.returncode for process in pair] == [0, 0], errors
     results = [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     return {name: (results[0][name], results[1][name]) for name in results[0]} | {"out": out}
