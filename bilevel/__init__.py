@@ -7,7 +7,6 @@ from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, FullBatch, TensorStream, stream, streams
 from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
 from bilevel.errors import BilevelError, Refused, SpeedWarning
-from bilevel.links import explain_broken_links
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import (
     Batch,
@@ -27,6 +26,7 @@ from bilevel.run.runner import Runner
 from bilevel.services import Services
 from bilevel.solver import Solution, Solver
 from bilevel.space import Space
+from bilevel.symlinks import explain_broken_links
 
 __all__ = [
     "Batch",

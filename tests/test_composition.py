@@ -4,8 +4,8 @@ import ast
 import functools
 import importlib
 import inspect
-import re
 import pkgutil
+import re
 import textwrap
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass

@@ -16,9 +16,9 @@ from bilevel.cli.job import Job, add_resolvers
 from bilevel.cli.resume import AUTO, stored_config
 from bilevel.cli.run_config import OPEN_GROUPS
 from bilevel.errors import BilevelError
-from bilevel.links import broken_link
 from bilevel.parallel.torchrun import torchrun_launch, world_size
 from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
+from bilevel.symlinks import broken_link
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,12 +13,12 @@ from bilevel.loggers.logger import Logger, Place
 from bilevel.loggers.records import Record
 from bilevel.parallel.process_group import device_of_rank
 from bilevel.problem import Problem
-from bilevel.run.features import AROUND_RUN, AROUND_TRAINING
 from bilevel.run.request import RunRequest
 from bilevel.run.session import Session
 from bilevel.run.settings import RunSettings
-from bilevel.run.steps import build, claim, train
+from bilevel.run.stages import build, claim, train
 from bilevel.run.summary import summarize
+from bilevel.run.surroundings import AROUND_RUN, AROUND_TRAINING
 from bilevel.solver import Solver
 
 

@@ -1,4 +1,4 @@
-"""The shared state of a run: its steps fill it, its features read it."""
+"""The shared state of a run: its stages fill it, its surroundings read it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from bilevel.run.signals import Interrupts
 
 @dataclass
 class Session:
-    """The shared state of the steps and the features (`bilevel.run.steps`, `bilevel.run.features`).
+    """The shared state of the stages and the surroundings (`bilevel.run.stages`, `bilevel.run.surroundings`).
 
     Attributes:
         settings: the settings of the runner.

@@ -259,7 +259,7 @@ def test_paired_tests_are_scipys_over_the_seeds_that_both_have(tmp_path):
     assert {pair.first for pair in against} == {best}
 
 
-def test_what_cannot_be_tested_is_made_without_a_p(tmp_path):
+def test_a_difference_that_cannot_be_tested_has_no_p(tmp_path):
     runs = [
         one(tmp_path / f"{s}{seed}", [9.0, 1.0 + (s == "b")], solver=s, seed=seed)
         for s in "ab"

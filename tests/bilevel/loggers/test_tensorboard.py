@@ -165,7 +165,7 @@ def test_pictures(tmp_path):
     )
 
 
-def test_it_is_settings_where_tensorboard_is_missing(monkeypatch):
+def test_a_missing_tensorboard_is_one_error(monkeypatch):
     monkeypatch.setattr("bilevel.loggers.tensorboard_logger.find_spec", lambda name: None)
     with pytest.raises(BilevelError, match=r"pip install 'bilevel\[tensorboard\]'"):
         TensorBoard()

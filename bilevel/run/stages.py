@@ -1,4 +1,4 @@
-"""The steps of a run before its summary: claim the directory, build the loop, train."""
+"""The stages of a run before its summary: claim the directory, build the loop, train."""
 
 import tempfile
 from pathlib import Path
@@ -16,11 +16,11 @@ from bilevel.loggers.plot import CurvesPlot
 from bilevel.loggers.records import METRICS, brief
 from bilevel.run.cuda_graph import Capture
 from bilevel.run.distributed import FirstRankSaver
-from bilevel.run.features import WRAPPERS
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.run.initial_params import read_params
 from bilevel.run.loop import Loop
 from bilevel.run.session import Session
+from bilevel.run.surroundings import WRAPPERS
 from bilevel.services import Services
 from bilevel.timers import Timers
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bilevel import links
+from bilevel import symlinks
 from bilevel.cli.app import main
 
 QUICK = (
@@ -72,8 +72,8 @@ def test_the_source_folders_are_not_imported_by_their_own_name(name):
     )
 
 
-def test_links_that_are_whole_are_left_alone():
-    assert links.broken_link() is None
+def test_symlinks_that_are_whole_are_left_alone():
+    assert symlinks.broken_link() is None
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
         import bilevel.nowhere  # noqa: F401
 
@@ -81,7 +81,7 @@ def test_links_that_are_whole_are_left_alone():
 def test_a_broken_link_is_one_sentence(tmp_path, monkeypatch, capfd):
     sentence = f"{tmp_path / 'solvers'} must be a folder or a symbolic link to one; clone"
     monkeypatch.setattr(links, "PACKAGE", broken(tmp_path))
-    assert links.broken_link().startswith(sentence)
+    assert symlinks.broken_link().startswith(sentence)
     (finder,) = (f for f in sys.meta_path if f is links._BrokenLinks)
     with pytest.raises(ImportError, match=r"core\.symlinks=true"):
         finder.find_spec("bilevel.solvers")
