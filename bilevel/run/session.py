@@ -22,7 +22,9 @@ from bilevel.run.signals import Interrupts
 
 @dataclass
 class Session:
-    """The shared state of the stages and the surroundings (`bilevel.run.stages`, `bilevel.run.surroundings`).
+    """The state that stages and surroundings share.
+
+    They are in `bilevel.run.stages` and `bilevel.run.surroundings`.
 
     Attributes:
         settings: the settings of the runner.

@@ -80,9 +80,9 @@ def test_symlinks_that_are_whole_are_left_alone():
 
 def test_a_broken_link_is_one_sentence(tmp_path, monkeypatch, capfd):
     sentence = f"{tmp_path / 'solvers'} must be a folder or a symbolic link to one; clone"
-    monkeypatch.setattr(links, "PACKAGE", broken(tmp_path))
+    monkeypatch.setattr(symlinks, "PACKAGE", broken(tmp_path))
     assert symlinks.broken_link().startswith(sentence)
-    (finder,) = (f for f in sys.meta_path if f is links._BrokenLinks)
+    (finder,) = (f for f in sys.meta_path if f is symlinks._BrokenLinks)
     with pytest.raises(ImportError, match=r"core\.symlinks=true"):
         finder.find_spec("bilevel.solvers")
     assert finder.find_spec("solvers") is None
