@@ -10,6 +10,7 @@ import traceback
 import warnings
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -301,16 +302,17 @@ def runs(ranks, out):
     whole = runner(epochs=8).run(
         mlp("bernoulli"), delta_stn(), directory=out / f"whole{ranks.rank or ''}", seed=3
     )
-    stopping = delta_stn()
-    step, stopped = stopping.step, []
+    step, stopped = SelfTuning.step, []
 
-    def interrupted(**options):
-        if stopping.inner_count > 5 and ranks.rank == 1 and not stopped:
+    def interrupted(solver, **options):
+        if solver.inner_count > 5 and ranks.rank == 1 and not stopped:
             stopped.append(signal.raise_signal(signal.SIGINT))
-        return step(**options)
+        return step(solver, **options)
 
-    stopping.step = interrupted
-    first = runner(epochs=8).run(mlp("bernoulli"), stopping, directory=out / "stopped", seed=3)
+    with mock.patch.object(SelfTuning, "step", interrupted):
+        first = runner(epochs=8).run(
+            mlp("bernoulli"), delta_stn(), directory=out / "stopped", seed=3
+        )
     second = runner(epochs=8).run(
         mlp("bernoulli"), delta_stn(), directory=out / "stopped", seed=3, resume=True
     )
