@@ -36,6 +36,10 @@ def _advice(path: Any) -> str:
     if package == "bilevel" and os.path.isdir(own):
         return f"rename {own}, since only the installed package of that name is searched"
     if package in ("solvers", "problems"):
+        try:
+            _resolved(f"bilevel.{path}")
+        except (ImportError, AttributeError):
+            return f"bilevel.{package} has replaced that package; look the name up there"
         return f"write bilevel.{package}.{rest} for one of bilevel"
     return "give the dotted path of a class or function"
 

@@ -35,7 +35,7 @@ def build(node: Any, role: str) -> Any:
         if isinstance(cause, BilevelError):
             raise BilevelError(_with_role(str(cause), role, str(error))) from error
         unknown = re.search(
-            r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(cause)
+            r"(?:unexpected|multiple values for) (?:keyword )?argument '(\w+)'", str(cause)
         )
         if isinstance(cause, TypeError) and unknown and (name := unknown[1]) in node:
             # The target takes any name and passes it on, or sets this one itself.

@@ -1,5 +1,6 @@
 """The stages of a run before its summary: claim the directory, build the loop, train."""
 
+import inspect
 import tempfile
 from pathlib import Path
 from signal import Signals
@@ -22,6 +23,7 @@ from bilevel.run.loop import Loop
 from bilevel.run.session import Session
 from bilevel.run.surroundings import WRAPPERS
 from bilevel.services import Services
+from bilevel.solver import Solver
 from bilevel.timers import Timers
 
 
@@ -61,6 +63,7 @@ def build(run: Session) -> None:
     check_setup(problem, run.data, device)
     error = HypergradientError.of(problem, solver, device)
     services = Services(Timers(device))
+    _check_takes_services(solver)
     solver.setup(problem, run.data, device, for_solver, services)
     run.set_up = True
     run.loop = Loop(
@@ -82,6 +85,16 @@ def build(run: Session) -> None:
     if settings.capture:
         services.capture = Capture.of(solver, device, for_solver, run.ranks.world)
     run.info = _info(run)
+
+
+def _check_takes_services(solver: Solver) -> None:
+    taken = inspect.signature(solver.setup).parameters.values()
+    if not any(p.name == "services" or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in taken):
+        name = type(solver).__name__
+        raise BilevelError(
+            f"{name}.setup does not take `services`; add the argument `services=None` and the line "
+            "`self.services = services or Services()`"
+        )
 
 
 def train(run: Session) -> str:

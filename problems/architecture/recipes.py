@@ -13,6 +13,7 @@ def architecture_images(
     data: Literal["digits", "mnist"] = "digits",
     root: str = "data",
     download: bool = True,
+    *,
     channels: int = 8,
     split_seed: int = 0,
     valid_fraction: float = 0.15,
@@ -57,6 +58,7 @@ def architecture_images(
 
 def architecture_tabular(
     data: str = "interactions",
+    *,
     cells: int = 1,
     width: int = 16,
     split_seed: int = 0,

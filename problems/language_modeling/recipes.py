@@ -15,6 +15,7 @@ def language(
     embedding: int = 64,
     hidden: int = 64,
     layers: int = 2,
+    *,
     bptt: int = 20,
     **options: Any,
 ) -> Language:

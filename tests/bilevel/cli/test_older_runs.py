@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from bilevel import BilevelError
 from bilevel.checkpoint import file_format
 from bilevel.cli import compare
 from bilevel.cli.app import main
+from bilevel.cli.locate import locate
 from bilevel.comparison.runs import read_runs
 from bilevel.solvers import Replayed
 
@@ -71,3 +73,15 @@ def test_they_are_compared_with_newer_ones_under_one_label(old):
 
 def test_their_hyperparameter_schedules_are_replayed(old):
     assert Replayed(old).schedule.steps[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("solvers.Fixed", "write bilevel.solvers.Fixed for one of bilevel"),
+        ("problems.datasets.cifar10", "bilevel.problems has replaced that package; look"),
+    ],
+)
+def test_an_old_path_is_advised_only_where_the_new_one_exists(path, advice):
+    with pytest.raises(BilevelError, match=advice):
+        locate(path, "problem")

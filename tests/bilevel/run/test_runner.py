@@ -413,3 +413,12 @@ def test_few_weights_run_on_one_thread_unless_told_otherwise(tmp_path, monkeypat
         runner = Runner(epochs=1, progress="none", picture=False, threads=threads)
         runner.run(FakeProblem(), FakeSolver(), directory=tmp_path / str(threads))
     assert asked == [1, 7, 3, 7]
+
+
+def test_a_solver_that_takes_no_services_is_one_sentence(tmp_path):
+    class Older(FakeSolver):
+        def setup(self, problem, data, device, generator):
+            super().setup(problem, data, device, generator)
+
+    with pytest.raises(BilevelError, match="Older.setup does not take `services`; add"):
+        Runner(epochs=1, progress="none").run(FakeProblem(), Older(), directory=tmp_path / "run")
