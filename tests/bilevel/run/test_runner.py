@@ -420,5 +420,5 @@ def test_a_solver_that_takes_no_services_is_one_sentence(tmp_path):
         def setup(self, problem, data, device, generator):
             super().setup(problem, data, device, generator)
 
-    with pytest.raises(BilevelError, match="Older.setup does not take `services`; add"):
+    with pytest.raises(BilevelError, match=r"Older\.setup does not take `services`; add"):
         Runner(epochs=1, progress="none").run(FakeProblem(), Older(), directory=tmp_path / "run")
