@@ -216,12 +216,12 @@ def _complete_until(directory: Path, run_id: str) -> int:
     """Return the last step that W&B holds of a run, -1 for none.
 
     W&B's process writes an offline file in blocks. If the run is killed, the last block is missing,
-    and this function sets the incomplete part aside.
+    and this function sets the incomplete part aside. Parts of the same second end in -1, -2, …
     """
-    for part in directory.glob(f"wandb/offline-run-*-{run_id}"):
+    for part in directory.glob(f"wandb/offline-run-*-{run_id}*"):
         if not (part / MARK).exists():
             part.rename(part.with_name(f"killed-{part.name}"))
-    marks = directory.glob(f"wandb/*run-*-{run_id}/{MARK}")
+    marks = directory.glob(f"wandb/*run-*-{run_id}*/{MARK}")
     return max((int(mark.read_text() or -1) for mark in marks), default=-1)
 
 

@@ -103,7 +103,7 @@ def test_recipes_are_presets(recipe):
 def test_linearize_without_centered_is_refused_with_its_reason(regularized_w0):
     with pytest.raises(
         BilevelError,
-        match=r"linearize=True needs centered=True, .* far from w₀; set linearize=false",
+        match=r"linearize=True needs centered=True, .* near w₀ alone; set linearize=false",
     ):
         SelfTuning(centered=False, regularized_w0=regularized_w0, linearize=True)
 

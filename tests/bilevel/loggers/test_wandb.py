@@ -72,7 +72,8 @@ def read_back(directory):
     W&B's own process may still be writing when a run has ended.
     """
     records = []
-    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+    files = directory.glob("wandb/offline-run-*/*.wandb")
+    for path in sorted(files, key=lambda path: path.stat().st_mtime):
         deadline = time.monotonic() + 10
         while not of_kind(written := read_file(path), "exit") and time.monotonic() < deadline:
             time.sleep(0.05)
