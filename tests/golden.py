@@ -270,7 +270,7 @@ def outcomes(names: list[str], jobs: int) -> Iterator[tuple[str, dict[str, Any],
 
 
 def chosen(name: str, only: list[str]) -> bool:
-    """Whether the case is asked for."""
+    """Return whether the case is asked for."""
     return not only or any(part in name for part in only)
 
 

@@ -51,7 +51,7 @@ OWN = {
     "implicit_neumann": ["solver.linear_solve.terms=4"],
     "implicit_nystrom": ["solver.linear_solve.rank=3"],
 }
-"""What makes a solver small, and its rare events come."""
+"""Overrides that make a solver small, so that its rare events occur."""
 SCHEDULE = (
     "solver.inner_scheduler={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, "
     "step_size: %d, gamma: 0.7}"

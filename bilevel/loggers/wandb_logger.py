@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -34,8 +33,6 @@ REACH_SECONDS = 5.0
 FINISH_SECONDS = 60.0
 """Longest wait for the end of an online run; W&B itself would wait without limit."""
 LONGEST_TAG = 64
-PAUSES = (0.5, 1, 2, 4)
-"""Seconds to wait for the id of a run, attempt by attempt."""
 MARK = "last_step"
 """Name of the file in W&B's folder of a run that holds the last step logged there.
 
@@ -122,12 +119,12 @@ class WandB(Logger):
         }
         if self.mode == "online" and (problem := _unreachable(wandb, settings)) is None:
             try:
-                self.run = _init(wandb, mode="online", **arguments)
+                self.run = wandb.init(mode="online", **arguments)
                 self._online = True
             except wandb.errors.Error as error:
                 problem = first_line(error)
         if self.run is None:
-            self.run = _init(wandb, mode="offline", **arguments)
+            self.run = wandb.init(mode="offline", **arguments)
             if self.mode == "online":
                 later = f"wandb sync {Path(self.run.dir).parent}"
                 log.warning(
@@ -213,18 +210,6 @@ class WandB(Logger):
 
     def state(self) -> dict[str, Any]:
         return {"id": self._id} if self._id else {}
-
-
-def _init(wandb: Any, **arguments: Any) -> Any:
-    """Return the run of `wandb.init`; W&B can hold the id of a killed run for some seconds."""
-    for pause in PAUSES:
-        try:
-            return wandb.init(**arguments)
-        except Exception as error:
-            if "is in use" not in str(error):
-                raise
-            time.sleep(pause)
-    return wandb.init(**arguments)
 
 
 def _complete_until(directory: Path, run_id: str) -> int:

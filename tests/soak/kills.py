@@ -79,7 +79,9 @@ class Server:
 
     def __init__(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("server.py"))]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+        # a test before this one may have left the address of its own W&B service
+        own = {key: value for key, value in os.environ.items() if "WANDB" not in key}
+        environment = {**own, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from bilevel import BilevelError, Runner
-from bilevel.loggers import wandb_logger
 from bilevel.loggers.logger import Place
 from bilevel.loggers.records import read_metrics
 from bilevel.loggers.wandb_logger import MARK, WandB
@@ -471,23 +470,3 @@ def test_what_wandb_had_not_yet_written_is_logged_when_the_run_goes_on(tmp_path)
     assert [row["hypers/decay"] for row in history] == [line["hypers.decay"] for line in lines]
     assert len({h.run_id for h in of_kind(read_back(tmp_path), "run")}) == 1
     assert len(list(tmp_path.glob("wandb/killed-offline-run-*/*.wandb"))) == 1  # nothing is deleted
-
-
-@pytest.mark.parametrize("failures", [2, 99])
-def test_an_id_that_is_still_in_use_is_waited_for(failures, monkeypatch):
-    monkeypatch.setattr("bilevel.loggers.wandb_logger.PAUSES", (0, 0, 0))
-    calls = []
-
-    class Busy:
-        def init(self, **arguments):
-            calls.append(arguments)
-            if len(calls) <= failures:
-                raise RuntimeError("run ID abc is in use")
-            return "run"
-
-    if failures == 2:
-        assert wandb_logger._init(Busy(), id="abc") == "run"
-        assert calls == [{"id": "abc"}] * 3
-    else:
-        with pytest.raises(RuntimeError, match="in use"):
-            wandb_logger._init(Busy(), id="abc")

@@ -514,13 +514,18 @@ def test_a_worker_of_a_loader_that_dies_is_named_with_its_split(tmp_path, kill):
             loader = DataLoader(Mortal(5, kill), batch_size=2, num_workers=1)
             return Data(stream(loader, None, generator, name="train"), usual.valid, None)
 
-    said = in_a_fork(lambda: run(tmp_path, problem=Loaded()), tmp_path / "said")
+    # PyTorch's handler of SIGCHLD raises wherever the process is, rarely outside the run
+    for attempt in map(str, range(3)):
+        place = tmp_path / attempt
+        said = in_a_fork(lambda place=place: run(place, problem=Loaded()), tmp_path / "said")
+        if not said.startswith("RuntimeError: DataLoader worker"):
+            break
     assert re.fullmatch(
         r"BilevelError: a worker of (the train loader|a DataLoader) died .* num_workers.* "
         r"resume=.*",
         said,
     )
-    assert load(tmp_path)["step"] == 0
+    assert load(place)["step"] == 0
 
 
 # --- numbers that are none
