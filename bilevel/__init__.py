@@ -6,7 +6,7 @@ from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, FullBatch, TensorStream, stream, streams
 from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
-from bilevel.errors import BilevelError, Refused, SpeedWarning
+from bilevel.errors import BilevelError, DataWarning, Refused, SpeedWarning
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import (
     Batch,
@@ -34,6 +34,7 @@ __all__ = [
     "Carry",
     "CheckpointWarning",
     "Data",
+    "DataWarning",
     "Domain",
     "FullBatch",
     "Hypers",

@@ -26,3 +26,7 @@ class SpeedWarning(UserWarning):
 
 class FaultWarning(UserWarning):
     """Something around a run failed, and the run continues without it."""
+
+
+class DataWarning(UserWarning):
+    """The data differ from what they say of themselves, for example in their length."""

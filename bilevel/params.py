@@ -104,10 +104,15 @@ def along_examples(leaf: Tensor, like: Tensor) -> Tensor:
 def count_examples(batch: Batch) -> int:
     """Return the length of the example axis.
 
-    It is the first axis of the first tensor of the batch; a batch without tensors counts as 1.
+    It is the first axis of the first tensor that has one and is longer than 1. A number [] and a
+    tensor of shape [1, …] are shared by all examples. A batch without tensors counts as 1.
+
+    Example:
+        >>> count_examples({"temperature": torch.ones(1), "x": torch.ones(9, 2)})
+        9
     """
     for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] != 1:
             return leaf.shape[0]
     return 1
 

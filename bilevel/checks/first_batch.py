@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bilevel.data.batches import open_batch
 from bilevel.data.tensor_stream import Data
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction, to_device
 from bilevel.problem import Problem
@@ -22,8 +23,10 @@ class FirstBatch:
 
     @cached_property
     def batch(self) -> Batch:
-        """Return the first batch of the train split."""
-        return self.data.train.peek()
+        """Return the first batch of the train split, with its containers opened."""
+        batch = self.data.train.peek()
+        open_batch(batch, "train")
+        return batch
 
     @cached_property
     def u(self) -> Tensor:

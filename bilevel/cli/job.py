@@ -21,13 +21,26 @@ from bilevel.cli import input_errors, sweep, user_modules
 from bilevel.cli.resume import AUTO, continued, repeated, stored_config
 from bilevel.cli.run_config import run_config
 from bilevel.cli.standard_streams import print_line
-from bilevel.errors import BilevelError, DirectoryLocked, FaultWarning, SpeedWarning
+from bilevel.errors import (
+    BilevelError,
+    DataWarning,
+    DirectoryLocked,
+    FaultWarning,
+    SpeedWarning,
+)
 from bilevel.loggers.records import Record
 from bilevel.parallel.torchrun import Launch
 from bilevel.run.loop import SolverWarning
 from bilevel.run.signals import SUBMITIT, OutOfTime, requeue, time_limit_signals
 
-PRINTED = (ProblemWarning, SolverWarning, CheckpointWarning, FaultWarning, SpeedWarning)
+PRINTED = (
+    ProblemWarning,
+    SolverWarning,
+    CheckpointWarning,
+    FaultWarning,
+    SpeedWarning,
+    DataWarning,
+)
 """Warnings that are printed as one line."""
 
 

@@ -1,30 +1,24 @@
 """Batches from a DataLoader or another iterable, reproducible and resumable."""
 
-import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
 
+from bilevel.data.batches import open_batch, require_examples
+from bilevel.data.epoch_numbers import EpochNumbers
 from bilevel.data.fixed_order import FixedOrder
 from bilevel.data.isolated_draws import generators_of, isolated
+from bilevel.data.loader_checks import check_parts, check_rows
+from bilevel.data.loader_errors import explained
+from bilevel.data.loader_pass import LoaderPass
 from bilevel.data.stream import Stream
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, DataWarning
 from bilevel.params import Batch, count_examples
-from bilevel.text import first_line
-
-DEAD_WORKER = re.compile(r"DataLoader worker .*(exited unexpectedly|is killed by signal)")
-"""Matches PyTorch's message about a worker that has ended."""
-DEAD_WORKER_ERRORS = (RuntimeError, ConnectionError, EOFError)
-"""Errors that PyTorch raises where a worker has ended.
-
-The latter two occur while the worker passes a batch.
-"""
 
 
 class LoaderStream(Stream):
@@ -35,7 +29,8 @@ class LoaderStream(Stream):
     Each epoch has a seed, drawn from `generator`. All draws of the loader from PyTorch's CPU
     generators follow from this seed: the order, the workers' seeds, and transforms in this process.
     That holds with and without a generator of the loader's own, and those generators keep their
-    states. A resumed run replays the batches of the unfinished epoch. Two kinds of draws are not
+    states. Samplers, datasets and loaders with a method `set_epoch` receive the number of every
+    epoch. A resumed run replays the batches of the unfinished epoch. Two kinds of draws are not
     reproduced: draws from the global generators of Python and NumPy in this process, and random
     transforms with `persistent_workers`, whose workers seed themselves once. The order of their
     examples is reproduced.
@@ -44,6 +39,10 @@ class LoaderStream(Stream):
     one, without workers, over the examples that the sampler may return: in the order of the
     dataset, without `shuffle` and without `drop_last`. Examples that only a user's own sampler can
     list come in the order of one pass of it. Any other iterable is iterated anew, in its own order.
+
+    An epoch has `len(loader)` batches. Where several workers share an `IterableDataset`, a pass may
+    have more batches than that. Then a warning is given, and the pass is finished before the next
+    one begins.
 
     Args:
         loader: source of the batches; leaves of a batch that are not tensors stay as they are.
@@ -59,7 +58,12 @@ class LoaderStream(Stream):
         (2, [[0, 1], [2, 3], [4]])
 
     Raises:
-        BilevelError: the loader has no length or no batch, or cannot be iterated a second time.
+        BilevelError: the loader has no length or no batch, cannot be iterated a second time, or
+            returns batches whose examples cannot be counted.
+
+    Warns:
+        DataWarning: a pass has more batches than the length, batches have other rows than the
+            loader puts together, or a sampler returns a part of the split.
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class LoaderStream(Stream):
         self.device = torch.device(device)
         self.name = name
         self._generators = generators_of(loader)
+        self._epochs = EpochNumbers(loader, name)
+        self._pass = LoaderPass(loader, self._generators, self.steps_per_epoch, name)
         # the __iter__ of a subclass may change batches, which a second DataLoader would not do
         self._ordered: FixedOrder | None = None
         if isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__:
@@ -96,50 +102,56 @@ class LoaderStream(Stream):
                 f"the {name} loader returns the same iterator at every iter(), so an evaluation "
                 "would disturb training; return a new one in __iter__"
             )
-        first = next(self.once(), None)
-        if first is None:
-            raise self._ended(0)
+        self._short = False
+        first = next(self.once())
+        require_examples(first, name)
+        check_parts(name, loader)
+        ordered = self._ordered
+        check_rows(name, None if ordered is None else ordered.first_size, count_examples(first))
         self._first = first
-        known = None if self._ordered is None else self._ordered.size
+        known = None if ordered is None else ordered.size
         self.size = self.steps_per_epoch * count_examples(first) if known is None else known
         self.examples = 0
         self._seed = 0
-        self._started = False
-        self._position = self.steps_per_epoch
-        self._batches: Iterator[Batch] = iter(())
+        self._epoch = -1  # no pass has begun
 
     def next(self) -> Batch:
-        if self._position == self.steps_per_epoch:
-            self._begin(int(torch.randint(2**62, (), generator=self.generator)))
-        batch = self._to_device(self._draw())
-        self.examples += count_examples(batch)
+        if self._pass.over:
+            self._begin(int(torch.randint(2**62, (), generator=self.generator)), self._epoch + 1)
+        batch = self._to_device(self._pass.draw())
+        if (examples := count_examples(batch)) == 0:
+            raise BilevelError(
+                f"the {self.name} loader returns a batch without examples; leave such a batch out "
+                "in the loader"
+            )
+        self.examples += examples
         return batch
 
     def peek(self) -> Batch:
         return self._first
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
-        seen = 0
+        seen = batches = 0
         loader = self.loader if self._ordered is None else self._ordered.loader(limit)
-        batches = isolated(loader, self._generators, 0)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                break
-            except DEAD_WORKER_ERRORS as error:
-                self._raise_if_worker_died(error)
-                raise
-            yield self._to_device(batch)
+        drawn = isolated(loader, self._generators, 0)
+        while limit is None or seen < limit:
+            with explained(self.loader, self.name), self._epochs.first():
+                batch = next(drawn, self)  # this stream stands for the end
+            if batch is self:
+                self._check_end(batches)
+                return
+            batch = self._to_device(batch)
+            yield batch
             seen += count_examples(batch)
-            if limit is not None and seen >= limit:
-                break
+            batches += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "examples": self.examples,
-            "position": self._position,
+            "position": self._pass.position,
+            "over": self._pass.over,
             "seed": self._seed,
+            "epoch": self._epoch,
             "size": self.size,
             "generator": self.generator.get_state(),
         }
@@ -150,55 +162,36 @@ class LoaderStream(Stream):
                 f"the checkpoint has a {self.name} split of {state['size']} examples, but this one "
                 f"has {self.size}; use the same data as before"
             )
-        self._begin(state["seed"])
-        if state["position"] == self.steps_per_epoch:  # the next batch begins an epoch
-            self._position = self.steps_per_epoch
-        while self._position < state["position"]:
-            self._draw()
+        self._begin(state["seed"], state.get("epoch", 0))
+        if state.get("over", state["position"] == self.steps_per_epoch):
+            self._pass.finish(state["position"])
+        while self._pass.position < state["position"]:
+            self._pass.draw()
         self.examples = state["examples"]
         self.generator.set_state(state["generator"])
 
-    def _begin(self, seed: int) -> None:
-        if not self._started and getattr(self.loader, "persistent_workers", False):
-            # the first pass, which starts these workers, also draws their seed; drop that pass
-            next(isolated(self.loader, self._generators, seed), None)
-        self._started = True
-        self._seed = seed
-        self._position = 0
-        self._batches = isolated(self.loader, self._generators, seed)
+    def _begin(self, seed: int, epoch: int) -> None:
+        self._seed, self._epoch = seed, epoch
+        self._epochs.begin(max(epoch, 0))
+        self._pass.begin(seed)
 
-    def _draw(self) -> Batch:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise self._ended(self._position) from None
-        except DEAD_WORKER_ERRORS as error:
-            self._raise_if_worker_died(error)
-            raise
-        self._position += 1
-        return batch
-
-    def _raise_if_worker_died(self, error: Exception) -> None:
-        """Raise an error with a remedy where a worker of the loader died."""
-        gone = (
-            not isinstance(error, RuntimeError)
-            and getattr(self.loader, "num_workers", False)
-            and "Caught" not in str(error)
-        )
-        if gone or DEAD_WORKER.search(str(error)):
-            raise BilevelError(
-                f"a worker of the {self.name} loader died ({first_line(error).rstrip('. ')}), most "
-                "often for lack of memory; lower num_workers, prefetch_factor or batch_size, and "
-                "resume=… continues from the last checkpoint"
-            ) from error
-
-    def _ended(self, position: int) -> BilevelError:
-        return BilevelError(
-            f"the {self.name} loader ended after {position} batches, but its length is "
-            f"{self.steps_per_epoch}; return from len() the number of batches of every epoch"
-        )
+    def _check_end(self, batches: int) -> None:
+        """Raise where a pass of an evaluation has no batch; warn once where some are missing."""
+        if batches == 0:
+            raise self._pass.ended(0)
+        if self._ordered is not None and not self._ordered.streamed:
+            return  # each example once, however often training draws it
+        if batches < self.steps_per_epoch and not self._short:
+            self._short = True
+            warnings.warn(
+                f"an evaluation of the {self.name} split saw {batches} batches, but the length of "
+                f"its loader is {self.steps_per_epoch}; return from len() the number of batches",
+                DataWarning,
+                stacklevel=3,
+            )
 
     def _to_device(self, batch: Batch) -> Batch:
+        open_batch(batch, self.name)
         # the copy of a pinned batch need not wait; `is True`, since another iterable may use the
         # name for something else
         pinned = getattr(self.loader, "pin_memory", False) is True

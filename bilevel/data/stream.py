@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bilevel.data.batches import open_batch
 from bilevel.params import Batch, to_device
 
 
@@ -66,11 +67,12 @@ class StreamView(Stream):
     continues another one.
     """
 
-    def __init__(self, stream: Stream, device: torch.device | str) -> None:
+    def __init__(self, stream: Stream, device: torch.device | str, name: str = "train") -> None:
         if stream._start is None:
             stream._start = copy.deepcopy(stream.state_dict())
         self.stream = stream
         self.device = device
+        self.name = name
         self.size = stream.size
         self.steps_per_epoch = stream.steps_per_epoch
         self._state = stream._start
@@ -78,7 +80,7 @@ class StreamView(Stream):
 
     def next(self) -> Batch:
         stream = self._at_own_position()
-        batch = to_device(stream.next(), self.device)
+        batch = self._opened(stream.next())
         self.examples = stream.examples
         return batch
 
@@ -88,11 +90,11 @@ class StreamView(Stream):
         self.examples = stream.examples
 
     def peek(self) -> Batch:
-        return to_device(self.stream.peek(), self.device)
+        return self._opened(self.stream.peek())
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         for batch in self.stream.once(limit):
-            yield to_device(batch, self.device)
+            yield self._opened(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return self._at_own_position().state_dict()
@@ -101,6 +103,10 @@ class StreamView(Stream):
         stream = self._at_own_position()
         stream.load_state_dict(state)
         self.examples = stream.examples
+
+    def _opened(self, batch: Batch) -> Batch:
+        open_batch(batch, self.name)
+        return to_device(batch, self.device)
 
     def _at_own_position(self) -> Stream:
         """Return the stream, at the position of this view."""

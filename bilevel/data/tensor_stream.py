@@ -1,12 +1,15 @@
 """Streams of tensors in memory, and the three splits of the data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bilevel.containers import open_containers
+from bilevel.data.batches import count_rows, kind_of
 from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream, StreamView
 from bilevel.errors import BilevelError
@@ -33,8 +36,8 @@ class TensorStream(Stream):
         name: name of the split in errors.
 
     Raises:
-        BilevelError: the split is empty, its tensors differ in length, or `batch_size` is too
-            large.
+        BilevelError: the split is empty, its tensors differ in length or have no rows that can be
+            drawn, or `batch_size` is too large.
 
     Example:
         >>> stream = TensorStream((torch.arange(6.0),), 2, torch.Generator().manual_seed(0))
@@ -53,8 +56,11 @@ class TensorStream(Stream):
         name: str = "train",
         evaluation_batch_size: int = 1024,
     ) -> None:
+        open_containers(tensors, f"the {name} split", "give a tuple of tensors")
         lengths = {
-            leaf.shape[0] for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor)
+            count_rows(leaf, f"the {name} split")
+            for leaf in pytree.tree_leaves(tensors)
+            if isinstance(leaf, Tensor)
         }
         if len(lengths) != 1:
             raise BilevelError(
@@ -139,6 +145,7 @@ class FullBatch(Stream):
     """A stream for a problem without examples, such as a closed form: always the same batch."""
 
     def __init__(self, batch: Batch = (), *, device: torch.device | str = "cpu") -> None:
+        open_containers(batch, "the batch", "convert it")
         self.batch = to_device(batch, device)
         self.size = count_examples(self.batch)
         self.steps_per_epoch = 1
@@ -176,19 +183,26 @@ def stream(
     Its batches are moved to `device`.
 
     Raises:
-        BilevelError: the split is empty, the batch is larger than the split, or the type is none of
-            the three.
+        BilevelError: the split is empty, its rows cannot be drawn, the batch is larger than the
+            split, or the type is none of the three.
     """
     if isinstance(split, Stream):
-        return StreamView(split, device)
+        return StreamView(split, device, name)
+    holds = isinstance(split, (Mapping, tuple)) or (
+        is_dataclass(split) and not isinstance(split, Iterable)
+    )
+    if holds:
+        open_containers(split, f"the {name} split", "give a tuple of tensors")
     leaves = pytree.tree_leaves(split)
     if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
         return TensorStream(split, batch_size, generator, device=device, name=name)
-    if isinstance(split, Iterable) and not isinstance(split, (str, bytes, dict, tuple)):
+    if isinstance(split, Iterable) and not isinstance(split, (str, bytes)) and not holds:
         return LoaderStream(split, generator, device=device, name=name)
+    others = [kind_of(leaf) for leaf in leaves if not isinstance(leaf, Tensor)] if holds else []
+    held = f" that holds {', '.join(dict.fromkeys(others))}" if others else ""
     raise BilevelError(
-        f"the {name} split is a {type(split).__name__}, which cannot be read; give a tuple of "
-        "tensors, a DataLoader or a bilevel Stream"
+        f"the {name} split is a {type(split).__name__}{held}, which cannot be read; give a tuple "
+        "of tensors, a DataLoader or a bilevel Stream"
     )
 
 

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from bilevel.data.loader_stream import DEAD_WORKER
+from bilevel.data.loader_errors import DEAD_WORKER
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError
 from bilevel.problem import Problem
