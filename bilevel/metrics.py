@@ -62,6 +62,7 @@ class Means:
                 numbers.
         """
         for name, value in read_metrics(reported, self._source, self._device).items():
+            items: Tensor | int
             if isinstance(value, Weighted):
                 weight = widen(value.weight)
                 terms = torch.where(weight == 0, 0.0, weight * widen(value.value))
@@ -132,8 +133,8 @@ def _numbers(value: Any, what: str, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         try:
             # a copy, since PyTorch takes no array with negative strides and warns of others
-            kind = torch.float64 if isinstance(value, (int, float)) else None
-            value = torch.tensor(value.copy() if hasattr(value, "dtype") else value, dtype=kind)
+            dtype = torch.float64 if isinstance(value, (int, float)) else None
+            value = torch.tensor(value.copy() if hasattr(value, "dtype") else value, dtype=dtype)
         except (TypeError, ValueError, RuntimeError):
             value = None
     if not isinstance(value, Tensor) or value.is_complex() or value.is_nested:
