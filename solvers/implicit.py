@@ -31,7 +31,8 @@ class Implicit(Descent):
 
         ŵ(u) = w,    (∂ŵ/∂u)ᵀ v = −(∂²L_T/∂u∂w)ᵀ H⁻¹ v
 
-    It is exact where ∇_w L_T = 0 and the solve is exact. All products of one outer step come from
+    It is exact where ∇_w L_T = 0 and the solve is exact. Weight decay of the optimizer of w is a
+    part of L_T here. All products of one outer step come from
     one graph, on the last training batches of the round and under one draw of their masks. Memory
     holds a few vectors like w or λ (`Nystrom`: 2 · rank of them).
 
@@ -101,6 +102,8 @@ class ImplicitMethod(BestResponse):
         loss, _ = core.problem.inner_loss(hypers, w.tensors, core.carry, batch, draws)
         gradients = torch.autograd.grad(loss, w.leaves, materialize_grads=True)
         self.initial_norm = torch.stack([g.norm() for g in gradients]).norm()
+        if core.weight_decay is not None:
+            self.initial_norm = core.decayed(flat(gradients)).norm()
 
     def begin_round(self, steps: int, *, warmup: bool) -> None:
         """Forget the batches of the last round."""
@@ -129,9 +132,11 @@ class ImplicitMethod(BestResponse):
         batches, carry = self._recent()
         w = core.weights.detached()
         pull = Pullback(core.problem, u, w, carry, batches, core.generator, core.functions)
-        norm = pull.gradient_norm
+        decay = core.weight_decay
+        norm = pull.gradient_norm if decay is None else core.decayed(pull.gradient).norm()
         pull.free_gradient()
         H = given.curvature.at(pull)
+        H = H if decay is None else decay.added_to(H, v)
         solved = given.linear_solve.solve(H, v, self.guess, core.generator)
         warm = given.warm_start and given.linear_solve.continues
         self.guess = Guess(solved.x if warm else None, solved.eigenvector)

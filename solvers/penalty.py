@@ -140,6 +140,8 @@ class PenaltyMethod(WrittenHypergradient):
         of_y, at_y = self.inner_gradient(y, y_carry, training)
         core.generator.set_state(masks)
         of_z, at_z = self.inner_gradient(z, z_carry, training)
+        if (decay := core.weight_decay) is not None:
+            of_y, of_z = of_y + decay.penalty(y), of_z + decay.penalty(z)
         return loss, direct + self.sigma * (at_y - at_z), {"inner_gap": of_y - of_z}
 
     def inner_gradient(self, params: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Tensor]:

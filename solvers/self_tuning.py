@@ -44,6 +44,7 @@ from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.dry_run import check_response, large_response, without_last
 from bilevel.solvers.base.method import BestResponse
 from bilevel.solvers.optim.optimized import RMSPROP, MakeOptimizer, Optimized, descend
+from bilevel.solvers.optim.weight_decay import without_weight_decay
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
 from bilevel.validate import at_least, wrong
 
@@ -57,6 +58,9 @@ class SelfTuning(Descent):
     | Δ-STN | yes | yes | yes |
     | centered STN | yes | yes | no |
     | STN | no | no | no |
+
+    Weight decay of the optimizer of w₀ is a part of L_T here. Θ has none: its optimizer would draw
+    the response to 0.
 
     Attributes:
         centered: take the response at ε = u − u₀; otherwise at u.
@@ -129,6 +133,7 @@ class SelfTuningMethod(BestResponse):
         w0, draws = core.weights.detached(), on_cpu(core.generator, 1)
         theta = self.response.init(w0, self.space.numel, core.calls.axes, draws)
         self.theta = core.optimized(theta, settings.response_optimizer or settings.inner_optimizer)
+        without_weight_decay(self.theta.optimizer)
         if settings.tune_scale:
             core.search.train_scale(settings.scale_optimizer)
         if self.response.per_example:
@@ -176,7 +181,7 @@ class SelfTuningMethod(BestResponse):
         core = self.core
         hypers, w = core.hypers(), self.unperturbed_weights()
         loss, carry = core.problem.inner_loss(hypers, w, core.carry, batch, core.generator)
-        descend(loss, core.weights)
+        descend(self.decayed(loss, w, core.weights.tensors), core.weights)
         with core.services.phase("response"):
             w0 = core.weights.detached()
             response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)
@@ -184,6 +189,16 @@ class SelfTuningMethod(BestResponse):
         core.watch(loss + response_loss.detach())
         core.carry, self.response_carry = detached(carry), response_carry
         return {"inner_loss": loss.detach(), "response_loss": response_loss.detach()}
+
+    def decayed(self, loss: Tensor, params: Params, w0: Params) -> Tensor:
+        """Return the loss with the penalty of weight decay at `params`.
+
+        The penalty at w₀ is subtracted, because the optimizer of w₀ has its gradient already.
+        """
+        decay = self.core.weight_decay
+        if decay is None or params is w0:
+            return loss
+        return loss + (decay.penalty(params) - decay.penalty(w0)).mean()
 
     def perturbed_loss(self, w0: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
         """Return L_T(λ₀ + ε, ŵ(λ₀ + ε)) at a draw of ε, on the prediction or its linearization."""
@@ -197,7 +212,8 @@ class SelfTuningMethod(BestResponse):
             prediction, carry = self.linearized(hypers, w0, offset, carry, batch)
         else:
             prediction, carry = core.predict(hypers, carry, batch, params)
-        return core.problem.inner_objective(hypers, params, prediction, batch), detached(carry)
+        loss = core.problem.inner_objective(hypers, params, prediction, batch)
+        return self.decayed(loss, params, w0), detached(carry)
 
     def linearized(
         self, hypers: Hypers, w0: Params, offset: Tensor, carry: Carry, batch: Batch

@@ -32,6 +32,8 @@ MOST_RESIDUAL = 10
 class SOBA(Descent):
     """A round is one step each of w, of the adjoint q and of λ, all at the same (w_t, q_t, λ_t).
 
+    Weight decay of the optimizer of w is a part of L_T in D_q, and the optimizer adds it to D_w.
+
         D_w = ∇_w L_T,    D_q = H q + ∇_w L_V,    D_λ = (∂²L_T/∂λ∂w)ᵀ q + ∂_λ L_V
 
     These are the derivatives of L_V(λ, w) + qᵀ∇_w L_T(λ, w) in q, w and λ. D_w and D_q vanish at
@@ -152,11 +154,15 @@ class SOBAMethod(Method):
         )
         with core.services.phase("response"):
             Hq, cross = pull.both(q)
+            if (decay := core.weight_decay) is not None:
+                Hq = Hq + decay.times(q)
         curvature = over(q @ Hq, q @ q)
         metrics = {
             "inner_loss": pull.loss,
             "outer_loss": outer_loss,
-            "inner_gradient_norm": pull.gradient_norm,
+            "inner_gradient_norm": (
+                pull.gradient_norm if decay is None else core.decayed(pull.gradient).norm()
+            ),
             "residual": over((Hq + outer_gradient).norm(), outer_gradient.norm()),
             "adjoint_curvature": curvature,
             "largest_eigenvalue": over(Hq.norm(), q.norm()),
@@ -171,6 +177,8 @@ class SOBAMethod(Method):
         if self.settings.adjoint_lr is not None:
             return self.settings.adjoint_lr, largest
         Hv = at.pull.hessian(self.top)
+        if (decay := self.core.weight_decay) is not None:
+            Hv = Hv + decay.times(self.top)
         length = Hv.norm()
         self.top = torch.where(length == 0, self.top, over(Hv, length))
         largest = torch.maximum(largest, length)

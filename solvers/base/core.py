@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -15,8 +16,14 @@ from bilevel.solvers.autodiff.decompositions import RECURRENT
 from bilevel.solvers.autodiff.pullback import flat
 from bilevel.solvers.base.search_distribution import SearchDistribution
 from bilevel.solvers.base.settings import InnerSettings
-from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized, descend
+from bilevel.solvers.optim.optimized import (
+    MakeOptimizer,
+    Optimized,
+    check_all_trained,
+    descend,
+)
 from bilevel.solvers.optim.settings import configured, optimizer_settings
+from bilevel.solvers.optim.weight_decay import WeightDecay
 from bilevel.solvers.response.call_recorder import CallRecorder
 
 Split: TypeAlias = Literal["train", "valid"]
@@ -72,6 +79,7 @@ class Core:
             settings.inner_optimizer, optimizer_settings(problem.space, initial)
         )
         self.weights = self.optimized(params, self.inner_optimizer)
+        check_all_trained(self.weights)
 
     def optimized(self, tensors: Params, optimizer: MakeOptimizer) -> Optimized:
         """Return `tensors` under `optimizer`, with the schedule and clipping of the inner steps."""
@@ -88,6 +96,15 @@ class Core:
         self.calls = CallRecorder(self.problem, hypers, params, self.carry, batch, draws)
         self.functions = self.calls.functions
         self.recurrent = not self.functions.isdisjoint(RECURRENT)
+
+    @cached_property
+    def weight_decay(self) -> WeightDecay | None:
+        """The penalty that the optimizer of w adds to L_T; None without weight decay.
+
+        Raises:
+            Refused: the optimizer decays weights in a way that is no penalty.
+        """
+        return WeightDecay.of(self.weights)
 
     # --- steps ---
 
@@ -120,6 +137,12 @@ class Core:
         self.carry = detached(carry)
         return {"inner_loss": loss.detach()}
 
+    def decayed(self, gradient: Tensor) -> Tensor:
+        """Return ∇_w L_T, [m], with the gradient of weight decay."""
+        if self.weight_decay is None:
+            return gradient
+        return gradient + self.weight_decay.times(flat(list(self.weights.detached().values())))
+
     def outer_gradients(
         self, batch: Batch, params: Params, carry: Carry
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +159,20 @@ class Core:
     def without_cudnn(self) -> AbstractContextManager[Any]:
         """Turn cuDNN off within a block, for a network with fused recurrent layers."""
         return torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext()
+
+    def warnings(self) -> dict[str, str]:
+        """Return warnings of weight decay, by kind."""
+        found: dict[str, str] = {}
+        if "weight_decay" in vars(self) and self.weight_decay is not None:  # the method uses it
+            found = self.weight_decay.warnings()
+        groups = self.search.mean.optimizer.param_groups
+        if decay := max(float(group.get("weight_decay") or 0.0) for group in groups):
+            found["outer_weight_decay"] = (
+                f"outer_optimizer.weight_decay={decay:g} of "
+                f"{type(self.search.mean.optimizer).__name__} draws u to 0, so that λ does not "
+                "minimize L_V; set weight_decay to 0"
+            )
+        return found
 
     # --- state ---
 

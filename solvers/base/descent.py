@@ -173,7 +173,7 @@ class Descent(InnerSettings, OuterSettings, Solver):
             group.epoch_ended(valid_loss)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        return self.method.warnings(metrics)
+        return self.core.warnings() | self.method.warnings(metrics)
 
     def scales(self) -> Hypers:
         return self.method.scales()

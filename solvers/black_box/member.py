@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel import Carry, Params
 from bilevel.params import to_device
 from bilevel.solvers.optim.optimized import Optimized
-from bilevel.solvers.optim.settings import apply_settings
+from bilevel.solvers.optim.settings import apply_to_groups
 
 
 @dataclass
@@ -67,16 +67,19 @@ class Best:
 def set_settings(
     trained: Optimized, before: Mapping[str, float], after: Mapping[str, float]
 ) -> None:
-    """Change tuned settings from `before` to `after`; a schedule's factor of the rate stays."""
-    for group in trained.optimizer.param_groups:
-        factor = group["lr"] / before["lr"] if "lr" in before else 1.0
-        apply_settings(group, after)
-        if "lr" in after:
-            group["lr"] = factor * after["lr"]
-            if "initial_lr" in group:
-                group["initial_lr"] = after["lr"]
-    if "lr" in after and trained.scheduler is not None and hasattr(trained.scheduler, "base_lrs"):
-        trained.scheduler.base_lrs = [after["lr"] for _ in trained.optimizer.param_groups]
+    """Change tuned settings from `before` to `after`.
+
+    A schedule's factor of the rate and the proportions between groups of parameters stay.
+    """
+    groups = trained.optimizer.param_groups
+    apply_to_groups(groups, {key: value for key, value in after.items() if key != "lr"})
+    if "lr" not in after:
+        return
+    for group in groups:
+        for rate in {"lr", "initial_lr"} & group.keys():
+            group[rate] = group[rate] / before["lr"] * after["lr"]
+    if trained.scheduler is not None and hasattr(trained.scheduler, "base_lrs"):
+        trained.scheduler.base_lrs = [group["initial_lr"] for group in groups]
 
 
 def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

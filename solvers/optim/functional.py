@@ -24,7 +24,7 @@ class Moments(NamedTuple):
 
 DECOUPLED = "decoupled_weight_decay"
 
-UNKNOWN = ("amsgrad", "maximize", "capturable", "fused", DECOUPLED)
+UNKNOWN = ("amsgrad", "capturable", "fused", DECOUPLED)
 """Options of PyTorch's optimizers that no function here has."""
 
 
@@ -65,7 +65,7 @@ class FunctionalOptimizer:
         if len(optimized.optimizer.param_groups) > 1:
             raise Refused(
                 "inner_optimizer has several groups of parameters, which have no differentiable "
-                "form here; use the same settings for all parameters"
+                "form here; put all parameters into one group"
             )
         self.optimized = optimized
         self.space = space

@@ -1,6 +1,7 @@
 """Optimized tensors: leaves with their optimizer, learning-rate schedule, clipping and state."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -29,7 +30,8 @@ class Optimized:
         clip_norm: the largest norm of the gradient; None for no clipping.
 
     Raises:
-        BilevelError: the optimizer or the scheduler does not accept its settings.
+        BilevelError: the optimizer or the scheduler does not accept its settings, or an option of
+            the optimizer does not work here.
     """
 
     def __init__(
@@ -50,12 +52,8 @@ class Optimized:
                 "functions of the parameters and of the optimizer (in YAML: `_target_` with "
                 "`_partial_: true`) and settings that they accept"
             ) from error
-        if isinstance(self.optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-            raise BilevelError(
-                f"{type(self.optimizer).__name__} needs a closure or sparse gradients, which no "
-                "solver provides; choose another optimizer"
-            )
         self.clip_norm = clip_norm
+        check_optimizer(self.optimizer, self.leaves)
 
     def detached(self) -> Params:
         """Return the tensors as constants; later steps change them in place."""
@@ -97,6 +95,51 @@ class Optimized:
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["schedule"])
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor]) -> None:
+    """Raise `BilevelError` if an option of the optimizer does not work on trained tensors.
+
+    They get dense gradients of a loss that descends, without a closure.
+    """
+    name = type(optimizer).__name__
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if needs_closure or isinstance(optimizer, torch.optim.SparseAdam):
+        raise BilevelError(
+            f"{name} needs a closure or sparse gradients, which no solver provides; choose another "
+            "optimizer"
+        )
+    on_host = any(leaf.device.type in ("cpu", "mps") for leaf in leaves)
+    wrong_on = {
+        "maximize": "climbs the loss, and solvers descend it",
+        "differentiable": "cannot change trained tensors in place; solver=unrolled differentiates "
+        "the steps of the plain optimizer",
+    } | ({"capturable": "needs tensors on a GPU, and these are not"} if on_host else {})
+    for option, why in wrong_on.items():
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise BilevelError(f"{option}=True of {name} {why}; leave {option} out")
+
+
+def check_all_trained(weights: Optimized) -> None:
+    """Raise `BilevelError` if the optimizer of w trains a part of w alone.
+
+    Solvers would let the other part follow λ too.
+    """
+    groups = weights.optimizer.param_groups
+    rates = [float(group.get("initial_lr", group.get("lr", 1.0))) for group in groups]
+    moving = {
+        id(leaf)
+        for group, rate in zip(groups, rates, strict=True)
+        for leaf in group["params"]
+        if rate or not any(rates)
+    }
+    if idle := [name for name, leaf in weights.tensors.items() if id(leaf) not in moving]:
+        raise BilevelError(
+            f"inner_optimizer does not train `{idle[0]}` (it is left out, or its lr is 0), but w "
+            "holds it; give the optimizer all parameters, or freeze it in the module "
+            "(requires_grad=False)"
+        )
 
 
 def descend(loss: Tensor, *groups: Optimized) -> list[Tensor | None]:

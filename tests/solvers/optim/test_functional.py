@@ -272,7 +272,6 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
             partial(Adam, amsgrad=True),
             r"inner_optimizer\.amsgrad=true of Adam has no .* leave it out",
         ),
-        (partial(SGD, maximize=True), r"inner_optimizer\.maximize=true of SGD has no"),
         (partial(Adam, fused=True), r"inner_optimizer\.fused=true of Adam has no"),
         (
             partial(Adam, decoupled_weight_decay=True),
@@ -283,7 +282,7 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
             "inner_optimizer has several groups of parameters",
         ),
     ],
-    ids=["Adagrad", "amsgrad", "maximize", "fused", "decoupled", "groups"],
+    ids=["Adagrad", "amsgrad", "fused", "decoupled", "groups"],
 )
 def test_an_optimizer_without_a_differentiable_form_is_refused(make, match):
     with pytest.raises(Refused, match=match):
