@@ -10,6 +10,7 @@ from torch import nn
 from bilevel.data.global_rng import GlobalDraws, seeded
 from bilevel.data.tensor_stream import Data, streams
 from bilevel.errors import BilevelError
+from bilevel.module_call import ModuleCall
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.space import Space
@@ -89,8 +90,10 @@ class ModuleProblem(Problem):
         self._in_evaluation = (
             [m for m in self._module.modules() if not m.training] if made.training else []
         )
+        self._flagged = _only_flagged(self._module)
         self._switch(train=True)
-        self._draws = GlobalDraws()
+        self._call = ModuleCall(self._module)
+        self._draws = GlobalDraws(self._module)
         self.aliases = _aliases(made)
         self._trained = frozenset(name for name, p in made.named_parameters() if p.requires_grad)
         self._buffers = frozenset(name for name, _ in made.named_buffers())
@@ -139,24 +142,25 @@ class ModuleProblem(Problem):
             self._switch(train=train)
         args, kwargs = self.inputs(hypers, batch, train=train, generator=generator)
         if not train:
-            return torch.func.functional_call(
-                self._module, {**params, **carry}, args, kwargs
-            ), carry
+            return self._call({**params, **carry}, args, kwargs), carry
 
         def run() -> tuple[Prediction, Carry]:
             # batch norm writes its statistics in place, so buffers are cloned; a module that
-            # assigns new ones instead leaves them in `tensors` through functional_call
-            tensors = {
-                **params,
-                **{name: t.clone() if name in self._buffers else t for name, t in carry.items()},
-            }
-            prediction = torch.func.functional_call(self._module, tensors, args, kwargs)
+            # assigns new ones instead leaves them in `tensors`
+            tensors = dict(params)
+            for name, t in carry.items():
+                tensors[name] = t.clone() if name in self._buffers else t
+            prediction = self._call(tensors, args, kwargs)
             return prediction, {name: tensors[name] for name in carry}
 
         return self._draws(run, generator)
 
     def _switch(self, *, train: bool) -> None:
-        self._module.train(train)
+        if self._flagged is None:
+            self._module.train(train)
+        else:
+            for submodule in self._flagged:
+                submodule.__dict__["training"] = train
         if train:
             for submodule in self._in_evaluation:
                 submodule.training = False
@@ -174,6 +178,18 @@ def _without_weights(module: nn.Module) -> nn.Module:
     }
     memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
     return copy.deepcopy(module, memo)
+
+
+def _only_flagged(module: nn.Module) -> list[nn.Module] | None:
+    """Return all submodules if `train` only sets a flag of each, else None."""
+    modules = list(module.modules())
+    plain = all(
+        type(m).train is nn.Module.train
+        and type(m).__setattr__ is nn.Module.__setattr__
+        and "train" not in vars(m)
+        for m in modules
+    )
+    return modules if plain else None
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -302,3 +304,25 @@ def test_the_generator_of_the_device_in_use_is_seeded_and_no_other(monkeypatch):
     global_rng._seed_global(torch.device("cuda", 1), 5)
     assert second.initial_seed() == 5
     assert first.initial_seed() != 5
+
+
+@pytest.mark.parametrize("own_train", [False, True])
+def test_the_mode_reaches_every_submodule(own_train):
+    """A module with a `train` of its own is told by it; the flags of others are set directly."""
+
+    class Outer(nn.Sequential):
+        told = None
+
+        def train(self, mode=True):
+            self.told = mode
+            return super().train(mode)
+
+    layers = (nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)), nn.Linear(4, 2))
+    p = problem(Outer(*layers) if own_train else nn.Sequential(*layers))
+    params, carry = p.init(generator())
+    other = copy.deepcopy(p)
+    for train in (True, False, True, False):
+        for each in (p, other):
+            run(each, params, carry, train=train)
+            assert [m.training for m in each._module.modules()] == [train] * 6
+            assert not own_train or each._module.told is train
