@@ -12,6 +12,8 @@ from bilevel.params import Batch, Metrics
 from bilevel.timers import Timers
 
 NEVER = torch.iinfo(torch.int64).max
+MOST_UNTESTED = 64
+"""Losses that wait to be tested together; they keep their memory so long."""
 
 
 class Capturable(NamedTuple):
@@ -51,6 +53,8 @@ class Services:
         self.capture: Callable[..., Metrics] | None = None
         self.device_count: Tensor | None = None
         self.first_bad_step: Tensor | None = None
+        self._untested: list[Tensor] = []
+        self._first_untested = 0
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Count the time of a block as that of one phase, and not of a phase around it.
@@ -79,17 +83,40 @@ class Services:
         return step(*batches) if self.capture is None else self.capture(step, *batches)
 
     def watch(self, loss: Tensor, count: int) -> None:
-        """Note the inner step `count` on the device if `loss` is not finite; only the first counts.
+        """Note the inner step `count` if `loss` is not finite; only the first counts.
 
-        Nothing waits for the device here. The runner reads the note at its next evaluation.
+        Nothing waits for the device here. The runner reads the note at its next evaluation. Losses
+        of shape [] are tested together, because a test takes more operations than a small layer.
         """
+        loss = loss.detach() if loss.requires_grad else loss
+        if loss.ndim or self.capture is not None or self.device_count is not None:
+            now = count if self.device_count is None else self.device_count
+            self._note(torch.where(torch.isfinite(loss).all(), NEVER, now))
+            return
+        if count != self._first_untested + len(self._untested):
+            self._test()
+        if not self._untested:
+            self._first_untested = count
+        self._untested.append(loss)
+        if len(self._untested) == MOST_UNTESTED:
+            self._test()
+
+    def _test(self) -> None:
+        """Note the first bad step among the losses that wait, which are of consecutive steps."""
+        if self._untested:
+            finite = torch.isfinite(torch.stack(self._untested))
+            first = self._first_untested
+            counts = torch.arange(first, first + len(self._untested), device=finite.device)
+            self._note(torch.where(finite, NEVER, counts).min())
+            self._untested = []
+
+    def _note(self, step: Tensor) -> None:
         if self.first_bad_step is None:
-            self.first_bad_step = torch.full((), NEVER, device=loss.device)
-        now = count if self.device_count is None else self.device_count
-        bad = torch.where(torch.isfinite(loss.detach()).all(), NEVER, now)
-        self.first_bad_step = torch.minimum(self.first_bad_step, bad)
+            self.first_bad_step = torch.full((), NEVER, device=step.device)
+        self.first_bad_step = torch.minimum(self.first_bad_step, step)
 
     def bad_step(self) -> int | None:
         """Return the first inner step whose loss was not finite, or None; waits for the device."""
+        self._test()
         step = NEVER if self.first_bad_step is None else int(self.first_bad_step)
         return None if step == NEVER else step

@@ -104,10 +104,13 @@ class Space(Mapping[str, Domain]):
             if domain.frozen:
                 hypers[name] = self._constant(name, u)
                 continue
-            part = u[..., self._slices[name]]
+            place = self._slices[name]
+            part = u if place == slice(0, u.shape[-1]) else u[..., place]
             if u.ndim == 2 and not domain.per_example:
                 part = part[0]
-            hypers[name] = domain.constrain(part.reshape(part.shape[:-1] + domain.shape), generator)
+            if (shape := part.shape[:-1] + domain.shape) != part.shape:
+                part = part.reshape(shape)
+            hypers[name] = domain.constrain(part, generator)
         return hypers
 
     def unconstrain(self, hypers: Hypers) -> Tensor:

@@ -7,15 +7,13 @@ import os
 from contextlib import suppress
 from typing import TextIO
 
-from bilevel.text import printable
-
 
 def print_line(text: str, stream: TextIO | None) -> None:
-    """Print a line if the stream takes it; characters that command a terminal are written out."""
+    """Print a line if the stream takes it."""
     if stream is None:  # closed before the process started
         return
     try:
-        print(printable(text), file=stream, flush=True)
+        print(text, file=stream, flush=True)
     except BrokenPipeError:
         _discard(stream)
     except OSError:  # a disk may have room again for the next line

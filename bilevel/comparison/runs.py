@@ -20,7 +20,6 @@ from bilevel.comparison.run_files import (
     read_object,
 )
 from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
-from bilevel.text import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +139,11 @@ def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: Non
                 "of a run"
             )
         directories |= {directory.resolve(): directory for directory in found}
-    runs = []
-    for directory in directories.values():
-        try:
-            run = read_run(directory, warn=warn)
-        except Exception as error:  # the other runs are still read
-            warn(f"{directory} cannot be read ({describe(error)}); this run is left out")
-            continue
-        if run is not None:
-            runs.append(run)
+    runs = [
+        run
+        for directory in directories.values()
+        if (run := read_run(directory, warn=warn)) is not None
+    ]
     without = [run for run in runs if not run.config]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""

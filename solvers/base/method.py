@@ -114,7 +114,8 @@ class BestResponse(Method):
     def outer_loss(self, batch: Batch) -> Tensor:
         """Return L_V(λ(u₀ + δ), ŵ(u₀ + δ)) at a fresh draw of δ = u − u₀ + ε."""
         core = self.core
-        offset = core.search.offset(count_examples(batch), core.generator)
+        perturbed = core.search.scale is not None
+        offset = core.search.offset(count_examples(batch) if perturbed else 1, core.generator)
         hypers = core.problem.space.constrain(core.search.u0 + offset)
         carry = core.problem.outer_carry(core.carry, core.last_outer_carry, batch)
         with core.without_cudnn():

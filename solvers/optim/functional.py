@@ -9,7 +9,7 @@ from torch import Tensor
 from bilevel import Hypers, Params, Refused, Space
 from bilevel.solvers.optim.optimized import Optimized
 from bilevel.solvers.optim.settings import settings_of
-from bilevel.solvers.optim.updates import UPDATES, Settings, Slots, sgd, square_root
+from bilevel.solvers.optim.updates import UPDATES, Settings, Slots, is_plain, sgd, square_root
 
 
 class Moments(NamedTuple):
@@ -109,8 +109,9 @@ class FunctionalOptimizer:
     @torch.no_grad()
     def write(self, params: Params, moments: Moments) -> None:
         """Set the weights and the memory of the optimizer itself."""
-        # the leaves have no gradients, so this step changes nothing; without it, a schedule warns
-        self.optimized.optimizer.step()
+        if self.optimized.scheduler is not None:
+            # the leaves have no gradients, so this step changes nothing; without it, it warns
+            self.optimized.optimizer.step()
         for name, leaf in self.optimized.tensors.items():
             leaf.copy_(params[name])
             # copies: a graph may hold the old tensors, and autograd may return shared memory
@@ -146,10 +147,16 @@ class FunctionalOptimizer:
             gradients: one for each weight, in order; None for a weight that does not move.
             settings: the settings of the step.
         """
+        gradients = self._clipped(list(gradients))
         after, slots, steps = dict(params), dict(moments.slots), dict(moments.steps)
-        for name, gradient in zip(params, self._clipped(list(gradients)), strict=True):
-            if gradient is not None:
-                steps[name] += 1
+        plain = self.update is sgd and is_plain(settings)
+        for name, gradient in zip(params, gradients, strict=True):
+            if gradient is None:
+                continue
+            steps[name] += 1
+            if plain:
+                after[name] = torch.add(params[name], gradient, alpha=-settings["lr"])
+            else:
                 after[name], slots[name] = self.update(
                     params[name], gradient, slots[name], steps[name], settings
                 )

@@ -40,6 +40,13 @@ def sgd(w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings) -> t
     return _plus(w, -s["lr"], gradient), slots
 
 
+def is_plain(s: Settings) -> bool:
+    """Return whether a step of SGD is w ← w − lr g, with a number for lr and without memory."""
+    return (
+        not isinstance(s["lr"], Tensor) and _is_zero(s["weight_decay"]) and _is_zero(s["momentum"])
+    )
+
+
 def adam(
     w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
 ) -> tuple[Tensor, Slots]:

@@ -28,6 +28,7 @@ class Unroll(ABC):
     Attributes:
         point: the present state.
         hypers: λ; its tuned entries are `leaves` of the graph.
+        settings: the settings of the optimizer in this round; None where λ holds some of them.
     """
 
     def __init__(
@@ -49,6 +50,9 @@ class Unroll(ABC):
         hypers = self.space.constrain(self.u)
         self.leaves = [hypers[name].detach().requires_grad_() for name in self.space.tuned]
         self.hypers: Hypers = hypers | dict(zip(self.space.tuned, self.leaves, strict=True))
+        optimizer = trajectory.optimizer
+        # where λ holds settings, each step reads them anew, as a part of its graph
+        self.settings = None if optimizer.tuned else optimizer.settings(self.hypers)
         self.prepare()
 
     def prepare(self) -> None:

@@ -60,7 +60,12 @@ class ReverseUnroll(Unroll):
     def step(self, batch: Batch) -> Tensor:
         if self.taken < self.first:
             self.point, loss = self.trajectory.advance(
-                self.point, self.hypers, batch, create_graph=False, decomposed=False
+                self.point,
+                self.hypers,
+                batch,
+                create_graph=False,
+                decomposed=False,
+                settings=self.settings,
             )
         else:
             self.point, loss = self.graph_step(batch)
@@ -93,7 +98,12 @@ class StoredGraph(ReverseUnroll):
 
     def graph_step(self, batch: Batch) -> tuple[InnerState, Tensor]:
         return self.trajectory.advance(
-            self.point, self.hypers, batch, create_graph=True, decomposed=True
+            self.point,
+            self.hypers,
+            batch,
+            create_graph=True,
+            decomposed=True,
+            settings=self.settings,
         )
 
     def pull(self, cotangents: Vectors) -> Vectors:
@@ -122,7 +132,12 @@ class Checkpointed(ReverseUnroll):
             self.segments.append(Segment(self.point, masks, []))
         self.segments[-1].batches.append(batch)
         return self.trajectory.advance(
-            self.point, self.hypers, batch, create_graph=False, decomposed=True
+            self.point,
+            self.hypers,
+            batch,
+            create_graph=False,
+            decomposed=True,
+            settings=self.settings,
         )
 
     def pull(self, cotangents: Vectors) -> Vectors:
@@ -139,7 +154,12 @@ class Checkpointed(ReverseUnroll):
             end = start
             for batch in segment.batches:
                 end, _ = self.trajectory.advance(
-                    end, self.hypers, batch, create_graph=True, decomposed=True
+                    end,
+                    self.hypers,
+                    batch,
+                    create_graph=True,
+                    decomposed=True,
+                    settings=self.settings,
                 )
             inputs = [*self.leaves, *(start.tensors() if moving else ())]
             arrived = partial_vjp(end.tensors(), adjoint, inputs)

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from bilevel import Batch, Carry, Hypers, Problem
 from bilevel.params import Params, detached
-from bilevel.solvers.autodiff.decompositions import twice_differentiable
+from bilevel.solvers.autodiff.decompositions import Decomposed, twice_differentiable
 from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
+from bilevel.solvers.optim.updates import Settings
+
+AS_IT_IS = nullcontext()
 
 
 class InnerState(NamedTuple):
@@ -97,6 +100,7 @@ class Trajectory:
         self.optimizer = optimizer
         self.generator = generator
         self.functions = functions
+        self._fused = isinstance(twice_differentiable(functions), Decomposed)
 
     def step(
         self, point: InnerState, u: Tensor, batch: Batch, *, create_graph: bool
@@ -122,6 +126,7 @@ class Trajectory:
         *,
         create_graph: bool,
         decomposed: bool,
+        settings: Settings | None = None,
     ) -> tuple[InnerState, Tensor]:
         """Take `step` at λ in its own units.
 
@@ -132,13 +137,15 @@ class Trajectory:
             create_graph: keep the graph.
             decomposed: decompose the fused functions, so that a step without a graph has the same
                 rounding errors as a step with one.
+            settings: the settings of the optimizer at λ, if they are known.
         """
+        settings = self.optimizer.settings(hypers) if settings is None else settings
         gradient = self.inner_gradient(
             point, hypers, batch, create_graph=create_graph, decomposed=decomposed
         )
         with torch.set_grad_enabled(create_graph):
             after, moments = self.optimizer.step(
-                gradient.params, point.moments, gradient.gradients, self.optimizer.settings(hypers)
+                gradient.params, point.moments, gradient.gradients, settings
             )
         end = InnerState(after, moments, gradient.carry)
         return end if create_graph else end.constant(), gradient.loss
@@ -159,7 +166,8 @@ class Trajectory:
                 name: p if create_graph and p.requires_grad else p.detach().requires_grad_()
                 for name, p in point.params.items()
             }
-            with twice_differentiable(self.functions) if decomposed else nullcontext():
+            fused = decomposed and self._fused
+            with twice_differentiable(self.functions) if fused else AS_IT_IS:
                 loss, carry = self.problem.inner_loss(
                     hypers, params, point.carry, batch, self.generator
                 )
