@@ -33,10 +33,12 @@ lint: .venv/tested
 mutants: .venv/tested
 	$(BIN)/python -m tests.mutants
 
-# Kill, stop, crash and starve every solver and resume it; then fuzz configurations and checkpoints.
+# Kill, stop, crash and starve every solver and resume it; fuzz configurations and checkpoints;
+# resume and compare run directories that attack.
 soak: .venv/tested
 	$(BIN)/python -m tests.soak kills
 	$(BIN)/python -m tests.soak fuzz
+	$(BIN)/python -m tests.soak hostile
 
 # Not --quiet: hidden warnings do not count as errors.
 docs: .venv/tested

@@ -7,6 +7,7 @@ from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, FullBatch, TensorStream, stream, streams
 from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
 from bilevel.errors import BilevelError, DataWarning, Refused, SpeedWarning
+from bilevel.metrics import Weighted
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import (
     Batch,
@@ -62,6 +63,7 @@ __all__ = [
     "Stream",
     "TensorStream",
     "Trait",
+    "Weighted",
     "along_examples",
     "check_problem",
     "evaluate",

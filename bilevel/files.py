@@ -1,14 +1,24 @@
-"""Files that are written completely or not at all, and JSON that every parser reads."""
+"""Files that are written completely or not at all, and JSON that every parser reads.
+
+A run directory may come from somebody else, so no symbolic link in it is followed to write.
+"""
 
 import json
 import math
 import os
+import re
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bilevel.errors import Unwritable
+
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+"""Flags of `os.open` that follow no symbolic link."""
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def strict_json(value: Any, *, indent: int | None = None) -> str:
@@ -21,6 +31,11 @@ def strict_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(_finite(value), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a new hidden name in the same directory, which nobody can foresee."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
     """Call `write(file)` so that `path` holds either its old content or all of the new content.
 
@@ -29,9 +44,11 @@ def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
     Raises:
         Unwritable: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_beside(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_LINK
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        descriptor = os.open(temporary, flags, 0o666)
+        with open(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -52,6 +69,17 @@ def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
         raise Unwritable(
             f"cannot write {path}: {reason.strerror or reason}; free some space or move the run"
         ) from None
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove the temporary files that killed processes left in a directory.
+
+    The caller holds the lock of the directory. A link is removed, and its target stays.
+    """
+    for name in os.listdir(directory):
+        if _TEMPORARY.fullmatch(name):
+            with suppress(OSError):  # a leftover is harmless
+                os.unlink(directory / name)
 
 
 def _finite(value: Any) -> Any:

@@ -122,6 +122,11 @@ def to_device(tree: Any, device: torch.device | str) -> Any:
     return pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, tree)
 
 
+def device_of(tensors: dict[str, Tensor]) -> torch.device:
+    """Return the device of the first tensor, or the CPU if there is none."""
+    return next((t.device for t in tensors.values()), torch.device("cpu"))
+
+
 def detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the same tensors, detached from the graph."""
     return {name: t.detach() for name, t in tensors.items()}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.data.tensor_stream import Data
+from bilevel.metrics import Reported
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
 from bilevel.space import Space
 
@@ -69,11 +70,12 @@ class Problem(ABC):
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
-    ) -> Metrics:
+    ) -> Reported:
         """Return the values that an evaluation averages over the items of a split.
 
-        A value has one entry per item; a value of shape [] stands for its whole batch. `loss` must
-        be among them: λ minimizes it, and it selects the best evaluation.
+        A value has one entry per item; a value of shape [] stands for all examples of its batch.
+        `Weighted(value, weight)` has a weight of its own. None is left out. `loss` must be among
+        them: λ minimizes it, and it selects the best evaluation.
         """
         return {"loss": self.outer_objective(hypers, params, prediction, batch)}
 

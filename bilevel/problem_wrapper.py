@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.data.tensor_stream import Data
+from bilevel.metrics import Reported
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
 from bilevel.problem import Problem
 
@@ -68,5 +69,5 @@ class ProblemWrapper(Problem):
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
-    ) -> Metrics:
+    ) -> Reported:
         return self.problem.metrics(hypers, params, prediction, batch)

@@ -1,8 +1,11 @@
 """Text for messages: errors, sizes and names as one line that a reader understands."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
+
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def first_line(error: BaseException | str) -> str:
@@ -25,6 +28,18 @@ def describe(error: BaseException) -> str:
     """
     name, line = type(error).__name__, first_line(error)
     return name if line == name else f"{name}: {line}"
+
+
+def printable(text: str) -> str:
+    r"""Return text without characters that command a terminal; `\x1b` is written out instead.
+
+    Line ends and tabs stay.
+
+    Example:
+        >>> printable("a\x1b[2J")
+        'a\\x1b[2J'
+    """
+    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def near(word: str, known: Iterable[Any]) -> str:

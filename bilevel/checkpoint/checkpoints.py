@@ -1,6 +1,7 @@
 """The checkpoints of a run: written atomically, checksummed, and several kept."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 
 from bilevel.checkpoint import file_format
 from bilevel.errors import BilevelError, Unwritable
-from bilevel.files import write_atomically
+from bilevel.files import remove_temporaries, temporary_beside, write_atomically
 from bilevel.loggers.records import METRICS, read_metrics
 from bilevel.solver import Solution
 
@@ -45,12 +46,26 @@ class Checkpoints:
         directory: the run directory.
         identity: the run that they belong to.
         keep: the number of checkpoints to keep, the newest included.
+        config: the configuration of the run, which replaces a lost `config.yaml`.
+        settings: the settings that change its numbers, by name.
+        versions: the versions of the software, by name.
     """
 
-    def __init__(self, directory: Path, identity: Identity, keep: int = 3) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        keep: int = 3,
+        config: Mapping[str, Any] | None = None,
+        settings: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
         self.identity = identity
         self.keep = keep
+        self.config = json.dumps(dict(config or {}), default=str)
+        self.settings = dict(settings or {})
+        self.versions = dict(versions or {})
         self._newest: int | None = None  # the step of `checkpoint.pt` once it is known to be whole
         self._readable = False
 
@@ -68,7 +83,13 @@ class Checkpoints:
                 object other than tensors, numbers, strings and containers of them.
         """
         path, step = self.directory / CHECKPOINT, int(state["step"])
-        content = {**self.identity._asdict(), "state": dict(state)}
+        content = {
+            **self.identity._asdict(),
+            "config": self.config,
+            "settings": self.settings,
+            "versions": self.versions,
+            "state": dict(state),
+        }
         try:
             if self._newest is not None and self._newest < step:
                 self._set_aside(path, self.directory / f"checkpoint-step{self._newest}.pt")
@@ -89,15 +110,25 @@ class Checkpoints:
         self._forget()
 
     def load(self) -> dict[str, Any]:
-        """Return what the function `load` returns; the next `save` continues from it."""
-        path, state = _newest_whole(self.directory, self.identity)
+        """Return what the function `load` returns; the next `save` continues from it.
+
+        Raises:
+            BilevelError: see the function; or the run had other settings.
+
+        Warns:
+            CheckpointWarning: the run had other versions of the software.
+        """
+        path, content = _newest_whole(self.directory, self.identity)
+        state: dict[str, Any] = content["state"]
+        _check_settings(path, content, self.settings)
+        _compare_versions(path, content, self.versions)
         # a damaged `checkpoint.pt` is not kept as an older one
         self._newest = int(state["step"]) if path.name == CHECKPOINT else None
         return state
 
     def _set_aside(self, newest: Path, older: Path) -> None:
         """Give the newest a second name, so that the first name is never missing."""
-        temporary = older.with_name(f".{older.name}.tmp")
+        temporary = temporary_beside(older)
         try:
             # left by a run that was killed right here, or that was resumed from an earlier step
             older.unlink(missing_ok=True)
@@ -123,7 +154,8 @@ class Checkpoints:
         return bool(older)
 
     def _forget(self) -> None:
-        """Remove checkpoints beyond `keep`, and those of steps that the run has yet to repeat."""
+        """Remove checkpoints beyond `keep` or of later steps, and leftovers of killed writes."""
+        remove_temporaries(self.directory)
         older = _older(self.directory)
         past = [path for path, step in older if self._newest is not None and step < self._newest]
         for path, _ in older:
@@ -148,7 +180,22 @@ def load(directory: Path, identity: Identity | None = None) -> dict[str, Any]:
     Warns:
         CheckpointWarning: a newer checkpoint is truncated, damaged, foreign or missing.
     """
-    return _newest_whole(directory, identity)[1]
+    state: dict[str, Any] = _newest_whole(directory, identity)[1]["state"]
+    return state
+
+
+def load_config(directory: Path) -> dict[str, Any]:
+    """Return the configuration in the newest whole checkpoint; {} if it holds none.
+
+    Raises:
+        BilevelError: see `load`.
+    """
+    content = _newest_whole(directory, None)[1]
+    try:
+        config = json.loads(content.get("config", "{}"))
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def best_solution(directory: str | Path) -> Solution:
@@ -185,7 +232,7 @@ def _newest_whole(directory: Path, identity: Identity | None) -> tuple[Path, dic
         if wrong:
             sentence = _replacement(wrong, path, content["state"]["step"])
             warnings.warn(sentence, CheckpointWarning, stacklevel=2)
-        return path, content["state"]
+        return path, content
     one = "it" if len(wrong) == 1 else "one"
     raise BilevelError(f"{', and '.join(wrong)}; restore {one} from a copy, or start a new run")
 
@@ -207,6 +254,32 @@ def _check_identity(path: Path, content: dict[str, Any], identity: Identity | No
                 f"{path} belongs to a run with {name}={content[name]}, not {name}={ours}; resume "
                 "it with its own settings, or start a new run"
             )
+
+
+def _check_settings(path: Path, content: dict[str, Any], settings: Mapping[str, str]) -> None:
+    before = content.get("settings")
+    for name, then in before.items() if isinstance(before, dict) else ():
+        if name in settings and settings[name] != then:
+            raise BilevelError(
+                f"{path} belongs to a run with {name}={then}, not {name}={settings[name]}; resume "
+                "it with its own settings, or start a new run"
+            )
+
+
+def _compare_versions(path: Path, content: dict[str, Any], versions: Mapping[str, str]) -> None:
+    before = content.get("versions")
+    changed = [
+        f"{name} {then} (now {versions[name]})"
+        for name, then in (before.items() if isinstance(before, dict) else ())
+        if name in versions and versions[name] != then
+    ]
+    if changed:
+        warnings.warn(
+            f"{path} was written with {' and '.join(changed)}; the run continues, and its numbers "
+            "may differ in their last digits from those of an unbroken run",
+            CheckpointWarning,
+            stacklevel=4,
+        )
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -10,13 +10,15 @@ import hashlib
 import os
 import re
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from bilevel.errors import BilevelError
-from bilevel.text import first_line
+from bilevel.text import byte_size, first_line
+from bilevel.untrusted_files import open_regular
 
 FORMAT = "bilevel-checkpoint"
 VERSION = 3
@@ -51,8 +53,9 @@ def read(path: Path) -> dict[str, Any]:
         BilevelError: the file has another version.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             _check_version(path, _verified(file))
+            _check_size(file)
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (BilevelError, Unreadable):
@@ -73,7 +76,7 @@ def check_version(path: Path) -> None:
     Raises:
         BilevelError: the version is another one.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         seal = _SEAL.search(_tail(file))
     if seal is not None:
         _check_version(path, seal)
@@ -148,6 +151,22 @@ def _verified(file: BinaryIO) -> "re.Match[bytes]":
     if digest.hexdigest().encode() != seal[2]:
         raise Unreadable("is damaged (it does not match its checksum)")
     return seal
+
+
+def _check_size(file: BinaryIO) -> None:
+    """Check that an archive unpacks to no more than its size; `torch.save` compresses nothing.
+
+    Raises:
+        Unreadable: it would unpack to more.
+    """
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise Unreadable(
+            f"would unpack {byte_size(size)} to {byte_size(unpacked)}, so bilevel did not write it"
+        )
 
 
 def _without_seal(file: BinaryIO) -> str:

@@ -6,10 +6,10 @@ from bilevel.checks.gradient_laws import (
     hyperparameters,
     per_example_leaves,
 )
+from bilevel.checks.metric_laws import batch_average, metrics, split_average
 from bilevel.checks.objective_laws import (
     averages,
     finite_objectives,
-    metrics,
     scalar_objectives,
 )
 from bilevel.checks.prediction_laws import (
@@ -31,10 +31,11 @@ ALL: tuple[Law, ...] = (
     per_example_leaves,
     example_axis,
     metrics,
+    split_average,
 )
 AT_SETUP: tuple[Law, ...] = (depends_on_weights, scalar_objectives)
 """Laws whose violation spoils every run; the loop itself detects losses that are not finite."""
-WARNINGS: tuple[Law, ...] = (gradients_of_weights, hyperparameters)
+WARNINGS: tuple[Law, ...] = (gradients_of_weights, hyperparameters, batch_average)
 """Laws whose violation may waste a run without ending it.
 
 A weight is unused, or a hyperparameter has no effect.

@@ -94,21 +94,6 @@ def averages(case: FirstBatch) -> Iterator[Finding]:
             )
 
 
-def metrics(case: FirstBatch) -> Iterator[Finding]:
-    """`loss` is among the metrics."""
-    with torch.no_grad():
-        prediction, _ = case.predict(train=False)
-        reported = case.problem.metrics(case.hypers, case.params, prediction, case.batch)
-    if "loss" not in reported:
-        yield Finding(
-            "error",
-            (
-                f"`metrics` reports {', '.join(reported) or 'nothing'} but no `loss`, which λ "
-                "minimizes; add it"
-            ),
-        )
-
-
 def _losses(case: FirstBatch) -> Iterator[tuple[str, Tensor]]:
     yield "inner_objective", case.inner_loss(params=case.start[0])
     yield "outer_objective", case.outer_loss(params=case.start[0])

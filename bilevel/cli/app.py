@@ -128,7 +128,7 @@ def _check_resume(resumed: str, sweeping: bool) -> None:
             "continue it, or leave -m out"
         )
     if resumed != AUTO:
-        stored_config(Path(resumed))
+        stored_config(Path(resumed), quiet=True)
 
 
 def _quoted(text: str) -> str:

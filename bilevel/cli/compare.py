@@ -18,20 +18,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     from rich.console import Console
 
-    from bilevel.comparison.report import printed, sections, write_report
+    from bilevel.cli.standard_streams import print_line
+    from bilevel.comparison.report import printed, usable_sections, write_report
     from bilevel.comparison.runs import read_runs
 
     faults: list[str] = []
 
     def warn(sentence: str) -> None:
         faults.append(sentence)
-        print(f"bilevel-compare: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+        print_line(f"bilevel-compare: {' '.join(sentence.split())}", sys.stderr)
 
     runs = read_runs(*given.runs, warn=warn)
     if not runs:
         warn("no run can be compared; give the directories of runs, or of sweeps")
         return 1
-    made = sections(runs, x=given.x, target=given.target, best_so_far=given.best_so_far)
+    made = usable_sections(
+        runs, x=given.x, target=given.target, best_so_far=given.best_so_far, warn=warn
+    )
+    if not made:
+        warn("no run can be compared; give the directories of other runs")
+        return 1
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDE

@@ -20,6 +20,7 @@ from bilevel.checks.check_problem import ProblemWarning
 from bilevel.cli import input_errors, sweep, user_modules
 from bilevel.cli.resume import AUTO, continued, repeated, stored_config
 from bilevel.cli.run_config import run_config
+from bilevel.cli.setting_types import check_type
 from bilevel.cli.standard_streams import print_line
 from bilevel.errors import (
     BilevelError,
@@ -124,6 +125,8 @@ class Job:
         config, hydra = _plain(composed), HydraConfig.get()
         directory = self.launch.directory(Path(hydra.runtime.output_dir))
         asked, config["resume"], resumed = config["resume"], None, False
+        check_type(config["trust"], bool, "trust")
+        trust, config["trust"] = config["trust"], False
         ended: Record | None = None
         try:
             if hydra.mode is RunMode.MULTIRUN or asked == AUTO:
@@ -133,7 +136,8 @@ class Job:
                 overridden = [
                     input_errors.parse(text).key_or_group for text in hydra.overrides.task
                 ]
-                config = continued(stored_config(directory), config, overridden, directory)
+                stored = stored_config(directory)
+                config = continued(stored, config, overridden, directory, trust=trust)
             summary = ended or run_config(
                 config, directory, resumed=resumed, place=sweep.place(), quiet=self.is_worker
             )
@@ -164,6 +168,7 @@ class Job:
 def add_resolvers() -> None:
     """Register the resolvers `${bilevel.…}` of the configuration with OmegaConf."""
     OmegaConf.register_new_resolver("bilevel.resumed", _directory, replace=True)
+    OmegaConf.register_new_resolver("bilevel.name", _file_name, replace=True)
     OmegaConf.register_new_resolver("bilevel.ablation", _ablation, replace=True)
     OmegaConf.register_new_resolver(
         "bilevel.times", lambda factor, value: factor * value, replace=True
@@ -176,6 +181,11 @@ def _directory(resumed: str | None, fresh: str) -> str:
             f"resume={AUTO} needs the directory of the run; add hydra.run.dir=runs/mine"
         )
     return resumed or fresh
+
+
+def _file_name(name: Any) -> str:
+    """Return a name as a part of a file name; it names no other directory."""
+    return re.sub(r"[^\w.+-]+", "-", str(name)).lstrip(".") or "unnamed"
 
 
 def _sentence(error: BaseException) -> str:

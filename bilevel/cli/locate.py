@@ -16,7 +16,7 @@ def locate(path: Any, role: str) -> Callable[..., Any]:
         BilevelError: there is none, or its module cannot be imported.
     """
     try:
-        target = _resolved(str(path))
+        target = resolved(str(path))
     except Exception as error:  # importing a user's module may raise anything
         raise BilevelError(
             f"{role}._target_={path} cannot be imported ({describe(error)}); {_advice(path)}"
@@ -37,14 +37,14 @@ def _advice(path: Any) -> str:
         return f"rename {own}, since only the installed package of that name is searched"
     if package in ("solvers", "problems"):
         try:
-            _resolved(f"bilevel.{path}")
+            resolved(f"bilevel.{path}")
         except (ImportError, AttributeError):
             return f"bilevel.{package} has replaced that package; look the name up there"
         return f"write bilevel.{package}.{rest} for one of bilevel"
     return "give the dotted path of a class or function"
 
 
-def _resolved(path: str) -> Any:
+def resolved(path: str) -> Any:
     """Return the object at a dotted path.
 
     An import that fails inside an existing module raises its own error.

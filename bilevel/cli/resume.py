@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from bilevel.checkpoint.checkpoints import CHECKPOINT, kept
 from bilevel.checkpoint.file_format import check_version
+from bilevel.cli.stored import check_trusted, read_stored
 from bilevel.errors import BilevelError
 from bilevel.loggers.records import SUMMARY, Record
-
-CONFIG = "config.yaml"
+from bilevel.untrusted_files import read_bytes
 
 MAY_CHANGE = (
     "runner.epochs",
@@ -41,41 +39,36 @@ AUTO = "auto"
 ABSENT = object()
 
 
-def stored_config(directory: Path) -> DictConfig:
+def stored_config(directory: Path, *, quiet: bool = False) -> DictConfig:
     """Return the configuration that the run in `directory` was started with.
+
+    Args:
+        directory: the run directory.
+        quiet: whether to give no warning.
 
     Raises:
         BilevelError: the directory holds no run, or a run from before the packages moved.
     """
-    file, setting = directory / CONFIG, f"resume={directory}"
+    setting = f"resume={directory}"
     if not directory.is_dir():
         raise BilevelError(f"{setting} is not a directory; give the directory of an earlier run")
-    checkpoints = kept(directory)
-    there = {CONFIG: file.is_file(), CHECKPOINT: bool(checkpoints)}
-    if missing := [name for name, found in there.items() if not found]:
+    if not (checkpoints := kept(directory)):
         raise BilevelError(
-            f"{setting} is not a run, since it has no {missing[0]}; give the directory of an "
+            f"{setting} is not a run, since it has no {CHECKPOINT}; give the directory of an "
             "earlier run"
         )
     # before the configuration is used: the targets of an older run can no longer be imported
     check_version(checkpoints[0])
-    try:
-        config = OmegaConf.load(file)
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise BilevelError(
-            f"{file} cannot be read ({type(error).__name__}); restore it, or start a new run"
-        ) from error
-    keys = ("names", "seed", "problem", "solver", "runner", "loggers")
-    if not isinstance(config, DictConfig) or any(key not in config for key in keys):
-        raise BilevelError(
-            f"{file} is not the configuration of a run of bilevel; give the directory of an "
-            "earlier run"
-        )
-    return config
+    return read_stored(directory, quiet=quiet)
 
 
 def continued(
-    stored: DictConfig, composed: Mapping[str, Any], overridden: Sequence[str], directory: Path
+    stored: DictConfig,
+    composed: Mapping[str, Any],
+    overridden: Sequence[str],
+    directory: Path,
+    *,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Return the stored configuration with the overrides that a resumed run may have.
 
@@ -84,14 +77,16 @@ def continued(
         composed: the resolved configuration of this command line.
         overridden: the keys that this command line sets; all others keep their stored values.
         directory: the run directory, for errors.
+        trust: whether the stored configuration may name any class or function.
 
     Raises:
-        BilevelError: an override must not differ from the stored value, and does.
+        BilevelError: an override must not differ from the stored value, and does; or the stored
+            configuration names something outside bilevel and PyTorch, and `trust` is False.
     """
     now = OmegaConf.create(dict(composed))
     config = stored.copy()
     for key in overridden:
-        if key == "resume":
+        if key in ("resume", "trust"):
             continue
         if key == "logger":  # a choice from a group, of which only the nodes are stored
             for name in stored.loggers:
@@ -111,8 +106,10 @@ def continued(
                 f"{key.removeprefix('names.')}={_text(value)} differs from {_text(before)} in "
                 f"{directory}; leave it out to continue that run, or start a new one"
             )
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
+    if not trust:
+        check_trusted(plain, composed, directory)
     return {str(key): value for key, value in plain.items()}
 
 
@@ -128,9 +125,10 @@ def repeated(composed: Mapping[str, Any], directory: Path) -> tuple[bool, Record
     if not kept(directory):
         return False, None
     stored, now = stored_config(directory), OmegaConf.create(dict(composed))
-    before = OmegaConf.to_container(stored, resolve=True)
+    before = OmegaConf.to_container(stored, resolve=False)
     assert isinstance(before, dict)
-    apart = dict(_differences({**before, "resume": None}, {**composed, "resume": None}))
+    never = {"resume": None, "trust": None}  # they belong to a command, not to a run
+    apart = dict(_differences({**before, **never}, {**composed, **never}))
     free = {*MAY_CHANGE, "loggers", *stored.loggers, *now.get("loggers", {})}
     for key, (then, this) in apart.items():
         if key not in free and key.split(".")[0] not in free:
@@ -139,7 +137,7 @@ def repeated(composed: Mapping[str, Any], directory: Path) -> tuple[bool, Record
                 "directory, or remove that run"
             )
     try:
-        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        summary = json.loads(read_bytes(directory / SUMMARY))
         ended = not summary["interrupted"] and {"best", "diverged", "message"} <= summary.keys()
         ended = ended and (summary["diverged"] or "valid_loss" in summary["best"])
     except (OSError, ValueError, LookupError, TypeError):

@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from bilevel.cli import targets
-from bilevel.cli.resume import CONFIG
 from bilevel.cli.setting_types import check_type
+from bilevel.cli.stored import CONFIG
 from bilevel.errors import BilevelError
 from bilevel.files import write_atomically
 from bilevel.loggers.logger import Logger, Place, RunInfo
@@ -16,6 +16,7 @@ from bilevel.loggers.records import Record
 from bilevel.problem import Problem
 from bilevel.run.runner import Runner
 from bilevel.solver import Solver
+from bilevel.text import printable
 
 BUILT = ("problem", "solver", "runner")
 OPEN_GROUPS = (*BUILT, "wandb", "tensorboard")
@@ -76,12 +77,13 @@ def run_config(
                 f"{node}._target_={config[node]['_target_']} makes a {type(built).__name__}; give "
                 f"the dotted path of a {kind.__name__}"
             )
+    names = config["names"]
     return runner.run(
         problem,
         solver,
         directory=directory,
         seed=config["seed"],
-        names=(str(config["names"]["problem"]), str(config["names"]["solver"])),
+        names=(printable(str(names["problem"])), printable(str(names["solver"]))),
         config=config,
         loggers=[ConfigFile(), *loggers],
         resume=resumed,

@@ -7,13 +7,15 @@ import os
 from contextlib import suppress
 from typing import TextIO
 
+from bilevel.text import printable
+
 
 def print_line(text: str, stream: TextIO | None) -> None:
-    """Print a line if the stream takes it."""
+    """Print a line if the stream takes it; characters that command a terminal are written out."""
     if stream is None:  # closed before the process started
         return
     try:
-        print(text, file=stream, flush=True)
+        print(printable(text), file=stream, flush=True)
     except BrokenPipeError:
         _discard(stream)
     except OSError:  # a disk may have room again for the next line

@@ -21,6 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from bilevel.cli.standard_streams import print_line
 from bilevel.comparison.runs import Run, group_runs, read_runs
 from bilevel.comparison.table import SWEEP, rich_table, rows
+from bilevel.errors import Unwritable
+from bilevel.files import write_atomically
 from bilevel.loggers.logger import Place
 from bilevel.run.signals import Interrupts, OutOfTime, time_limit_signals
 
@@ -70,11 +72,12 @@ class SweepTable(Callback):
             console.width = WIDE
         console.print(*parts, sep="\n", markup=False)
         try:
-            with open(directory / TABLE, "w", encoding="utf-8") as file:
-                Console(file=file, width=WIDE).print(*parts, sep="\n", markup=False)
-        except OSError as error:
-            reason = error.strerror or error
-            print_line(f"bilevel: {directory / TABLE} cannot be written ({reason})", sys.stdout)
+            write_atomically(
+                directory / TABLE,
+                lambda file: Console(file=file, width=WIDE).print(*parts, sep="\n", markup=False),
+            )
+        except Unwritable as error:
+            print_line(f"bilevel: {error}", sys.stdout)
         more = f"more tables and plots: bilevel-compare {directory}"
         print_line(f"the runs and this table: {directory}; {more}", sys.stdout)
 

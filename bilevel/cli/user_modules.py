@@ -22,4 +22,7 @@ class _WorkingDirectory:
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return PathFinder.find_spec(name, [os.getcwd()]) if path is None else None
+        try:
+            return PathFinder.find_spec(name, [os.getcwd()]) if path is None else None
+        except FileNotFoundError:  # the working directory was removed
+            return None

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bilevel.loggers.records import Record
+from bilevel.text import printable
 from bilevel.validate import is_number
 
 Array = NDArray[np.float64]
@@ -15,15 +16,22 @@ HUGE = 1e100
 """Number above which a value counts as infinite, since no axis can show it beside others."""
 
 
+SEVERAL = ("hypers.", "scales.")
+"""Names that may have several entries."""
+
+
 def columns_of(records: Sequence[Record]) -> dict[str, Array]:
     """Return the values of each name, [evaluations] or [evaluations, entries].
 
-    NaN stands where a record lacks the name.
+    NaN stands where a record lacks the name, and where a list stands in place of a number. Only
+    hyperparameters and their scales have several entries.
     """
     columns: dict[str, Array] = {}
     for name in dict.fromkeys(name for record in records for name in record):
         values = [record.get(name) for record in records]
-        example = next((value for value in values if value is not None), None)
+        several = name.startswith(SEVERAL)
+        example = next((value for value in values if value is not None), None) if several else None
+        name = printable(name)
         if isinstance(example, dict):
             for key in ("mean", "min", "max"):
                 parts = [value.get(key) if isinstance(value, dict) else None for value in values]

@@ -1,7 +1,8 @@
 """A report on runs: quality, cost, paired tests and pictures for each problem."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from bilevel.comparison import html_page
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.figures import pictures
 from bilevel.comparison.report_page import document, title
-from bilevel.comparison.runs import Run, Warn, group_runs
+from bilevel.comparison.runs import Run, Warn, group_runs, label_runs
 from bilevel.comparison.section import Section
 from bilevel.comparison.statistics import paired
 from bilevel.comparison.table import (
@@ -24,6 +25,7 @@ from bilevel.comparison.table import (
 )
 from bilevel.errors import BilevelError
 from bilevel.files import write_atomically
+from bilevel.text import describe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,6 +75,45 @@ def sections(
             )
         )
     return made
+
+
+def usable_sections(
+    runs: Sequence[Run],
+    *,
+    x: str = "seconds",
+    target: float | None = None,
+    best_so_far: bool = False,
+    warn: Warn,
+) -> list[Section]:
+    """Return what `sections` returns, without runs whose files break it; `warn` gets each."""
+
+    def made(of: Sequence[Run]) -> list[Section]:
+        return sections(of, x=x, target=target, best_so_far=best_so_far)
+
+    try:
+        return made(runs)
+    except Exception:  # a damaged run may raise anything, and the others are still reported
+        kept = [run for run in runs if _works(partial(made, [run]), run, warn)]
+    found = []
+    for problem in dict.fromkeys(run.problem for run in kept):
+        of = label_runs(run for run in kept if run.problem == problem)
+        try:
+            found += made(of)
+        except Exception as error:
+            warn(
+                f"the {len(of)} runs on {problem} cannot be compared ({describe(error)}); give "
+                "fewer of them"
+            )
+    return found
+
+
+def _works(attempt: Callable[[], object], run: Run, warn: Warn) -> bool:
+    try:
+        attempt()
+    except Exception as error:
+        warn(f"{run.directory} cannot be used ({describe(error)}); this run is left out")
+        return False
+    return True
 
 
 def _target_source(groups: Mapping[str, Sequence[Run]], target: float | None) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.loggers.records import METRICS, SUMMARY, Record
+from bilevel.text import printable
+from bilevel.untrusted_files import read_bytes, read_yaml
 
 CONFIG = "config.yaml"
 Warn = Callable[[str], None]
@@ -34,7 +36,7 @@ def _in_order(name: str) -> tuple[int, str]:
 
 def parse_records(path: Path) -> tuple[list[Record], int]:
     """Return the records and the number of damaged lines; an unfinished last line is neither."""
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = read_bytes(path).split(b"\n")[:-1]
     try:
         # parsing all lines at once takes half the time
         records = json.loads(b"[" + b",".join(lines) + b"]")
@@ -56,7 +58,7 @@ def parse_records(path: Path) -> tuple[list[Record], int]:
 def read_object(path: Path, warn: Warn) -> Record:
     """Return a JSON object; {} without the file, and {} after a warning where it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_bytes(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
@@ -64,24 +66,34 @@ def read_object(path: Path, warn: Warn) -> Record:
         warn(f"cannot use {path} ({reason}); the run is read without it")
         return {}
     if isinstance(found, dict):
-        return found
+        return _printable(found)
     warn(f"cannot use {path} (it holds no object); the run is read without it")
     return {}
 
 
 def read_config(path: Path, warn: Warn) -> dict[str, Any]:
     """Return the settings in a YAML file; {} without the file, and {} after a warning."""
-    import yaml
-
     try:
-        found = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        found = read_yaml(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "it is not YAML"
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else f"it {error}"
         warn(f"cannot use {path} ({reason}); the run is read without it")
         return {}
     if isinstance(found, dict):
-        return {str(key): value for key, value in found.items()}
+        return _printable({str(key): value for key, value in found.items()})
     warn(f"cannot use {path} (it holds no settings); the run is read without it")
     return {}
+
+
+def _printable(node: Any) -> Any:
+    """Return nested containers whose text has no characters that command a terminal."""
+    if isinstance(node, str):
+        return printable(node)
+    if isinstance(node, dict):
+        return {
+            printable(key) if isinstance(key, str) else key: _printable(value)
+            for key, value in node.items()
+        }
+    return [_printable(value) for value in node] if isinstance(node, list) else node

@@ -20,6 +20,7 @@ from bilevel.comparison.run_files import (
     read_object,
 )
 from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
+from bilevel.text import describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +140,15 @@ def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: Non
                 "of a run"
             )
         directories |= {directory.resolve(): directory for directory in found}
-    runs = [
-        run
-        for directory in directories.values()
-        if (run := read_run(directory, warn=warn)) is not None
-    ]
+    runs = []
+    for directory in directories.values():
+        try:
+            run = read_run(directory, warn=warn)
+        except Exception as error:  # the other runs are still read
+            warn(f"{directory} cannot be read ({describe(error)}); this run is left out")
+            continue
+        if run is not None:
+            runs.append(run)
     without = [run for run in runs if not run.config]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""

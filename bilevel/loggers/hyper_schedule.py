@@ -16,6 +16,7 @@ from typing import Any
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
 from bilevel.loggers.records import METRICS, SUMMARY, read_metrics
+from bilevel.untrusted_files import read_bytes
 from bilevel.validate import is_number
 
 SCHEDULE = "schedule.json"
@@ -156,7 +157,7 @@ def read(path: str | Path) -> RecordedSchedule:
     if path.is_dir():
         return from_run(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_bytes(path))
     except OSError as error:
         raise BilevelError(
             f"cannot read the schedule {path} ({error.strerror}); give a schedule.json or the "
@@ -180,7 +181,7 @@ def read(path: str | Path) -> RecordedSchedule:
 
 def _origin(run: Path) -> dict[str, Any]:
     try:
-        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+        summary = json.loads(read_bytes(run / SUMMARY))
     except (OSError, ValueError):  # a run in progress has none
         return {}
     return {key: summary.get(key) for key in ("problem", "solver", "seed")}

@@ -1,6 +1,8 @@
 """The files of a run: run.json, metrics.jsonl and summary.json."""
 
 import hashlib
+import io
+import json
 import os
 import warnings
 from contextlib import suppress
@@ -11,14 +13,19 @@ from bilevel.files import strict_json, write_atomically
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
 from bilevel.loggers.space_json import space_to_json
+from bilevel.untrusted_files import open_regular
+
+REPLACED = "metrics-replaced.jsonl"
+"""The copy of a `metrics.jsonl` that did not fit its checkpoint."""
 
 
 class JsonLines(Logger):
     """Writes `run.json` first, a line of `metrics.jsonl` per evaluation, then `summary.json`.
 
-    A resumed run cuts `metrics.jsonl` at its checkpoint, so no line appears twice. Lines that
-    cannot be written, for example on a full disk, are kept in memory and in the checkpoints until
-    they can be.
+    A resumed run cuts `metrics.jsonl` at its checkpoint, so no line appears twice. If the file was
+    changed or is missing, the run keeps the lines that can be read, and warns. Lines that cannot be
+    written, for example on a full disk, are kept in memory and in the checkpoints until they can
+    be.
     """
 
     vital = True
@@ -28,18 +35,17 @@ class JsonLines(Logger):
         self.lines = state.get("lines", 0)
         self.durable = state.get("bytes", 0)  # size of the file that is on disk for good
         try:
-            self.file = open(path, "r+b" if state else "wb", buffering=0)  # noqa: SIM115
+            # the checkpoint decides: a resumed run without this file continues too
+            fresh = not state or not path.exists()
+            self.file = open_regular(path, write=True, new=fresh)
         except OSError as error:
             raise BilevelError(
                 f"cannot write {path} ({error.strerror or error}); choose another directory"
             ) from None
-        self.digest = hashlib.sha256(self.file.read(self.durable) if state else b"")
+        known = self.file.read(self.durable) if state else b""
+        self.digest = hashlib.sha256(known)
         if state and self.digest.hexdigest() != state["digest"]:
-            self.file.close()
-            raise BilevelError(
-                f"{path} does not begin with the {state['lines']} lines of its checkpoint, since "
-                "one of the two was cut or replaced; start a new run"
-            )
+            self._repair()
         self.file.truncate()
         self.pending = [line.encode() for line in state.get("held", [])]  # after the durable bytes
         self.written = 0  # number of pending lines that are in the file
@@ -102,6 +108,28 @@ class JsonLines(Logger):
             "held": pending,
         }
 
+    def _repair(self) -> None:
+        """Keep the lines that can be read, at most as many as the checkpoint knows, and warn."""
+        self.file.seek(0)
+        content = self.file.readall() if isinstance(self.file, io.RawIOBase) else self.file.read()
+        before, copy = self.lines, self.path.with_name(REPLACED)
+        if content:
+            write_atomically(copy, lambda file: file.write(content), mode="wb")
+        kept = [line.rstrip(b"\r") for line in content.split(b"\n")[:-1]]
+        kept = [line for line in kept if _is_record(line)][:before]
+        whole = b"".join(line + b"\n" for line in kept)
+        self.file.seek(0)
+        self.file.write(whole)
+        self.digest, self.lines = hashlib.sha256(whole), len(kept)
+        self.durable = len(whole)
+        lost = f"lacks {before - len(kept)} of" if len(kept) < before else "differs from"
+        warnings.warn(
+            f"{self.path} {lost} the {before} lines that its checkpoint knows; the run continues "
+            f"from the checkpoint{f', and {REPLACED} keeps the old file' if content else ''}",
+            FaultWarning,
+            stacklevel=3,
+        )
+
     def _write(self) -> OSError | None:
         """Write the pending lines; return the error where that fails."""
         try:
@@ -131,3 +159,10 @@ class JsonLines(Logger):
                 "and keeps its lines until it can"
             )
             warnings.warn(message, FaultWarning, stacklevel=2)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

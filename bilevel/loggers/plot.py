@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bilevel.files import write_atomically
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.records import METRICS, Record, read_metrics
 from bilevel.space import Space
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURE = "curves.png"
 # Okabe and Ito's palette: distinct for colour-blind readers, and in grey
@@ -89,7 +91,19 @@ def draw(
                 axes[first].legend(loc="best")
         if title:
             figure.suptitle(title)
-        figure.savefig(picture)
+        plain_names(figure)
+        path = Path(picture)
+        kind = path.suffix.lstrip(".") or "png"
+        write_atomically(path, lambda file: figure.savefig(file, format=kind), mode="wb")
+
+
+def plain_names(figure: "Figure") -> None:
+    """Show dollar signs in names as they are; the numbers at the axes stay formulas."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and "$" in (shown := text.get_text()):
+            text.set_parse_math(r"\mathdefault" in shown)
 
 
 def _scores(records: Sequence[Record]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.loggers.space_json import LARGE
 from bilevel.params import Hypers
+from bilevel.untrusted_files import read_bytes
 
 Record: TypeAlias = dict[str, Any]
 """One evaluation: plain numbers by name; see `make_record`."""
@@ -70,7 +71,7 @@ def make_record(
 
 def read_metrics(path: str | Path) -> list[Record]:
     """Return the records of a `metrics.jsonl`; an unfinished last line is skipped."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    lines = read_bytes(Path(path)).decode().split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.errors import BilevelError
+from bilevel.metrics import Reported, Weighted, read_metrics
 from bilevel.parallel.batch_norm import BatchStatistics
 from bilevel.parallel.collectives import enter, leave
 from bilevel.parallel.per_example_draws import WholeBatchDraws
@@ -15,7 +16,6 @@ from bilevel.params import (
     Batch,
     Carry,
     Hypers,
-    Metrics,
     Params,
     PerExampleWeight,
     Prediction,
@@ -131,7 +131,7 @@ class ShardedProblem(ProblemWrapper):
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
-    ) -> Metrics:
+    ) -> Reported:
         """Return the metrics of the whole batch on all ranks.
 
         Values per item are joined in the order of ranks.
@@ -139,14 +139,27 @@ class ShardedProblem(ProblemWrapper):
         if (shard := self.shard(batch)) is None:
             return self.problem.metrics(hypers, params, prediction, batch)
         hypers, params = self._localize(hypers, params, shard, {})
-        own = {
-            name: widen(shard.weight * value if value.ndim == 0 else value)
-            for name, value in self.problem.metrics(
-                hypers, params, prediction, shard.of(batch)
-            ).items()
+        reported = self.problem.metrics(hypers, params, prediction, shard.of(batch))
+        own: dict[tuple[str, str], Tensor] = {}
+        for name, value in read_metrics(
+            reported, type(self.problem).__name__, self.ranks.device
+        ).items():
+            if isinstance(value, Weighted):  # of each rank one item at least
+                own[name, "value"] = torch.atleast_1d(widen(value.value))
+                own[name, "weight"] = torch.atleast_1d(widen(value.weight))
+            else:
+                own[name, ""] = widen(shard.weight * value if value.ndim == 0 else value)
+        whole = self._join(own)
+        return {
+            name: Weighted(t, whole[name, "weight"]) if part else t
+            for (name, part), t in whole.items()
+            if part != "weight"
         }
+
+    def _join(self, own: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:
+        """Return the sums of numbers over ranks, and the items of all ranks."""
         found = self.ranks.gather({name: list(value.shape) for name, value in own.items()})
-        gathered: Metrics = {}
+        gathered: dict[tuple[str, str], Tensor] = {}
         # a rank may lack a metric, for example that of a rare class
         for name in dict.fromkeys(name for shapes in found for name in shapes):
             present = [shapes[name] for shapes in found if name in shapes]

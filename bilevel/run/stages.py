@@ -20,6 +20,7 @@ from bilevel.run.distributed import FirstRankSaver
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.run.initial_params import read_params
 from bilevel.run.loop import Loop
+from bilevel.run.provenance import settings_of, versions
 from bilevel.run.session import Session
 from bilevel.run.surroundings import WRAPPERS
 from bilevel.services import Services
@@ -38,7 +39,14 @@ def claim(run: Session) -> None:
     if not request.resume:
         first(lambda: _make_directory(run.directory))
     first(lambda: run.lock.take(run.directory))
-    run.checkpoints = Checkpoints(run.directory, request.identity, run.settings.keep_checkpoints)
+    run.checkpoints = Checkpoints(
+        run.directory,
+        request.identity,
+        run.settings.keep_checkpoints,
+        request.config,
+        settings_of(request.problem, request.solver),
+        versions(),
+    )
     if request.resume:
         run.checkpoint = first(run.checkpoints.load)
     elif request.params is not None:

@@ -13,6 +13,7 @@ from bilevel import BilevelError
 from bilevel.loggers.records import METRICS, SUMMARY, read_metrics
 from bilevel.problems.architecture.genotype import Genotype, derive
 from bilevel.problems.architecture.operations import NONE
+from bilevel.untrusted_files import read_bytes, read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,13 +119,12 @@ def draw_search(run: str | Path, picture: str | Path | None = None) -> Path:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from omegaconf import OmegaConf
 
     run = Path(run)
     try:
         records = read_metrics(run / METRICS)
-        summary = json.loads((run / SUMMARY).read_text())
-        settings = OmegaConf.load(run / "config.yaml").problem
+        summary = json.loads(read_bytes(run / SUMMARY))
+        settings = read_yaml(run / "config.yaml")["problem"]
         weights = {
             name: leaf for name, leaf in summary["hypers"].items() if name.startswith("edge_")
         }
@@ -136,13 +136,13 @@ def draw_search(run: str | Path, picture: str | Path | None = None) -> Path:
         raise BilevelError(
             f"run={run} is damaged or not the directory of a run; give another one"
         ) from None
-    if not (weights and records and OmegaConf.is_dict(settings) and settings.get("operations")):
+    if not (weights and records and isinstance(settings, dict) and settings.get("operations")):
         raise BilevelError(
             f"run={run} holds no architecture search; give a run of problem=architecture_images or "
             "architecture_tabular"
         )
-    operations = list(settings.operations)
-    cell = derive(weights, operations, settings.nodes, settings.keep)
+    operations = list(settings["operations"])
+    cell = derive(weights, operations, settings["nodes"], settings["keep"])
     rows, columns = -(-len(weights) // 3), min(3, len(weights))
     figure = Figure(figsize=(3.2 * columns, 2.1 * rows + 2.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)

@@ -11,6 +11,7 @@ from bilevel.loggers.records import SUMMARY
 from bilevel.problems.architecture.cell import edge, pairs
 from bilevel.problems.architecture.operations import NONE
 from bilevel.text import near
+from bilevel.untrusted_files import read_bytes, read_yaml
 from bilevel.validate import wrong
 
 Weights = Mapping[str, Sequence[float]]
@@ -148,7 +149,7 @@ def _last_alphas(run: Path, operations: Sequence[str], nodes: int) -> dict[str, 
     """Return the last α of a run."""
     search = "give the directory of an architecture search"
     try:
-        summary: dict[str, Any] = json.loads((run / SUMMARY).read_text())
+        summary: dict[str, Any] = json.loads(read_bytes(run / SUMMARY))
         failures = {"diverged": summary["diverged"], "was interrupted": summary["interrupted"]}
         found = dict(summary["hypers"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -177,17 +178,7 @@ def _last_alphas(run: Path, operations: Sequence[str], nodes: int) -> dict[str, 
 
 def _operations(run: Path) -> list[str] | None:
     """Return the operations of a run in the order of its α, or None if its settings are unknown."""
-    import yaml
-
     try:
-        return list(
-            map(str, yaml.safe_load((run / "config.yaml").read_text())["problem"]["operations"])
-        )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        yaml.YAMLError,
-    ):  # a run from Python has no config.yaml
+        return list(map(str, read_yaml(run / "config.yaml")["problem"]["operations"]))
+    except (OSError, ValueError, KeyError, TypeError):  # a run from Python has no config.yaml
         return None

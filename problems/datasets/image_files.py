@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import struct
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, final
@@ -13,19 +14,24 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bilevel import BilevelError
+from bilevel import BilevelError, DataWarning
+from bilevel.problems.datasets.pillow_images import (
+    MODES,
+    from_pillow,
+    laid_on,
+    lossy,
+    transparent,
+    upright,
+)
 from bilevel.problems.datasets.standardize import Level
 from bilevel.text import first_line
-from bilevel.validate import whole, wrong
+from bilevel.validate import between, whole, wrong
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Labelled: TypeAlias = tuple[UInt8[Tensor, "_n _channels _height _width"], Int[Tensor, " _n"]]
 """Images as stored, one byte per pixel, and their classes."""
-
-MODES = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "CMYK": 3, "YCbCr": 3}
-"""Pillow's modes with one byte per channel, and their numbers of channels without transparency."""
 
 
 class UnreadableImage(BilevelError):
@@ -50,13 +56,17 @@ class ImageFileDataset(Dataset):
             middle. None leaves images as they are.
         channels: 1 or 3, to which all images are converted; None takes those of the first image.
         workers: number of processes that read during training, if the images are not in memory.
+        background: brightness on which transparent pixels are laid; None takes white and warns.
 
     Attributes:
         shape: channels, height and width of every image.
 
     Raises:
-        BilevelError: `size` or `channels` is invalid.
+        BilevelError: `size`, `channels` or `background` is invalid.
         UnreadableImage: the first file is not an image.
+
+    Warns:
+        DataWarning: an image has transparent pixels, several frames or CMYK colors; once for each.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class ImageFileDataset(Dataset):
         size: int | None = None,
         channels: int | None = None,
         workers: int = 0,
+        background: int | None = None,
     ) -> None:
         self.paths = list(paths)
         self.labels = labels
@@ -74,11 +85,15 @@ class ImageFileDataset(Dataset):
         self._size = size
         self._channels = channels
         self._first = str(paths[0])
+        self._background = background
+        self._warned: set[str] = set()  # shared by all subsets
         if channels not in (None, 1, 3):
             remedy = "choose 1 (grey), 3 (RGB) or null"
             raise wrong("channels", channels, "is not possible", remedy)
         if size is not None:
             whole(1, "choose a number of pixels, or null", size=size)
+        if background is not None:
+            between(0, 255, "choose 255 for white or 0 for black", background=background)
         self.shape = (0, 0, 0)  # unknown until the first image is read
         first_channels, height, width = self.read(0).shape
         self.shape = (first_channels, height, width)
@@ -163,14 +178,31 @@ class ImageFileDataset(Dataset):
                 f"{path} is {kind[own]}, and {self._first} is {kind[channels]}; "
                 "set channels=3 or channels=1 to convert all images"
             )
-        # Pillow warns about a palette with transparency unless it is converted to RGBA first.
-        opaque = image.convert("RGBA") if image.mode == "P" else image
-        image = opaque.convert("L" if channels == 1 else "RGB")
+        for lost, sentence in lossy(image):
+            self._warn(lost, f"{path} {sentence}")
+        image = upright(image)
+        if (layer := transparent(image)) is not None:
+            if self._background is None:
+                self._warn(
+                    "transparent",
+                    f"{path} has transparent pixels, which are laid on white; set background=255 "
+                    "for white or 0 for black",
+                )
+            image = laid_on(255 if self._background is None else self._background, layer)
+        # Pillow warns about some palettes unless they become RGBA first
+        image = image.convert("RGBA") if image.mode == "P" else image
+        image = image.convert("L" if channels == 1 else "RGB")
         if self._size is not None:
             import torchvision.transforms.functional as TF
 
             image = TF.center_crop(TF.resize(image, [self._size]), [self._size, self._size])
         return from_pillow(image)
+
+    def _warn(self, kind: str, sentence: str) -> None:
+        """Warn once of a kind of images."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{sentence} (other images too)", DataWarning, stacklevel=2)
 
 
 class ImageFiles(NamedTuple):
@@ -206,13 +238,6 @@ class ImageFiles(NamedTuple):
     def class_count(self) -> int:
         """Return the number of classes."""
         return self.classes
-
-
-def from_pillow(image: "Image") -> UInt8[Tensor, "channels height width"]:
-    """Return the pixels of an image with one byte per channel."""
-    width, height = image.size
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(height, width, -1).permute(2, 0, 1).contiguous()
 
 
 def _describe(shape: Any) -> str:

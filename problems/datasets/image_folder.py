@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel import BilevelError
 from bilevel.problems.datasets import free_memory
+from bilevel.problems.datasets.duplicate_files import warn_of_duplicates
 from bilevel.problems.datasets.image_files import ImageFileDataset, ImageFiles
 from bilevel.problems.datasets.labelled_images import Images, channel_moments
 from bilevel.problems.datasets.validation_split import SplitMethod, split_indices
@@ -20,6 +21,8 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 VALID = ("val", "valid", "validation")
 DECODING = 10
 """Approximate bytes per pixel while an image is read: 4 in Pillow, 3 in the tensor and its copy."""
+HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")
+"""Folders of other programs; they and names with a leading dot are passed over at any depth."""
 SAMPLE = 2000
 """Number of training images that give the moments of images that stay in files."""
 
@@ -37,6 +40,7 @@ def load_image_folder(
     split_seed: int = 0,
     in_memory: bool | Literal["auto"] = "auto",
     workers: int = 2,
+    background: int | None = None,
 ) -> Images | ImageFiles:
     """Load the images in `path/CLASS/…`, or in `path/train/CLASS/…` and its sibling folders.
 
@@ -44,6 +48,8 @@ def load_image_folder(
     folder is set aside from the rest: test images first, then validation images. Images are
     standardized by the moments of each channel over the training images, or over 2,000 of them if
     they stay in files.
+
+    Hidden files and folders are passed over. An orientation tag turns the image, as viewers do.
 
     Args:
         path: the folder.
@@ -59,6 +65,8 @@ def load_image_folder(
         in_memory: true decodes all images before training, false lets `workers` read them during
             training, `auto` decodes them if they fit.
         workers: number of processes.
+        background: brightness, 0 to 255, on which transparent pixels are laid; None takes white
+            and warns.
 
     Raises:
         BilevelError: the folder or its classes are missing, a class has no images, the splits have
@@ -66,6 +74,10 @@ def load_image_folder(
             impossible.
         UnreadableImage: an image is damaged or differs from the others. All images are checked
             beforehand if they are decoded beforehand.
+
+    Warns:
+        DataWarning: files of two splits have the same bytes, or an image has transparent pixels,
+            several frames or CMYK colors.
     """
     root = Path(path)
     free = free_memory.free_bytes(torch.device("cpu"))
@@ -84,6 +96,7 @@ def load_image_folder(
         size=size,
         channels=channels,
         workers=workers,
+        background=background,
     )
     aside: dict[str, ImageFileDataset] = {}
     for kind, names in (("valid", VALID), ("test", ("test",))):
@@ -99,6 +112,8 @@ def load_image_folder(
                 train.labels, fraction, split, split_seed, f"{kind}_fraction"
             )
             train, aside[kind] = train.subset(kept.tolist()), train.subset(taken.tolist())
+    splits = {"train": train, **aside}
+    warn_of_duplicates({name: images.paths for name, images in splits.items()})
     return _loaded(train, aside["valid"], aside.get("test"), in_memory, path, len(found))
 
 
@@ -145,19 +160,27 @@ def _loaded(
 def _subfolders(folder: Path) -> list[str]:
     """Return the names of the subfolders that are not hidden, sorted."""
     entries = os.scandir(folder)
-    return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return sorted(e.name for e in entries if e.is_dir() and not _hidden(e.name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in HIDDEN
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files at any depth, following links; refuse a folder that a link repeats."""
+    """Yield the files at any depth, following links; refuse a folder that a link repeats.
+
+    Hidden files and folders are passed over: a folder `.ipynb_checkpoints` holds copies.
+    """
     read: dict[str, str] = {}
-    for place, _, names in os.walk(folder, followlinks=True):
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = [name for name in inner if not _hidden(name)]
         if (before := read.setdefault(os.path.realpath(place), place)) != place:
             raise BilevelError(
                 f"{place} is the same folder as {before}, so its images would count twice; "
                 "delete the link"
             )
-        yield from (Path(place) / name for name in names)
+        yield from (Path(place) / name for name in names if not _hidden(name))
 
 
 def _has_splits(root: Path, subfolders: set[str]) -> bool:
@@ -184,7 +207,7 @@ def _has_splits(root: Path, subfolders: set[str]) -> bool:
 
 
 def _any_folder(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in folder.iterdir())
+    return bool(_subfolders(folder))
 
 
 def _paths_and_labels(

@@ -10,7 +10,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from bilevel import BilevelError
-from bilevel.problems.datasets.image_files import Labelled, UnreadableImage, from_pillow
+from bilevel.problems.datasets.image_files import Labelled, UnreadableImage
+from bilevel.problems.datasets.pillow_images import from_pillow
 from bilevel.text import first_line
 
 

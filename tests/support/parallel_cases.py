@@ -17,7 +17,16 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from bilevel import BilevelError, ModuleProblem, Positive, Runner, Space, evaluate, squared_norm
+from bilevel import (
+    BilevelError,
+    ModuleProblem,
+    Positive,
+    Runner,
+    Space,
+    Weighted,
+    evaluate,
+    squared_norm,
+)
 from bilevel.parallel.process_group import ProcessGroup
 from bilevel.parallel.sharded_problem import ShardedProblem
 from bilevel.parallel.shards import Shard
@@ -84,6 +93,26 @@ class Decayed(ModuleProblem):
 
     def outer_objective(self, hypers, params, prediction, batch):
         return F.cross_entropy(prediction, batch[1])
+
+
+class Weighing(Decayed):
+    """Its metrics have weights: of a shard, of each example, and of a class that may be absent."""
+
+    def metrics(self, hypers, params, prediction, batch):
+        weights = 1.0 + batch[1]
+        losses = F.cross_entropy(prediction, batch[1], reduction="none")
+        rare = batch[1] == 2
+        return {
+            "loss": Weighted((weights * losses).sum() / weights.sum(), weights.sum()),
+            "items": Weighted(losses, weights),
+            "rare": Weighted(losses[rare].mean(), rare.sum()),
+        } | ({"rare_items": losses[rare].tolist()} if rare.any() else {"rare_items": None})
+
+
+def weighing():
+    """Return a problem whose metrics have weights."""
+    torch.manual_seed(0)
+    return Weighing(nn.Linear(4, 3))
 
 
 def convolutional(per_example=False):
@@ -357,6 +386,7 @@ CASES |= {
     "metrics of rare classes": partial(
         both, partial(LossWeights.digits, hidden=[5], batch_size=7), SAMA
     ),
+    "metrics with weights": partial(both, weighing, Fixed),
     "gauss-newton": partial(both, mlp, partial(Implicit, curvature=GaussNewton(damping=0.1))),
     "closed form": partial(both, partial(Quadratic.random, weights=4, hypers=2), delta_stn),
     "ridge": partial(both, partial(Ridge.synthetic, features=4, batch_size=7), implicit_cg),

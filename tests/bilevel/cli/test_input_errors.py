@@ -251,10 +251,6 @@ def test_a_resumed_run_keeps_its_settings(capfd, finished, arguments, words):
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def not_a_run(run: Path) -> None:
-    (run / "config.yaml").unlink()
-
-
 def no_checkpoint(run: Path) -> None:
     for file in run.glob("checkpoint*.pt"):
         file.unlink()
@@ -270,23 +266,12 @@ def foreign(run: Path) -> None:
         torch.save({"w": torch.zeros(3)}, file)
 
 
-def broken_config(run: Path) -> None:
-    (run / "config.yaml").write_text("{a: [")
-
-
-def strange_config(run: Path) -> None:
-    (run / "config.yaml").write_text("a: 3\n")
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (not_a_run, "is not a run, since it has no config.yaml"),
         (no_checkpoint, "is not a run, since it has no checkpoint.pt"),
         (truncated, "is truncated"),
         (foreign, "is not a checkpoint of bilevel"),
-        (broken_config, "cannot be read"),
-        (strange_config, "is not the configuration of a run"),
         (shutil.rmtree, "is not a directory"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bilevel import BilevelError, Runner, Solution, Space, evaluate, stream
+from bilevel.errors import FaultWarning
 from bilevel.files import strict_json
 from bilevel.loggers.jsonl import JsonLines
 from bilevel.loggers.logger import RunInfo
@@ -130,9 +131,47 @@ def test_json_lines_go_on_at_the_checkpoint(tmp_path):
     assert again.state()["lines"] == 2
     again.close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [0, 2]
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(BilevelError, match="cut or replaced"):
-        JsonLines().start(info, state)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kept", "words"),
+    [
+        (lambda file: file.unlink(), [], "lacks 2 of the 2 lines"),
+        (lambda file: file.write_text(""), [], "lacks 2 of the 2 lines"),
+        (lambda file: file.write_bytes(file.read_bytes()[:12]), [0], "lacks 1 of the 2 lines"),
+        (
+            lambda file: file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n")),
+            [0, 1],
+            "differs from the 2 lines",
+        ),
+        (lambda file: file.write_text('{"step": 0}\nno\n{"step": 1}\n'), [0, 1], "differs from"),
+        (lambda file: file.write_text('{"step": 7}\n[1]\n'), [7], "lacks 1 of the 2 lines"),
+    ],
+    ids=["missing", "empty", "cut", "crlf", "damaged", "replaced"],
+)
+def test_the_checkpoint_decides_about_a_changed_log(tmp_path, spoil, kept, words):
+    info = RunInfo(directory=tmp_path, problem="p", solver="s", seed=0, space=Space())
+    file = tmp_path / "metrics.jsonl"
+    lines = JsonLines()
+    lines.start(info, {})
+    lines.log({"step": 0})
+    lines.log({"step": 1})
+    state = lines.state()
+    lines.close()
+    spoil(file)
+    changed = file.read_bytes() if file.exists() else b""
+    again = JsonLines()
+    with pytest.warns(FaultWarning, match=words):
+        again.start(info, state)
+    again.log({"step": 2})
+    state = again.state()
+    again.close()
+    assert [record["step"] for record in read_metrics(file)] == [*kept, 2]
+    copy = tmp_path / "metrics-replaced.jsonl"
+    assert (copy.read_bytes() if copy.exists() else b"") == changed
+    once_more = JsonLines()
+    once_more.start(info, state)  # the repaired file fits its new checkpoint
+    once_more.close()
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -200,7 +239,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed_and_nothing_is_cut(tmp_path)
         )
     shutil.copy(tmp_path / "other" / "checkpoint.pt", tmp_path / "one" / "checkpoint.pt")
     lines = (tmp_path / "one" / "metrics.jsonl").read_bytes()
-    with pytest.raises(BilevelError, match="cut or replaced"):
+    with pytest.raises(BilevelError, match=r"solver.rate=0.02, not solver.rate=0.01"):
         Runner(epochs=5, progress="none", picture=False).run(
             FakeProblem(), FakeSolver(rate=0.01), directory=tmp_path / "one", resume=True
         )

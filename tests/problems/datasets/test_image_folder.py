@@ -8,10 +8,12 @@ import torch
 import torchvision
 from PIL import Image
 
+from bilevel import DataWarning
 from bilevel.cli.app import main
 from bilevel.problems.datasets import free_memory, labelled_images
+from bilevel.problems.datasets.duplicate_files import warn_of_duplicates
 from bilevel.problems.datasets.image_files import ImageFiles
-from bilevel.problems.datasets.image_folder import load_image_folder
+from bilevel.problems.datasets.image_folder import class_files, load_image_folder
 from bilevel.problems.datasets.labelled_images import Images
 from tests.support.image_data import pixels, refused, save
 
@@ -44,9 +46,10 @@ def test_folders_of_their_own_are_taken_as_they_are(pngs, tmp_path):
     parted = tmp_path / "parted"
     for part in ("train", "val", "test"):
         shutil.copytree(pngs, parted / part)
-    images = load_image_folder(str(parted))
+    with pytest.warns(DataWarning, match=r"occur in more than one split \(80 copies\)"):
+        images = load_image_folder(str(parted))
     assert [len(labels) for _, labels in images[:3]] == [40, 40, 40]
-    assert len(set(load_image_folder(str(parted)).train[1][:12].tolist())) == 3  # in random order
+    assert len(set(images.train[1][:12].tolist())) == 3  # in random order
     shutil.rmtree(parted / "val")
     shutil.rmtree(parted / "test")
     images = load_image_folder(str(parted), valid_fraction=0.2)
@@ -119,7 +122,7 @@ def test_what_stands_beside_the_parts_is_no_class(pngs, tmp_path):
     (parted / "notes").rename(parted / "valid")
     with refused(r"holds validation images in val and in valid; keep one"):
         load_image_folder(str(parted))
-    shutil.copytree(pngs / "ant", pngs / "train")  # a class that is called so
+    save(pngs / "train", pixels(4, 3, 10, 10, seed=9))  # a class that is called so
     assert load_image_folder(str(pngs)).classes == 4
 
 
@@ -150,3 +153,55 @@ def test_the_command_trains_on_a_folder(pngs, tmp_path, monkeypatch):
     ]
     assert main([*arguments, "runner.picture=false", "hydra.run.dir=it"]) == 0
     assert (tmp_path / "it" / "summary.json").exists()
+
+
+HIDDEN = ["ant/.ipynb_checkpoints", "ant/deep/.cache", "ant/@eaDir", "__MACOSX/ant", ".git/ant"]
+
+
+@pytest.mark.parametrize("place", HIDDEN)
+@pytest.mark.parametrize("parted", [False, True])
+def test_hidden_folders_and_files_are_passed_over(pngs, tmp_path, place, parted):
+    root = tmp_path / "parted" / "train" if parted else pngs
+    if parted:
+        shutil.copytree(pngs, root)
+    (root / place).mkdir(parents=True)
+    for path in sorted((root / "ant").glob("*.png")):
+        shutil.copy(path, root / place / f"{path.stem}-checkpoint.png")
+        shutil.copy(path, root / "ant" / f"._{path.name}")
+    (root / "._.png").write_text("a leftover")
+    images = load_image_folder(str(root.parent if parted else root))
+    assert sum(len(part[1]) for part in images[:3] if part is not None) == 40
+    assert images.classes == 3
+
+
+def test_a_hidden_folder_makes_no_class_of_train(pngs, tmp_path):
+    (pngs / "train").mkdir()
+    shutil.copy(pngs / "ant" / "000.png", pngs / "train" / "it.png")
+    (pngs / "train" / ".ipynb_checkpoints").mkdir()
+    assert sorted(class_files(pngs)) == ["ant", "bee", "cat", "train"]
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "test"), ("val", "test")])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_equal_files_of_two_splits_are_warned_of(tmp_path, parts, in_memory):
+    for i, part in enumerate(("train", "val", "test")):
+        for j, name in enumerate(("ant", "bee")):
+            save(tmp_path / part / name, pixels(6, 3, 8, 8, seed=2 * i + j))
+    load_image_folder(str(tmp_path), in_memory=in_memory)  # no warning
+    one, other = (tmp_path / part / "ant" for part in parts)
+    shutil.copy(one / "003.png", other / "renamed.png")
+    with pytest.warns(DataWarning, match=r"occur in more than one split \(1 copies\)") as caught:
+        load_image_folder(str(tmp_path), in_memory=in_memory)
+    assert len(caught) == 1
+    assert "003.png" in str(caught[0].message)
+    assert "renamed.png" in str(caught[0].message)
+
+
+def test_files_of_one_size_and_head_may_differ(tmp_path):
+    for i in range(4):
+        path = tmp_path / f"{i}.bmp"
+        path.write_bytes(b"0" * 5000 + bytes([i // 2]))
+    paths = [str(tmp_path / f"{i}.bmp") for i in range(4)]
+    warn_of_duplicates({"train": paths[:2], "valid": paths[2:]})
+    with pytest.warns(DataWarning, match=r"\(2 copies\), such as .*0\.bmp in train and .*1\.bmp"):
+        warn_of_duplicates({"train": paths[::2], "valid": paths[1::2]})
