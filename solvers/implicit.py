@@ -18,7 +18,14 @@ from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import BestResponse
-from bilevel.solvers.linear_solve.base import Guess, LinearSolve
+from bilevel.solvers.linear_solve.base import (
+    UNIMPORTANT,
+    Guess,
+    LinearSolve,
+    Solved,
+    estimated_error,
+    relative_norm,
+)
 from bilevel.solvers.linear_solve.conjugate_gradients import CG
 from bilevel.solvers.linear_solve.curvature import Curvature, GaussNewton, Hessian
 from bilevel.solvers.linear_solve.nystrom import Nystrom
@@ -141,10 +148,10 @@ class ImplicitMethod(BestResponse):
         warm = given.warm_start and given.linear_solve.continues
         self.guess = Guess(solved.x if warm else None, solved.eigenvector)
         self.report = {
-            "residual": solved.residual,
             "iterations": solved.iterations,
             "inner_gradient_norm": norm,
             "negative_curvature": solved.negative_curvature.to(v.dtype),
+            **undamped(solved, v, given.curvature.damping),
         }
         if solved.largest is not None:
             self.report["largest_eigenvalue"] = solved.largest
@@ -167,14 +174,10 @@ class ImplicitMethod(BestResponse):
         ):
             return {}  # w itself has diverged, which the runner reports
         given, found = self.settings, {}
-        solve, norm = type(given.linear_solve).__name__, metrics["inner_gradient_norm"]
-        if not metrics["residual"] <= given.linear_solve.tolerance:  # NaN too
-            found["residual"] = (
-                f"Implicit: {solve} leaves a relative residual of {metrics['residual']:.2g} on "
-                f"average, above its tolerance {given.linear_solve.tolerance:g}, so the "
-                "hypergradient is not that of the given curvature; spend more on the solve, damp "
-                "the curvature, or raise linear_solve.tolerance"
-            )
+        norm, tolerance = metrics["inner_gradient_norm"], given.linear_solve.tolerance
+        worst = max(metrics["residual"], metrics.get("adjoint_error", 0.0), key=_nan_is_large)
+        if not worst <= max(tolerance, UNIMPORTANT):  # NaN too
+            found["residual"] = _about_residual(given, metrics)
         if metrics["negative_curvature"] > 0:
             gauss_newton = isinstance(given.curvature, GaussNewton)
             use = "" if gauss_newton else "use curvature=GaussNewton, "
@@ -201,6 +204,48 @@ class ImplicitMethod(BestResponse):
         self.guess = Guess(**to_device(copy.deepcopy(state["guess"]), device))  # solves use it up
         self.initial_norm = to_device(state["initial_norm"], device)
         self.recent.clear()
+
+
+def undamped(solved: Solved, v: Tensor, damping: float | Tensor) -> Metrics:
+    """Return the residual ‖H x − v‖/‖v‖ of H without its damping, and an estimate of the error.
+
+    (H + δI) x = v − r gives H x = v − (r + δx), so neither needs a product. If the solve gives no
+    remainder r, the residual is its own and nothing is estimated.
+    """
+    if solved.remainder is None:
+        return {"residual": solved.residual}
+    metrics, r = {"residual": solved.residual}, solved.remainder
+    if isinstance(damping, Tensor) or damping > 0:
+        r.add_(solved.x * damping)
+        metrics = {
+            "residual": relative_norm(r.dot(r), v.dot(v)),
+            "damped_residual": solved.residual,
+        }
+    return metrics | {"adjoint_error": estimated_error(solved.x, v, r)}
+
+
+def _nan_is_large(number: float) -> float:
+    return math.inf if math.isnan(number) else number
+
+
+def _about_residual(given: Implicit, metrics: Mapping[str, float]) -> str:
+    """Return the warning of a solve that misses H⁻¹v, with its size and the causes."""
+    solve, damping, residual = given.linear_solve, given.curvature.damping, metrics["residual"]
+    found = f"leaves a relative residual of {residual:.2g} on average"
+    less = "damp the curvature"
+    if "damped_residual" in metrics:
+        found += f" without curvature.damping={damping:g}, {metrics['damped_residual']:.2g} with it"
+        less = "lower curvature.damping if the curvature is positive definite"
+    if isinstance(solve, Nystrom):
+        less = f"raise its rank, lower linear_solve.damping={solve.damping:g}"
+    above = not residual <= max(solve.tolerance, UNIMPORTANT)
+    found += f", {'above' if above else 'within'} its tolerance {solve.tolerance:g}"
+    if "adjoint_error" in metrics:
+        found += f", and H⁻¹v is about {metrics['adjoint_error']:.0%} off"
+    return (
+        f"Implicit: {type(solve).__name__} {found}, so the hypergradient is not that of the given "
+        f"curvature; spend more on the solve, {less}, or raise linear_solve.tolerance"
+    )
 
 
 class _BestResponse(torch.autograd.Function):

@@ -133,6 +133,9 @@ DOUBLE_BACKWARD: Table = FORWARD_MODE | {
 Training batch norm raises; weight norm returns a wrong second derivative.
 """
 
+NOT_TWICE = frozenset(DOUBLE_BACKWARD.keys() | ATTENTION | RECURRENT)
+"""Functions for which `twice_differentiable`, or turning cuDNN off, changes anything."""
+
 
 def twice_differentiable(functions: Set[Any]) -> AbstractContextManager[Any]:
     """Return a context in which the functions of a network can be differentiated twice.

@@ -2,16 +2,27 @@
 
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.variable import Variable
 
 from bilevel import Batch, Carry, Params, Prediction, Problem
 from bilevel.params import detached
-from bilevel.solvers.autodiff.decompositions import RECURRENT, twice_differentiable
+from bilevel.solvers.autodiff.decompositions import (
+    NOT_TWICE,
+    RECURRENT,
+    twice_differentiable,
+)
+
+Output: TypeAlias = Tensor | GradientEdge
+"""An output of a graph, of which `vjp` needs no value."""
+
+SMALL = 2**16
+"""Numbers in a vector whose memory does not matter, and whose time is that of the calls."""
 
 
 class Pullback:
@@ -76,23 +87,25 @@ class Pullback:
                     )
                     self.passes.append((batch, prediction))
                     carries.append(detached(after))
-            loss = sum(losses[1:], start=losses[0]) / len(losses)
-            self._gradients: Sequence[Tensor] = torch.autograd.grad(
-                loss, self._w, create_graph=True, materialize_grads=True
-            )
-        self._edges = gradient_edges(self._gradients)
+            loss = losses[0]
+            if len(losses) > 1:  # a division by 1 would stay in the graph of every product
+                loss = sum(losses[1:], start=loss) / len(losses)
+            g = torch.autograd.grad(loss, self._w, create_graph=True, materialize_grads=True)
+            self._gradient: Tensor | None = flat(g)
+            self._output: Output = self._gradient
         self.loss = loss.detach()
         self.carried = carries[1]
 
     @property
     def gradient(self) -> Float[Tensor, " m"]:
         """Return g as a constant."""
-        return flat(self._gradients).detach()
+        assert self._gradient is not None, "free_gradient was called"
+        return self._gradient.detach()
 
     @property
     def gradient_norm(self) -> Float[Tensor, ""]:
-        """Return ‖g‖ without a copy of g."""
-        return torch.stack([torch.linalg.vector_norm(g.detach()) for g in self._gradients]).norm()
+        """Return ‖g‖."""
+        return torch.linalg.vector_norm(self.gradient)
 
     def check(self) -> None:
         """Raise PyTorch's error if a layer cannot be differentiated twice.
@@ -100,24 +113,26 @@ class Pullback:
         The products do not raise it. They follow the graph to w and u only, skip the node that
         would raise, and return a wrong value.
         """
-        moving = [g for g in self._gradients if g.requires_grad]
-        torch.autograd.backward(moving, [torch.zeros_like(g) for g in moving], retain_graph=True)
+        g = self._gradient
+        if g is not None and g.requires_grad:
+            torch.autograd.backward(g, torch.zeros_like(g), retain_graph=True)
 
     def free_gradient(self) -> None:
         """Free the memory of g; the products do not need it."""
-        self._gradients = ()
+        if self._gradient is not None:
+            self._output, self._gradient = without_value(self._gradient), None
 
     def hessian(self, q: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         """Return H q."""
-        return flatten_and_free(list(vjp(self._edges, self._w, self.unflat(q))))
+        return flatten_and_free(list(vjp([self._output], self._w, [q])))
 
     def cross(self, q: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
         """Return (∂²L_T/∂u∂w)ᵀ q."""
-        return vjp(self._edges, [self._u], self.unflat(q))[0]
+        return vjp([self._output], [self._u], [q])[0]
 
     def both(self, q: Float[Tensor, " m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " h"]]:
         """Return H q and (∂²L_T/∂u∂w)ᵀ q, at the cost of one product."""
-        *products, cross = vjp(self._edges, [*self._w, self._u], self.unflat(q))
+        *products, cross = vjp([self._output], [*self._w, self._u], [q])
         return flatten_and_free(products), cross
 
     def unflat(self, q: Float[Tensor, " m"]) -> list[Tensor]:
@@ -127,43 +142,59 @@ class Pullback:
     @contextmanager
     def differentiable_twice(self) -> Iterator[None]:
         """Open a context in which the functions can be differentiated twice, if possible."""
+        if self._functions.isdisjoint(NOT_TWICE):
+            yield
+            return
         recurrent = not self._functions.isdisjoint(RECURRENT)  # cuDNN differentiates them once
         without = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
         with twice_differentiable(self._functions), without:
             yield
 
 
-def gradient_edges(tensors: Sequence[Tensor]) -> list[GradientEdge | None]:
-    """Return the graph edges of tensors, which `vjp` accepts; None for a constant.
+def without_value(output: Tensor) -> Output:
+    """Return an output for `vjp` whose value nobody needs; a constant stays as it is.
 
-    An edge keeps no value in memory, and a solve may have no room for the values.
+    A large output becomes its edge in the graph, which keeps no value in memory; a solve may have
+    no room for it. A small one stays, because PyTorch checks a tensor faster than an edge.
     """
-    return [get_gradient_edge(t) if t.requires_grad else None for t in tensors]
+    keep = output.numel() <= SMALL or not output.requires_grad
+    return output if keep else get_gradient_edge(output)
 
 
 def vjp(
-    outputs: Sequence[Tensor] | Sequence[GradientEdge | None],
-    inputs: Sequence[Tensor],
-    q: Sequence[Tensor],
+    outputs: Sequence[Output], inputs: Sequence[Tensor], q: Sequence[Tensor]
 ) -> Sequence[Tensor]:
     """Return (∂outputs/∂inputs)ᵀ q as constants and keep the graph.
 
     An input that no output depends on gets zeros.
 
     Args:
-        outputs: tensors or their edges; None for a constant.
+        outputs: tensors or their edges.
         inputs: leaves of the graph.
         q: one tensor for each output.
     """
-    pairs = [
-        (output, part)
-        for output, part in zip(outputs, q, strict=True)
-        if output is not None and (not isinstance(output, Tensor) or output.requires_grad)
+    moving, parts = outputs, q
+    if any(isinstance(output, Tensor) and not output.requires_grad for output in outputs):
+        pairs = [
+            pair
+            for pair in zip(outputs, q, strict=True)
+            if not isinstance(pair[0], Tensor) or pair[0].requires_grad
+        ]
+        if not pairs:
+            return [torch.zeros_like(x) for x in inputs]
+        moving, parts = zip(*pairs, strict=True)
+    if q[0].device.type != "cpu":  # its engine runs in other threads, which autograd.grad prepares
+        return torch.autograd.grad(
+            cast(Any, moving), inputs, parts, retain_graph=True, materialize_grads=True
+        )
+    # autograd.grad without its checks of every argument, a seventh of a product on a small model
+    products: Sequence[Tensor | None] = Variable._execution_engine.run_backward(
+        tuple(moving), tuple(parts), True, False, tuple(inputs), True, accumulate_grad=False
+    )
+    return [
+        torch.zeros_like(x) if part is None else part
+        for x, part in zip(inputs, products, strict=True)
     ]
-    if not pairs:
-        return [torch.zeros_like(x) for x in inputs]
-    moving, parts = zip(*pairs, strict=True)
-    return torch.autograd.grad(moving, inputs, parts, retain_graph=True, materialize_grads=True)
 
 
 def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
@@ -177,9 +208,11 @@ def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
 
 
 def flatten_and_free(tensors: list[Tensor]) -> Float[Tensor, " m"]:
-    """Return `flat(tensors)` and free the tensors one by one, so that no second copy is held."""
-    vector = tensors[0].new_empty(sum(t.numel() for t in tensors))
-    end = vector.numel()
+    """Return `flat(tensors)`; many large ones are freed one by one, so that no copy is held."""
+    size = sum(t.numel() for t in tensors)
+    if size <= SMALL:
+        return flat(tensors)
+    vector, end = tensors[0].new_empty(size), size
     while tensors:
         t = tensors.pop()
         vector[end - t.numel() : end] = t.reshape(-1)

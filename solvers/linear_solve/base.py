@@ -22,6 +22,10 @@ ROUNDING = 10
 """Curvature below this many machine epsilons of the largest eigenvalue counts as zero."""
 
 
+UNIMPORTANT = 1e-3
+"""A relative residual or error below this gives no warning, however small the tolerance."""
+
+
 class Guess(NamedTuple):
     """The start of a solve, taken from the result of the last solve.
 
@@ -48,6 +52,8 @@ class Solved(NamedTuple):
             pᵀA p = 0, as for a singular A.
         largest: a lower bound on the largest |eigenvalue| of A; None if unknown.
         eigenvector: the last vector of the power iteration, for the next solve.
+        remainder: v − A x, of which `residual` is the relative length; None if unknown. A solver
+            uses it up.
     """
 
     x: Float[Tensor, " m"]
@@ -56,13 +62,15 @@ class Solved(NamedTuple):
     negative_curvature: Bool[Tensor, ""]
     largest: Float[Tensor, ""] | None = None
     eigenvector: Float[Tensor, " m"] | None = None
+    remainder: Float[Tensor, " m"] | None = None
 
 
 class LinearSolve(ABC):
     """A way to solve A x = v. It has no state: the caller passes the result of the last solve.
 
     Attributes:
-        tolerance: a solver warns if the relative residual ‖A x − v‖/‖v‖ is larger.
+        tolerance: a solver warns if the relative residual ‖A x − v‖/‖v‖, of A without damping, or
+            the estimated relative error of x is larger, but not below `UNIMPORTANT`.
         continues: True if the solve can start at the x of a guess.
     """
 
@@ -118,12 +126,14 @@ class Identity(LinearSolve):
         generator: torch.Generator | None = None,
     ) -> Solved:
         image = product(v)
-        square, curvature, left = v.dot(v), v.dot(image), self.scale * image - v
+        square, curvature = v.dot(v), v.dot(image)
+        r = torch.sub(v, image, alpha=self.scale)
         return Solved(
             self.scale * v,
-            relative_norm(left.dot(left), square),
+            relative_norm(r.dot(r), square),
             torch.zeros_like(square),
             curvature < 0,
+            remainder=r,
         )
 
 
@@ -145,6 +155,34 @@ def warm_start(product: Product, v: Tensor, guess: Tensor | None) -> tuple[Tenso
 def relative_norm(residual: Tensor, square: Tensor) -> Tensor:
     """Return ‖r‖/‖v‖ from the squares, 0 for v = 0."""
     return torch.where(square > 0, (residual / square).sqrt(), 0)
+
+
+def estimated_error(x: Tensor, v: Tensor, r: Tensor) -> Float[Tensor, ""]:
+    """Return an estimate of ‖x − A⁻¹v‖/‖A⁻¹v‖ from r = v − A x, without a product.
+
+    The error is A⁻¹r. The estimate takes r/μ for it, with the mean curvature μ = xᵀA x/xᵀx along x:
+
+        ‖r/μ‖ / ‖x + r/μ‖    with    xᵀA x = xᵀ(v − r)
+
+    It is exact for A = μI. It is too small where r lies in flatter directions than x.
+
+    Args:
+        x: [m], an approximate solution.
+        v: [m].
+        r: [m].
+
+    Example:
+        >>> A, v = torch.tensor([0.5, 0.5]), torch.ones(2)
+        >>> x = v / (A + 0.1)  # a damped solution, which should be 2
+        >>> estimated_error(x, v, v - A * x)
+        tensor(0.1667)
+    """
+    xx, rr, xr = x.dot(x), r.dot(r), x.dot(r)
+    curved = x.dot(v) - xr
+    inverse = torch.where(xx > 0, xx / curved, 0)
+    error = inverse.abs() * rr.sqrt()
+    better = (xx + 2 * inverse * xr + inverse * inverse * rr).clamp(min=0).sqrt()
+    return torch.where(better == 0, (rr > 0).to(rr.dtype), error / better)
 
 
 def check_tolerance(tolerance: float) -> None:

@@ -34,12 +34,12 @@ class CG(LinearSolve):
     The guess is scaled so that its residual is least. So a stale guess is never worse than 0, and
     growth along a direction of negative curvature does not accumulate over solves.
 
-    The residual is that of the recursion. Rounding separates it from A x − v by about the machine
+    The remainder is that of the recursion. Rounding separates it from A x − v by about the machine
     precision times the condition number.
 
     Args:
         iterations: the largest number of iterations.
-        tolerance: on ‖A x − v‖/‖v‖.
+        tolerance: on ‖A x − v‖/‖v‖. The solve stops within it, and a solver warns above it.
 
     Source: Hestenes & Stiefel, 1952; for hypergradients Pedregosa, ICML 2016 (HOAG).
 
@@ -67,26 +67,29 @@ class CG(LinearSolve):
         square = v.dot(v)
         x, r = warm_start(product, v, guess.x)
         p, rr = r.clone(), r.dot(r)
-        negative = torch.zeros_like(square, dtype=torch.bool)
-        eps = torch.finfo(v.dtype).eps
+        eps, zero = torch.finfo(v.dtype).eps, torch.zeros_like(square)
         # below machine precision, residual and curvature are rounding errors: stop there
         bound, rounding = max(self.tolerance, eps) ** 2 * square, ROUNDING * eps
-        iterations, active = torch.zeros_like(square), rr > bound
-        largest, pp = torch.zeros_like(square), rr
-        for _ in range(self.iterations):
+        largest, pp, active = zero, rr, rr > bound
+        tried, taken = [], []
+        for k in range(self.iterations):
             image = product(p)
             curvature = p.dot(image)
-            largest = torch.where(active, torch.maximum(largest, curvature.abs() / pp), largest)
-            positive = curvature > rounding * largest * pp
-            negative = negative | (active & ~positive)
-            active = active & positive
-            step = torch.where(active, rr / curvature, 0)
+            quotient = curvature / pp
+            largest = torch.maximum(largest, quotient)
+            tried.append(active)
+            active = active & (quotient > rounding * largest)
+            taken.append(active)
+            step = torch.where(active, rr / curvature, zero)
             x.addcmul_(p, step)
-            r.addcmul_(image, -step)
+            r.addcmul_(image, step, value=-1)
             del image  # free it before the next product allocates another
             after = r.dot(r)
-            turn = torch.where(active, after / rr, 0)
-            torch.addcmul(r, p, turn, out=p)
-            iterations, rr, pp = iterations + active, after, after + turn * turn * pp  # r ⊥ p
-            active = active & (rr > bound)
-        return Solved(x, relative_norm(rr, square), iterations, negative)
+            if k + 1 < self.iterations:
+                torch.addcmul(r, p, torch.where(active, after / rr, zero), out=p)
+                pp, active = p.dot(p), active & (after > bound)
+            rr = after
+        took = torch.stack(taken)
+        iterations = took.sum(dtype=v.dtype)
+        negative = (torch.stack(tried) & ~took).any()
+        return Solved(x, relative_norm(rr, square), iterations, negative, remainder=r)

@@ -1,7 +1,6 @@
 """The curvature of L_T in w: the Hessian or the Gauss–Newton matrix, with damping."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,13 +10,27 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel import Batch, Prediction
-from bilevel.solvers.autodiff.pullback import Pullback, flatten_and_free, gradient_edges, vjp
+from bilevel.solvers.autodiff.pullback import (
+    Output,
+    Pullback,
+    flat,
+    flatten_and_free,
+    unflat,
+    vjp,
+    without_value,
+)
 from bilevel.solvers.linear_solve.base import Product
 from bilevel.validate import at_least
 
 
 class Curvature(ABC):
-    """A symmetric matrix in the space of w, given by its products."""
+    """A symmetric matrix in the space of w, given by its products.
+
+    Attributes:
+        damping: the part δ of A = H + δI that a residual without damping leaves out.
+    """
+
+    damping: float = 0.0
 
     @abstractmethod
     def at(self, pullback: Pullback) -> Product:
@@ -73,7 +86,7 @@ class GaussNewton(Curvature):
             products = [part.product(q) for part in parts]
             return sum(products[1:], start=products[0]) / len(products)
 
-        return _damped(product, self.damping)
+        return _damped(parts[0].product if len(parts) == 1 else product, self.damping)
 
 
 class _GaussNewtonBatch:
@@ -87,7 +100,6 @@ class _GaussNewtonBatch:
     def __init__(self, pullback: Pullback, batch: Batch, prediction: Prediction) -> None:
         leaves, spec = pytree.tree_flatten(prediction)
         self.w = list(pullback.params.values())
-        self.unflat = pullback.unflat
         moved = [
             i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad
         ]
@@ -97,11 +109,12 @@ class _GaussNewtonBatch:
         ]
         with torch.enable_grad():
             self.v = [torch.zeros_like(y, requires_grad=True) for y in self.y]
-            p: Sequence[Tensor] = ()
+            self.p: Output | None = None
             if moved:
                 p = torch.autograd.grad(
                     self.y, self.w, self.v, create_graph=True, materialize_grads=True
                 )
+                self.p = without_value(flat(p))
             at = [y.detach().requires_grad_() for y in self.y]
             for i, y in zip(moved, at, strict=True):
                 constants[i] = y
@@ -115,20 +128,19 @@ class _GaussNewtonBatch:
             slopes = torch.autograd.grad(
                 loss, self.inputs, create_graph=True, materialize_grads=True
             )
-        self.p = gradient_edges(p)
-        self.slopes = gradient_edges(slopes)
+            n = len(self.w)
+            self.slopes = [without_value(t) for t in (flat(slopes[:n]), *slopes[n:])]
 
     def product(self, q: Tensor) -> Float[Tensor, " m"]:
         """Return the product with q."""
-        parts = self.unflat(q)
-        tangents = vjp(self.p, self.v, parts) if self.y else []
-        curved = vjp(self.slopes, self.inputs, [*parts, *tangents])
+        tangents = () if self.p is None else vjp([self.p], self.v, [q])
+        curved = vjp(self.slopes, self.inputs, [q, *tangents])
         own, through = list(curved[: len(self.w)]), curved[len(self.w) :]
         del curved
+        product = flatten_and_free(own)  # a new tensor: autograd may return q or an expanded one
         if self.y:
-            for i, part in enumerate(vjp(self.y, self.w, through)):
-                own[i] = own[i] + part  # not in place: autograd may return q or an expanded tensor
-        return flatten_and_free(own)
+            torch._foreach_add_(unflat(product, self.w), list(vjp(self.y, self.w, through)))
+        return product
 
 
 def _damped(product: Product, damping: float) -> Product:

@@ -41,8 +41,11 @@ class Richardson(LinearSolve):
     The residual never grows, and x never diverges. If A is positive definite and L is exact, the
     second bound is at least 1/L, and η is constant.
 
-    A step that the user sets is used as it is. If step · L > 2, the iterations diverge and the
-    solve raises. This test reads from the device, and so waits for it, at every solve.
+    A step that the user sets is used as it is. The last of K steps then costs no product: the
+    remainder and the residual are those of the iterate before it. They are upper bounds if
+    0 ≤ A ≤ 2/η. There is no power iteration: if step · L > 2, the residuals turn to the largest
+    eigenvector, and the solve raises as soon as their growth shows it. This test reads from the
+    device, and so waits for it, at every solve.
     """
 
     step: float | None
@@ -56,36 +59,40 @@ class Richardson(LinearSolve):
     def _iterate(
         self, product: Product, v: Tensor, x: Tensor, r: Tensor, count: int, known: Tensor | None
     ) -> Solved:
-        square = v.dot(v)
-        # a known vector that is 0 is replaced by v
-        start = v.clone() if known is None else known.addcmul_(v, (known.norm() == 0).to(v.dtype))
-        largest, eigenvector = power_iteration(product, start, COLD if known is None else WARM)
-        first, eps = largest, torch.finfo(v.dtype).eps
-        negative, nothing = torch.zeros_like(square, dtype=torch.bool), eps**2 * square
-        for _ in range(count):
+        square, eps = v.dot(v), torch.finfo(v.dtype).eps
+        nothing = eps**2 * square  # a smaller residual is rounding error
+        largest, eigenvector, step = None, known, square
+        if self.step is None:
+            # a known vector that is 0 is replaced by v
+            start = v.clone() if known is None else known.addcmul_(v, (known.norm() == 0).to(v))
+            largest, eigenvector = power_iteration(product, start, COLD if known is None else WARM)
+        products = count if self.step is None else max(count - 1, 1)
+        seen = []
+        for _ in range(products):
             image = product(r)
-            rr, curvature, growth = r.dot(r), r.dot(image), image.dot(image)
-            real = rr > nothing  # a smaller residual is rounding error
-            largest = torch.maximum(largest, torch.where(real, growth / rr, 0).sqrt())
-            negative = negative | (real & (curvature < -ROUNDING * eps * largest * rr))
-            if self.step is None:
-                bounds = (
-                    torch.where(largest > 0, 1 / largest, 0),
-                    torch.where(growth > 0, curvature / growth, 0),
-                )
-                step = torch.minimum(*bounds).clamp(min=0)
+            seen += [r.dot(r), r.dot(image), image.dot(image)]
+            if largest is None:
+                x.add_(r, alpha=self.step)
+                r.sub_(image, alpha=self.step)
             else:
-                step = torch.full_like(square, self.step)
-            x.addcmul_(r, step)
-            r.addcmul_(image, -step)
+                largest, step = _default_step(largest, nothing, *seen[-3:])
+                x.addcmul_(r, step)
+                r.addcmul_(image, step, value=-1)
             del image  # free it before the next product allocates another
-        # after an overflow of x, only the power iteration has a valid L
-        bound = torch.where(torch.isfinite(largest), largest, first)
-        if self.step is not None and bool(self.step * bound > 2):
+        for _ in range(count - products):
+            x.add_(r, alpha=self.step)
+        rr, curvature, growth = torch.stack(seen).view(-1, 3).unbind(1)
+        real = rr > nothing
+        growth = (growth / rr).sqrt()
+        # an overflow of a step that is too large leaves no valid bound
+        bound = torch.where(real & growth.isfinite(), growth, 0).max()
+        largest = bound if largest is None else torch.maximum(largest, bound)
+        negative = (real & (curvature < -ROUNDING * eps * largest * rr)).any()
+        if self.step is not None and bool(self.step * largest > 2):
             raise BilevelError(
-                f"step={self.step:g} is above 2/L = {2 / float(bound):.3g}, where L is the largest "
-                f"eigenvalue of the curvature, and {type(self).__name__} diverges; choose a "
-                "smaller step, or step=null for 1/L"
+                f"step={self.step:g} is above 2/L = {2 / float(largest):.3g}, where L is the "
+                f"largest eigenvalue of the curvature, and {type(self).__name__} diverges; choose "
+                "a smaller step, or step=null for 1/L"
             )
         return Solved(
             x,
@@ -94,7 +101,20 @@ class Richardson(LinearSolve):
             negative,
             largest,
             eigenvector,
+            remainder=r,
         )
+
+
+def _default_step(
+    largest: Tensor, nothing: Tensor, rr: Tensor, curvature: Tensor, growth: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return L, at least the growth of r, and the step: at most 1/L and rᵀAr/‖Ar‖²."""
+    largest = torch.maximum(largest, torch.where(rr > nothing, growth / rr, 0).sqrt())
+    bounds = (
+        torch.where(largest > 0, 1 / largest, 0),
+        torch.where(growth > 0, curvature / growth, 0),
+    )
+    return largest, torch.minimum(*bounds).clamp(min=0)
 
 
 @final
@@ -106,19 +126,21 @@ class Neumann(Richardson):
     iterations from 0. η is chosen as in `FixedPoint`.
 
     Args:
-        terms: K. Each term costs one product; the last product gives the residual.
+        terms: K. They cost K − 1 products if the step is set. Otherwise they cost K, and a power
+            iteration one more.
         step: η; None for 1/L.
         tolerance: on ‖A x − v‖/‖v‖; above it, a solver warns.
 
     Raises:
-        BilevelError: a set step is above 2/L. The solve raises it, and waits for the device then.
+        BilevelError: a set step is above 2/L, as far as the residuals show L. The solve raises it,
+            and waits for the device then.
 
     Source: Lorraine et al., AISTATS 2020, algorithm 3.
 
     Example:
         >>> solved = Neumann(terms=3, step=0.5).solve(lambda q: q, torch.ones(1))
         >>> solved.x, solved.residual
-        (tensor([0.8750]), tensor(0.1250))
+        (tensor([0.8750]), tensor(0.2500))
     """
 
     terms: int = 10
@@ -156,7 +178,8 @@ class FixedPoint(Richardson):
         tolerance: on ‖A x − v‖/‖v‖; above it, a solver warns.
 
     Raises:
-        BilevelError: a set step is above 2/L. The solve raises it, and waits for the device then.
+        BilevelError: a set step is above 2/L, as far as the residuals show L. The solve raises it,
+            and waits for the device then.
 
     Source: Grazzi et al., ICML 2020, section 2 (fixed-point method); with a warm start: Arbel &
         Mairal, ICLR 2022 (AmIGO).

@@ -87,12 +87,13 @@ class Nystrom(LinearSolve):
             Q @ (basis @ (basis.T @ inside / (spectrum.clamp(min=0) + self.damping)))
             + outside / self.damping
         )
-        square, left = v.dot(v), product(x) - v
+        square, r = v.dot(v), v - product(x)
         negative = values.min() < -cutoff
         return Solved(
             x,
-            relative_norm(left.dot(left), square),
+            relative_norm(r.dot(r), square),
             torch.full_like(square, rank),
             negative,
             spectrum.max(),
+            remainder=r,
         )

@@ -1,9 +1,11 @@
 """Implicit differentiation: closed forms, dense derivatives, reports, refusals and state."""
 
+import dataclasses
 import gc
 import io
 import math
 import re
+from importlib import resources
 
 import pytest
 import torch
@@ -17,7 +19,16 @@ from bilevel import BilevelError, Positive, Problem, Real, Refused, Runner, Spac
 from bilevel.problems import Quadratic, Ridge
 from bilevel.run.loop import SolverWarning
 from bilevel.services import Services
-from bilevel.solvers import CG, FixedPoint, Identity, Neumann, Nystrom
+from bilevel.solvers import (
+    CG,
+    FixedPoint,
+    Identity,
+    LinearSolve,
+    Neumann,
+    Nystrom,
+    Solved,
+    recipes,
+)
 from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
 from bilevel.solvers.implicit import Implicit
 from bilevel.solvers.linear_solve.curvature import GaussNewton, Hessian
@@ -599,6 +610,113 @@ def test_warnings_come_one_by_one():
         "; damp it"
         in gauss_newton.warnings(good | {"negative_curvature": 0.25})["negative_curvature"]
     )
+
+
+# 1 % to 100 % of the hypergradient is lost to the damping
+DAMPED = [(10.0, 0.1), (1e3, 0.1), (1e6, 0.1), (10.0, 0.01), (30.0, 1.0), (1e4, 1e-3)]
+
+
+@pytest.mark.parametrize("curvature", [Hessian, GaussNewton])
+@pytest.mark.parametrize(("condition", "damping"), DAMPED)
+def test_the_error_that_damping_causes_is_reported(condition, damping, curvature):
+    """The residual is that of A without damping, and the estimate is near the true error of x."""
+    problem = Quadratic.random(10, 4, condition=condition, **DOUBLE)
+    solver = stationary(
+        problem, Implicit(linear_solve=CG(60), curvature=curvature(damping=damping))
+    )
+    exact = problem.hypergradient(solver.solution().hypers)
+    off = relative(solver.hypergradient(), exact)
+    report = solver.method.report
+    v = problem.M @ (solver.core.weights.detached()["w"] - problem.w_bar)
+    x = torch.linalg.solve(problem.A + damping * torch.eye(10).double(), v)
+    torch.testing.assert_close(
+        report["residual"], (problem.A @ x - v).norm() / v.norm(), rtol=1e-4, atol=0
+    )
+    assert report["damped_residual"] < 1e-5
+    true = relative(x, torch.linalg.solve(problem.A, v))
+    assert 0.5 * true < report["adjoint_error"] < 1.1 * true
+    assert off > 0.01
+    metrics = {name: value.item() for name, value in report.items()}
+    warning = solver.warnings(metrics)["residual"]
+    assert f"residual of {metrics['residual']:.2g} on average without curvature.damping=" in warning
+    assert f"H⁻¹v is about {metrics['adjoint_error']:.0%} off" in warning
+    assert "lower curvature.damping if" in warning
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e3])
+def test_an_exact_solve_without_damping_does_not_warn(condition):
+    """The remedy that the warning names: lower the damping."""
+    solver = stationary(
+        Quadratic.random(10, 4, condition=condition, **DOUBLE), Implicit(linear_solve=CG(60))
+    )
+    solver.hypergradient()
+    metrics = {name: value.item() for name, value in solver.method.report.items()}
+    assert "damped_residual" not in metrics
+    assert metrics["residual"] < 1e-6
+    assert metrics["adjoint_error"] < 1e-3
+    assert solver.warnings(metrics) == {}
+
+
+@pytest.mark.parametrize(
+    ("solve", "condition"),
+    [
+        (Nystrom(rank=10, damping=0.01), 30.0),
+        (Nystrom(rank=10, damping=0.003), 300.0),
+        (Neumann(terms=10), 100.0),
+        (Neumann(terms=20, step=0.5), 100.0),
+        (FixedPoint(iterations=10, step=1.0), 300.0),
+        (CG(iterations=3), 100.0),
+    ],
+    ids=str,
+)
+def test_every_inexact_solve_estimates_its_error(solve, condition):
+    problem = Quadratic.random(10, 4, condition=condition, **DOUBLE)
+    solver = stationary(problem, Implicit(linear_solve=solve))
+    off = relative(solver.hypergradient(), problem.hypergradient(solver.solution().hypers))
+    metrics = {name: value.item() for name, value in solver.method.report.items()}
+    assert off > 0.05
+    assert 0.3 * off < metrics["adjoint_error"] < 3 * off
+    assert "% off" in solver.warnings(metrics)["residual"]
+
+
+def test_a_residual_within_the_tolerance_with_a_large_error_warns():
+    solver = ready(CLOSED["quadratic"](), Implicit(linear_solve=Nystrom(rank=3)))
+    good = {"residual": 0.05, "negative_curvature": 0.0, "inner_gradient_norm": 0.0}
+    assert solver.warnings(good | {"adjoint_error": 0.09}) == {}
+    for error in (0.12, math.nan):
+        found = solver.warnings(good | {"adjoint_error": error})["residual"]
+        assert "residual of 0.05 on average, within its tolerance 0.1, and" in found
+        assert "raise its rank, lower linear_solve.damping=0.01" in found
+
+
+def test_a_solve_of_ones_own_may_leave_the_remainder_out():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(LinearSolve):
+        def solve(self, product, v, guess=None, generator=None):
+            zero = torch.zeros_like(v[0])
+            return Solved(v, zero + 0.3, zero, zero > 0)
+
+    solver = ready(CLOSED["quadratic"](), Implicit(linear_solve=Mine()))
+    solver.hypergradient()
+    assert solver.method.report["residual"] == 0.3
+    assert "adjoint_error" not in solver.method.report
+    assert "above its tolerance 0.1" in solver.warnings(
+        {name: value.item() for name, value in solver.method.report.items()}
+    ).get("residual", "")
+
+
+@pytest.mark.parametrize("name", ["cg", "neumann", "nystrom", "identity"])
+def test_library_and_command_line_have_the_same_defaults(name):
+    import hydra
+    from omegaconf import OmegaConf
+
+    text = resources.files("bilevel").joinpath(f"conf/solver/implicit_{name}.yaml").read_text()
+    config = OmegaConf.create(text)
+    recipe = getattr(recipes, f"implicit_{name}")()
+    for setting in ("linear_solve", "curvature"):
+        assert hydra.utils.instantiate(config[setting]) == getattr(recipe, setting)
+    for setting in ("warm_start", "batches", "stationarity"):
+        assert config[setting] == getattr(recipe, setting)
 
 
 def test_a_run_warns_of_a_solve_cut_short(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from bilevel import BilevelError
 from bilevel.solvers import CG, FixedPoint, Guess, Identity, Neumann, Nystrom, Solved
+from bilevel.solvers.linear_solve.base import estimated_error
 from bilevel.solvers.linear_solve.curvature import Hessian
 from tests.support.linear_systems import SIZES, error, solve, spd
 
@@ -69,6 +70,26 @@ def test_a_product_may_return_what_it_was_given(method):
     )
     expected = v / 1.01 if isinstance(method, Nystrom) else v
     torch.testing.assert_close(method.solve(lambda q: q, v, guess).x, expected)
+
+
+# --- the estimate of the error ---
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
+def test_the_estimate_is_exact_for_a_multiple_of_the_identity(scale):
+    _, v = spd(5)
+    A = scale * torch.eye(5).double()
+    x = v / scale + 0.2 * torch.randn(5).double() / scale
+    torch.testing.assert_close(estimated_error(x, v, v - A @ x).item(), error(x, A, v))
+    assert estimated_error(v / scale, v, torch.zeros(5).double()) == 0
+
+
+def test_the_estimate_of_no_solution_is_one_and_of_nan_is_nan():
+    _, v = spd(5)
+    nothing = torch.zeros(5).double()
+    assert estimated_error(nothing, v, v) == 1
+    assert estimated_error(nothing, nothing, nothing) == 0
+    assert estimated_error(v, v, v * math.nan).isnan()
 
 
 # --- the identity ---

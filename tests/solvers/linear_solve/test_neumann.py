@@ -133,6 +133,30 @@ def test_the_power_iteration_costs_one_product_when_warm():
         assert len(seen) == cold + warm
 
 
+@pytest.mark.parametrize("method", [Neumann(7, step=0.5), FixedPoint(7, step=0.5)])
+def test_a_set_step_needs_no_power_iteration_and_no_product_for_the_residual(method):
+    """K − 1 products make K terms; a warm start costs one more."""
+    A, v = spd(5)
+    product, seen = products(A)
+    solved = method.solve(product, v)
+    assert len(seen) == 6
+    assert solved.eigenvector is None
+    method.solve(product, v, Guess(solved.x, solved.eigenvector))
+    assert len(seen) == 12 + method.continues
+
+
+@pytest.mark.parametrize("make", [Neumann, FixedPoint])
+@pytest.mark.parametrize("step", [0.3, 0.6])
+def test_one_step_still_has_a_product_by_which_it_is_checked(make, step):
+    A, v = spd(5, scale=4.0)
+    v = torch.linalg.eigh(A).eigenvectors[:, -1].clone()
+    if step > 0.5:
+        with pytest.raises(BilevelError, match=r"step=0\.6 is above 2/L = 0\.5,"):
+            make(1, step=step).solve(lambda q: A @ q, v)
+    else:
+        assert solve(make(1, step=step), A, v).residual < 1
+
+
 @pytest.mark.parametrize("make", [Neumann, FixedPoint])
 def test_a_step_above_two_over_the_largest_eigenvalue_is_refused(make):
     A, v = spd(5, scale=4.0)
