@@ -18,13 +18,16 @@ from bilevel.solvers.linear_solve.base import (
 )
 from bilevel.validate import positive, whole
 
+ROWS = 4
+"""With this many rows for each column, a Gaussian Ω is well conditioned (below 3) as it is."""
+
 
 @final
 @dataclass(frozen=True)
 class Nystrom(LinearSolve):
     """x = (Â + ρI)⁻¹ v with the low-rank Â = AΩ (ΩᵀAΩ)⁺ (AΩ)ᵀ.
 
-    Ω [m, rank] is random and orthonormal. The solution equals the damped solve if the rank of A is
+    Ω [m, rank] is random, and orthonormal where m is small. The solution equals the damped solve if the rank of A is
     at most `rank`. The solve holds `rank` vectors of the size of w.
 
     Woodbury's identity in its usual form subtracts numbers of size 1/ρ² from each other.
@@ -62,19 +65,19 @@ class Nystrom(LinearSolve):
         generator: torch.Generator | None = None,
     ) -> Solved:
         rank = min(self.rank, len(v))
-        Ω = torch.linalg.qr(
-            torch.randn(len(v), rank, generator=generator, dtype=v.dtype, device=v.device)
-        ).Q
-        Y = torch.empty_like(Ω)
+        Ω = torch.randn(rank, len(v), generator=generator, dtype=v.dtype, device=v.device)
+        if len(v) < ROWS * rank:
+            Ω = torch.linalg.qr(Ω.T).Q.T.contiguous()
+        Y = torch.empty_like(Ω)  # a row for each direction
         for j in range(rank):
-            Y[:, j] = product(Ω[:, j].contiguous())
-        core = Ω.T @ Y
+            Y[j] = product(Ω[j])
+        core = Ω @ Y.T
         del Ω
         # eigh raises on NaN, but a NaN must reach x and the residual
         values, vectors = torch.linalg.eigh(torch.nan_to_num(core + core.T) / 2)
         cutoff = values.abs().max() * rank * torch.finfo(v.dtype).eps
         root = torch.where(values > cutoff, values.clamp_min(torch.finfo(v.dtype).tiny).rsqrt(), 0)
-        Q, R = torch.linalg.qr(Y)
+        Q, R = torch.linalg.qr(Y.T)
         del Y
         T = R @ (vectors * root)
         spectrum, basis = torch.linalg.eigh(torch.nan_to_num(T @ T.T))  # of S
