@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bilevel import Batch, Carry, Metrics, Need, Params, Space
 from bilevel.params import to_device
-from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
+from bilevel.solvers.autodiff.pullback import SMALL, Pullback, flat, unflat
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import BestResponse
@@ -127,7 +127,8 @@ class ImplicitMethod(BestResponse):
         self.report = {}
         weights = self.core.weights
         response = _BestResponse.apply(self.core.search.u0 + offset, self)
-        return dict(zip(weights.tensors, unflat(response, weights.leaves), strict=True))
+        parts = response if len(response) > 1 else unflat(response[0], weights.leaves)
+        return dict(zip(weights.tensors, parts, strict=True))
 
     def adjoint(self, u: Float[Tensor, " h"], v: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
         """Return (∂²L_T/∂u∂w)ᵀ H⁻¹ v by one solve, and keep its report."""
@@ -249,16 +250,19 @@ def _about_residual(given: Implicit, metrics: Mapping[str, float]) -> str:
 
 
 class _BestResponse(torch.autograd.Function):
-    """u ↦ w, with the derivative of the minimizer."""
+    """u ↦ w, as one vector or in parts, with the derivative of the minimizer."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, method: ImplicitMethod) -> Tensor:
+    def forward(ctx: Any, u: Tensor, method: ImplicitMethod) -> tuple[Tensor, ...]:
         ctx.method = method
         ctx.save_for_backward(u)
-        return flat(method.core.weights.leaves)
+        leaves = method.core.weights.leaves
+        if sum(leaf.numel() for leaf in leaves) <= SMALL:
+            return tuple(leaf.detach() for leaf in leaves)
+        return (flat(leaves),)  # autograd would hold the parts of v beside the flat v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor, None]:
         (u,) = ctx.saved_tensors
-        return -ctx.method.adjoint(u, v), None
+        return -ctx.method.adjoint(u, v[0].reshape(-1) if len(v) == 1 else flat(v)), None

@@ -204,7 +204,7 @@ def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:
         >>> flat([torch.ones(2, 2), torch.zeros(1)])
         tensor([1., 1., 1., 1., 0.])
     """
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return torch.cat([t if t.ndim == 1 else t.reshape(-1) for t in tensors])
 
 
 def flatten_and_free(tensors: list[Tensor]) -> Float[Tensor, " m"]:

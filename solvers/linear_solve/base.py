@@ -169,7 +169,7 @@ def estimated_error(x: Tensor, v: Tensor, r: Tensor) -> Float[Tensor, ""]:
     Args:
         x: [m], an approximate solution.
         v: [m].
-        r: [m].
+        r: [m], which is overwritten.
 
     Example:
         >>> A, v = torch.tensor([0.5, 0.5]), torch.ones(2)
@@ -177,12 +177,11 @@ def estimated_error(x: Tensor, v: Tensor, r: Tensor) -> Float[Tensor, ""]:
         >>> estimated_error(x, v, v - A * x)
         tensor(0.1667)
     """
-    xx, rr, xr = x.dot(x), r.dot(r), x.dot(r)
-    curved = x.dot(v) - xr
-    inverse = torch.where(xx > 0, xx / curved, 0)
-    error = inverse.abs() * rr.sqrt()
-    better = (xx + 2 * inverse * xr + inverse * inverse * rr).clamp(min=0).sqrt()
-    return torch.where(better == 0, (rr > 0).to(rr.dtype), error / better)
+    size, xx = torch.linalg.vector_norm(r), x.dot(x)
+    inverse = xx / (x.dot(v) - x.dot(r))
+    better = torch.addcmul(x, r, inverse, out=r)
+    error = size * inverse.abs() / torch.linalg.vector_norm(better)
+    return torch.where(xx * size > 0, error, size.sign())
 
 
 def check_tolerance(tolerance: float) -> None:

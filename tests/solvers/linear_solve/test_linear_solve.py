@@ -87,8 +87,8 @@ def test_the_estimate_is_exact_for_a_multiple_of_the_identity(scale):
 def test_the_estimate_of_no_solution_is_one_and_of_nan_is_nan():
     _, v = spd(5)
     nothing = torch.zeros(5).double()
-    assert estimated_error(nothing, v, v) == 1
-    assert estimated_error(nothing, nothing, nothing) == 0
+    assert estimated_error(nothing, v, v.clone()) == 1
+    assert estimated_error(nothing, nothing, nothing.clone()) == 0
     assert estimated_error(v, v, v * math.nan).isnan()
 
 
