@@ -95,6 +95,7 @@ class ImplicitMethod(BestResponse):
         guess: what the last solve leaves to the next.
         report: metrics of the last solve.
         initial_norm: ‖∇_w L_T‖ at the initial weights, [].
+        small: whether w is so small that time counts and memory does not.
     """
 
     def __init__(self, settings: Implicit, core: Core) -> None:
@@ -103,6 +104,7 @@ class ImplicitMethod(BestResponse):
         self.recent: deque[tuple[Batch, Carry]] = deque(maxlen=settings.batches)
         self.guess = Guess()
         self.report: Metrics = {}
+        self.small = sum(leaf.numel() for leaf in core.weights.leaves) <= SMALL
         draws = torch.Generator(core.device).manual_seed(core.generator.initial_seed())
         hypers, batch = core.problem.space.constrain(core.search.u0, draws), core.data.train.peek()
         w = core.weights
@@ -127,7 +129,7 @@ class ImplicitMethod(BestResponse):
         self.report = {}
         weights = self.core.weights
         response = _BestResponse.apply(self.core.search.u0 + offset, self)
-        parts = response if len(response) > 1 else unflat(response[0], weights.leaves)
+        parts = response if self.small else unflat(response[0], weights.leaves)
         return dict(zip(weights.tensors, parts, strict=True))
 
     def adjoint(self, u: Float[Tensor, " h"], v: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
@@ -257,7 +259,7 @@ class _BestResponse(torch.autograd.Function):
         ctx.method = method
         ctx.save_for_backward(u)
         leaves = method.core.weights.leaves
-        if sum(leaf.numel() for leaf in leaves) <= SMALL:
+        if method.small:
             return tuple(leaf.detach() for leaf in leaves)
         return (flat(leaves),)  # autograd would hold the parts of v beside the flat v
 
@@ -265,4 +267,4 @@ class _BestResponse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor, None]:
         (u,) = ctx.saved_tensors
-        return -ctx.method.adjoint(u, v[0].reshape(-1) if len(v) == 1 else flat(v)), None
+        return -ctx.method.adjoint(u, flat(v) if ctx.method.small else v[0]), None

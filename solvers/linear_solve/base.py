@@ -181,7 +181,7 @@ def estimated_error(x: Tensor, v: Tensor, r: Tensor) -> Float[Tensor, ""]:
     inverse = xx / (x.dot(v) - x.dot(r))
     better = torch.addcmul(x, r, inverse, out=r)
     error = size * inverse.abs() / torch.linalg.vector_norm(better)
-    return torch.where(xx * size > 0, error, size.sign())
+    return torch.where(xx * size == 0, size.sign(), error)
 
 
 def check_tolerance(tolerance: float) -> None:

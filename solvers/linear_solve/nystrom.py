@@ -27,8 +27,8 @@ ROWS = 4
 class Nystrom(LinearSolve):
     """x = (Â + ρI)⁻¹ v with the low-rank Â = AΩ (ΩᵀAΩ)⁺ (AΩ)ᵀ.
 
-    Ω [m, rank] is random, and orthonormal where m is small. The solution equals the damped solve if the rank of A is
-    at most `rank`. The solve holds `rank` vectors of the size of w.
+    Ω [m, rank] is random, and orthonormal where m is small. The solution equals the damped solve if
+    the rank of A is at most `rank`. The solve holds `rank` vectors of the size of w.
 
     Woodbury's identity in its usual form subtracts numbers of size 1/ρ² from each other.
     Here Â = Q S Qᵀ with an orthonormal Q, so that the solution is
