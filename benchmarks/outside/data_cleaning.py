@@ -7,7 +7,6 @@ The results of ten runs of SOBA are in `figures/datacleaning.parquet` of the rep
 (commit b5d88cc, January 2022), with settings that later versions changed.
 """
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.outside.objectives import ready
+from benchmarks.outside.objectives import rate, ready, sgd
 from benchmarks.outside.rows import Options, Row, compared, sampled
-from benchmarks.outside.simulated import rate
 from bilevel.problems import HyperCleaning
 from bilevel.problems.datasets import load_mnist
 from bilevel.problems.datasets.labelled_images import Images
@@ -92,8 +90,8 @@ def error(W: Tensor, split: tuple[Tensor, Tensor]) -> float:
 def our_errors(data: Images, seed: int, counts: list[int]) -> list[float]:
     """Return the test error of `SOBA` after so many evaluations."""
     solver = SOBA(
-        inner_optimizer=partial(torch.optim.SGD, lr=1.0),
-        outer_optimizer=partial(torch.optim.SGD, lr=1.0),
+        inner_optimizer=sgd(1),
+        outer_optimizer=sgd(1),
     )
     ready(problem(data), solver, seed)
     (W,) = solver.core.weights.leaves

@@ -1,13 +1,12 @@
 """Ridge regression on scikit-learn's diabetes data: a documented constant, fits and λ*."""
 
 import math
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.outside.objectives import ready
+from benchmarks.outside.objectives import ready, sgd
 from benchmarks.outside.rows import Options, Row, compared, version
 from bilevel.problems import Ridge
 from bilevel.solvers import CG, Implicit
@@ -92,14 +91,14 @@ def run(options: Options) -> list[Row]:
     at = {"log_decay": torch.zeros((), dtype=torch.float64)}
     solver = Implicit(
         linear_solve=CG(iterations=20, tolerance=1e-14),
-        inner_optimizer=partial(torch.optim.SGD, lr=0.2),
+        inner_optimizer=sgd(0.2),
     )
     ready(problem, solver).inner_phase(300)
     tuned = Implicit(
         inner_steps=20,
         linear_solve=CG(iterations=20),
-        inner_optimizer=partial(torch.optim.SGD, lr=0.2),
-        outer_optimizer=partial(torch.optim.SGD, lr=50.0),
+        inner_optimizer=sgd(0.2),
+        outer_optimizer=sgd(50.0),
     )
     ready(problem, tuned)
     for _ in range(50 if options.quick else 500):

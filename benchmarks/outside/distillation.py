@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.outside.objectives import CPU, InOrder
+from benchmarks.outside.objectives import CPU, InOrder, sgd
 from benchmarks.outside.rows import Options, Row, sampled
 from bilevel import Params, Positive, Space
 from bilevel.problems import Distillation
@@ -109,7 +109,7 @@ class Distilling:
         self.solver = Unrolled(
             inner_steps=PASSES * setting.per_class,
             restart=True,
-            inner_optimizer=partial(torch.optim.SGD, lr=LR),
+            inner_optimizer=sgd(LR),
             outer_optimizer=partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.999)),
         )
         generator = torch.Generator().manual_seed(seed)

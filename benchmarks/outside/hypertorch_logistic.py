@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.outside.objectives import Objectives, ready
+from benchmarks.outside.objectives import Objectives, ready, sgd
 from benchmarks.outside.rows import Options, Row, compared, not_run, version
 from bilevel import Real, Space
 from bilevel.solvers import CG, FixedPoint, Implicit, Reverse, Unrolled
@@ -101,7 +101,7 @@ class ClampedSGD(torch.optim.SGD):
 
 def inner_losses() -> Tensor:
     """Return L_T before each of the 100 inner steps."""
-    solver = Implicit(inner_optimizer=partial(torch.optim.SGD, lr=STEP))
+    solver = Implicit(inner_optimizer=sgd(STEP))
     ready(problem(), solver)
     return torch.stack([solver.inner_phase(1)["inner_loss"] for _ in range(STEPS)])
 
@@ -112,7 +112,7 @@ def validation_losses(rounds: int) -> Tensor:
         mode=Reverse(truncate=10),
         inner_steps=STEPS,
         restart=True,
-        inner_optimizer=partial(torch.optim.SGD, lr=STEP),
+        inner_optimizer=sgd(STEP),
         outer_optimizer=partial(ClampedSGD, lr=1.0, momentum=0.9),
     )
     ready(problem(), solver)
@@ -121,13 +121,13 @@ def validation_losses(rounds: int) -> Tensor:
 
 def unrolled_gradient() -> Tensor:
     """Return the hypergradient through 100 steps at λ = 1, in float64."""
-    solver = Unrolled(inner_steps=STEPS, inner_optimizer=partial(torch.optim.SGD, lr=STEP))
+    solver = Unrolled(inner_steps=STEPS, inner_optimizer=sgd(STEP))
     return ready(problem(torch.float64), solver).hypergradient()
 
 
 def implicit_gradient(solve: LinearSolve) -> Tensor:
     """Return the implicit hypergradient after 100 steps at λ = 1, in float64."""
-    solver = Implicit(linear_solve=solve, inner_optimizer=partial(torch.optim.SGD, lr=STEP))
+    solver = Implicit(linear_solve=solve, inner_optimizer=sgd(STEP))
     ready(problem(torch.float64), solver).inner_phase(STEPS)
     return solver.hypergradient()
 

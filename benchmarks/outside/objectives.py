@@ -1,6 +1,7 @@
 """A bilevel problem from two functions, for the small problems of others."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, final
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from bilevel import Batch, Carry, Data, Hypers, Metrics, Params, Prediction, Problem, Space
 from bilevel.data.tensor_stream import TensorStream
 from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.optim.optimized import Optimized
 
 CPU = torch.device("cpu")
 
@@ -110,3 +112,14 @@ def ready(problem: Problem, solver: Made, seed: int = 0) -> Made:
     data = problem.data(CPU, torch.Generator().manual_seed(seed))
     solver.setup(problem, data, CPU, torch.Generator().manual_seed(seed))
     return solver
+
+
+def sgd(lr: float) -> Any:
+    """Return plain SGD as a function of the parameters."""
+    return partial(torch.optim.SGD, lr=lr)
+
+
+def rate(group: Optimized, lr: float) -> None:
+    """Set the rate of an optimizer."""
+    for part in group.optimizer.param_groups:
+        part["lr"] = lr

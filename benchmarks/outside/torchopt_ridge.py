@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.outside.objectives import Objectives, ready
+from benchmarks.outside.objectives import Objectives, ready, sgd
 from benchmarks.outside.rows import Options, Row, compared, not_run, version
 from bilevel import Real, Space
 from bilevel.solvers import CG, Implicit, Neumann
@@ -61,7 +61,7 @@ def ours(w: Tensor, λ: Tensor, batch: tuple[Tensor, ...], *, neumann: bool = Fa
         (X, y),
         (X_v, y_v),
     )
-    solver = Implicit(linear_solve=solve, inner_optimizer=lambda p: torch.optim.SGD(p, lr=step))
+    solver = Implicit(linear_solve=solve, inner_optimizer=sgd(step))
     ready(made, solver).inner_phase(60)
     return solver.hypergradient()[0]
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.outside import __main__ as command
-from benchmarks.outside import higher_settings, hypertorch_logistic, simulated, threefry
+from benchmarks.outside import by_hand, higher_settings, hypertorch_logistic, simulated, threefry
+from benchmarks.outside import quadratic_terms as terms
 from benchmarks.outside import torchopt_ridge as ridge
 from benchmarks.outside.rows import Missing, Options, Row, compared, sampled
 
@@ -47,17 +48,17 @@ def test_threefry_gives_the_known_answer():
 
 
 def test_the_simulated_problem_has_the_published_constants():
-    L = [simulated.means(part) for part in simulated.both()]
-    start = torch.full((simulated.SIZE,), simulated.START, dtype=torch.float64)
-    best = simulated.minimum(*L)
-    assert simulated.value(start, *L).item() == pytest.approx(99.16222, rel=1e-5)
-    assert simulated.value(best, *L).item() == pytest.approx(-0.1211764, rel=1e-4)
+    L = [terms.means(part) for part in terms.both()]
+    start = torch.full((terms.SIZE,), terms.START, dtype=torch.float64)
+    best = terms.minimum(*L)
+    assert terms.value(start, *L).item() == pytest.approx(99.16222, rel=1e-5)
+    assert terms.value(best, *L).item() == pytest.approx(-0.1211764, rel=1e-4)
 
 
 def test_soba_follows_the_algorithm_of_the_benchmark():
-    data = simulated.both()
+    data = terms.both()
     ours = simulated.our_soba(data, 1, 40, own_rate=False)
-    torch.testing.assert_close(ours, simulated.their_soba(data, 1, 40), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours, by_hand.their_soba(data, 1, 40), rtol=1e-10, atol=1e-12)
 
 
 def test_a_row_states_whether_two_values_agree():
