@@ -45,8 +45,8 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "10 images, fixed start": Setting(1, True, 0.94, "94 %", 2000, (1, 2), 1),
-    "100 images, random starts": Setting(10, False, 0.80, "80 %", 1000, (1,), 50),
+    "10 images, fixed start": Setting(1, True, 0.94, "94 %", 2000, (1,), 1),
+    "100 images, random starts": Setting(10, False, 0.80, "80 %", 500, (1,), 20),
 }
 
 REAL_BATCH = 256
