@@ -84,7 +84,7 @@ def compared(
 
     within = math.isfinite(distance) and distance <= tolerance
     return Row(
-        quantity, show(a), show(b), f"{distance:.1e}{kind}", f"{tolerance:.0e}{kind}", within
+        quantity, show(a), show(b), f"{distance:.1e}{kind}", f"{tolerance:.2g}{kind}", within
     )
 
 
