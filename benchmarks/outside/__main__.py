@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="run at reduced size, print, and write nothing"
     )
+    parser.add_argument(
+        "--full", action="store_true", help="run distillation at the published length (hours)"
+    )
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "outside.md")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.tests if name not in TESTS]:
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # of the peers
     status = 0
     for name in options.tests or TESTS:
-        lines = rows(name, Options(options.data, options.quick))
+        lines = rows(name, Options(options.data, options.quick, options.full))
         status = max(status, int(lines is None))
         for line in lines or ():
             print("  ".join(cell for cell in line if cell), flush=True)

@@ -25,10 +25,12 @@ class Options(NamedTuple):
     Attributes:
         data: folder with `MNIST/raw`, or None.
         quick: run a reduced size, whose numbers do not follow the protocol.
+        full: run distillation at the published length.
     """
 
     data: Path | None = None
     quick: bool = False
+    full: bool = False
 
     def root(self) -> str:
         """Return the folder of MNIST.
