@@ -87,8 +87,8 @@ def squared_norm_of(p: Tensor, weights: Tensor | None = None) -> Tensor:
     if has_torch_function_unary(p):
         return handle_torch_function(squared_norm_of, (p,), p, weights)
     flat = p.reshape(-1)
-    # dot needs no temporary, unlike (p * p).sum()
-    return flat.dot(flat) if weights is None else weights.dot(flat.square())
+    # dot needs no temporary, unlike (p * p).sum(); a graph keeps c∘w, and would keep w² and more
+    return flat.dot(flat) if weights is None else flat.dot(weights * flat)
 
 
 def along_examples(leaf: Tensor, like: Tensor) -> Tensor:
