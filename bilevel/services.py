@@ -11,6 +11,7 @@ from bilevel.data.stream import Stream
 from bilevel.params import Batch, Metrics
 from bilevel.timers import Timers
 
+UNTIMED = nullcontext()
 NEVER = torch.iinfo(torch.int64).max
 MOST_UNTESTED = 64
 """Losses that wait to be tested together; they keep their memory so long."""
@@ -62,7 +63,7 @@ class Services:
         The phases are `data`: the next batch; `inner`: the training of w; `response`: the work on ŵ
         beyond that (a response network, a linear solve, particles); `outer`: the steps of λ.
         """
-        return nullcontext() if self.timers is None else self.timers(name)
+        return UNTIMED if self.timers is None else self.timers(name)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds so far by phase; waits for the device."""

@@ -19,7 +19,7 @@ from benchmarks.peers import oracle
 from benchmarks.peers.libraries import LIBRARIES, Library
 from benchmarks.peers.measure import Ratio, in_turn, paired_ratio
 from benchmarks.peers.ours import OURS
-from benchmarks.peers.workloads import EXAMPLES, SIZES, K, prepare
+from benchmarks.peers.workloads import EXAMPLES, SIZES, K, Work, prepare
 
 
 class Line(NamedTuple):
@@ -44,10 +44,16 @@ class Line(NamedTuple):
     ratio: Ratio
 
 
-def compare(size: str, row: str, seconds: float, libraries: dict[str, Library]) -> list[Line]:
+def compare(
+    size: str,
+    row: str,
+    seconds: float,
+    libraries: dict[str, Library],
+    work: Work,
+    found: oracle.Oracle,
+) -> list[Line]:
     """Check the values of one method on one size, then take the times in turn."""
-    work = prepare(SIZES[size])
-    exact = oracle.ROWS[row](oracle.Oracle(work))
+    exact = oracle.ROWS[row](found)
     calls: dict[str, Callable[[], Tensor]] = {"bilevel": OURS[row](work)}
     for name, library in libraries.items():
         if row in library.rows:
@@ -68,23 +74,21 @@ def error(value: Tensor, exact: Tensor) -> float:
     return float(difference.norm() / exact.norm())
 
 
-def table(lines: list[Line]) -> str:
-    """Return the lines as Markdown."""
-    head = [
-        "| size | method | library | its error | own error | own ms | × own time | lower bound "
-        "| quartiles | n |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+HEAD = (
+    "| size | method | library | its error | own error | own ms | × own time | lower bound "
+    "| quartiles | n |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def as_row(line: Line) -> str:
+    """Return a line as a row of the Markdown table."""
+    low, high = line.ratio.quartiles
+    cells = [
+        *(line.size, line.row, line.library, f"{line.error:.0e}", f"{line.own_error:.0e}"),
+        *(f"{line.milliseconds:.2f}", f"{line.ratio.median:.2f}", f"{line.ratio.low:.2f}"),
+        *(f"{low:.2f}–{high:.2f}", str(line.ratio.rounds)),
     ]
-    return "\n".join(
-        head
-        + [
-            f"| {line.size} | {line.row} | {line.library} | {line.error:.0e} | "
-            f"{line.own_error:.0e} | {line.milliseconds:.2f} | {line.ratio.median:.2f} | "
-            f"{line.ratio.low:.2f} | {line.ratio.quartiles[0]:.2f}–{line.ratio.quartiles[1]:.2f} "
-            f"| {line.ratio.rounds} |"
-            for line in lines
-        ]
-    )
+    return f"| {' | '.join(cells)} |"
 
 
 def below(lines: list[Line], libraries: dict[str, Library]) -> list[str]:
@@ -132,13 +136,15 @@ def main() -> None:
         print(f"{name}: {library.versions() if reason is None else f'left out, {reason}'}")
         if reason is None:
             installed[name] = library
-    lines = [
-        line
-        for i in numbers
-        for row in options.rows
-        for line in compare(names[i], row, seconds, installed)
-    ]
-    print(f"\n{table(lines)}")
+    print(f"\n{HEAD}")
+    lines: list[Line] = []
+    for i in numbers:
+        work = prepare(SIZES[names[i]])
+        found = oracle.Oracle(work)
+        for row in options.rows:
+            more = compare(names[i], row, seconds, installed, work, found)
+            print("\n".join(map(as_row, more)), flush=True)
+            lines += more
     print("\nbelow the aim: " + ("; ".join(below(lines, installed)) or "none"))
 
 

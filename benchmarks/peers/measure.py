@@ -30,10 +30,11 @@ class Ratio(NamedTuple):
 
 
 def in_turn(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Return the seconds of every call in every round, for about `seconds` in all.
+    """Return the CPU seconds of every call in every round, for about `seconds` in all.
 
-    A round takes each call once, in an order that is drawn anew. Garbage is collected between
-    rounds and not during a call, so no call pays for the objects of another.
+    The time of other processes on the core does not count. A round takes each call once, in an
+    order that is drawn anew. Garbage is collected between rounds and not during a call, so no call
+    pays for the objects of another.
     """
     for call in calls.values():  # libraries choose their algorithms, JAX compiles
         call()
@@ -49,9 +50,9 @@ def in_turn(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
             rounds += 1
             draws.shuffle(order)
             for name in order:
-                start = time.perf_counter()
+                start = time.process_time()
                 calls[name]()
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(time.process_time() - start)
             gc.collect()
     finally:
         gc.enable()

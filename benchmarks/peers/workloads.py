@@ -33,19 +33,17 @@ class Size(NamedTuple):
     Attributes:
         widths: the widths of the layers.
         per_weight: one coordinate of u for each weight, and no biases.
-        dense: the oracle forms the Hessian.
     """
 
     widths: tuple[int, ...]
     per_weight: bool = False
-    dense: bool = True
 
 
 SIZES: dict[str, Size] = {
     "MLP 20-32-2, h = 4": Size((20, 32, 2)),
     "MLP 64-100-10, h = 4": Size((64, 100, 10)),
     "logistic regression 784-10, h = m": Size((784, 10), per_weight=True),
-    "MLP 784-256-256-10, h = 6": Size((784, 256, 256, 10), dense=False),
+    "MLP 784-256-256-10, h = 6": Size((784, 256, 256, 10)),
 }
 
 

@@ -45,6 +45,14 @@ def test_the_values_tend_to_the_implicit_function_theorem(monkeypatch):
     assert command.error(oracle.conjugate_gradients(found), exact) < 1e-8
 
 
+@pytest.mark.parametrize("size", SMALL)
+def test_products_equal_the_dense_matrix(size):
+    found = oracle.Oracle(prepare(SMALL[size]))
+    q = torch.linspace(-1, 1, found.w.numel(), dtype=torch.float64)
+    products = [found.product(found.w, dense=dense)(q) for dense in (True, False)]
+    assert command.error(*products) < 1e-13
+
+
 def test_the_oracle_of_unrolled_steps_is_the_derivative_of_the_steps():
     found = oracle.Oracle(prepare(SMALL["tensors"]))
     u = found.work.u.clone().requires_grad_()
