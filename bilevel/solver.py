@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel.data.tensor_stream import Data
 from bilevel.params import Batch, Carry, Hypers, Metrics, Params, to_device
+from bilevel.prediction import check_prediction
 from bilevel.problem import Problem
 from bilevel.requirements import Need, Trait, check_space
 from bilevel.services import Capturable, Services
@@ -101,6 +102,7 @@ class Solver(RunnerHooks, ABC):
     def check(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Raise `Refused` if this solver cannot tune `problem`; for `setup` and `check_problem`."""
         check_space(type(self).__name__, problem.space, self.needs, self.traits)
+        check_prediction(problem, data, device)
         self.refuse(problem, data, device)
 
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:

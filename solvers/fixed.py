@@ -39,6 +39,7 @@ class Fixed(InnerSettings, Solver):
         generator: torch.Generator,
         services: Services | None = None,
     ) -> None:
+        self.check(problem, data, device)
         self.services = services or Services()
         self.core = Core(self, problem, data, device, generator, self.services)
         self.rule = Constant() if self.hypers is None else self.hypers

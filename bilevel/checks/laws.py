@@ -16,11 +16,13 @@ from bilevel.checks.prediction_laws import (
     depends_on_weights,
     example_axis,
     initial_weights,
+    prediction_tree,
     purity,
 )
 
 ALL: tuple[Law, ...] = (
     initial_weights,
+    prediction_tree,
     purity,
     depends_on_weights,
     scalar_objectives,
@@ -33,7 +35,7 @@ ALL: tuple[Law, ...] = (
     metrics,
     split_average,
 )
-AT_SETUP: tuple[Law, ...] = (depends_on_weights, scalar_objectives)
+AT_SETUP: tuple[Law, ...] = (prediction_tree, depends_on_weights, scalar_objectives)
 """Laws whose violation spoils every run; the loop itself detects losses that are not finite."""
 WARNINGS: tuple[Law, ...] = (gradients_of_weights, hyperparameters, batch_average)
 """Laws whose violation may waste a run without ending it.

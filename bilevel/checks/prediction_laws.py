@@ -11,7 +11,9 @@ from torch.utils.checkpoint import CheckpointError
 from bilevel.checks.equality import bitwise_equal, nearly_equal
 from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch, has_examples
+from bilevel.errors import Refused
 from bilevel.params import Carry, count_examples
+from bilevel.prediction import check_prediction
 from bilevel.text import describe
 
 
@@ -46,6 +48,14 @@ def initial_weights(case: FirstBatch) -> Iterator[Finding]:
                 "error",
                 f"the weight `{name}` is {p.dtype}, which has no gradient; move it to the carry",
             )
+
+
+def prediction_tree(case: FirstBatch) -> Iterator[Finding]:
+    """The prediction is a tensor or a pytree of tensors, also where gradients are off."""
+    try:
+        check_prediction(case.problem, case.data, case.device)
+    except Refused as refusal:
+        yield Finding("error", str(refusal))
 
 
 def purity(case: FirstBatch) -> Iterator[Finding]:
