@@ -38,11 +38,12 @@ from torch import Tensor
 from bilevel import Batch, Carry, Hypers, Metrics, Params, Prediction, Problem, Space
 from bilevel.params import count_examples, detached, to_device
 from bilevel.solver import on_cpu
-from bilevel.solvers.autodiff.linearization import double_backward, forward_mode
+from bilevel.solvers.autodiff.linearization import Predict, Weights, double_backward, forward_mode
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.dry_run import check_response, large_response, without_last
 from bilevel.solvers.base.method import BestResponse
+from bilevel.solvers.base.row_check import check_rows
 from bilevel.solvers.optim.optimized import RMSPROP, MakeOptimizer, Optimized, descend
 from bilevel.solvers.optim.weight_decay import without_weight_decay
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
@@ -122,6 +123,7 @@ class SelfTuningMethod(BestResponse):
         response: maps ε to w₀ + Θε.
         theta: Θ and its optimizer.
         response_carry: the carry of the perturbed passes.
+        varies_per_example: whether ε is [B, h].
     """
 
     def __init__(self, settings: SelfTuning, core: Core) -> None:
@@ -136,7 +138,8 @@ class SelfTuningMethod(BestResponse):
         without_weight_decay(self.theta.optimizer)
         if settings.tune_scale:
             core.search.train_scale(settings.scale_optimizer)
-        if self.response.per_example:
+        self.varies_per_example = self.response.per_example and bool(self.space.per_example.any())
+        if self.varies_per_example:
             core.search.vary_per_example()
 
     # --- the best response: ŵ(λ) = w₀ + Θλ, or centered w₀ + Θ(λ − λ₀) ---
@@ -221,12 +224,20 @@ class SelfTuningMethod(BestResponse):
         """Return y₀ + ẏ, with y₀ = f(x; λ₀ + ε, w₀) and ẏ = J_w f(x; λ₀ + ε, w₀) · Θε.
 
         Only the prediction is linearized. A linearized objective would have no lower bound in Θ.
-        Forward mode is cheaper, but it gives no correct gradient of w₀ in some layers. The joint
-        step therefore uses two backward passes.
         """
         predict = partial(self.core.predict, hypers, carry, batch)
         weights = partial(self.response.weights, self.theta.tensors, w0)
-        if self.settings.regularized_w0:
+        return self.linearize(predict, weights, offset)
+
+    def linearize(self, predict: Predict, weights: Weights, offset: Tensor) -> Any:
+        """Return y₀ + ẏ and the next carry in forward mode, or else by two backward passes.
+
+        Forward mode is cheaper, but it gives no correct gradient of w₀ in some layers, which the
+        joint step needs. And it is wrong where a network differentiates itself (forces): the rules
+        of per-example weights have no tangent in that derivative, PyTorch's formula for the second
+        derivative of a layer norm is wrong, and forward mode does not nest.
+        """
+        if self.settings.regularized_w0 and not self.core.calls.differentiates:
             return forward_mode(predict, weights, offset, self.core.functions)
         return double_backward(predict, weights, offset)
 
@@ -258,11 +269,17 @@ class SelfTuningMethod(BestResponse):
         return large_response(self.space, self.core.weights.leaves, self.theta.leaves)
 
     def after_dry_run(self) -> None:
-        """Take a round with one example fewer; it fails if another axis was taken for that axis."""
-        core, varies = self.core, bool(self.space.per_example.any())
-        if self.response.per_example and varies and not core.carry:
+        """Check per-example weights: in a round with one example fewer, and row by row.
+
+        The round fails if another axis was taken for that of the examples.
+        """
+        core = self.core
+        if not self.varies_per_example:
+            return
+        if not core.carry:
             self.inner_step(without_last(core.data.train.peek()))
             self.outer_step(without_last(core.data.valid.peek()))
+        check_rows(core, self.response, self.linearize if self.settings.linearize else None)
 
     def state_dict(self) -> dict[str, Any]:
         return {"response_carry": self.response_carry}

@@ -9,6 +9,14 @@ from torch.overrides import TorchFunctionMode
 from bilevel import Problem
 from bilevel.params import Batch, Carry, Hypers, Params
 
+DERIVATIVES = {
+    torch.autograd.grad,
+    torch.autograd.backward,
+    torch.Tensor.backward,
+    torch._VF._make_dual,
+}
+"""Calls by which a network differentiates itself; `torch.func` makes them too."""
+
 
 class CallRecorder(TorchFunctionMode):
     """Run `predict` once in training mode and record the functions that it calls.
@@ -34,6 +42,11 @@ class CallRecorder(TorchFunctionMode):
         self._names = {id(p): name for name, p in params.items()}
         with torch.no_grad(), self:
             problem.predict(hypers, params, carry, batch, train=True, generator=generator)
+
+    @property
+    def differentiates(self) -> bool:
+        """Return whether the network takes derivatives of itself (forces, for example)."""
+        return not self.functions.isdisjoint(DERIVATIVES)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
