@@ -150,14 +150,22 @@ def _survives(
     with suppress(Exception):  # the constructor is a user's own code
         children, shape = flatten(container)
         others = [child.detach() if isinstance(child, Tensor) else child for child in children]
-        found, names = flatten(fill(others, shape))
+        filled = fill(others, shape)
+        found, names = flatten(filled)
         kept, _ = flatten(container)
         if shape == names and _same(found, others) and _same(kept, children):
-            return True
+            return not _is_stale(filled, others)
     if isinstance(container, MutableMapping):
         for name, child in zip(shape.names, children, strict=False):
             container[name] = child
     return False
+
+
+def _is_stale(filled: Any, others: Sequence[Any]) -> bool:
+    """Return whether a new container holds a tensor beside its entries, which would stay as is."""
+    known = {id(leaf) for leaf in pytree.tree_leaves(list(others))}
+    attributes = pytree.tree_leaves(list(getattr(filled, "__dict__", {}).values()))
+    return any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in attributes)
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:

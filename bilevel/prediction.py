@@ -1,30 +1,32 @@
 """The check that a prediction is a tensor or a pytree of tensors; every solver makes it at set-up.
 
-Solvers look for the tensors of a prediction, to linearize it for example. In a container that
-PyTorch does not know they find none, and would take the whole prediction for a constant.
+Solvers look for the tensors of a prediction, to linearize it for example. In an object that PyTorch
+does not open they find none, and would take the whole prediction for a constant.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from enum import Enum
 from numbers import Number
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bilevel.containers import ALLOWED, open_containers
 from bilevel.data.tensor_stream import Data
-from bilevel.errors import Refused
+from bilevel.errors import BilevelError, Refused
 from bilevel.params import to_device
 from bilevel.problem import Problem
 
 CONSTANTS = (Number, str, bytes, Enum, type, type(None), torch.dtype, torch.device, torch.Size)
 """Types of leaves that a prediction may hold beside its tensors."""
 
+REMEDY = "return one of these from `predict` (from the forward of the module)"
+
 
 def check_prediction(problem: Problem, data: Data, device: torch.device) -> None:
-    """Refuse a problem whose prediction is no pytree of tensors, or needs gradients to be on.
+    """Open the containers of a prediction; refuse one that is no tree of tensors.
+
+    A prediction that exists only where gradients are on is refused too.
 
     Raises:
         Refused: that, with the type and what to return.
@@ -49,18 +51,13 @@ def check_prediction(problem: Problem, data: Data, device: torch.device) -> None
                 "the network takes a derivative of itself and fails where gradients are off, as in "
                 "an evaluation; take the derivative inside `with torch.enable_grad():`"
             ) from None
+        try:
+            open_containers(prediction, "the prediction", REMEDY)
+        except BilevelError as error:
+            raise Refused(str(error)) from None
         for leaf in pytree.tree_leaves(prediction):
             if not isinstance(leaf, (Tensor, *CONSTANTS)):
-                raise Refused(_sentence(leaf, alone=leaf is prediction))
-
-
-def _sentence(leaf: Any, *, alone: bool) -> str:
-    kind, verb = type(leaf).__name__, "is" if alone else "holds"
-    remedy = "return a tensor, or a tuple, list or dict of tensors"
-    if isinstance(leaf, Mapping):
-        remedy += f"; dict(…) makes one of a `{kind}`"
-    elif dataclasses.is_dataclass(leaf):
-        remedy += f", or call torch.export.register_dataclass({kind}) once"
-    elif hasattr(leaf, "__dict__") and not callable(leaf):
-        remedy += f"; vars(…) makes a dict of a `{kind}`"
-    return f"the prediction {verb} a `{kind}`, in which a solver finds no tensors; {remedy}"
+                raise Refused(
+                    f"the prediction holds a {type(leaf).__name__}, in which no tensors are "
+                    f"found; it may be {ALLOWED}; {REMEDY}"
+                )
