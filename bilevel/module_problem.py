@@ -9,6 +9,7 @@ from torch import nn
 
 from bilevel.data.global_rng import GlobalDraws, seeded
 from bilevel.data.tensor_stream import Data, streams
+from bilevel.embedding_options import use_dense_gradients
 from bilevel.errors import BilevelError
 from bilevel.module_call import ModuleCall
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
@@ -87,6 +88,7 @@ class ModuleProblem(Problem):
                 "of the two"
             )
         self._module = _without_weights(made)
+        use_dense_gradients(self._module)
         self._in_evaluation = (
             [m for m in self._module.modules() if not m.training] if made.training else []
         )

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel.containers import ALLOWED, open_containers
 from bilevel.data.tensor_stream import Data
+from bilevel.embedding_options import EmbeddingOptions
 from bilevel.errors import BilevelError, Refused
 from bilevel.params import to_device
 from bilevel.problem import Problem
@@ -26,7 +27,8 @@ REMEDY = "return one of these from `predict` (from the forward of the module)"
 def check_prediction(problem: Problem, data: Data, device: torch.device) -> None:
     """Open the containers of a prediction; refuse one that is no tree of tensors.
 
-    A prediction that exists only where gradients are on is refused too.
+    A prediction that exists only where gradients are on is refused too, and so are embeddings with
+    options that change weights or gradients.
 
     Raises:
         Refused: that, with the type and what to return.
@@ -40,7 +42,7 @@ def check_prediction(problem: Problem, data: Data, device: torch.device) -> None
         batch = (data.train if train else data.valid).peek()
         draws = torch.Generator(device).manual_seed(0) if train else None
         try:
-            with torch.no_grad():
+            with torch.no_grad(), EmbeddingOptions(params):
                 prediction, _ = problem.predict(
                     hypers, params, carry, batch, train=train, generator=draws
                 )

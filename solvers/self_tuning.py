@@ -134,6 +134,7 @@ class SelfTuningMethod(BestResponse):
         self.response_carry = core.carry
         w0, draws = core.weights.detached(), on_cpu(core.generator, 1)
         theta = self.response.init(w0, self.space.numel, core.calls.axes, draws)
+        self.response.hold_rows(theta, core.calls.padding)
         self.theta = core.optimized(theta, settings.response_optimizer or settings.inner_optimizer)
         without_weight_decay(self.theta.optimizer)
         if settings.tune_scale:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from bilevel.solvers.response.embedding_bag import embedding_bag
 from bilevel.solvers.response.norm_rules import batch_norm, group_norm, instance_norm, layer_norm
 from bilevel.solvers.response.recurrent_rules import gru, lstm
 
@@ -110,6 +111,7 @@ def _normalize_instances(
 FORWARD_MODE: Table = {
     torch._VF.lstm: lstm,
     torch._VF.gru: gru,
+    F.embedding_bag: embedding_bag,
     F.glu: _glu,
     F.hardsigmoid: _hardsigmoid,
 }

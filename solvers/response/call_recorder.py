@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from bilevel import Problem
+from bilevel.embedding_options import LOOKUPS, lookup, padding_row
 from bilevel.params import Batch, Carry, Hypers, Params
 
 DERIVATIVES = {
@@ -25,6 +25,7 @@ class CallRecorder(TorchFunctionMode):
         functions: the torch functions that were called.
         axes: the axis of the scale, by name, for each weight that was used as an embedding table:
             its scale belongs to the columns (axis 1), not to the vocabulary.
+        padding: the row of such a table that is never trained (`padding_idx`), by name.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class CallRecorder(TorchFunctionMode):
         super().__init__()
         self.functions: set[Any] = set()
         self.axes: dict[str, int] = {}
+        self.padding: dict[str, int] = {}
         self._names = {id(p): name for name, p in params.items()}
         with torch.no_grad(), self:
             problem.predict(hypers, params, carry, batch, train=True, generator=generator)
@@ -51,8 +53,10 @@ class CallRecorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.functions.add(func)
-        if func is F.embedding:
-            table = args[1] if len(args) > 1 else kwargs["weight"]
-            if id(table) in self._names:
-                self.axes[self._names[id(table)]] = 1
+        if func in LOOKUPS:
+            table, options = lookup(func, args, kwargs)
+            if (name := self._names.get(id(table))) is not None:
+                self.axes[name] = 1
+                if (row := padding_row(table, options)) is not None:
+                    self.padding[name] = row
         return func(*args, **kwargs)

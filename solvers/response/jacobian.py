@@ -41,6 +41,9 @@ class Response(ABC):
             tangent: return duals; this needs an open `dual_level`.
         """
 
+    def hold_rows(self, tensors: Params, rows: dict[str, int]) -> None:
+        """Set to zero the part of Θ for a row of some weights, by name, that is never trained."""
+
     @abstractmethod
     def size(self, params: Params, hypers: int) -> int:
         """Return the number of entries of the tensors of Θ."""
@@ -71,6 +74,10 @@ class Structured(Response):
             drawn = torch.empty(p.shape, dtype=p.dtype).uniform_(-bound, bound, generator=generator)
             tensors[f"weights.{name}"] = drawn.to(p.device)
         return tensors
+
+    def hold_rows(self, tensors: Params, rows: dict[str, int]) -> None:
+        for name, row in rows.items():
+            tensors[f"weights.{name}"][row] = 0
 
     def weights(self, tensors: Params, base: Params, offset: Tensor, *, tangent: bool) -> Params:
         parts = (offset @ tensors["rows"].T).split(list(self.rows.values()), dim=-1)
