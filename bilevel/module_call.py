@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel.module_checks import computed_attributes
+
 Slot = tuple[dict[str, Any], str]
 """The dictionary of a submodule that holds a tensor, and the name of the tensor in it."""
 
@@ -34,6 +36,7 @@ class ModuleCall:
     def __setstate__(self, module: nn.Module) -> None:
         self.module = module  # a copy of a module has dictionaries of its own
         self._slots = _slots(module)
+        self._computed = computed_attributes(module)
         # scripted modules wrap their dictionaries, and PyTorch's function refuses some modules
         self._plain = not any(
             isinstance(m, (torch.jit.ScriptModule, nn.DataParallel)) for m in module.modules()
@@ -60,6 +63,8 @@ class ModuleCall:
                 tensors[name] = owner.get(key, tensors[name])
             for _, owner, key, before in reversed(own):
                 owner[key] = before
+            for layer, name, placeholder in self._computed:  # `weight_norm` or `prune` wrote there
+                vars(layer)[name] = placeholder
 
 
 def _slots(module: nn.Module) -> dict[str, list[Slot]]:

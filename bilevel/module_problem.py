@@ -1,6 +1,5 @@
 """The usual problem: an `nn.Module`, two objectives on its output, and data."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from bilevel.data.tensor_stream import Data, streams
 from bilevel.embedding_options import use_dense_gradients
 from bilevel.errors import BilevelError
 from bilevel.module_call import ModuleCall
+from bilevel.module_checks import check_module, own_copy, without_weights
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.space import Space
@@ -61,8 +61,8 @@ class ModuleProblem(Problem):
         (['bias', 'weight'], torch.Size([]))
 
     Raises:
-        BilevelError: `module` is neither a module nor a function that returns one, or has no
-            trainable parameter.
+        BilevelError: `module` is neither a module nor a function that returns one, it has no
+            trainable parameter, or its weights cannot be replaced (`bilevel.module_checks`).
     """
 
     def __init__(
@@ -78,8 +78,11 @@ class ModuleProblem(Problem):
         self.space = space
         self.batch_size = batch_size
         self._splits = (train, valid, test)
-        own = copy.deepcopy(module) if isinstance(module, nn.Module) else None
-        self._build = module if own is None else lambda: own
+        own: nn.Module | None = None
+        if isinstance(module, nn.Module):
+            check_module(module)
+            own = own_copy(module)
+        self._build: Any = module if own is None else lambda: own
         with seeded(torch.Generator()):
             made = self._build() if callable(self._build) else module
         if not isinstance(made, nn.Module):
@@ -87,7 +90,10 @@ class ModuleProblem(Problem):
                 f"module={made!r} must be an nn.Module, or a function that returns one; pass one "
                 "of the two"
             )
-        self._module = _without_weights(made)
+        if own is None:
+            check_module(made)
+        with seeded(torch.Generator()):
+            self._module = without_weights(made, self._build)
         use_dense_gradients(self._module)
         self._in_evaluation = (
             [m for m in self._module.modules() if not m.training] if made.training else []
@@ -166,20 +172,6 @@ class ModuleProblem(Problem):
         if train:
             for submodule in self._in_evaluation:
                 submodule.training = False
-
-
-def _without_weights(module: nn.Module) -> nn.Module:
-    """Return a copy whose parameters and buffers have shapes and no values.
-
-    Every call brings its own values. `torch.utils.checkpoint` recomputes after the call and would
-    use the module's own. It then fails, where initial weights would give a wrong gradient without
-    an error.
-    """
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()
-    }
-    memo |= {id(b): b.detach().to("meta") for b in module.buffers()}
-    return copy.deepcopy(module, memo)
 
 
 def _only_flagged(module: nn.Module) -> list[nn.Module] | None:

@@ -27,14 +27,21 @@ REMEDY = "return one of these from `predict` (from the forward of the module)"
 def check_prediction(problem: Problem, data: Data, device: torch.device) -> None:
     """Open the containers of a prediction; refuse one that is no tree of tensors.
 
-    A prediction that exists only where gradients are on is refused too, and so are embeddings with
-    options that change weights or gradients.
+    A prediction that exists only where gradients are on is refused too, and so are complex weights
+    and embeddings with options that change weights or gradients.
 
     Raises:
         Refused: that, with the type and what to return.
     """
     start = problem.init(torch.Generator().manual_seed(0))
     params, carry = to_device(start, device)
+    for name, p in params.items():
+        if p.is_complex():
+            raise Refused(
+                f"the weight `{name}` is {str(p.dtype).removeprefix('torch.')}, and all weights "
+                "must be real; hold torch.view_as_real of it, and call torch.view_as_complex in "
+                "the network"
+            )
     floating = [p.dtype for p in params.values() if p.is_floating_point()]
     u = problem.space.init(floating[0] if floating else None).to(device)
     hypers = problem.space.constrain(u)

@@ -114,6 +114,7 @@ FORWARD_MODE: Table = {
     F.embedding_bag: embedding_bag,
     F.glu: _glu,
     F.hardsigmoid: _hardsigmoid,
+    torch._weight_norm: _weight_norm,
 }
 """Functions whose forward-mode derivative is missing, or has no backward pass of its own."""
 
@@ -124,7 +125,6 @@ RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_re
 """Fused recurrent layers, which cuDNN differentiates once only."""
 
 DOUBLE_BACKWARD: Table = FORWARD_MODE | {
-    torch._weight_norm: _weight_norm,
     F.batch_norm: partial(batch_norm, normalize=_normalize_batch),
     F.layer_norm: partial(layer_norm, normalize=_normalize_layer),
     F.group_norm: partial(group_norm, normalize=_normalize_groups),

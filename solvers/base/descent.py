@@ -14,7 +14,7 @@ from bilevel.params import to_device
 from bilevel.services import Capturable, Services
 from bilevel.solvers.autodiff.pullback import Pullback
 from bilevel.solvers.base.core import Core, averaged
-from bilevel.solvers.base.dry_run import lacks_derivative, peeking, refusals
+from bilevel.solvers.base.dry_run import check_types, lacks_derivative, peeking, refusals
 from bilevel.solvers.base.method import Method
 from bilevel.solvers.base.settings import InnerSettings, OuterSettings
 from bilevel.solvers.optim.optimized import Optimized
@@ -139,6 +139,7 @@ class Descent(InnerSettings, OuterSettings, Solver):
 
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse a problem on which a dry run of a round fails; the dry run shares no state."""
+        check_types(problem)
         self.fits(problem, device)
         second = Need.SECOND_DERIVATIVES in self.needs
         trial, draws = copy.copy(self), torch.Generator(device).manual_seed(0)

@@ -36,17 +36,32 @@ LACKS_DERIVATIVE = (
 """Parts of PyTorch's messages about a derivative that does not exist."""
 
 
+def check_types(problem: Problem) -> None:
+    """Refuse weights of several types, which the vectors of a solver cannot hold.
+
+    Raises:
+        Refused: that, with a weight of each type.
+    """
+    params, _ = problem.init(torch.Generator().manual_seed(0))
+    kinds: dict[torch.dtype, str] = {}
+    for name, p in params.items():
+        kinds.setdefault(p.dtype, name)
+    if len(kinds) > 1:
+        found = [f"`{name}` in {str(kind).removeprefix('torch.')}" for kind, name in kinds.items()]
+        raise Refused(
+            f"the weights have several types, {' and '.join(found)}; give all of them the same "
+            "type (module.float())"
+        )
+
+
 def check_response(problem: Problem, response: Response, device: torch.device) -> None:
     """Refuse a space whose response would not fit in memory together with its gradient.
 
     Raises:
-        Refused: that, or weights of several types.
+        Refused: that.
     """
     space = problem.space
     params, _ = problem.init(torch.Generator().manual_seed(0))
-    if len(dtypes := {str(p.dtype) for p in params.values()}) > 1:
-        kinds = " and ".join(sorted(dtypes))
-        raise Refused(f"the weights have several types, {kinds}; give all of them the same type")
     most = (
         torch.cuda.get_device_properties(device).total_memory // 4
         if device.type == "cuda"
