@@ -88,7 +88,7 @@ LAYERS = {
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh()),
         (B, 4),
-        {("joint", "per batch")},
+        {("joint", "per batch"), ("separate", "per batch")},
     ),
 }
 """A network, its input shape, and the cases that are not refused, for each layer."""
