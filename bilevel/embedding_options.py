@@ -27,7 +27,7 @@ _POSITIONS: dict[Any, tuple[str, ...]] = {
 
 def lookup(func: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Return the table of a lookup and its options, as a torch-function mode receives them."""
-    options = dict(zip(_POSITIONS[func], args, strict=False)) | kwargs
+    options = {**dict(zip(_POSITIONS[func], args, strict=False)), **kwargs}
     return options["weight"], options
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from bilevel.errors import BilevelError
@@ -45,7 +45,7 @@ def check_module(module: nn.Module) -> None:
             raise _refusal(module, f"is quantized: {where} is a {kind} without gradient", advice)
     tensors = (*module.named_parameters(), *module.named_buffers())
     for name, tensor in tensors:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             advice = "call the module once on a batch before you pass or return it"
             raise _refusal(module, f"is lazy: `{name}` has no shape yet", advice)
         if tensor.is_meta:
