@@ -16,6 +16,9 @@ from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.space import Space
 
+ONE_VALUE = "Expected more than 1 value per channel"
+"""Begins PyTorch's message about batch norm in training on one example."""
+
 
 class ModuleProblem(Problem):
     """A problem around an `nn.Module`.
@@ -161,7 +164,16 @@ class ModuleProblem(Problem):
             prediction = self._call(tensors, args, kwargs)
             return prediction, {name: tensors[name] for name in carry}
 
-        return self._draws(run, generator)
+        try:
+            return self._draws(run, generator)
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            raise BilevelError(
+                "batch norm cannot normalize a training batch of one example; set drop_last=True "
+                "in the DataLoader, choose another batch_size, or keep the layer in evaluation "
+                "mode with eval()"
+            ) from error
 
     def _switch(self, *, train: bool) -> None:
         if self._flagged is None:

@@ -6,6 +6,7 @@ from bilevel.checks.gradient_laws import (
     hyperparameters,
     per_example_leaves,
 )
+from bilevel.checks.last_batch import last_batch
 from bilevel.checks.metric_laws import batch_average, metrics, split_average
 from bilevel.checks.objective_laws import (
     averages,
@@ -34,6 +35,7 @@ ALL: tuple[Law, ...] = (
     example_axis,
     metrics,
     split_average,
+    last_batch,
 )
 AT_SETUP: tuple[Law, ...] = (prediction_tree, depends_on_weights, scalar_objectives)
 """Laws whose violation spoils every run; the loop itself detects losses that are not finite."""

@@ -25,6 +25,7 @@ class FixedOrder:
         streamed: whether the dataset is an `IterableDataset`.
         size: number of examples, or None where the dataset returns ready-made batches.
         first_size: number of examples of the first batch, or None if it is unknown.
+        last_size: number of examples of the last batch in training, or None if it is unknown.
     """
 
     def __init__(self, loader: DataLoader, generators: Sequence[torch.Generator]) -> None:
@@ -34,6 +35,7 @@ class FixedOrder:
         self.streamed = isinstance(loader.dataset, IterableDataset)
         self.size: int | None = None
         self.first_size: int | None = None
+        self.last_size: int | None = None
         if self.streamed:
             sized: Any = loader.dataset
             self.size = None if loader.batch_size is None else len(sized)
@@ -45,6 +47,8 @@ class FixedOrder:
             self._examples = _examples(sampler.sampler, generators)
             self.size = len(self._examples)
             self.first_size = self._first(self._per_batch)
+            rest = len(sampler.sampler) % self._per_batch  # type: ignore[arg-type]
+            self.last_size = self._per_batch if sampler.drop_last or not rest else rest
         else:
             self._batches = list(islice(isolated(sampler, generators, 0), len(loader)))
             if loader.batch_sampler is not None:

@@ -127,6 +127,11 @@ class LoaderStream(Stream):
         self.examples += examples
         return batch
 
+    @property
+    def last_size(self) -> int | None:
+        """Return the number of examples of the last batch of an epoch, or None if unknown."""
+        return None if self._ordered is None else self._ordered.last_size
+
     def peek(self) -> Batch:
         return self._first
 

@@ -178,9 +178,9 @@ def stream(
 ) -> Stream:
     """Return the stream of a split: a pytree of tensors, a loader, or a user's own `Stream`.
 
-    A `Stream` keeps its own order and ignores `generator`. Every call starts it at the position
-    that it had when it was first passed, so a second run on the same problem sees the same batches.
-    Its batches are moved to `device`.
+    A list of tuples, lists or mappings is a list of batches. A `Stream` keeps its own order and
+    ignores `generator`. Every call starts it at the position that it had when it was first passed,
+    so a second run on the same problem sees the same batches. Its batches are moved to `device`.
 
     Raises:
         BilevelError: the split is empty, its rows cannot be drawn, the batch is larger than the
@@ -194,7 +194,8 @@ def stream(
     if holds:
         open_containers(split, f"the {name} split", "give a tuple of tensors")
     leaves = pytree.tree_leaves(split)
-    if leaves and all(isinstance(leaf, Tensor) for leaf in leaves):
+    batches = type(split) is list and all(isinstance(x, (tuple, list, Mapping)) for x in split)
+    if leaves and not batches and all(isinstance(leaf, Tensor) for leaf in leaves):
         return TensorStream(split, batch_size, generator, device=device, name=name)
     if isinstance(split, Iterable) and not isinstance(split, (str, bytes)) and not holds:
         return LoaderStream(split, generator, device=device, name=name)

@@ -9,6 +9,7 @@ import torch
 
 from bilevel.checkpoint.checkpoints import Checkpoints, kept
 from bilevel.checks.check_problem import check_setup
+from bilevel.checks.last_batch import check_last_batch
 from bilevel.errors import BilevelError
 from bilevel.loggers.display import display
 from bilevel.loggers.jsonl import JsonLines
@@ -69,6 +70,7 @@ def build(run: Session) -> None:
         problem = wrap(problem, run)
     run.problem = problem
     check_setup(problem, run.data, device)
+    check_last_batch(problem, run.data, device)
     error = HypergradientError.of(problem, solver, device)
     services = Services(Timers(device))
     _check_takes_services(solver)

@@ -179,6 +179,14 @@ def test_a_split_in_memory_may_be_a_container():
         assert type(made.peek()) is type(split)
 
 
+def test_a_list_of_batches_is_a_loader_and_a_list_of_tensors_a_split():
+    for batches in ([rows(4), rows(4)], [list(rows(4)), list(rows(3))], [{"x": rows(4)[0]}]):
+        split = stream(batches, None, generator())
+        assert isinstance(split, LoaderStream)
+        assert count_examples(split.next()) == 4
+    assert isinstance(stream(list(rows(4)), 2, generator()), TensorStream)
+
+
 class Mapped(ModuleProblem):
     def inputs(self, hypers, batch, *, train, generator):
         return (both(batch)[0],), {}
