@@ -12,6 +12,7 @@ from bilevel.embedding_options import use_dense_gradients
 from bilevel.errors import BilevelError
 from bilevel.module_call import ModuleCall
 from bilevel.module_checks import check_module, own_copy, without_weights
+from bilevel.norm_statistics import Evaluated, Moments
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.space import Space
@@ -153,14 +154,13 @@ class ModuleProblem(Problem):
             self._switch(train=train)
         args, kwargs = self.inputs(hypers, batch, train=train, generator=generator)
         if not train:
+            if any(t.requires_grad for t in carry.values()):
+                with Evaluated():
+                    return self._call({**params, **carry}, args, kwargs), carry
             return self._call({**params, **carry}, args, kwargs), carry
 
         def run() -> tuple[Prediction, Carry]:
-            # batch norm writes its statistics in place, so buffers are cloned; a module that
-            # assigns new ones instead leaves them in `tensors`
-            tensors = dict(params)
-            for name, t in carry.items():
-                tensors[name] = t.clone() if name in self._buffers else t
+            tensors = self._tensors(params, carry)
             prediction = self._call(tensors, args, kwargs)
             return prediction, {name: tensors[name] for name in carry}
 
@@ -174,6 +174,43 @@ class ModuleProblem(Problem):
                 "in the DataLoader, choose another batch_size, or keep the layer in evaluation "
                 "mode with eval()"
             ) from error
+
+    def statistics(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator | None,
+    ) -> Carry:
+        """Return mean and unbiased variance of `batch` for each batch norm, by one training pass.
+
+        A norm in evaluation mode, without running statistics, or with momentum 0, has none.
+        """
+        if not self._buffers:
+            return {}
+        if not self._module.training:
+            self._switch(train=True)
+        args, kwargs = self.inputs(hypers, batch, train=True, generator=generator)
+
+        def run() -> Carry:
+            tensors = self._tensors(params, carry)
+            with Moments({name: tensors[name] for name in carry}) as moments:
+                self._call(tensors, args, kwargs)
+            return moments.found
+
+        return self._draws(run, generator)
+
+    def _tensors(self, params: Params, carry: Carry) -> Params:
+        """Return w and the carry for a training pass.
+
+        Batch norm writes its statistics in place, so buffers are cloned. A module that assigns new
+        ones instead leaves them in these tensors.
+        """
+        tensors = dict(params)
+        for name, t in carry.items():
+            tensors[name] = t.clone() if name in self._buffers else t
+        return tensors
 
     def _switch(self, *, train: bool) -> None:
         if self._flagged is None:

@@ -124,6 +124,24 @@ class Problem(ABC):
         """
         return self.fresh_carry(carry, batch)
 
+    def statistics(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator | None,
+    ) -> Carry:
+        """Return the entries of the carry that follow w, as functions of λ and w; {} for none.
+
+        Training keeps statistics that L_V reads, for example a moving average c ← (1 − m) c + m s.
+        They follow w, so their change is a part of dL_V/dλ. An entry is s(λ, w), the value that
+        `batch`, a training batch, pulls it to. The hypergradient takes the derivative of s, and L_V
+        keeps the value of the carry. Statistics without an entry are constants of λ. Draws of
+        training come from `generator`.
+        """
+        return {}
+
     @final
     def inner_loss(
         self,

@@ -45,6 +45,16 @@ class ProblemWrapper(Problem):
     ) -> tuple[Prediction, Carry]:
         return self.problem.predict(hypers, params, carry, batch, train=train, generator=generator)
 
+    def statistics(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator | None,
+    ) -> Carry:
+        return self.problem.statistics(hypers, params, carry, batch, generator)
+
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Tensor:

@@ -74,6 +74,7 @@ class EvolutionStrategies(Descent):
     horizon: int = 100
     spread: float = 0.3
     outer_steps: int = field(init=False, default=1)
+    follow_statistics: bool = field(init=False, default=False)
 
     def start(self, core: Core) -> "EvolutionMethod":
         """Return the method without particles."""

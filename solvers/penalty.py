@@ -117,8 +117,9 @@ class PenaltyMethod(WrittenHypergradient):
         problem, before = core.problem, self.penalized_carry
         inner, carry = problem.inner_loss(core.hypers(), y, before, batch, core.generator)
         held = problem.space.constrain(core.search.u0)
+        start = core.following(held, y, problem.fresh_carry(before, valid), batch)
         with core.without_cudnn():
-            outer, _ = problem.outer_loss(held, y, problem.fresh_carry(before, valid), valid)
+            outer, _ = problem.outer_loss(held, y, start, valid)
         loss = inner + outer / self.sigma
         core.watch(loss)
         descend(loss, self.penalized)
@@ -129,12 +130,12 @@ class PenaltyMethod(WrittenHypergradient):
         """Return L_V(λ, y), ∂_λ L_V(λ, y) + σ (∂_λ L_T(λ, y) − ∂_λ L_T(λ, z)), and metrics."""
         core = self.core
         y, z = self.penalized.detached(), core.weights.detached()
-        loss, _, direct = core.outer_gradients(batch, y, self.penalized_carry)
         training, z_carry, y_carry = self.recent or (
             core.data.train.peek(),
             core.carry,
             self.penalized_carry,
         )
+        loss, _, direct = core.outer_gradients(batch, y, self.penalized_carry, training)
         core.data.train.count(count_examples(training))
         masks = core.generator.get_state()
         of_y, at_y = self.inner_gradient(y, y_carry, training)

@@ -103,8 +103,9 @@ class SAMAMethod(WrittenHypergradient):
     def differentiate(self, batch: Batch) -> tuple[Tensor, Tensor, Metrics]:
         """Return L_V on `batch`, ∂_λ L_V − (∂²L_T/∂λ∂w)ᵀ v, and metrics."""
         core = self.core
-        loss, vector, direct = core.outer_gradients(batch, core.weights.detached(), core.carry)
         training, carry = self.recent or (core.data.train.peek(), core.carry)
+        w = core.weights.detached()
+        loss, vector, direct = core.outer_gradients(batch, w, core.carry, training)
         core.data.train.count(count_examples(training))
         product = self.difference if self.settings.finite_difference else self.exact
         with core.services.phase("response"):

@@ -49,6 +49,9 @@ from bilevel.solvers.optim.weight_decay import without_weight_decay
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
 from bilevel.validate import at_least, wrong
 
+SMALL_EFFECT = 0.01
+"""Relative change of the hypergradient by batch-norm statistics, from which on a warning is due."""
+
 
 @dataclass(kw_only=True, eq=False)
 class SelfTuning(Descent):
@@ -142,6 +145,8 @@ class SelfTuningMethod(BestResponse):
         self.varies_per_example = self.response.per_example and bool(self.space.per_example.any())
         if self.varies_per_example:
             core.search.vary_per_example()
+        self.constant_statistics = core.follows and core.search.varies_per_example
+        core.follows = core.follows and not self.constant_statistics
 
     # --- the best response: ŵ(λ) = w₀ + Θλ, or centered w₀ + Θ(λ − λ₀) ---
 
@@ -267,7 +272,41 @@ class SelfTuningMethod(BestResponse):
         return ("response_carry",)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        return large_response(self.space, self.core.weights.leaves, self.theta.leaves)
+        found = large_response(self.space, self.core.weights.leaves, self.theta.leaves)
+        if self.constant_statistics and "hypergradient_norm" in metrics:
+            effect = self.effect_of_statistics()
+            if effect > SMALL_EFFECT:
+                self.constant_statistics = False  # one warning is enough
+                found["statistics"] = (
+                    "SelfTuning: the hypergradient takes batch-norm statistics as constants, since "
+                    "perturbations vary from example to example; on one batch, statistics that "
+                    f"follow w would change it by {effect:.0%}; declare per_example=False, which "
+                    "lets them follow, or use a norm without running statistics (group norm)"
+                )
+        return found
+
+    def effect_of_statistics(self) -> float:
+        """Return ‖g − g₀‖/‖g‖ of the hypergradients with moving and with constant statistics.
+
+        Both are unperturbed and on the next batches, and nothing moves. The result is NaN before Θ
+        has trained.
+        """
+        core, u = self.core, self.core.search.u
+        training, batch = core.data.train.peek(), core.data.valid.peek()
+        draws = core.generator.get_state()
+        gradients: list[Tensor] = []
+        for moving in (True, False):
+            offset = u - core.search.u0
+            hypers = self.space.constrain(core.search.u0 + offset)
+            params = self.respond(offset)
+            carry = core.problem.outer_carry(core.carry, core.last_outer_carry, batch)
+            if moving:
+                carry = core.moving_statistics(hypers, params, carry, training)
+            with core.without_cudnn():
+                loss, _ = core.problem.outer_loss(hypers, params, carry, batch)
+            gradients += torch.autograd.grad(loss, u, materialize_grads=True)
+        core.generator.set_state(draws)
+        return float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
 
     def after_dry_run(self) -> None:
         """Check per-example weights: in a round with one example fewer, and row by row.

@@ -148,7 +148,9 @@ class SOBAMethod(Method):
         core, q = self.core, self.adjoint
         params, u = core.weights.detached(), core.search.u
         with core.services.phase("outer"):
-            outer_loss, outer_gradient, direct = core.outer_gradients(valid, params, core.carry)
+            outer_loss, outer_gradient, direct = core.outer_gradients(
+                valid, params, core.carry, batch
+            )
         pull = Pullback(
             core.problem, u, params, core.carry, [batch], core.generator, core.functions
         )

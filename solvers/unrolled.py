@@ -35,9 +35,9 @@ class Unrolled(Descent):
 
     Φ is a step of the inner optimizer, one of SGD, Adam, AdamW and RMSprop. Its memory (momentum,
     second moments) and its clipping are part of what is differentiated. Batch-norm statistics and
-    recurrent state are constants. λ may hold settings of that optimizer (`Domain.optimizer`). A
-    tuned learning rate is multiplied by the factor of its schedule. A round is K training batches
-    and one outer step, which consumes the graph.
+    recurrent state are constants within the steps. λ may hold settings of that optimizer
+    (`Domain.optimizer`). A tuned learning rate is multiplied by the factor of its schedule. A round
+    is K training batches and one outer step, which consumes the graph.
 
     Attributes:
         mode: how the steps are differentiated: `Reverse(truncate=…, checkpoint=…)`, or `Forward()`

@@ -76,6 +76,18 @@ class Autocast(ProblemWrapper):
             name: t.to(carry[name].dtype) for name, t in after.items()
         }
 
+    def statistics(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator | None,
+    ) -> Carry:
+        device = next(iter(params.values())).device.type
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            return self.problem.statistics(hypers, params, carry, batch, generator)
+
 
 def at_precision(problem: Problem, solver: Solver, precision: str, device: torch.device) -> Problem:
     """Return the problem that `solver` works on at `precision`.

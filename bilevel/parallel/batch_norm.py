@@ -7,6 +7,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
+from bilevel.norm_statistics import moments_of
 from bilevel.parallel.collectives import enter, leave
 from bilevel.parallel.process_group import ProcessGroup
 from bilevel.parallel.shards import Shard
@@ -41,20 +42,14 @@ class BatchStatistics:
             return F.batch_norm(
                 input, running_mean, running_var, weight, bias, False, momentum, eps
             )
-        items = input.numel() // input.shape[1] * shard.whole / shard.size
+        items = items_of(shard, input)
         if items <= 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input size "
                 f"{input.shape}"
             )
-        x = input if input.dtype in (torch.float32, torch.float64) else input.float()
-        axes, tail = [0, *range(2, x.ndim)], [1] * (x.ndim - 2)
-        own_mean = x.mean(axes, keepdim=True)
-        own_var = (x - own_mean).square().mean(axes)
-        own_mean = own_mean.reshape(-1).double()
-        moments = shard.weight * torch.stack([own_mean, own_var.double() + own_mean.square()])
-        mean, square = leave(self.ranks, [moments])[0]
-        mean, var = enter(self.ranks, [mean.to(x.dtype), (square - mean.square()).to(x.dtype)])
+        x, tail = at_least_float32(input), [1] * (input.ndim - 2)
+        mean, var = self._moments(shard, x)
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(_value(mean).to(running_mean.dtype), momentum)
@@ -63,6 +58,39 @@ class BatchStatistics:
                 )
         normalized = (x - mean.reshape(-1, *tail)) * torch.rsqrt(var + eps).reshape(-1, *tail)
         return scaled(normalized, weight, bias).to(input.dtype)
+
+    def moments(
+        self, shard: Shard, input: Tensor, *, per_example: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean and the unbiased variance of every channel over all ranks, [C] each.
+
+        With `per_example` they are the rank's own, which the mean over ranks completes.
+        """
+        if per_example:
+            return moments_of(input, per_example=True)
+        items = items_of(shard, input)
+        mean, var = self._moments(shard, at_least_float32(input))
+        return mean, var * (items / (items - 1))
+
+    def _moments(self, shard: Shard, x: Tensor) -> list[Tensor]:
+        """Return the mean and the biased variance over all ranks, for use on this rank."""
+        axes = [0, *range(2, x.ndim)]
+        own_mean = x.mean(axes, keepdim=True)
+        own_var = (x - own_mean).square().mean(axes)
+        own_mean = own_mean.reshape(-1).double()
+        moments = shard.weight * torch.stack([own_mean, own_var.double() + own_mean.square()])
+        mean, square = leave(self.ranks, [moments])[0]
+        return enter(self.ranks, [mean.to(x.dtype), (square - mean.square()).to(x.dtype)])
+
+
+def items_of(shard: Shard, input: Tensor) -> float:
+    """Return the number of values of each channel over all ranks."""
+    return input.numel() // input.shape[1] * shard.whole / shard.size
+
+
+def at_least_float32(input: Tensor) -> Tensor:
+    """Return the input in float32 or float64."""
+    return input if input.dtype in (torch.float32, torch.float64) else input.float()
 
 
 def without_statistics(

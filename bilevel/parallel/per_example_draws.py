@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from bilevel.norm_statistics import moments_of
+from bilevel.parallel.batch_norm import BatchStatistics
 from bilevel.parallel.shards import Shard
 
 Normalize = Callable[..., Tensor]
@@ -31,6 +33,8 @@ class WholeBatchDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return self.normalize(self.shard, *args, **kwargs)
+        if func is moments_of and isinstance(self.normalize, BatchStatistics):
+            return self.normalize.moments(self.shard, *args, **kwargs)
         draw = DRAWS.get(func)
         return func(*args, **kwargs) if draw is None else draw(self.shard, func, args, kwargs)
 

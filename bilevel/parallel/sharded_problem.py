@@ -95,12 +95,30 @@ class ShardedProblem(ProblemWrapper):
             self.check_lengths(shard.whole)
         self._entered = {}
         hypers, params = self._localize(hypers, params, shard, self._entered)
-        own = {name: self._state_of_shard(name, state, shard) for name, state in carry.items()}
+        own = self._carry_of_shard(carry, shard)
         with WholeBatchDraws(shard, self._statistics):
             prediction, after = self.problem.predict(
                 hypers, params, own, shard.of(batch), train=train, generator=generator
             )
         return prediction, self._gather(after, shard)
+
+    def statistics(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator | None,
+    ) -> Carry:
+        """Return the statistics of the whole batch: the means of those of the shards."""
+        if (shard := self.shard(batch)) is None:
+            return self.problem.statistics(hypers, params, carry, batch, generator)
+        hypers, params = self._localize(hypers, params, shard, {})
+        own = self._carry_of_shard(carry, shard)
+        with WholeBatchDraws(shard, self._statistics):
+            found = self.problem.statistics(hypers, params, own, shard.of(batch), generator)
+        parts = [shard.weight * value for value in found.values()]
+        return dict(zip(found, leave(self.ranks, parts) if parts else (), strict=True))
 
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
@@ -216,6 +234,11 @@ class ShardedProblem(ProblemWrapper):
         return id(t) in known and known[id(t)][1].requires_grad == (
             t.requires_grad and torch.is_grad_enabled()
         )
+
+    def _carry_of_shard(self, carry: Carry, shard: Shard) -> Carry:
+        """Return the carry for the shard; statistics that follow w enter it."""
+        own = dict(zip(carry, enter(self.ranks, list(carry.values())), strict=True))
+        return {name: self._state_of_shard(name, state, shard) for name, state in own.items()}
 
     def _state_of_shard(self, name: str, state: Tensor, shard: Shard) -> Tensor:
         axis = self.state_axes.get(name)

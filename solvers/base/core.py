@@ -47,6 +47,8 @@ class Core:
         functions: the torch functions among them.
         recurrent: whether there are fused recurrent layers, which cuDNN does not differentiate in
             evaluation mode.
+        follows: whether the statistics of L_V follow w in the hypergradient.
+        latest: the last training batch, where they do.
         last_outer_carry: the carry after the last outer batch; a problem may continue from it
             (`Problem.outer_carry`).
     """
@@ -55,6 +57,8 @@ class Core:
     calls: CallRecorder
     functions: set[Any]
     recurrent: bool = False
+    follows: bool = False
+    latest: Batch | None = None
     last_outer_carry: Carry | None = None
 
     def __init__(
@@ -85,7 +89,7 @@ class Core:
         """Return `tensors` under `optimizer`, with the schedule and clipping of the inner steps."""
         return Optimized(tensors, optimizer, self.settings.inner_scheduler, self.settings.clip_norm)
 
-    def prepare_search(self, optimizer: MakeOptimizer) -> None:
+    def prepare_search(self, optimizer: MakeOptimizer, *, follow_statistics: bool = True) -> None:
         """Make the search distribution, with `optimizer` for u, and record the network's calls."""
         space, like = self.problem.space, self.weights.leaves[0]
         self.search = SearchDistribution(space, optimizer, like=like)
@@ -96,6 +100,10 @@ class Core:
         self.calls = CallRecorder(self.problem, hypers, params, self.carry, batch, draws)
         self.functions = self.calls.functions
         self.recurrent = not self.functions.isdisjoint(RECURRENT)
+        if follow_statistics and self.carry:
+            with torch.no_grad():
+                found = self.problem.statistics(hypers, params, self.carry, batch, draws)
+            self.follows = bool(found)
 
     @cached_property
     def weight_decay(self) -> WeightDecay | None:
@@ -144,17 +152,47 @@ class Core:
         return gradient + self.weight_decay.times(flat(list(self.weights.detached().values())))
 
     def outer_gradients(
-        self, batch: Batch, params: Params, carry: Carry
+        self, batch: Batch, params: Params, carry: Carry, training: Batch | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return L_V(λ(u), w), ∇_w L_V [m] and ∂_u L_V [h] at `params`; ŵ has no part in them."""
+        """Return L_V(λ(u), w), ∇_w L_V [m] and ∂_u L_V [h] at `params`; ŵ has no part in them.
+
+        Statistics follow w as on `training`, by default the last training batch.
+        """
         w = {name: p.detach().requires_grad_() for name, p in params.items()}
         hypers = self.problem.space.constrain(self.search.u)
         fresh = self.problem.fresh_carry(carry, batch)
+        fresh = self.following(hypers, w, fresh, training)
         with self.without_cudnn():
             loss, _ = self.problem.outer_loss(hypers, w, fresh, batch)
         leaves = [*w.values(), self.search.u]
         *gradients, direct = torch.autograd.grad(loss, leaves, materialize_grads=True)
         return loss.detach(), flat(gradients), direct
+
+    def following(
+        self, hypers: Hypers, params: Params, carry: Carry, training: Batch | None
+    ) -> Carry:
+        """Return the carry with `moving_statistics`, where statistics follow w."""
+        if not self.follows:
+            return carry
+        training = self.training_batch() if training is None else training
+        return self.moving_statistics(hypers, params, carry, training)
+
+    def moving_statistics(
+        self, hypers: Hypers, params: Params, carry: Carry, training: Batch
+    ) -> Carry:
+        """Return the carry with the derivative of the statistics of `training` in λ and w.
+
+        Its values stay. At a minimum the running statistics are those of training batches at w.
+        """
+        with self.services.phase("response"):
+            start = self.problem.fresh_carry(carry, training)
+            found = self.problem.statistics(hypers, params, start, training, self.generator)
+        moving = {name: (s - s.detach()).to(carry[name].dtype) for name, s in found.items()}
+        return carry | {name: carry[name] + change for name, change in moving.items()}
+
+    def training_batch(self) -> Batch:
+        """Return the last training batch; before training, the first one."""
+        return self.data.train.peek() if self.latest is None else self.latest
 
     def without_cudnn(self) -> AbstractContextManager[Any]:
         """Turn cuDNN off within a block, for a network with fused recurrent layers."""
@@ -189,6 +227,7 @@ class Core:
         self.weights.load_state_dict(state["weights"])
         self.carry = to_device(state["carry"], self.device)
         self.generator.set_state(state["generator"].cpu())
+        self.latest = None
 
 
 def averaged(steps: Iterable[Metrics]) -> Metrics:

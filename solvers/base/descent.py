@@ -70,6 +70,7 @@ class Descent(InnerSettings, OuterSettings, Solver):
         self.inner_count += 1
         self.core.inner_count = self.inner_count
         batches = self.core.next_batches(self.method.inner_takes)
+        self.core.latest = batches[0] if self.core.follows else None
         return self.services.take(self.method.inner_step, *batches)
 
     def outer_phase(self) -> Metrics:
@@ -78,6 +79,8 @@ class Descent(InnerSettings, OuterSettings, Solver):
         for _ in range(self.outer_steps):
             self.outer_count += 1
             batches = self.core.next_batches(self.method.outer_takes)
+            if self.method.looks_back and self.core.follows:
+                batches.append(self.core.training_batch())
             metrics = self.services.take(self.method.outer_step, *batches)
         self.core.search.recentre()
         return metrics | self.method.outer_ended()
@@ -134,7 +137,7 @@ class Descent(InnerSettings, OuterSettings, Solver):
         """Make the core and the method, without any check."""
         self.services = services
         self.core = Core(self, problem, data, device, generator, services)
-        self.core.prepare_search(self.outer_optimizer)
+        self.core.prepare_search(self.outer_optimizer, follow_statistics=self.follow_statistics)
         self.method = self.start(self.core)
 
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:

@@ -22,12 +22,15 @@ class Method(ABC):
         core: problem, data, weights, search distribution.
         inner_takes: the splits of which an inner step takes a batch each.
         outer_takes: the splits of which an outer step takes a batch each.
+        looks_back: whether an outer step also takes the last training batch, where statistics of
+            L_V follow w.
         unrolls: whether a hypergradient exists only after the inner steps of a round.
     """
 
     core: Core
     inner_takes: ClassVar[tuple[Split, ...]] = ("train",)
     outer_takes: ClassVar[tuple[Split, ...]] = ("valid",)
+    looks_back: ClassVar[bool] = False
     unrolls: ClassVar[bool] = False
 
     @abstractmethod
@@ -99,6 +102,8 @@ class BestResponse(Method):
     dL_V/du = ∂_λ L_V · dλ/du + ∂_w L_V · dŵ/du
     """
 
+    looks_back: ClassVar[bool] = True
+
     @abstractmethod
     def respond(self, offset: Tensor) -> Params:
         """Return ŵ(u₀ + offset), differentiable in offset, [h] or [B, h], alone."""
@@ -111,15 +116,20 @@ class BestResponse(Method):
         """Return further metrics of the outer step that was just taken."""
         return {}
 
-    def outer_loss(self, batch: Batch) -> Tensor:
-        """Return L_V(λ(u₀ + δ), ŵ(u₀ + δ)) at a fresh draw of δ = u − u₀ + ε."""
+    def outer_loss(self, batch: Batch, training: Batch | None = None) -> Tensor:
+        """Return L_V(λ(u₀ + δ), ŵ(u₀ + δ)) at a fresh draw of δ = u − u₀ + ε.
+
+        Statistics follow ŵ as on `training`, by default the last training batch.
+        """
         core = self.core
         perturbed = core.search.scale is not None
         offset = core.search.offset(count_examples(batch) if perturbed else 1, core.generator)
         hypers = core.problem.space.constrain(core.search.u0 + offset)
         carry = core.problem.outer_carry(core.carry, core.last_outer_carry, batch)
+        params = self.respond(offset)
+        carry = core.following(hypers, params, carry, training)
         with core.without_cudnn():
-            loss, last = core.problem.outer_loss(hypers, self.respond(offset), carry, batch)
+            loss, last = core.problem.outer_loss(hypers, params, carry, batch)
         core.last_outer_carry = detached(last)
         return loss
 

@@ -47,6 +47,11 @@ class SearchDistribution:
             self._per_example = self.space.per_example.to(self.u.device)
 
     @property
+    def varies_per_example(self) -> bool:
+        """Return whether a perturbation varies from example to example."""
+        return self._per_example is not None
+
+    @property
     def s(self) -> Tensor:
         """[h], σ = softplus(s)."""
         return self._fixed_s if self.scale is None else self.scale.tensors["s"]

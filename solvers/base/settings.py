@@ -36,10 +36,14 @@ class OuterSettings:
     Attributes:
         outer_steps: validation batches per round.
         outer_optimizer: makes the optimizer of u.
+        follow_statistics: take the batch-norm statistics of L_V as functions of w, as they are of
+            the last training batch (`Problem.statistics`). False, and self-tuning with a
+            perturbation per example, takes them as constants.
     """
 
     outer_steps: int = 1
     outer_optimizer: MakeOptimizer = RMSPROP
+    follow_statistics: bool = True
 
     def check_outer(self) -> None:
         """Raise if a setting of the outer steps is wrong."""

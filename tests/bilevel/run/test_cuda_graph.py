@@ -182,6 +182,13 @@ def test_whatever_the_problem(name):
     assert_steps_are_the_same(PROBLEMS[name], partial(SelfTuning, inner_steps=2))
 
 
+def test_statistics_that_follow_w_see_the_last_training_batch_in_a_replay():
+    make_problem = partial(normed, per_example=False)
+    solver = assert_steps_are_the_same(make_problem, partial(SelfTuning, inner_steps=2))
+    assert solver.core.follows
+    assert all(count >= 3 for count in replays(solver).values())
+
+
 def test_the_first_bad_step_is_noted_by_its_number():
     plain, ours = twins(partial(digits, hidden=[8]))
     captured(ours)
