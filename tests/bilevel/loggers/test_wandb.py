@@ -23,7 +23,7 @@ from bilevel.loggers.wandb_logger import MARK, WandB
 from bilevel.problems import Quadratic, digits
 from bilevel.problems.classification.recipes import augmented_images
 from bilevel.problems.datasets import standard_images
-from bilevel.solvers import implicit_cg
+from bilevel.solvers import GaussNewton, implicit_cg
 from tests.support.fakes import FakeProblem, FakeSolver
 from tests.support.wandb_files import of_kind, read_file
 
@@ -239,7 +239,7 @@ def test_an_image_problem_shows_what_its_strengths_do():
 
 def test_where_the_truth_is_known_the_hypergradient_is_held_against_it(tmp_path):
     problem = Quadratic.random(seed=1, dtype=torch.float64)
-    solver = implicit_cg(inner_steps=1, stationarity=1e6)
+    solver = implicit_cg(curvature=GaussNewton(), inner_steps=1, stationarity=1e6)
     run(tmp_path, WandB(), problem=problem, solver=solver, epochs=40, evaluate_every=20)
     history = [items(h.item) for h in of_kind(read_back(tmp_path), "history")]
     lines = read_metrics(tmp_path / "metrics.jsonl")
