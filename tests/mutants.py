@@ -158,7 +158,7 @@ MUTANTS = [
     Mutant(
         "Θ's step sees w₀ as it was before its own step",
         "solvers/self_tuning.py",
-        "        descend(loss, core.weights)\n"
+        "        descend(self.decayed(loss, w, core.weights.tensors), core.weights)\n"
         '        with core.services.phase("response"):\n'
         "            w0 = core.weights.detached()\n"
         "            response_loss, response_carry = "
@@ -173,11 +173,11 @@ MUTANTS = [
     Mutant(
         "the penalty at w₀, not at w₀ + ΔW(ε), under linearization",
         "solvers/self_tuning.py",
-        "        return core.problem.inner_objective(hypers, params, prediction, batch), "
-        "detached(carry)",
+        "        loss = core.problem.inner_objective(hypers, params, prediction, batch)\n"
+        "        return self.decayed",
         "        params = w0 if flags.linearize else params\n"
-        "        return core.problem.inner_objective(hypers, params, prediction, batch), "
-        "detached(carry)",
+        "        loss = core.problem.inner_objective(hypers, params, prediction, batch)\n"
+        "        return self.decayed",
         "solvers/autodiff/test_linearization.py",
     ),
     Mutant(
@@ -246,29 +246,29 @@ MUTANTS = [
     Mutant(
         "the scale of CG's step dropped",
         "solvers/linear_solve/conjugate_gradients.py",
-        "step = torch.where(active, rr / curvature, 0)",
-        "step = torch.where(active, 1 / curvature, 0)",
+        "step = torch.where(active, rr / curvature, zero)",
+        "step = torch.where(active, 1 / curvature, zero)",
         "solvers/linear_solve/test_conjugate_gradients.py",
     ),
     Mutant(
         "CG's residual not updated",
         "solvers/linear_solve/conjugate_gradients.py",
-        "            r.addcmul_(image, -step)\n",
-        "            r.addcmul_(image, -0 * step)\n",
+        "            r.addcmul_(image, step, value=-1)\n",
+        "            r.addcmul_(image, step, value=-0.0)\n",
         "solvers/linear_solve/test_conjugate_gradients.py",
     ),
     Mutant(
         "the step of Neumann and fixed point not capped",
         "solvers/linear_solve/neumann.py",
-        "step = torch.minimum(*bounds).clamp(min=0)",
-        "step = bounds[0]",
+        "return largest, torch.minimum(*bounds).clamp(min=0)",
+        "return largest, bounds[0]",
         "solvers/linear_solve/test_neumann.py",
     ),
     Mutant(
         "the sign of the implicit term turned",
         "solvers/implicit.py",
-        "return -ctx.method.adjoint(u, v), None",
-        "return ctx.method.adjoint(u, v), None",
+        "return -ctx.method.adjoint(u",
+        "return ctx.method.adjoint(u",
         "solvers/test_hypergradients.py",
     ),
     Mutant(
@@ -373,9 +373,30 @@ MUTANTS = [
     Mutant(
         "the gradient through batch-norm statistics not summed over processes",
         "bilevel/parallel/batch_norm.py",
-        "mean, var = enter(self.ranks, [mean.to(x.dtype), (square - mean.square()).to(x.dtype)])",
-        "mean, var = [mean.to(x.dtype), (square - mean.square()).to(x.dtype)]",
+        "return enter(self.ranks, [mean.to(x.dtype), (square - mean.square()).to(x.dtype)])",
+        "return [mean.to(x.dtype), (square - mean.square()).to(x.dtype)]",
         "bilevel/parallel/test_two_processes.py",
+    ),
+    Mutant(
+        "the damping left in the residual that is reported",
+        "solvers/implicit.py",
+        "r.add_(solved.x * damping)",
+        "r.add_(solved.x * 0)",
+        "solvers/test_implicit.py",
+    ),
+    Mutant(
+        "a stored target judged by its path, not by the place of its definition",
+        "bilevel/cli/stored.py",
+        'home = getattr(target, "__module__", None)',
+        "home = path",
+        "bilevel/cli/test_untrusted.py",
+    ),
+    Mutant(
+        "compressed checkpoints unpacked",
+        "bilevel/checkpoint/file_format.py",
+        "            _check_size(file)\n",
+        "",
+        "bilevel/cli/test_untrusted.py",
     ),
     Mutant(
         "a checksum that is not compared",
