@@ -2,9 +2,8 @@
 
 import logging
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,19 @@ from bilevel.loggers.dashboard import (
 )
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.records import METRICS, Record, read_metrics
+from bilevel.loggers.wandb_network import unreachable, without_error_reports
+from bilevel.loggers.wandb_settings import (
+    LONGEST_TAG,
+    entity_of,
+    explained,
+    id_from_environment,
+    new_id,
+    project_of,
+    tags_of,
+    text,
+    unused_variables,
+    variable,
+)
 from bilevel.text import first_line
 from bilevel.validate import one_of
 
@@ -29,10 +41,8 @@ AT_EQUAL_COST = {"by_seconds": "seconds", "by_examples": "examples"}
 
 W&B gives a metric one axis, so a second axis needs a second name.
 """
-REACH_SECONDS = 5.0
 FINISH_SECONDS = 60.0
 """Longest wait for the end of an online run; W&B itself would wait without limit."""
-LONGEST_TAG = 64
 MARK = "last_step"
 """Name of the file in W&B's folder of a run that holds the last step logged there.
 
@@ -62,23 +72,35 @@ class WandB(Logger):
     Attributes:
         mode: `offline` (upload later with `wandb sync`), `online` (offline where that fails) or
             `disabled`.
-        project: project in W&B.
-        entity: entity in W&B; None for the default of the account.
-        name: name of the run; None for solver and seed.
-        tags: further tags.
+        project: project in W&B; None for WANDB_PROJECT, else `bilevel`.
+        entity: user or team in W&B; None for WANDB_ENTITY, else the default of the account.
+        name: name of the run; None for WANDB_NAME, else solver and seed.
+        group: group of the run; None for WANDB_RUN_GROUP, else the problem.
+        job_type: type of the run; None for WANDB_JOB_TYPE, else the solver.
+        tags: further tags, a list or text with commas; those of WANDB_TAGS are added.
 
     Raises:
-        BilevelError: the mode is unknown.
+        BilevelError: the mode is unknown, or W&B does not take a name or a tag.
     """
 
     mode: str = "offline"
-    project: str = "bilevel"
+    project: str | None = None
     entity: str | None = None
     name: str | None = None
-    tags: tuple[str, ...] = ()
+    group: str | None = None
+    job_type: str | None = None
+    tags: str | float | Sequence[str | float] | None = ()
 
     def __post_init__(self) -> None:
         one_of(MODES, **{"wandb.mode": self.mode})
+        self._names = {
+            "project": project_of(self.project),
+            "entity": entity_of(self.entity),
+            "name": text("wandb.name", self.name, variable_name="WANDB_NAME"),
+            "group": text("wandb.group", self.group, variable_name="WANDB_RUN_GROUP"),
+            "job_type": text("wandb.job_type", self.job_type, variable_name="WANDB_JOB_TYPE"),
+        }
+        self._tags = tags_of(self.tags)
         self.takes_pictures = self.mode != "disabled"
         self.run: Any = None
         self._exit_code = 1  # until the run ends in order
@@ -91,21 +113,37 @@ class WandB(Logger):
         self._id = state.get("id")
         if self.mode == "disabled":
             return
+        for sentence in unused_variables(self.mode):
+            log.warning("%s", sentence)
+        with without_error_reports() if self.mode == "offline" else nullcontext():
+            self._begin(run)
+        for record in read_metrics(run.directory / METRICS) if run.resumed else ():
+            self.log(record)
+
+    def _begin(self, run: RunInfo) -> None:
+        """Begin the run in W&B, or continue it."""
         import wandb
 
+        continues = self._id is not None
         if self._id is not None:
             self._logged = _complete_until(run.directory, self._id)
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+        else:
+            self._id = id_from_environment(in_sweep=run.place is not None)
+        with explained():
+            settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+            own: Any = variable("WANDB_RESUME") if self._id else None
+            settings.resume = "allow" if continues else own
+            if self.mode == "offline":  # before `init`, whose telemetry looks up a host
+                wandb.setup(wandb.Settings(mode="offline", silent=True))
         names = {"problem": run.problem, "solver": run.solver}
         of_sweep = [] if run.place is None else [f"sweep-{run.place.sweep}"]
-        tags = [*names.values(), *of_sweep, *(["resumed"] if run.resumed else []), *self.tags]
+        tags = [*names.values(), *of_sweep, *(["resumed"] if run.resumed else [])]
         arguments: dict[str, Any] = {
-            "project": self.project,
-            "entity": self.entity,
-            "name": self.name or f"{run.solver}-seed{run.seed}",
-            "group": run.problem,
-            "job_type": run.solver,
-            "tags": list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags)),
+            **self._names,
+            "name": self._names["name"] or f"{run.solver}-seed{run.seed}",
+            "group": self._names["group"] or run.problem,
+            "job_type": self._names["job_type"] or run.solver,
+            "tags": list(dict.fromkeys([*(tag[:LONGEST_TAG] for tag in tags), *self._tags])),
             "config": {
                 "seed": run.seed,
                 "names": names,
@@ -113,18 +151,18 @@ class WandB(Logger):
                 **({"sweep": of_sweep[0]} if of_sweep else {}),
             },
             "dir": str(run.directory),
-            "id": self._id,
-            "resume": "allow" if self._id else None,  # the run continues under its id
+            "id": self._id or new_id(),
             "settings": settings,
         }
-        if self.mode == "online" and (problem := _unreachable(wandb, settings)) is None:
+        if self.mode == "online" and (problem := unreachable(wandb, settings)) is None:
             try:
                 self.run = wandb.init(mode="online", **arguments)
                 self._online = True
             except wandb.errors.Error as error:
                 problem = first_line(error)
         if self.run is None:
-            self.run = wandb.init(mode="offline", **arguments)
+            with explained():
+                self.run = wandb.init(mode="offline", **arguments)
             if self.mode == "online":
                 later = f"wandb sync {Path(self.run.dir).parent}"
                 log.warning(
@@ -142,8 +180,6 @@ class WandB(Logger):
             self.run.define_metric(f"{section}/*", step_metric=axis)
         for lowest in ("valid/loss", "exact/regret"):
             self.run.define_metric(lowest, step_metric="epoch", summary="min,last")
-        for record in read_metrics(run.directory / METRICS) if run.resumed else ():
-            self.log(record)
 
     def show_pictures(self, pictures: Mapping[str, Tensor]) -> None:
         import wandb
@@ -223,21 +259,3 @@ def _complete_until(directory: Path, run_id: str) -> int:
             part.rename(part.with_name(f"killed-{part.name}"))
     marks = directory.glob(f"wandb/*run-*-{run_id}*/{MARK}")
     return max((int(mark.read_text() or -1) for mark in marks), default=-1)
-
-
-def _unreachable(wandb: Any, settings: Any) -> str | None:
-    """Return the reason why W&B cannot be used online, without a prompt or a long wait; or None."""
-    url = wandb.setup(settings=settings).settings.base_url
-    try:
-        urllib.request.urlopen(url, timeout=REACH_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # an answer of any kind is a connection
-    except OSError as error:
-        return f"{url} cannot be reached: {getattr(error, 'reason', error)}"
-    try:
-        known = wandb.login(prompt=False)
-    except TypeError:  # an older wandb, whose login would ask
-        known = wandb.api.api_key is not None
-    except wandb.errors.Error as error:
-        return first_line(error)
-    return None if known else "this machine has no API key; run `wandb login` first"
