@@ -1,6 +1,7 @@
 """The base class of problems that change a part of another problem."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ class ProblemWrapper(Problem):
 
     A subclass changes what differs: initial weights, precision, or the examples of one process.
     """
+
+    sharded: ClassVar[bool] = False
+    """Whether each process computes its part of a batch alone."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -81,3 +85,13 @@ class ProblemWrapper(Problem):
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Reported:
         return self.problem.metrics(hypers, params, prediction, batch)
+
+
+def of_one_process(problem: Problem) -> Problem:
+    """Return the problem that computes whole batches, below the one that shards them, if any."""
+    inner: Problem = problem
+    while isinstance(inner, ProblemWrapper):
+        if inner.sharded:
+            return inner.problem
+        inner = inner.problem
+    return problem

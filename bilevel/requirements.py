@@ -17,6 +17,8 @@ class Need(Enum):
     """Every tuned λ is `Domain.differentiable` in L_T: none is sampled or rounded."""
     SECOND_DERIVATIVES = "second derivatives of L_T"
     """∇_w L_T can be differentiated again."""
+    OUTER_DERIVATIVE = "∂L_V/∂w"
+    """`outer_objective` has a gradient, in w or directly in λ."""
     CONVEXITY = "L_T convex near its minimum"
     """The Hessian (or Gauss–Newton matrix) of L_T in w is positive definite at the iterates."""
     STATIONARITY = "∇_w L_T near zero"
@@ -32,6 +34,8 @@ class Trait(Enum):
     """A hyperparameter may be a setting of the inner optimizer (`Domain.optimizer`)."""
     SUBTRACTS = "follows a difference of nearly equal numbers"
     """The hypergradient needs all digits, so that bfloat16 is refused."""
+    PER_EXAMPLE = "perturbs λ per example"
+    """A leaf of λ can have one value for each example of a batch."""
 
 
 def check_space(

@@ -211,6 +211,7 @@ class EvolutionMethod(WrittenHypergradient):
             kept = torch.isfinite(up - down)
             count = kept.sum().clamp(min=1)
             difference = torch.where(kept, up - down, 0.0)
+            difference = difference.to(self.total.dtype)  # of a score in float64, for example
             gradient = (self.total * difference[:, None]).sum(0) / (2 * count * self.sigma**2)
             finite = torch.where(kept, torch.stack([up, down]), 0.0)
             deviation = torch.where(kept, finite - finite.sum() / (2 * count), 0.0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Metrics, Params, Refused
+from bilevel import Batch, Metrics, Need, Params, Refused
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import BestResponse
@@ -23,6 +23,8 @@ class FirstOrder(Descent):
 
     Source: Liu, Simonyan & Yang, ICLR 2019, section 2.3 (ξ = 0).
     """
+
+    needs = frozenset({Need.OUTER_DERIVATIVE})
 
     inner_steps: int = 1
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from bilevel import Batch, Data, Metrics, Problem, Solution, Solver
+from bilevel.checks.check_problem import check_laws
 from bilevel.params import count_examples
 from bilevel.requirements import Trait
 from bilevel.services import Capturable, Services
@@ -30,6 +31,8 @@ class Fixed(InnerSettings, Solver):
 
     def __post_init__(self) -> None:
         self.check_inner()
+        if isinstance(self.hypers, Gaussian):
+            self.traits = frozenset({Trait.TUNES_NOTHING, Trait.PER_EXAMPLE})
 
     def setup(
         self,
@@ -40,6 +43,7 @@ class Fixed(InnerSettings, Solver):
         services: Services | None = None,
     ) -> None:
         self.check(problem, data, device)
+        check_laws(self, problem, data, device)
         self.services = services or Services()
         self.core = Core(self, problem, data, device, generator, self.services)
         self.rule = Constant() if self.hypers is None else self.hypers

@@ -58,7 +58,13 @@ class Implicit(Descent):
     """
 
     needs = frozenset(
-        {Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES, Need.CONVEXITY, Need.STATIONARITY}
+        {
+            Need.OUTER_DERIVATIVE,
+            Need.INNER_DERIVATIVE,
+            Need.SECOND_DERIVATIVES,
+            Need.CONVEXITY,
+            Need.STATIONARITY,
+        }
     )
 
     linear_solve: LinearSolve = CG()  # noqa: RUF009  (frozen)

@@ -61,7 +61,7 @@ class Penalty(Descent):
         torch.Size([3])
     """
 
-    needs = frozenset({Need.INNER_DERIVATIVE})
+    needs = frozenset({Need.OUTER_DERIVATIVE, Need.INNER_DERIVATIVE})
 
     weight: float = 1.0
     growth: float = 0.1

@@ -73,7 +73,7 @@ class SAMA(Descent):
 
     def check_settings(self) -> None:
         positive("choose a displacement of w that is small beside ‖w‖", alpha=self.alpha)
-        self.needs = frozenset({Need.INNER_DERIVATIVE})
+        self.needs = frozenset({Need.OUTER_DERIVATIVE, Need.INNER_DERIVATIVE})
         if self.finite_difference:
             self.traits = frozenset({Trait.SUBTRACTS})
         else:

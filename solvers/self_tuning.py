@@ -35,8 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Carry, Hypers, Metrics, Params, Prediction, Problem, Space
+from bilevel import Batch, Carry, Hypers, Metrics, Need, Params, Prediction, Problem, Space
 from bilevel.params import count_examples, detached, to_device
+from bilevel.requirements import Trait
 from bilevel.solver import on_cpu
 from bilevel.solvers.autodiff.linearization import Predict, Weights, double_backward, forward_mode
 from bilevel.solvers.base.core import Core
@@ -82,6 +83,8 @@ class SelfTuning(Descent):
         BilevelError: `linearize` without `centered`.
     """
 
+    needs = frozenset({Need.OUTER_DERIVATIVE})
+
     centered: bool = True
     regularized_w0: bool = True
     linearize: bool = True
@@ -100,6 +103,8 @@ class SelfTuning(Descent):
         if self.linearize and not self.centered:
             why = "needs centered=True, because the linearization holds near w₀ alone"
             raise wrong("linearize", True, why, "set linearize=false or centered=true")
+        if (self.response or Structured()).per_example:
+            self.traits = frozenset({Trait.PER_EXAMPLE})
 
     def fits(self, problem: Problem, device: torch.device) -> None:
         check_response(problem, self.response or Structured(), device)

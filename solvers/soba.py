@@ -73,7 +73,9 @@ class SOBA(Descent):
          'largest_eigenvalue', 'outer_loss', 'residual']
     """
 
-    needs = frozenset({Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES, Need.CONVEXITY})
+    needs = frozenset(
+        {Need.OUTER_DERIVATIVE, Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES, Need.CONVEXITY}
+    )
 
     adjoint_lr: float | None = None
     outer_optimizer: MakeOptimizer = SLOW

@@ -50,7 +50,7 @@ class Unrolled(Descent):
     Source: Maclaurin et al., ICML 2015; Franceschi et al., ICML 2017; Shaban et al., AISTATS 2019.
     """
 
-    needs = frozenset({Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES})
+    needs = frozenset({Need.OUTER_DERIVATIVE, Need.INNER_DERIVATIVE, Need.SECOND_DERIVATIVES})
     traits = frozenset({Trait.TUNES_OPTIMIZER})
 
     mode: Mode = Reverse()  # noqa: RUF009  (frozen)

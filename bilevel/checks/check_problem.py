@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 import torch
 
 from bilevel.checks import laws
-from bilevel.checks.finding import Finding
+from bilevel.checks.finding import Finding, Law
 from bilevel.checks.first_batch import FirstBatch
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
@@ -46,7 +46,12 @@ class Report:
         lines = [f"{self.problem}: {'nothing is wrong' if self.ok else 'there are errors'}"]
         lines += [f"  {finding.level}: {finding.text}" for finding in self.findings]
         lines += [f"  solvers that can tune it: {', '.join(self.tuned_by) or 'none'}"]
-        lines += [f"  {name} refuses it: {reason}" for name, reason in self.refused_by.items()]
+        known = {finding.text for finding in self.findings}
+        for reason in dict.fromkeys(self.refused_by.values()):
+            names = [name for name, given in self.refused_by.items() if given == reason]
+            verb = "refuses" if len(names) == 1 else "refuse"
+            why = " for the reason above" if reason in known else f": {reason}"
+            lines.append(f"  {', '.join(names)} {verb} it{why}")
         return "\n".join(lines)
 
 
@@ -83,47 +88,77 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         report.findings.append(Finding("error", f"`data` raises {describe(error)}"))
         return report
     case = FirstBatch(problem, data, device)
+    found: dict[Law, list[Finding]] = {}
     for law in laws.ALL:
-        before = len(report.findings)
-        try:
-            report.findings.extend(law(case))
-        except Exception as error:
-            finding = Finding("error", f"a call of the problem raises {describe(error)}")
-            if finding not in report.findings:
-                report.findings.append(finding)
-        if law is laws.prediction_tree and len(report.findings) > before:
-            break  # the other laws look for the tensors of the prediction
+        skipped = (law in laws.AFTER_SCALARS and found[laws.scalar_objectives]) or (
+            law not in (laws.initial_weights, laws.prediction_tree) and found[laws.prediction_tree]
+        )
+        found[law] = [] if skipped else _findings(law, case)
+        report.findings.extend(new for new in found[law] if new not in report.findings)
     for name, solver in (_installed(report) if solvers is None else solvers).items():
+        if against := [finding for law in laws.needed_by(solver) for finding in found[law]]:
+            report.refused_by[name] = against[0].text
+            continue
         try:
             solver.check(problem, data, device)
             report.tuned_by.append(name)
-        except Refused as refusal:
+        except BilevelError as refusal:
             report.refused_by[name] = str(refusal)
         except Exception as error:
-            report.refused_by[name] = describe(error)
+            report.refused_by[name] = _raised(error)
     return report
 
 
-def check_setup(problem: Problem, data: Data, device: torch.device) -> None:
-    """Check the few laws that every run relies on, and warn of others.
+def _findings(law: Law, case: FirstBatch) -> list[Finding]:
+    """Return the findings of a law; an error in a call of the problem is one."""
+    found: list[Finding] = []
+    try:
+        found.extend(law(case))
+    except Exception as error:  # the problem is a user's own code
+        found.append(Finding("error", _raised(error)))
+    return found
+
+
+def _raised(error: Exception) -> str:
+    return f"a call of the problem raises {describe(error)}"
+
+
+def check_laws(solver: Solver, problem: Problem, data: Data, device: torch.device) -> None:
+    """Refuse a problem that violates a law on which this solver relies.
 
     Raises:
-        BilevelError: the prediction does not depend on w, or an objective is not [].
-
-    Warns:
-        ProblemWarning: a weight has no gradient, or a hyperparameter has no effect or no
-            derivative.
+        Refused: the prediction or L_T does not depend on w, an objective is not a finite number of
+            shape [], L_V has no gradient and the solver follows it, or the solver perturbs λ per
+            example and λ acts on other examples.
     """
     case = FirstBatch(problem, data, device)
-    for law in laws.AT_SETUP:
-        for finding in law(case):
-            raise BilevelError(finding.text)
-    for law in laws.WARNINGS:
+    for law in laws.needed_by(solver):
         try:
             findings = list(law(case))
-        except Exception as error:  # at a distant λ, which the run may never reach
-            findings = [Finding("error", f"a call of the problem raises {describe(error)}")]
+        except Exception:  # the solver's own calls of the problem raise it, with its traceback
+            return
         for finding in findings:
+            raise Refused(finding.text)
+
+
+def check_setup(
+    problem: Problem, data: Data, device: torch.device, solver: Solver | None = None
+) -> None:
+    """Check the laws that every run relies on, and those of a solver; warn of others.
+
+    Raises:
+        Refused: as in `check_laws`.
+
+    Warns:
+        ProblemWarning: a weight has no gradient, a hyperparameter has no effect or no derivative,
+            or an objective grows with the batch.
+    """
+    case = FirstBatch(problem, data, device)
+    for law in laws.needed_by(solver):
+        for finding in law(case):
+            raise Refused(finding.text)
+    for law in laws.WARNINGS:
+        for finding in _findings(law, case):  # one may raise at a λ that the run never reaches
             if finding.level == "error":
                 warnings.warn(finding.text, ProblemWarning, stacklevel=2)
 

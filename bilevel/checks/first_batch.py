@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,37 @@ class FirstBatch:
         return {
             name: (p + noise[name]).detach().requires_grad_() for name, p in self.start[0].items()
         }
+
+    @cached_property
+    def initial_losses(self) -> dict[str, Any]:
+        """Return what both objectives return at the initial weights, by name."""
+        w = self.start[0]
+        return {
+            "inner_objective": self.inner_loss(params=w),
+            "outer_objective": self.outer_loss(params=w),
+        }
+
+    @cached_property
+    def training(self) -> tuple[Prediction, Any]:
+        """Return the prediction in training mode and L_T, differentiable in w.
+
+        An error of the objective takes the place of L_T.
+        """
+        prediction, _ = self.predict(train=True)
+        try:
+            return prediction, self.problem.inner_objective(
+                self.hypers, self.params, prediction, self.batch
+            )
+        except Exception as error:  # the problem is a user's own code
+            return prediction, error
+
+    @property
+    def training_loss(self) -> Any:
+        """Return L_T in training mode, differentiable in w."""
+        _, loss = self.training
+        if isinstance(loss, Exception):
+            raise loss
+        return loss
 
     def moved(self, name: str) -> Iterator[Hypers]:
         """Yield λ with one hyperparameter moved far, in both directions.

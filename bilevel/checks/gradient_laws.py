@@ -1,25 +1,94 @@
 """Laws about gradients: every weight and every tuned hyperparameter acts on a loss."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
+from torch import Tensor
 
-from bilevel.checks.equality import nearly_equal
 from bilevel.checks.finding import Finding
-from bilevel.checks.first_batch import FirstBatch, brief
-from bilevel.params import count_examples
-from bilevel.text import describe
+from bilevel.checks.first_batch import FirstBatch
+from bilevel.text import first_line
+
+
+def trains_weights(case: FirstBatch) -> Iterator[Finding]:
+    """L_T depends on w."""
+    try:
+        gradients = _inner_gradients(case)
+    except RuntimeError as error:
+        yield Finding(
+            "error",
+            (
+                f"`inner_objective` cannot be differentiated in w ({first_line(error)}); use "
+                "operations with a derivative"
+            ),
+        )
+        return
+    if all(gradient is None for gradient in gradients):
+        yield Finding(
+            "error",
+            (
+                "`inner_objective` does not depend on w, so nothing can be trained; compute it "
+                "from the prediction or the params, without item(), detach(), numpy() or no_grad()"
+            ),
+        )
+
+
+def outer_gradient(case: FirstBatch) -> Iterator[Finding]:
+    """L_V has a gradient, in w or directly in λ."""
+    if (found := _outer_gradient(case)) is None:
+        return
+    yield Finding(
+        "note",
+        (
+            f"the gradient of `outer_objective` is {found} (as for an error rate, argmax, rounding "
+            "or a score from outside PyTorch), so no solver can follow a hypergradient; tune λ "
+            "with a black-box solver (random_search, tpe, gp, pbt) or with es, or return a "
+            "differentiable loss and report the score in `metrics`"
+        ),
+    )
+
+
+def _outer_gradient(case: FirstBatch) -> str | None:
+    """Return "absent" or "zero" for the gradient of L_V on the first batch, or None."""
+    space = case.problem.space
+    tuned = {name: case.hypers[name].detach().clone().requires_grad_() for name in space.tuned}
+    leaves = [*case.params.values(), *tuned.values()]
+    without_cudnn = torch.backends.cudnn.flags(enabled=False)  # it wants a training pass for RNNs
+    with without_cudnn if case.device.type == "cuda" else nullcontext():
+        try:
+            loss = case.outer_loss(hypers={**case.hypers, **tuned})
+        except Exception:  # it could be computed without a graph: `scalar_objectives` did so
+            return "absent"
+        if not loss.requires_grad:
+            return "absent"
+        try:
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        except RuntimeError:  # a layer without a derivative, which the dry run of a solver explains
+            return None
+    known = [g for g in gradients if g is not None]
+    if not known:
+        return "absent"
+    return None if any(bool(g.any()) for g in known) else "zero"
 
 
 def gradients_of_weights(case: FirstBatch) -> Iterator[Finding]:
     """Every weight receives a gradient from L_T."""
-    loss = case.inner_loss()
-    gradients = (
-        torch.autograd.grad(loss, list(case.params.values()), allow_unused=True)
-        if loss.requires_grad
-        else ()
-    )
-    for name, gradient in zip(case.params, gradients or [None] * len(case.params), strict=True):
+    try:
+        gradients = _inner_gradients(case)
+    except RuntimeError:  # `trains_weights` says so
+        return
+    known = [g for g in gradients if g is not None]
+    if known and not any(bool(g.any()) for g in known):
+        yield Finding(
+            "error",
+            (
+                "the gradient of `inner_objective` is zero in every weight on the first batch, so "
+                "nothing can be trained; use a loss with a slope (no rounding, no argmax)"
+            ),
+        )
+        return
+    for name, gradient in zip(case.params, gradients if known else (), strict=False):
         if gradient is None:
             yield Finding(
                 "error",
@@ -38,6 +107,15 @@ def gradients_of_weights(case: FirstBatch) -> Iterator[Finding]:
             )
         elif not bool(gradient.any()):
             yield Finding("note", f"the gradient of the weight `{name}` is zero on the first batch")
+
+
+def _inner_gradients(case: FirstBatch) -> Sequence[Tensor | None]:
+    """Return ∇_w L_T on the first batch; None for a weight on which L_T does not depend."""
+    loss = case.training_loss
+    if not loss.requires_grad:
+        return [None] * len(case.params)
+    weights = list(case.params.values())
+    return torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
 
 
 def hyperparameters(case: FirstBatch) -> Iterator[Finding]:
@@ -78,37 +156,3 @@ def hyperparameters(case: FirstBatch) -> Iterator[Finding]:
                         "the graph (no item() and no detach())"
                     ),
                 )
-
-
-def per_example_leaves(case: FirstBatch) -> Iterator[Finding]:
-    """A leaf [B] of equal values gives the same losses as the leaf []."""
-    examples = count_examples(case.batch)
-    for name in case.problem.space.tuned:
-        if not case.problem.space[name].per_example:
-            continue
-        leaf = case.hypers[name]
-        repeated = {**case.hypers, name: leaf.expand(examples, *leaf.shape).clone()}
-        advice = (
-            f"broadcast `{name}` with bilevel.along_examples, average the loss over "
-            "examples, or declare per_example=False"
-        )
-        try:
-            with torch.no_grad():
-                plain, repeated_loss = (
-                    case.inner_loss(train=False),
-                    case.inner_loss(train=False, hypers=repeated),
-                )
-                case.inner_loss(hypers=repeated)
-        except Exception as error:  # the problem is a user's own code
-            yield Finding(
-                "error", f"`{name}` with one value per example raises {describe(error)}; {advice}"
-            )
-            continue
-        if not nearly_equal(plain, repeated_loss):
-            yield Finding(
-                "error",
-                (
-                    f"`{name}` with one value per example makes L_T {brief(repeated_loss)} instead "
-                    f"of {brief(plain)}; {advice}"
-                ),
-            )

@@ -1,10 +1,12 @@
 """The lists of laws that solvers rely on in a problem."""
 
+from bilevel.checks.example_laws import per_example_leaves
 from bilevel.checks.finding import Law
 from bilevel.checks.gradient_laws import (
     gradients_of_weights,
     hyperparameters,
-    per_example_leaves,
+    outer_gradient,
+    trains_weights,
 )
 from bilevel.checks.last_batch import last_batch
 from bilevel.checks.metric_laws import batch_average, metrics, split_average
@@ -20,6 +22,8 @@ from bilevel.checks.prediction_laws import (
     prediction_tree,
     purity,
 )
+from bilevel.requirements import Need, Trait
+from bilevel.solver import Solver
 
 ALL: tuple[Law, ...] = (
     initial_weights,
@@ -28,6 +32,8 @@ ALL: tuple[Law, ...] = (
     depends_on_weights,
     scalar_objectives,
     finite_objectives,
+    trains_weights,
+    outer_gradient,
     averages,
     gradients_of_weights,
     hyperparameters,
@@ -37,10 +43,31 @@ ALL: tuple[Law, ...] = (
     split_average,
     last_batch,
 )
-AT_SETUP: tuple[Law, ...] = (prediction_tree, depends_on_weights, scalar_objectives)
-"""Laws whose violation spoils every run; the loop itself detects losses that are not finite."""
-WARNINGS: tuple[Law, ...] = (gradients_of_weights, hyperparameters, batch_average)
+AFTER_SCALARS: frozenset[Law] = frozenset(ALL[ALL.index(finite_objectives) :]) - {example_axis}
+"""Laws that compute with the values of the objectives, once `scalar_objectives` holds."""
+AT_SETUP: tuple[Law, ...] = (
+    prediction_tree,
+    depends_on_weights,
+    scalar_objectives,
+    trains_weights,
+)
+"""Laws whose violation spoils every run."""
+NEEDED: dict[Need | Trait, tuple[Law, ...]] = {
+    Need.OUTER_DERIVATIVE: (finite_objectives, outer_gradient),
+    Trait.PER_EXAMPLE: (per_example_leaves,),
+}
+"""Laws whose violation spoils the runs of solvers with a need or a trait.
+
+A search may begin where a loss is not finite: that trial fails, and the search continues.
+"""
+WARNINGS: tuple[Law, ...] = (gradients_of_weights, hyperparameters, averages, batch_average)
 """Laws whose violation may waste a run without ending it.
 
-A weight is unused, or a hyperparameter has no effect.
+A weight is unused, a hyperparameter has no effect, or an objective grows with the batch.
 """
+
+
+def needed_by(solver: Solver | None) -> list[Law]:
+    """Return the laws that a solver relies on; None stands for any solver."""
+    given = frozenset() if solver is None else solver.needs | solver.traits
+    return [*AT_SETUP, *(law for key, found in NEEDED.items() if key in given for law in found)]

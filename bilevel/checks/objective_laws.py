@@ -1,6 +1,7 @@
 """Laws about the objectives and the metrics: scalars, finite, averaged over examples."""
 
 from collections.abc import Iterator
+from numbers import Number
 
 import torch
 from torch import Tensor
@@ -13,30 +14,50 @@ from bilevel.params import count_examples
 
 
 def scalar_objectives(case: FirstBatch) -> Iterator[Finding]:
-    """Both objectives have shape []."""
-    for name, loss in _losses(case):
-        if not isinstance(loss, Tensor) or loss.ndim:
-            shape = (
-                f"of shape {list(loss.shape)}"
-                if isinstance(loss, Tensor)
-                else f"a {type(loss).__name__}"
+    """Both objectives return a real tensor of shape []."""
+    for name, loss in case.initial_losses.items():
+        if (flaw := _flaw(loss)) is not None:
+            yield Finding("error", f"`{name}` {flaw}")
+
+
+def _flaw(loss: object) -> str | None:
+    """Return what is wrong with the value of an objective and the remedy, or None."""
+    if not isinstance(loss, Tensor):
+        if isinstance(loss, Number):
+            return (
+                f"returns a {type(loss).__name__}; return a tensor of shape [], without item() or "
+                "float() (torch.tensor(score) for a score from outside PyTorch)"
             )
-            yield Finding(
-                "error",
-                f"`{name}` is {shape}; return a tensor of shape [], averaged over examples",
-            )
+        kind = "None" if loss is None else f"a {type(loss).__name__}"
+        return f"returns {kind}; return the loss alone, a tensor of shape []"
+    if loss.ndim:
+        mean = ".mean()" if loss.is_floating_point() or loss.is_complex() else ".float().mean()"
+        return (
+            f"is of shape {list(loss.shape)}; return a tensor of shape [], averaged over examples "
+            f"({mean})"
+        )
+    if loss.is_complex():
+        return f"is {loss.dtype}, which has no order; return a real tensor (.real or .abs())"
+    if not loss.is_floating_point():
+        return (
+            f"is {loss.dtype}, which has no gradient; return a floating-point tensor "
+            "(.float() before the mean)"
+        )
+    if loss.dtype == torch.float16 and not bool(torch.isfinite(loss)):
+        return "overflows float16, which ends at 65504; compute it in float32 (prediction.float())"
+    return None
 
 
 def finite_objectives(case: FirstBatch) -> Iterator[Finding]:
     """Both objectives are finite at the start."""
-    for name, loss in _losses(case):
-        if not bool(torch.isfinite(torch.as_tensor(loss)).all()):
+    for name, loss in case.initial_losses.items():
+        if _flaw(loss) is None and not bool(torch.isfinite(loss)):
             at = ", ".join(f"{key}={brief(leaf)}" for key, leaf in case.hypers.items())
             yield Finding(
                 "error",
                 (
                     f"`{name}` is not finite at the initial weights and {at}; look for log(0), 0/0 "
-                    "or an overflow"
+                    "or an overflow (float16 ends at 65504)"
                 ),
             )
 
@@ -48,9 +69,10 @@ def averages(case: FirstBatch) -> Iterator[Finding]:
     the same for all parts.
     """
     examples = count_examples(case.batch)
-    if examples < 5:
+    if examples < 3:
         return
     cut = examples // 2 + 1  # unequal parts, since the average of equal ones needs no weights
+    few = 2 if cut > 2 else 1
 
     def of(name: str, start: int, stop: int) -> Tensor:
         part = pytree.tree_map(
@@ -70,7 +92,7 @@ def averages(case: FirstBatch) -> Iterator[Finding]:
                     of(name, 0, cut),
                     of(name, cut, examples),
                 )
-                again = of(name, 0, 2) + of(name, 2, cut)
+                again = of(name, 0, few) + of(name, few, cut)
         except Exception:  # the law does not apply where a smaller batch raises
             return
         if whole.ndim or nearly_equal(whole, (cut * first + (examples - cut) * rest) / examples):
@@ -92,8 +114,3 @@ def averages(case: FirstBatch) -> Iterator[Finding]:
                     "unless they are meant to interact"
                 ),
             )
-
-
-def _losses(case: FirstBatch) -> Iterator[tuple[str, Tensor]]:
-    yield "inner_objective", case.inner_loss(params=case.start[0])
-    yield "outer_objective", case.outer_loss(params=case.start[0])

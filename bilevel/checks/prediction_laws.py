@@ -110,12 +110,16 @@ def depends_on_weights(case: FirstBatch) -> Iterator[Finding]:
     """The prediction depends on w."""
     leaves = [
         leaf
-        for leaf in pytree.tree_leaves(case.predict(train=True)[0])
+        for leaf in pytree.tree_leaves(case.training[0])
         if isinstance(leaf, Tensor) and leaf.requires_grad
     ]
     try:
         sums, weights = [leaf.sum() for leaf in leaves], list(case.params.values())
-        gradients = torch.autograd.grad(sums, weights, allow_unused=True) if leaves else ()
+        gradients = (
+            torch.autograd.grad(sums, weights, allow_unused=True, retain_graph=True)
+            if leaves
+            else ()
+        )
     except RuntimeError as error:
         yield Finding(
             "error",

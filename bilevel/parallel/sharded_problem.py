@@ -43,6 +43,8 @@ class ShardedProblem(ProblemWrapper):
         ranks: the process group.
     """
 
+    sharded = True
+
     def __init__(self, problem: Problem, ranks: ProcessGroup) -> None:
         super().__init__(problem)
         self.ranks = ranks

@@ -69,7 +69,7 @@ def build(run: Session) -> None:
     for wrap in WRAPPERS:
         problem = wrap(problem, run)
     run.problem = problem
-    check_setup(problem, run.data, device)
+    check_setup(problem, run.data, device, solver)
     check_last_batch(problem, run.data, device)
     error = HypergradientError.of(problem, solver, device)
     services = Services(Timers(device))

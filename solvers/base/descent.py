@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Batch, Data, Hypers, Metrics, Need, Params, Problem, Solution, Solver
+from bilevel.checks.check_problem import check_laws
 from bilevel.params import to_device
 from bilevel.services import Capturable, Services
 from bilevel.solvers.autodiff.pullback import Pullback
@@ -143,6 +144,7 @@ class Descent(InnerSettings, OuterSettings, Solver):
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse a problem on which a dry run of a round fails; the dry run shares no state."""
         check_types(problem)
+        check_laws(self, problem, data, device)
         self.fits(problem, device)
         second = Need.SECOND_DERIVATIVES in self.needs
         trial, draws = copy.copy(self), torch.Generator(device).manual_seed(0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Data, Metrics, Problem, Solution, Solver, Space
+from bilevel.checks.check_problem import check_laws
 from bilevel.params import detached, to_device
 from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
@@ -83,6 +84,11 @@ class PopulationBased(InnerSettings, Solver):
         positive(interval=self.interval)
         at_least(0, perturbation=self.perturbation)
         between(0, 1, resample=self.resample)
+
+    def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
+        """Refuse a problem whose objectives cannot be trained on, or ranges that do not fit."""
+        check_laws(self, problem, data, device)
+        ranges_of(problem.space, self.ranges)
 
     def setup(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Batch, Data, Metrics, Problem, Refused, Solution, Solver
+from bilevel.checks.check_problem import check_laws
 from bilevel.params import Hypers, detached, to_device
 from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
@@ -112,6 +113,7 @@ class Search(InnerSettings, Solver):
 
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse ranges or a pruner that do not fit, and more coordinates than a sampler takes."""
+        check_laws(self, problem, data, device)
         ranges_of(problem.space, self.ranges)
         if self.pruner is not None:
             self.pruner.make(self.trial_epochs)
