@@ -23,6 +23,9 @@ from bilevel.solvers.unroll.forward import Forward
 from bilevel.solvers.unroll.reverse import Reverse, StoredGraph
 from bilevel.solvers.unroll.trajectory import InnerState, Trajectory, lacks_second_derivative
 
+MOST_GROWTH = 100
+"""Growth of the adjoint over a round above which a warning is due; a stable step has none."""
+
 MANY = 100
 """Coordinates of λ from which on forward mode warns."""
 
@@ -165,9 +168,21 @@ class UnrolledMethod(BestResponse):
 
     # --- what the runner asks for ---
 
+    def outer_metrics(self) -> Metrics:
+        growth = None if self.unroll is None else self.unroll.growth
+        return {} if growth is None else {"adjoint_growth": growth}
+
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        growth, steps = metrics.get("adjoint_growth", 0.0), self.settings.inner_steps
         if math.isfinite(metrics.get("hypergradient_norm", 0.0)):
-            return {}
+            if not growth > MOST_GROWTH:
+                return {}
+            return {
+                "growth": f"Unrolled: {steps} inner steps amplify a change of w by {growth:.2g} on "
+                "average, so the hypergradient is that of unstable steps and not of a minimum; "
+                "lower the inner learning rate (gradient descent is stable below 2/L), take fewer "
+                "inner_steps, or truncate (mode=Reverse(truncate=…))"
+            }
         return {
             "hypergradient": "Unrolled: the hypergradient through "
             f"{self.settings.inner_steps} inner steps is not finite, because they amplify a change "

@@ -29,7 +29,11 @@ class Unroll(ABC):
         point: the present state.
         hypers: λ; its tuned entries are `leaves` of the graph.
         settings: the settings of the optimizer in this round; None where λ holds some of them.
+        growth: [], the growth of a derivative over the differentiated steps, where it is known;
+            far above 1, the steps amplify any change of w.
     """
+
+    growth: Tensor | None = None
 
     def __init__(
         self,
@@ -86,6 +90,11 @@ class Mode(ABC):
         self, trajectory: Trajectory, start: InnerState, u: Float[Tensor, " h"], steps: int
     ) -> Unroll:
         """Return the unroll of `steps` steps from `start`, before the first of them."""
+
+
+def norm_of(tensors: Vectors) -> Tensor:
+    """Return the norm of all tensors together, []; at least one is not None."""
+    return torch.stack([t.detach().norm() for t in tensors if t is not None]).norm()
 
 
 def partial_vjp(

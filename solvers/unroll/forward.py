@@ -10,8 +10,11 @@ from torch import Tensor
 
 from bilevel import Batch, Hypers, Params
 from bilevel.solvers.optim.functional import FunctionalOptimizer
-from bilevel.solvers.unroll.base import Mode, Unroll, Vectors, partial_vjp
+from bilevel.solvers.unroll.base import Mode, Unroll, Vectors, norm_of, partial_vjp
 from bilevel.solvers.unroll.trajectory import InnerGradient, InnerState, Trajectory
+
+FEWEST = 4
+"""Steps from which on the growth of the derivatives is measured."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class ForwardUnroll(Unroll):
         directions: the derivatives of the tuned leaves of λ, for each coordinate.
     """
 
+    half: Tensor | None = None
+
     def prepare(self) -> None:
         u = self.u
         self.columns: list[Vectors] = [[None] * len(self.point.tensors()) for _ in u]
@@ -69,7 +74,21 @@ class ForwardUnroll(Unroll):
             named = dict(zip(self.space.tuned, direction, strict=True))
             self.columns[k] = update.jvp(column, moved, named, keep=keep)
         self.point = update.end
+        self.taken += 1
+        if self.taken in (self.last // 2, self.last) and self.last >= FEWEST:
+            self.measure(len(weights))
         return gradient.loss
+
+    def measure(self, weights: int) -> None:
+        """Keep ‖∂w/∂u‖ at half of the steps; at the end, extrapolate its growth to all steps."""
+        moving = [t for column in self.columns for t in column[:weights] if t is not None]
+        if not moving:
+            return
+        size = norm_of(moving)
+        if self.taken < self.last:
+            self.half = size
+        elif self.half is not None:
+            self.growth = (size / self.half.clamp_min(torch.finfo(size.dtype).tiny)).square()
 
     def respond(self, offset: Float[Tensor, " h"]) -> Params:
         answer = dict(self.point.params)

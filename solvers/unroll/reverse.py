@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bilevel import Batch, Params
-from bilevel.solvers.unroll.base import Mode, Unroll, Vectors, partial_vjp
+from bilevel.solvers.unroll.base import Mode, Unroll, Vectors, norm_of, partial_vjp
 from bilevel.solvers.unroll.trajectory import InnerState, Trajectory
 from bilevel.validate import whole
 
@@ -96,8 +96,11 @@ class ReverseUnroll(Unroll):
 class StoredGraph(ReverseUnroll):
     """All steps in one graph, which one pull frees; to retain it would cost a fifth more time."""
 
+    def prepare(self) -> None:
+        self.early: list[Tensor] = []
+
     def graph_step(self, batch: Batch) -> tuple[InnerState, Tensor]:
-        return self.trajectory.advance(
+        after = self.trajectory.advance(
             self.point,
             self.hypers,
             batch,
@@ -105,9 +108,24 @@ class StoredGraph(ReverseUnroll):
             decomposed=True,
             settings=self.settings,
         )
+        if self.taken == self.first and self.last > 1:
+            self.early = [w for w in after[0].params.values() if w.requires_grad]
+        return after
 
     def pull(self, cotangents: Vectors) -> Vectors:
-        return partial_vjp(list(self.point.params.values()), cotangents, self.leaves)
+        # α_1 arises on the way to ∂L_V/∂λ, so its norm costs no further pass
+        inputs, h = [*self.leaves, *self.early], len(self.leaves)
+        arrived = partial_vjp(list(self.point.params.values()), cotangents, inputs)
+        self.growth = growth_of(arrived[h:], cotangents)
+        return arrived[:h]
+
+
+def growth_of(early: Vectors, last: Vectors) -> Tensor | None:
+    """Return ‖early‖/‖last‖ of two adjoints, [], and 0 for 0/0; None if one of them is unknown."""
+    if all(t is None for t in early) or all(t is None for t in last):
+        return None
+    size = norm_of(last)
+    return norm_of(early) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
 class Segment(NamedTuple):
@@ -165,6 +183,8 @@ class Checkpointed(ReverseUnroll):
             arrived = partial_vjp(end.tensors(), adjoint, inputs)
             total = [t if g is None else t + g for t, g in zip(total, arrived, strict=False)]
             adjoint = list(arrived[len(self.leaves) :])
+            if moving:
+                self.growth = growth_of(adjoint[: len(cotangents)], cotangents)
         generator.set_state(now)
         return total
 
