@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel import BilevelError, Hypers, Interval, Positive, Refused, Simplex, Space
 from bilevel.domains import Domain
+from bilevel.half_weights import wide
 from bilevel.loggers.hyper_schedule import RecordedSchedule, read
 from bilevel.solvers.base.domain_shift import (
     DomainShift,
@@ -36,14 +37,14 @@ class HyperSchedule(ABC):
     u: Tensor
 
     def setup(self, space: Space, like: Tensor) -> None:
-        """Prepare the rule for `space`, on the device and in the dtype of `like`.
+        """Prepare the rule for `space`, on the device of `like`, in its type or float32.
 
         Raises:
             Refused: the rule does not fit to the space.
         """
         self.space = space
-        self.u = space.init(like.dtype).to(like)
-        self.prepare(space, like)
+        self.u = space.init(wide(like.dtype)).to(like.device)
+        self.prepare(space, self.u)
 
     def prepare(self, space: Space, like: Tensor) -> None:
         """Make the tensors of the rule, or raise `Refused`."""

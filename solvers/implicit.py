@@ -28,6 +28,7 @@ from bilevel.solvers.linear_solve.base import (
 )
 from bilevel.solvers.linear_solve.conjugate_gradients import CG
 from bilevel.solvers.linear_solve.curvature import Curvature, GaussNewton, Hessian
+from bilevel.solvers.linear_solve.half_products import widened
 from bilevel.solvers.linear_solve.nystrom import Nystrom
 from bilevel.validate import at_least, whole, wrong
 
@@ -151,7 +152,8 @@ class ImplicitMethod(BestResponse):
         decay = core.weight_decay
         norm = pull.gradient_norm if decay is None else core.decayed(pull.gradient).norm()
         pull.free_gradient()
-        H = given.curvature.at(pull)
+        kind, v = v.dtype, v.to(u.dtype)
+        H, cross = (widened(f, kind) for f in (given.curvature.at(pull), pull.cross))
         H = H if decay is None else decay.added_to(H, v)
         solved = given.linear_solve.solve(H, v, self.guess, core.generator)
         warm = given.warm_start and given.linear_solve.continues
@@ -164,7 +166,7 @@ class ImplicitMethod(BestResponse):
         }
         if solved.largest is not None:
             self.report["largest_eigenvalue"] = solved.largest
-        return pull.cross(solved.x)
+        return cross(solved.x)
 
     def _recent(self) -> tuple[Sequence[Batch], Carry]:
         """Return the last batches and the carry before them; before training, the first batch."""

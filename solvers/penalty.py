@@ -14,6 +14,7 @@ from bilevel import Batch, Carry, Metrics, Need, Params
 from bilevel.params import count_examples, detached, to_device
 from bilevel.solvers.base.core import Core, Split
 from bilevel.solvers.base.descent import Descent
+from bilevel.solvers.base.dry_run import refuse_half_weights
 from bilevel.solvers.base.method import WrittenHypergradient
 from bilevel.solvers.optim.optimized import Optimized, descend
 from bilevel.validate import at_least, positive, wrong
@@ -98,6 +99,10 @@ class PenaltyMethod(WrittenHypergradient):
         self.penalized_carry = core.carry
         self.sigma = float(settings.weight)
         self.recent: tuple[Batch, Carry, Carry] | None = None
+
+    def before_dry_run(self) -> None:
+        """Refuse weights whose rounding σ would multiply."""
+        refuse_half_weights("Penalty", self.core.problem)
 
     def inner_step(self, *batches: Batch) -> Metrics:
         """Take one step of z, then one of y, with the same masks."""

@@ -5,6 +5,7 @@ Source: Choe, Mehta, Ahn, Neiswanger, Xie, Strubell & Xing, NeurIPS 2023 (arXiv 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from bilevel.solvers.autodiff.pullback import Pullback, flat, unflat
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import WrittenHypergradient
+from bilevel.solvers.linear_solve.half_products import widened
 from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 from bilevel.solvers.optim.updates import sgd
 from bilevel.validate import positive
@@ -119,8 +121,10 @@ class SAMAMethod(WrittenHypergradient):
         core = self.core
         w, u = core.weights.detached(), core.search.u
         pull = Pullback(core.problem, u, w, carry, [batch], core.generator, core.functions)
-        v = self.adapted(vector, pull.gradient)
-        return pull.cross(v), {"inner_gradient_norm": pull.gradient_norm}
+        kind = vector.dtype
+        adapted = widened(partial(self.adapted, gradient=pull.gradient), kind)
+        v = adapted(vector.to(u.dtype))
+        return widened(pull.cross, kind)(v), {"inner_gradient_norm": pull.gradient_norm}
 
     def difference(self, vector: Tensor, batch: Batch, carry: Carry) -> tuple[Tensor, Metrics]:
         """Return (∂²L_T/∂λ∂w)ᵀ v by a central difference, all its passes with the same masks."""

@@ -18,6 +18,7 @@ from bilevel.solvers.autodiff.pullback import Pullback, unflat
 from bilevel.solvers.base.core import Core, Split
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import Method
+from bilevel.solvers.linear_solve.half_products import widened
 from bilevel.solvers.optim.optimized import MakeOptimizer, apply_gradients
 from bilevel.validate import positive
 
@@ -119,8 +120,9 @@ class SOBAMethod(Method):
         self.settings = settings
         self.core = core
         like, size = core.weights.leaves[0], sum(leaf.numel() for leaf in core.weights.leaves)
-        self.adjoint = torch.zeros(size, dtype=like.dtype, device=core.device)
-        drawn = torch.randn(size, dtype=like.dtype, generator=on_cpu(core.generator, 1))
+        self.weights_type, kind = like.dtype, core.search.u.dtype
+        self.adjoint = torch.zeros(size, dtype=kind, device=core.device)
+        drawn = torch.randn(size, dtype=kind, generator=on_cpu(core.generator, 1))
         drawn = drawn.to(core.device)
         self.top = drawn / drawn.norm()
         self.direction: Tensor | None = None
@@ -157,7 +159,8 @@ class SOBAMethod(Method):
             core.problem, u, params, core.carry, [batch], core.generator, core.functions
         )
         with core.services.phase("response"):
-            Hq, cross = pull.both(q)
+            Hq, cross = widened(pull.both, self.weights_type)(q)
+            outer_gradient = outer_gradient.to(q.dtype)
             if (decay := core.weight_decay) is not None:
                 Hq = Hq + decay.times(q)
         curvature = over(q @ Hq, q @ q)
@@ -180,7 +183,7 @@ class SOBAMethod(Method):
         largest = at.metrics["largest_eigenvalue"]
         if self.settings.adjoint_lr is not None:
             return self.settings.adjoint_lr, largest
-        Hv = at.pull.hessian(self.top)
+        Hv = widened(at.pull.hessian, self.weights_type)(self.top)
         if (decay := self.core.weight_decay) is not None:
             Hv = Hv + decay.times(self.top)
         length = Hv.norm()

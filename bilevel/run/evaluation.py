@@ -4,6 +4,7 @@ import torch
 
 from bilevel.data.tensor_stream import Stream
 from bilevel.errors import BilevelError
+from bilevel.half_weights import for_weights
 from bilevel.metrics import Means
 from bilevel.params import count_examples, device_of
 from bilevel.problem import Problem
@@ -34,6 +35,7 @@ def evaluate(
     hypers, params, carry = solution
     source = type(problem).__name__
     means = Means(source, device_of(params))
+    problem = for_weights(problem, params)
     for number, batch in enumerate(stream.once(limit)):
         if number == 0:
             carry = problem.fresh_carry(carry, batch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import Batch, Carry, Data, Hypers, Metrics, Params, Prediction, Problem
+from bilevel.half_weights import for_weights
 from bilevel.params import detached, to_device
 from bilevel.services import Services
 from bilevel.solver import initial_state
@@ -33,7 +34,7 @@ class Core:
     """The state that every method works on.
 
     Attributes:
-        problem: the bilevel problem.
+        problem: the bilevel problem; it takes λ in float32 whatever the type of the weights.
         data: its streams.
         device: where everything lies.
         generator: serves all draws of training.
@@ -71,13 +72,13 @@ class Core:
         services: Services,
     ) -> None:
         self.settings = settings
-        self.problem = problem
         self.data = data
         self.device = device
         self.generator = generator
         self.services = services
         self.inner_count = 0
         params, self.carry = initial_state(problem, device, generator)
+        self.problem = for_weights(problem, params)
         initial = {name: problem.space[name].initial() for name in problem.space}
         self.inner_optimizer = configured(
             settings.inner_optimizer, optimizer_settings(problem.space, initial)

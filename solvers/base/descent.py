@@ -12,10 +12,17 @@ from torch import Tensor
 from bilevel import Batch, Data, Hypers, Metrics, Need, Params, Problem, Solution, Solver
 from bilevel.checks.check_problem import check_laws
 from bilevel.params import to_device
+from bilevel.requirements import Trait
 from bilevel.services import Capturable, Services
 from bilevel.solvers.autodiff.pullback import Pullback
 from bilevel.solvers.base.core import Core, averaged
-from bilevel.solvers.base.dry_run import check_types, lacks_derivative, peeking, refusals
+from bilevel.solvers.base.dry_run import (
+    check_types,
+    lacks_derivative,
+    peeking,
+    refusals,
+    refuse_half_weights,
+)
 from bilevel.solvers.base.method import Method
 from bilevel.solvers.base.settings import InnerSettings, OuterSettings
 from bilevel.solvers.optim.optimized import Optimized
@@ -151,12 +158,16 @@ class Descent(InnerSettings, OuterSettings, Solver):
         try:
             with refusals(self.lacking() or (lacks_derivative(self) if second else None)):
                 trial.build(problem, peeking(data), device, draws, Services())
+                if Trait.SUBTRACTS in self.traits:
+                    refuse_half_weights(type(self).__name__, trial.core.problem)
                 trial.method.before_dry_run()
                 trial.step(limit=2)
                 if second:
                     core, batches = trial.core, [data.train.peek()]
                     params, u = core.weights.detached(), core.search.u0
-                    Pullback(problem, u, params, core.carry, batches, draws, core.functions).check()
+                    Pullback(
+                        core.problem, u, params, core.carry, batches, draws, core.functions
+                    ).check()
                 trial.method.after_dry_run()
         finally:  # the core refers to the trial, so its memory would stay until a collection
             for name in ("core", "method"):

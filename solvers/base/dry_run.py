@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from bilevel import Batch, Data, Need, Problem, Refused, Solver, Space, Stream
 from bilevel.checks.prediction_laws import recomputation_hint
+from bilevel.half_weights import HalfWeights, wide
 from bilevel.params import count_examples
 from bilevel.solvers.response.jacobian import Response
 from bilevel.solvers.response.per_example_weight import MissingRule
@@ -67,7 +68,7 @@ def check_response(problem: Problem, response: Response, device: torch.device) -
         if device.type == "cuda"
         else MOST_RESPONSE_BYTES
     )
-    needed = response.size(params, space.numel) * next(iter(params.values())).element_size()
+    needed = response.size(params, space.numel) * wide(next(iter(params.values())).dtype).itemsize
     if 2 * needed > most:
         raise Refused(
             f"the response to {space.numel:,} hyperparameters (most of them `{largest(space)}`) "
@@ -105,6 +106,16 @@ def lacks_derivative(solver: Solver) -> str:
         "solver that needs the gradient alone (self-tuning, SAMA, penalty, evolution strategies, "
         "black box)"
     )
+
+
+def refuse_half_weights(solver: str, problem: Problem) -> None:
+    """Refuse weights of 16 bits for a solver that follows a difference of nearly equal numbers."""
+    if isinstance(problem, HalfWeights):
+        raise Refused(
+            f"{solver} follows the difference of nearly equal numbers, which weights of 16 bits "
+            "round to 3 digits; give the problem float32 weights (`module.float()`), or use a "
+            "solver that differentiates (for SAMA: finite_difference=false)"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel import Hypers, Space
 from bilevel.domains import softplus_inverse
+from bilevel.half_weights import wide
 from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized
 
 
@@ -18,7 +19,7 @@ class SearchDistribution:
     Args:
         space: the hyperparameters.
         optimizer: for u.
-        like: a weight, for device and dtype.
+        like: a weight, for device and dtype; u and σ are in float32 at least.
 
     Attributes:
         mean: u and its optimizer.
@@ -30,11 +31,12 @@ class SearchDistribution:
 
     def __init__(self, space: Space, optimizer: MakeOptimizer, *, like: Tensor) -> None:
         self.space = space
-        self.mean = Optimized({"u": space.init(like.dtype).to(like)}, optimizer)
+        kind = wide(like.dtype)
+        self.mean = Optimized({"u": space.init(kind).to(like.device)}, optimizer)
         self.u = self.mean.tensors["u"]
         self.u0 = self.u.detach().clone()
         self.scale: Optimized | None = None
-        self._fixed_s = softplus_inverse(space.initial_scales()).to(like)
+        self._fixed_s = softplus_inverse(space.initial_scales()).to(self.u)
         self._per_example: Tensor | None = None
 
     def train_scale(self, optimizer: MakeOptimizer) -> None:

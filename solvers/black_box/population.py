@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel import Data, Metrics, Problem, Solution, Solver, Space
 from bilevel.checks.check_problem import check_laws
+from bilevel.half_weights import for_weights, wide
 from bilevel.params import detached, to_device
 from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
@@ -99,7 +100,7 @@ class PopulationBased(InnerSettings, Solver):
         services: Services | None = None,
     ) -> None:
         self.check(problem, data, device)
-        self.problem = problem
+        self.problem = for_weights(problem, problem.init(on_cpu(generator, 0))[0])
         self.data = data
         self.device = device
         self.generator = generator
@@ -116,9 +117,9 @@ class PopulationBased(InnerSettings, Solver):
         """Return member `i` at its initial weights and λ."""
         space = self.problem.space
         params, carry = to_device(self.problem.init(on_cpu(self.generator, i)), self.device)
-        u = (space.init(torch.float64) if i == 0 else self.box.draw(self.draws)).to(
-            next(iter(params.values()))
-        )
+        like = next(iter(params.values()))
+        u = space.init(torch.float64) if i == 0 else self.box.draw(self.draws)
+        u = u.to(like.device, wide(like.dtype))
         optimizer = configured(self.inner_optimizer, optimizer_settings(space, space.constrain(u)))
         return Member(Optimized(params, optimizer, self.inner_scheduler, self.clip_norm), carry, u)
 

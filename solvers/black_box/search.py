@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel import Batch, Data, Metrics, Problem, Refused, Solution, Solver
 from bilevel.checks.check_problem import check_laws
+from bilevel.half_weights import wide
 from bilevel.params import Hypers, detached, to_device
 from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
@@ -169,7 +170,7 @@ class Search(InnerSettings, Solver):
             self._train_at(self._initial_u(self.core.weights.tensors))
         else:
             z = self.trials.begin(seed, None)
-            self._train_at(self.box.to_u(z).to(self.core.weights.leaves[0]))
+            self._train_at(self.box.to_u(z).to(self.u))
 
     def _train_at(self, u: Tensor) -> None:
         """Take fresh weights, optimizer and schedule at λ(u)."""
@@ -184,7 +185,7 @@ class Search(InnerSettings, Solver):
 
     def _initial_u(self, params: Mapping[str, Tensor]) -> Tensor:
         like = next(iter(params.values()))
-        return self.core.problem.space.init(like.dtype).to(like.device)
+        return self.core.problem.space.init(wide(like.dtype)).to(like.device)
 
     def _end_epoch(self) -> Metrics:
         """Score the trial, step its schedule, and end it if it is complete, pruned or failed."""

@@ -78,7 +78,7 @@ def rmsprop(
     square = _mean_square(slots.get("square_avg"), gradient, s["alpha"])
     after = {"square_avg": square}
     if s["centered"]:
-        mean = torch.lerp(_or_zeros(slots.get("grad_avg"), w), gradient, 1 - s["alpha"])
+        mean = _lerp(_or_zeros(slots.get("grad_avg"), w), gradient, 1 - s["alpha"])
         after["grad_avg"] = mean
         square = torch.addcmul(square, mean, mean, value=-1)
     step = gradient / (square_root(square) + s["eps"])
@@ -103,7 +103,7 @@ UPDATES: dict[
 def _adam(
     w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
 ) -> tuple[Tensor, Slots]:
-    mean = torch.lerp(_or_zeros(slots.get("exp_avg"), w), gradient, 1 - s["beta1"])
+    mean = _lerp(_or_zeros(slots.get("exp_avg"), w), gradient, 1 - s["beta1"])
     square = _mean_square(slots.get("exp_avg_sq"), gradient, s["beta2"])
     scale = -s["lr"] / (1 - s["beta1"] ** count)
     root = square_root(square) / (1 - s["beta2"] ** count) ** 0.5 + s["eps"]
@@ -113,6 +113,11 @@ def _adam(
         else torch.addcdiv(w, mean, root, value=scale)
     )
     return after, {"exp_avg": mean, "exp_avg_sq": square}
+
+
+def _lerp(start: Tensor, end: Tensor, weight: Any) -> Tensor:
+    """Return start + weight · (end − start); `torch.lerp` needs a weight of the same type."""
+    return torch.lerp(start, end, weight.to(end.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def _mean_square(before: Tensor | None, gradient: Tensor, decay: Any) -> Tensor:

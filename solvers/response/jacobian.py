@@ -8,11 +8,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from bilevel import Params
+from bilevel.half_weights import wide
 from bilevel.solvers.response.per_example_weight import ResponseWeight
 
 
 class Response(ABC):
-    """A parametrization of Θ; the solver trains its tensors."""
+    """A parametrization of Θ; the solver trains its tensors, which are in float32 at least."""
 
     per_example: bool
     """True if ε may be [B, h]; otherwise ε is [h]."""
@@ -67,11 +68,12 @@ class Structured(Response):
         self.axes = {name: axes.get(name, 0) for name in params}
         self.rows = {name: p.shape[self.axes[name]] if p.ndim else 1 for name, p in params.items()}
         like = next(iter(params.values()))
-        rows = torch.zeros(sum(self.rows.values()), hypers, dtype=like.dtype, device=like.device)
+        kind = wide(like.dtype)
+        rows = torch.zeros(sum(self.rows.values()), hypers, dtype=kind, device=like.device)
         tensors = {"rows": rows}
         for name, p in params.items():
             bound = 1 / math.sqrt(max(1, p.numel() // p.shape[0] if p.ndim > 1 else p.numel()))
-            drawn = torch.empty(p.shape, dtype=p.dtype).uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(p.shape, dtype=kind).uniform_(-bound, bound, generator=generator)
             tensors[f"weights.{name}"] = drawn.to(p.device)
         return tensors
 
@@ -84,7 +86,8 @@ class Structured(Response):
         scales = dict(zip(self.rows, parts, strict=True))
         out: Params = {}
         for name, w in base.items():
-            response, scale, axis = tensors[f"weights.{name}"], scales[name], self.axes[name]
+            response, scale = tensors[f"weights.{name}"].to(w.dtype), scales[name].to(w.dtype)
+            axis = self.axes[name]
             if offset.ndim == 2:
                 out[name] = ResponseWeight.of(w, response, scale, axis, tangent=tangent, label=name)
             else:
@@ -110,11 +113,14 @@ class Dense(Response):
     def init(
         self, params: Params, hypers: int, axes: dict[str, int], generator: torch.Generator
     ) -> Params:
-        return {name: p.new_zeros(*p.shape, hypers) for name, p in params.items()}
+        return {
+            name: p.new_zeros(*p.shape, hypers, dtype=wide(p.dtype)) for name, p in params.items()
+        }
 
     def weights(self, tensors: Params, base: Params, offset: Tensor, *, tangent: bool) -> Params:
         return {
-            name: displaced(w, tensors[name] @ offset, tangent=tangent) for name, w in base.items()
+            name: displaced(w, (tensors[name] @ offset).to(w.dtype), tangent=tangent)
+            for name, w in base.items()
         }
 
     def size(self, params: Params, hypers: int) -> int:
