@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from bilevel.params import Batch, Carry, Hypers, Metrics, Params, Prediction
+from bilevel.metrics import Reported
+from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
 
@@ -57,7 +58,7 @@ class HalfWeights(ProblemWrapper):
 
     def metrics(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
-    ) -> Metrics:
+    ) -> Reported:
         return self.problem.metrics(_narrowed(hypers, params), params, prediction, batch)
 
 
