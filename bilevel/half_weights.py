@@ -44,6 +44,16 @@ class HalfWeights(ProblemWrapper):
             _narrowed(hypers, params), params, carry, batch, train=train, generator=generator
         )
 
+    def statistics(
+        self,
+        hypers: Hypers,
+        params: Params,
+        carry: Carry,
+        batch: Batch,
+        generator: torch.Generator | None,
+    ) -> Carry:
+        return self.problem.statistics(_narrowed(hypers, params), params, carry, batch, generator)
+
     def inner_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Tensor:

@@ -78,8 +78,9 @@ def _normalize_batch(
     if running_mean is not None and running_var is not None:
         items = x.numel() // x.shape[1]
         with torch.no_grad():
-            running_mean.lerp_(mean.reshape(-1), momentum)
-            running_var.lerp_(variance.reshape(-1) * items / (items - 1), momentum)
+            unbiased = variance.reshape(-1) * items / (items - 1)
+            running_mean.lerp_(mean.reshape(-1).to(running_mean.dtype), momentum)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     return normalized
 
 

@@ -208,6 +208,20 @@ def test_trials_and_baselines_run_in_16_bits(kind):
         assert all(leaf.dtype == torch.float32 for leaf in solver.solution().hypers.values())
 
 
+@pytest.mark.parametrize("make", [implicit_cg, Unrolled, SOBA, delta_stn])
+def test_batch_norm_in_16_bits(make):
+    """The statistics of L_V are a function of w and of the input, which λ scales."""
+    problem = Network(torch.bfloat16, per_example=False)
+    train, valid, _ = problem._splits
+    module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).bfloat16()
+    ModuleProblem.__init__(problem, module, problem.space, train, valid, batch_size=10)
+    solver = ready(problem, make(inner_optimizer=plain(0.05)))
+    before = solver.core.search.u0.clone()
+    solver.step()
+    assert torch.isfinite(solver.core.search.u0).all()
+    assert (solver.core.search.u0 != before).any()
+
+
 def test_wide_weights_get_no_wrapper():
     for kind in (torch.float32, torch.float64):
         problem = Network(kind)
