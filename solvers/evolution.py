@@ -101,6 +101,8 @@ class EvolutionMethod(WrittenHypergradient):
         losses: inner losses of the central weights in this round.
     """
 
+    assumes_minimum = False
+
     def __init__(self, settings: EvolutionStrategies, core: Core) -> None:
         self.settings = settings
         self.core = core

@@ -105,6 +105,8 @@ class ImplicitMethod(BestResponse):
         small: whether w is so small that time counts and memory does not.
     """
 
+    assumes_minimum = False  # it has a stricter check of its own
+
     def __init__(self, settings: Implicit, core: Core) -> None:
         self.settings = settings
         self.core = core

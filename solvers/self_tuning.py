@@ -48,6 +48,7 @@ from bilevel.solvers.base.row_check import check_rows
 from bilevel.solvers.optim.optimized import RMSPROP, MakeOptimizer, Optimized, descend
 from bilevel.solvers.optim.weight_decay import without_weight_decay
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
+from bilevel.solvers.response.settled import Settled
 from bilevel.validate import at_least, wrong
 
 SMALL_EFFECT = 0.01
@@ -131,6 +132,7 @@ class SelfTuningMethod(BestResponse):
         response: maps ε to w₀ + Θε.
         theta: Θ and its optimizer.
         response_carry: the carry of the perturbed passes.
+        settled: watches whether a dense Θ settles; None for a structured one.
         varies_per_example: whether ε is [B, h].
     """
 
@@ -140,6 +142,7 @@ class SelfTuningMethod(BestResponse):
         self.space = core.problem.space
         self.response = copy.copy(settings.response or Structured())
         self.response_carry = core.carry
+        self.settled = Settled() if isinstance(self.response, Dense) else None
         w0, draws = core.weights.detached(), on_cpu(core.generator, 1)
         theta = self.response.init(w0, self.space.numel, core.calls.axes, draws)
         self.response.hold_rows(theta, core.calls.padding)
@@ -278,6 +281,8 @@ class SelfTuningMethod(BestResponse):
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
         found = large_response(self.space, self.core.weights.leaves, self.theta.leaves)
+        if self.settled is not None:
+            found |= self.settled.warnings("SelfTuning")
         if self.constant_statistics and "hypergradient_norm" in metrics:
             effect = self.effect_of_statistics()
             if effect > SMALL_EFFECT:
@@ -326,8 +331,17 @@ class SelfTuningMethod(BestResponse):
             self.outer_step(without_last(core.data.valid.peek()))
         check_rows(core, self.response, self.linearize if self.settings.linearize else None)
 
+    def outer_ended(self) -> Metrics:
+        """Count a round of a response that has a number for each weight and hyperparameter."""
+        if self.settled is not None:
+            self.settled.round_ended(self.theta.leaves)
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
-        return {"response_carry": self.response_carry}
+        settled = {} if self.settled is None else {"settled": self.settled.state_dict()}
+        return {"response_carry": self.response_carry, **settled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.response_carry = to_device(state["response_carry"], self.core.device)
+        if self.settled is not None and "settled" in state:
+            self.settled.load_state_dict(state["settled"], self.core.device)

@@ -108,6 +108,7 @@ class UnrolledMethod(BestResponse):
         self.unroll: Unroll | None = None
         self.warmup = False
         self.restart_point: InnerState | None = None
+        self.assumes_minimum = not settings.restart
         if settings.restart:
             names = list(core.weights.tensors)
             fresh = Moments({name: {} for name in names}, dict.fromkeys(names, 0))

@@ -25,6 +25,7 @@ from bilevel.solvers.base.dry_run import (
 )
 from bilevel.solvers.base.method import Method
 from bilevel.solvers.base.settings import InnerSettings, OuterSettings
+from bilevel.solvers.base.stationarity import far_from_minimum
 from bilevel.solvers.optim.optimized import Optimized
 
 
@@ -190,7 +191,11 @@ class Descent(InnerSettings, OuterSettings, Solver):
             group.epoch_ended(valid_loss)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        return self.core.warnings() | self.method.warnings(metrics)
+        found = self.core.warnings() | self.method.warnings(metrics)
+        if self.method.assumes_minimum:
+            w = self.method.effective_weights() or self.core.weights.detached()
+            found |= far_from_minimum(type(self).__name__, self.core, w)
+        return found
 
     def scales(self) -> Hypers:
         return self.method.scales()

@@ -25,6 +25,7 @@ class Method(ABC):
         looks_back: whether an outer step also takes the last training batch, where statistics of
             L_V follow w.
         unrolls: whether a hypergradient exists only after the inner steps of a round.
+        assumes_minimum: whether w should come near a minimum of L_T, which evaluations then check.
     """
 
     core: Core
@@ -32,6 +33,7 @@ class Method(ABC):
     outer_takes: ClassVar[tuple[Split, ...]] = ("valid",)
     looks_back: ClassVar[bool] = False
     unrolls: ClassVar[bool] = False
+    assumes_minimum: bool = True
 
     @abstractmethod
     def inner_step(self, *batches: Batch) -> Metrics:

@@ -88,12 +88,13 @@ def test_nothing_to_tune_is_refused():
 
 def test_what_is_frozen_or_needed_by_nobody_is_not_refused():
     problem, cpu = FakeProblem(), torch.device("cpu")
+    data = problem.data(cpu, torch.Generator())
     problem.space = Space(decay=Positive(init=1.0), drop=replace(RATE, frozen=True))
-    Needy().check(problem, None, cpu)
+    Needy().check(problem, data, cpu)
     problem.space = Space(decay=Positive(init=1.0), rate=Positive(init=0.1, optimizer="lr"))
-    Timed().check(problem, None, cpu)
+    Timed().check(problem, data, cpu)
     problem.space = Space(drop=RATE, rate=Positive(init=0.1, optimizer="lr"))
-    Fixed().check(problem, None, cpu)  # it tunes nothing
+    Fixed().check(problem, data, cpu)  # it tunes nothing
 
 
 def test_a_self_tuning_network_refuses_a_learning_rate():

@@ -28,6 +28,8 @@ LEFT_OUT = (
 """What holds no state of a run: the clock of the phases, code, and the user's module."""
 NO_STATE = (
     ".first_bad_step",  # nothing is saved once there was one
+    "._untested",  # losses that the evaluation before every checkpoint tests
+    "._first_untested",
     ".recent",  # the batches of the round before: the next round gathers its own
     ".report",  # the metrics of the last outer step, which has told them
     ".calls",  # what set-up has learned of the problem's functions
@@ -45,7 +47,9 @@ def walk(value, path="", above=()):
     if isinstance(value, LEFT_OUT) or id(value) in above:
         return
     above = (*above, id(value))
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.is_meta:  # a placeholder of the user's module
+        yield path, (str(value.dtype), tuple(value.shape))
+    elif isinstance(value, torch.Tensor):
         yield (
             path,
             (

@@ -113,6 +113,7 @@ def test_nothing_of_earlier_steps_stays_alive(make):
     for rounds in (20, 180):
         for _ in range(rounds):
             solver.step()
+        solver.services.bad_step()  # tests the losses that wait, as every evaluation does
         counts.append(tensors())
     assert counts[0] == counts[1]
 
