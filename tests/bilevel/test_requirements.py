@@ -91,9 +91,10 @@ def test_what_is_frozen_or_needed_by_nobody_is_not_refused():
     data = problem.data(cpu, torch.Generator())
     problem.space = Space(decay=Positive(init=1.0), drop=replace(RATE, frozen=True))
     Needy().check(problem, data, cpu)
-    problem.space = Space(decay=Positive(init=1.0), rate=Positive(init=0.1, optimizer="lr"))
+    held = {"decay": Positive(init=1.0), "drop": replace(RATE, frozen=True)}
+    problem.space = Space(**held, rate=Positive(init=0.1, optimizer="lr"))
     Timed().check(problem, data, cpu)
-    problem.space = Space(drop=RATE, rate=Positive(init=0.1, optimizer="lr"))
+    problem.space = Space(**held | {"drop": RATE}, rate=Positive(init=0.1, optimizer="lr"))
     Fixed().check(problem, data, cpu)  # it tunes nothing
 
 

@@ -30,6 +30,7 @@ NO_STATE = (
     ".first_bad_step",  # nothing is saved once there was one
     "._untested",  # losses that the evaluation before every checkpoint tests
     "._first_untested",
+    ".core.weight_decay",  # what a method learns of the optimizer when it first needs it
     ".recent",  # the batches of the round before: the next round gathers its own
     ".report",  # the metrics of the last outer step, which has told them
     ".calls",  # what set-up has learned of the problem's functions
