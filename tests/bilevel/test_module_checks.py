@@ -268,9 +268,14 @@ def test_a_module_whose_weights_cannot_be_replaced_is_refused_by_layer(kind, giv
         Decayed(make if given == "function" else make())
 
 
+def filled(layer):
+    layer.to_empty(device="cpu").reset_parameters()
+    return layer
+
+
 REMEDIES = {
     "lazy": shaped,
-    "meta": lambda: layers(nn.Linear(6, 8, device="meta").to_empty(device="cpu")),
+    "meta": lambda: layers(filled(nn.Linear(6, 8, device="meta"))),
     "data parallel": lambda: nn.DataParallel(layers()).module,
     "compiled": lambda: torch.compile(layers())._orig_mod,
 }

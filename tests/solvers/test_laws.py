@@ -219,6 +219,7 @@ def test_nothing_is_kept_from_round_to_round(name):
     for rounds in (30, 90):
         for _ in range(rounds):
             solver.step()
+        solver.services.bad_step()  # tests the losses that wait, as every evaluation does
         gc.collect()
         counts.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
     assert counts[1] <= counts[0]

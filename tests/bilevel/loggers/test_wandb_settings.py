@@ -39,7 +39,7 @@ def new_session(monkeypatch):
     import wandb
 
     for name in list(os.environ):
-        if name.startswith("WANDB_"):
+        if name.startswith("WANDB_") and name != "WANDB_SERVICE":  # its process may end in between
             monkeypatch.delenv(name)
     monkeypatch.setattr("bilevel.loggers.wandb_settings._used_ids", set())
     yield

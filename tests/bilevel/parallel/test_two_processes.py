@@ -168,6 +168,7 @@ def test_a_run_stopped_by_a_signal_on_the_other_rank_goes_on_to_the_same_bits(ou
     assert len(lines[0]) > 4
 
 
+@pytest.mark.filterwarnings("ignore:Implicit. CG leaves")  # its curvature is damped
 def test_a_run_is_that_of_one_process_with_its_hypergradients_held_against_the_exact_ones(
     outcomes, tmp_path
 ):
