@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 IGNORED = (
-    *("seed", "resume", "data", "loggers", "wandb", "tensorboard", "names", "hydra"),
+    *("seed", "resume", "trust", "data", "loggers", "wandb", "tensorboard", "names", "hydra"),
     *("runner.progress", "runner.picture", "runner.checkpoint_every", "runner.keep_checkpoints"),
 )
 """Settings that change no compared number."""

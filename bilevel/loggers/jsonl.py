@@ -1,4 +1,4 @@
-"""The files of a run: run.json, metrics.jsonl and summary.json."""
+"""The files of a run: run.json, metrics.jsonl and, last of all, summary.json."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ REPLACED = "metrics-replaced.jsonl"
 
 
 class JsonLines(Logger):
-    """Writes `run.json` first, a line of `metrics.jsonl` per evaluation, then `summary.json`.
+    """Writes `run.json` first, then a line of `metrics.jsonl` per evaluation.
 
     A resumed run cuts `metrics.jsonl` at its checkpoint, so no line appears twice. If the file was
     changed or is missing, the run keeps the lines that can be read, and warns. Lines that cannot be
@@ -78,10 +78,6 @@ class JsonLines(Logger):
                 "the checkpoint has them; free some space and continue with "
                 f"resume={self.path.parent}"
             )
-        write_atomically(
-            self.path.with_name(SUMMARY),
-            lambda file: file.write(strict_json(summary, indent=2) + "\n"),
-        )
 
     def close(self) -> None:
         self.file.close()
@@ -159,6 +155,25 @@ class JsonLines(Logger):
                 "and keeps its lines until it can"
             )
             warnings.warn(message, FaultWarning, stacklevel=2)
+
+
+class SummaryFile(Logger):
+    """Writes `summary.json` after all loggers have finished.
+
+    A run that is killed before is not finished: it continues, and its loggers finish again.
+    """
+
+    vital = True
+
+    def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        self.path = run.directory / SUMMARY
+
+    def log(self, record: Record) -> None:
+        """Do nothing: the summary is written at the end."""
+
+    def finish(self, summary: Record) -> None:
+        text = strict_json(summary, indent=2) + "\n"
+        write_atomically(self.path, lambda file: file.write(text))
 
 
 def _is_record(line: bytes) -> bool:

@@ -12,7 +12,7 @@ from bilevel.checks.check_problem import check_setup
 from bilevel.checks.last_batch import check_last_batch
 from bilevel.errors import BilevelError
 from bilevel.loggers.display import display
-from bilevel.loggers.jsonl import JsonLines
+from bilevel.loggers.jsonl import JsonLines, SummaryFile
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.plot import CurvesPlot
 from bilevel.loggers.records import METRICS, brief
@@ -150,7 +150,7 @@ def _make_directory(directory: Path) -> None:
 def _loggers(run: Session) -> list[Logger]:
     own = [JsonLines(), *([CurvesPlot()] if run.settings.picture else [])]
     # the display comes last: its final table appears when everything is saved
-    return [*own, *run.request.loggers, *display(run.settings.progress)]
+    return [*own, *run.request.loggers, SummaryFile(), *display(run.settings.progress)]
 
 
 def _info(run: Session) -> RunInfo:

@@ -1,8 +1,10 @@
 """The end of a run: the content of `summary.json`."""
 
+import warnings
 from signal import Signals
 from typing import Any
 
+from bilevel.errors import FaultWarning
 from bilevel.loggers.logger import RunInfo
 from bilevel.loggers.records import Record
 from bilevel.params import Hypers, to_device
@@ -10,6 +12,7 @@ from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import Loop
 from bilevel.solver import Solution
+from bilevel.text import describe
 
 
 def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = None) -> Record:
@@ -75,7 +78,18 @@ def _message(loop: Loop, run: RunInfo, reason: str, signal: Signals | None) -> s
 def _test(loop: Loop, solution: Solution) -> dict[str, float]:
     if loop.data.test is None:
         return {}
-    measured = evaluate(loop.problem, solution, loop.data.test)
+    try:
+        measured = evaluate(loop.problem, solution, loop.data.test)
+    except Exception as error:  # the run has ended, and a bad test split must not take its summary
+        if loop.ranks.world > 1:
+            raise  # the other ranks wait in a collective operation
+        warnings.warn(
+            f"the test split cannot be evaluated ({describe(error)}), so the summary has no test "
+            "figures; look at its labels and types, and evaluate `best_solution` of the run",
+            FaultWarning,
+            stacklevel=3,
+        )
+        return {}
     return {f"test_{name}": value for name, value in measured.items()}
 
 

@@ -11,7 +11,7 @@ from bilevel import BilevelError, Runner, Solution, Space, evaluate, stream
 from bilevel.errors import FaultWarning
 from bilevel.files import strict_json
 from bilevel.loggers.jsonl import JsonLines
-from bilevel.loggers.logger import RunInfo
+from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.plot import PICTURE, draw
 from bilevel.loggers.records import make_record, read_metrics
 from bilevel.run.budget import Budget
@@ -244,3 +244,74 @@ def test_a_checkpoint_of_another_run_is_not_resumed_and_nothing_is_cut(tmp_path)
             FakeProblem(), FakeSolver(rate=0.01), directory=tmp_path / "one", resume=True
         )
     assert (tmp_path / "one" / "metrics.jsonl").read_bytes() == lines
+
+
+class Struck(Logger):
+    """A logger in whose `finish` the process ends, as by a kill."""
+
+    def __init__(self, strikes):
+        self.strikes, self.finished = strikes, 0
+
+    def start(self, run, state):
+        pass
+
+    def log(self, record):
+        pass
+
+    def finish(self, summary):
+        self.finished += 1
+        if self.finished <= self.strikes:
+            raise SystemExit(137)
+
+
+@pytest.mark.parametrize("strikes", [1, 2])
+def test_a_run_that_is_killed_while_its_loggers_finish_is_not_finished(tmp_path, strikes):
+    logger = Struck(strikes)
+
+    def run(resume):
+        return Runner(epochs=2, warmup_epochs=1, progress="none").run(
+            FakeProblem(), FakeSolver(), directory=tmp_path, loggers=[logger], resume=resume
+        )
+
+    for attempt in range(strikes):
+        with pytest.raises(SystemExit):
+            run(resume=attempt > 0)
+        assert not (tmp_path / "summary.json").exists()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    summary = run(resume=True)
+    assert logger.finished == strikes + 1
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert (tmp_path / PICTURE).exists()
+
+
+class BadTest(FakeProblem):
+    """Its test split has a row that cannot be evaluated; `how` says where it fails."""
+
+    how = "metric"
+
+    def data(self, device, generator):
+        made = super().data(device, generator)
+        self.first = next(iter(made.test.once()))[0][0]
+        return made
+
+    def metrics(self, hypers, params, prediction, batch):
+        if torch.equal(batch[0][0], self.first):
+            if self.how == "metric":
+                raise IndexError("Target 3 is out of bounds.")
+            prediction = prediction.to(torch.complex64) < 0  # PyTorch refuses it
+        return super().metrics(hypers, params, prediction, batch)
+
+
+@pytest.mark.parametrize("how", ["metric", "type"])
+def test_a_bad_test_split_takes_the_test_figures_and_nothing_else(tmp_path, how):
+    problem = BadTest()
+    problem.how = how
+    words = r"the test split cannot be evaluated \((Index|Runtime|NotImpl)"
+    with pytest.warns(FaultWarning, match=words):
+        summary = Runner(epochs=2, progress="none", picture=False).run(
+            problem, FakeSolver(), directory=tmp_path
+        )
+    assert summary["best"]["valid_loss"] > 0
+    assert summary["best"]["test_loss"] is None
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary

@@ -301,7 +301,7 @@ def test_a_logger_that_fails_is_told_once_and_costs_nothing(tmp_path, undisturbe
     ]
     assert same_weights(solver, undisturbed)
     assert comparable(tmp_path / "run") == comparable(tmp_path / "undisturbed")
-    assert load(tmp_path / "run")["loggers"].keys() == {"JsonLines"}
+    assert load(tmp_path / "run")["loggers"].keys() == {"JsonLines", "SummaryFile"}
 
 
 def test_the_last_state_of_a_logger_stands_for_one_that_it_cannot_tell(tmp_path):
