@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bilevel.checkpoint import file_format
 from bilevel.cli.app import main
 from bilevel.cli.stored import check_trusted
 from bilevel.comparison.run_files import parse_records, read_config
@@ -136,6 +137,14 @@ def test_yaml_and_bytes_have_limits(tmp_path):
         read_bytes(Path("/dev/zero"))
     with pytest.raises(OSError, match="not a regular file"):
         parse_records(tmp_path)
+
+
+def test_an_archive_that_would_unpack_to_more_than_its_size_is_not_loaded(tmp_path):
+    file = tmp_path / "a.pt"
+    file.write_bytes(hostile.bomb())
+    assert file.stat().st_size < 2**20
+    with pytest.raises(file_format.Unreadable, match=r"would unpack .* to 256\.0 MiB"):
+        file_format.read(file)
 
 
 def test_text_for_a_terminal_commands_nothing():
