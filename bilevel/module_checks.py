@@ -154,7 +154,7 @@ def _culprit(module: nn.Module, error: Exception) -> str:
                 continue
             try:
                 copy.deepcopy(value)
-            except Exception:
+            except Exception:  # a user's attribute may raise anything
                 place = f"`{name}.{key}`" if name else f"`{key}`"
                 return f"cannot be copied: its attribute {place} is a {type(value).__name__}"
     return f"cannot be copied ({describe(error)})"

@@ -20,7 +20,7 @@ class Missing(Exception):
 
 
 class Options(NamedTuple):
-    """What the command line gives to every test.
+    """Settings that the command line gives to every test.
 
     Attributes:
         data: folder with `MNIST/raw`, or None.

@@ -52,6 +52,7 @@ class Core:
         latest: the last training batch, where they do.
         last_outer_carry: the carry after the last outer batch; a problem may continue from it
             (`Problem.outer_carry`).
+        next_check: the inner step from which an evaluation looks whether w nears a minimum.
     """
 
     search: SearchDistribution
@@ -61,6 +62,7 @@ class Core:
     follows: bool = False
     latest: Batch | None = None
     last_outer_carry: Carry | None = None
+    next_check: int = 0
 
     def __init__(
         self,

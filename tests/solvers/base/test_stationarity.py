@@ -120,6 +120,17 @@ def _direct(self, hypers, params, prediction, batch):
     return F.mse_loss(prediction, batch[1]) + hypers["decay"].mean()
 
 
+def test_checks_become_rare_since_initial_weights_may_be_slow_to_make():
+    problem, calls = Ridge.synthetic(), []
+    solver = ready(problem, SAMA(inner_optimizer=sgd(0.05), inner_steps=10))
+    init = problem.init
+    problem.init = lambda generator: calls.append(solver.inner_count) or init(generator)
+    for _ in range(45):
+        solver.step()
+        solver.warnings({})
+    assert calls == [50, 100, 200, 400]
+
+
 def test_soba_is_checked_too():
     solver = ready(Ridge.synthetic(), SOBA(inner_optimizer=sgd(1e-9)))
     for _ in range(60):
