@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from bilevel.solvers.autodiff import norm_tangents
 from bilevel.solvers.response.embedding_bag import embedding_bag
 from bilevel.solvers.response.norm_rules import batch_norm, group_norm, instance_norm, layer_norm
 from bilevel.solvers.response.recurrent_rules import gru, lstm
@@ -118,6 +119,14 @@ FORWARD_MODE: Table = {
     torch._weight_norm: _weight_norm,
 }
 """Functions whose forward-mode derivative is missing, or has no backward pass of its own."""
+
+FUSED_NORMS: Table = {
+    F.batch_norm: partial(batch_norm, normalize=norm_tangents.batch_norm),
+    F.layer_norm: partial(layer_norm, normalize=norm_tangents.layer_norm),
+    F.group_norm: partial(group_norm, normalize=norm_tangents.group_norm),
+    F.instance_norm: partial(instance_norm, normalize=norm_tangents.instance_norm),
+}
+"""Normalizations whose forward mode is faster by a fused kernel, where the primal is a constant."""
 
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 """Functions that need the mathematical attention kernel; `Decomposed` selects it."""

@@ -15,6 +15,7 @@ from bilevel.solvers.autodiff.decompositions import (
     ATTENTION,
     DOUBLE_BACKWARD,
     FORWARD_MODE,
+    FUSED_NORMS,
     Decomposed,
 )
 
@@ -39,12 +40,11 @@ def forward_mode(
         weights: returns the duals (w₀, Θ·offset) for an offset.
         offset: ε, [h] or [B, h].
         functions: the torch functions that f calls; those without a forward-mode derivative are
-            decomposed.
+            decomposed, and norms take fused kernels.
     """
+    table = FORWARD_MODE | FUSED_NORMS
     decomposed: AbstractContextManager[Any] = (
-        nullcontext()
-        if functions.isdisjoint(FORWARD_MODE.keys() | ATTENTION)
-        else Decomposed(FORWARD_MODE)
+        nullcontext() if functions.isdisjoint(table.keys() | ATTENTION) else Decomposed(table)
     )
     with forward_ad.dual_level(), decomposed:
         dual, carry = predict(weights(offset, tangent=True))
