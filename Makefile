@@ -4,13 +4,14 @@
 # make mutants: break the code on purpose; the tests must notice.
 # make soak: kill, stop, crash and fuzz runs.
 # make docs: the documentation as a site, in site/.
+# make gpu: the tests and benchmarks that need a GPU, within MINUTES=4, in runs/gpu.
 # make outside: tests and numbers of others, remade in docs/outside.md (DATA=PATH: where MNIST is).
 # make experiments-quick: every table and picture of docs/ at reduced size, in
 # runs/experiments-quick; make experiments: the full sizes, in docs/ (DATA=PATH: where MNIST is).
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run quick test lint mutants soak docs outside experiments experiments-quick clean
+.PHONY: run quick test lint mutants soak docs gpu outside experiments experiments-quick clean
 
 run: .venv/installed
 	$(BIN)/bilevel
@@ -48,6 +49,9 @@ docs: .venv/tested
 experiments experiments-quick: .venv/installed
 	$(BIN)/python -m benchmarks.experiments \
 		$(if $(findstring quick,$@),--quick) $(if $(DATA),--data "$(DATA)")
+
+gpu: .venv/tested
+	$(BIN)/python -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 # Peers that are not installed are skipped; `pip install -e .[peers]` installs them.
 outside: .venv/installed

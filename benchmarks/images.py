@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.hand_written import Form, HandWritten
 from benchmarks.machine import machine
 from benchmarks.measure import Step, alternating, median_ratio, multiplications, peak_growth
 from benchmarks.step import forward, training_step
@@ -44,6 +45,8 @@ MOST = {"stn": (2.5, 2.0), "delta_stn": (3.5, 2.67)}
 """The aim on a GPU for time and multiplications, in multiples of plain training."""
 PHASES = ("data", "inner", "response", "outer")
 PHASE_ROUNDS = 2
+BY_HAND = "by hand"
+"""Begins the names of the steps of a minimal loop."""
 
 
 class Setting(NamedTuple):
@@ -168,6 +171,7 @@ def measured(
         ready = {variant: prepared(network, variant, setting, device) for variant in VARIANTS}
         steps = {variant: training_step(solver) for variant, solver in ready.items()}
         steps["augmentation"] = augmentation(ready["delta_stn"])
+        steps |= hand_written(network, setting, device)
         for solver in ready.values():
             for _ in range(5):  # a capture records its graphs before the timing
                 solver.step()
@@ -204,7 +208,17 @@ def measured(
         variant: passes[variant] * median_ratio(taken["augmentation"], taken[variant])
         for variant in VARIANTS
     }
+    by_hand = {
+        name: {
+            "milliseconds": 1e3 * statistics.median(times),
+            "plain_of_it": median_ratio(taken["plain"], times),
+            "delta_stn_of_it": median_ratio(taken["delta_stn"], times),
+        }
+        for name, times in taken.items()
+        if name.startswith(BY_HAND)
+    }
     return {
+        "by_hand": by_hand,
         "hyperparameters": ready["plain"].core.problem.space.numel,
         "rounds": len(taken["plain"]),
         "steps": rows,
@@ -212,6 +226,20 @@ def measured(
             "milliseconds": 1e3 * statistics.median(taken["augmentation"]),
             "part_of_step": part,
         },
+    }
+
+
+def hand_written(network: str, setting: Setting, device: torch.device) -> dict[str, Step]:
+    """Return the steps of a minimal loop of PyTorch: eager, and on CUDA as a graph and compiled."""
+    forms: tuple[Form, ...] = ("eager",)
+    if device.type == "cuda":
+        forms = ("graph", "compiled") if setting.capture else ("eager", "compiled")
+    bf16 = setting.precision == "bf16"
+    return {
+        f"{BY_HAND}, {form}": HandWritten(
+            problem_of(network, setting), device, form=form, bf16=bf16
+        )
+        for form in forms
     }
 
 
@@ -278,6 +306,11 @@ def table(result: dict[str, Any]) -> str:
         f"{shown['part_of_step']['plain']:.0%} of a plain step, "
         f"{shown['part_of_step']['delta_stn']:.0%} of one of Δ-STN"
     )
+    for name, row in result["by_hand"].items():
+        lines.append(
+            f"{name}: {row['milliseconds']:.2f} ms; plain takes {row['plain_of_it']:.2f} × as long "
+            f"(wanted on a GPU ≤ 1.2 × the graph), Δ-STN {row['delta_stn_of_it']:.2f} ×"
+        )
     for variant, (time, units) in MOST.items():
         row = result["steps"][variant]
         lines.append(

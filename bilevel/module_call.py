@@ -15,7 +15,9 @@ class ModuleCall:
     """A module as a function of its weights and buffers: `torch.func.functional_call`.
 
     The places of all tensors are looked up once, and tied tensors have several. PyTorch's function
-    looks them up in every call, which takes longer than a small network itself.
+    looks them up in every call, which takes longer than a small network itself. On CUDA a recurrent
+    layer would rewrite new weights in place as one block for cuDNN; here the weights are left where
+    they are.
 
     Args:
         module: the module.
@@ -35,6 +37,9 @@ class ModuleCall:
 
     def __setstate__(self, module: nn.Module) -> None:
         self.module = module  # a copy of a module has dictionaries of its own
+        for layer in module.modules():
+            if isinstance(layer, nn.RNNBase):
+                vars(layer)["flatten_parameters"] = _leave_weights
         self._slots = _slots(module)
         self._computed = computed_attributes(module)
         # scripted modules wrap their dictionaries, and PyTorch's function refuses some modules
@@ -65,6 +70,10 @@ class ModuleCall:
                 owner[key] = before
             for layer, name, placeholder in self._computed:  # `weight_norm` or `prune` wrote there
                 vars(layer)[name] = placeholder
+
+
+def _leave_weights() -> None:
+    """Do nothing, in place of `nn.LSTM.flatten_parameters`: the weights belong to the caller."""
 
 
 def _slots(module: nn.Module) -> dict[str, list[Slot]]:

@@ -99,6 +99,20 @@ MUTANTS = [
         "solvers/test_theory.py solvers/test_self_tuning.py",
     ),
     Mutant(
+        "a norm in forward mode takes an input with a graph",
+        "solvers/autodiff/norm_tangents.py",
+        "    if value.requires_grad:",
+        "    if False:",
+        "solvers/autodiff/test_norm_tangents.py",
+    ),
+    Mutant(
+        "batch norm in forward mode dispatches on its statistics",
+        "solvers/autodiff/norm_tangents.py",
+        "    if not training:",
+        "    if running_mean is not None:",
+        "solvers/autodiff/test_norm_tangents.py",
+    ),
+    Mutant(
         "batch-norm statistics of the perturbed pass kept",
         "solvers/self_tuning.py",
         "core.carry, self.response_carry = detached(carry), response_carry",

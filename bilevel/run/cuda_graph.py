@@ -249,7 +249,8 @@ def _copy(to: Any, value: Any) -> None:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"capture=true has no effect, since {reason}; the run continues without captured steps",
+        f"steps are not captured as CUDA graphs, since {reason}; the run continues with plain "
+        "steps (runner.capture=false silences this)",
         SpeedWarning,
         stacklevel=3,
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from bilevel import validate
 from bilevel.device.precision import check_precision
@@ -39,7 +40,8 @@ class RunSettings:
             `predict` under autocast and everything else in float32.
         capture: record a training step once as a CUDA graph and replay it, which saves the
             launches. If this is impossible, a warning gives the reason and the run takes plain
-            steps. Learning-rate schedules are followed.
+            steps. Learning-rate schedules are followed. `auto` does so on CUDA and is silent
+            elsewhere.
         deterministic: refuse operations whose bits may differ between runs. Only CUDA has such
             operations, and the setting costs time there. An operation without a deterministic
             form ends the run with an error that names it.
@@ -66,7 +68,7 @@ class RunSettings:
     device: str = "auto"
     threads: int | None = None
     precision: str = "fp32"
-    capture: bool = False
+    capture: bool | Literal["auto"] = "auto"
     deterministic: bool = False
     requeue: bool = False
     progress: str = "auto"
@@ -89,6 +91,7 @@ class RunSettings:
         validate.at_least(0, **self._named("warmup_epochs"))
         validate.whole(1, **self._named("checkpoint_every", "keep_checkpoints"))
         check_precision(self.precision)
+        validate.one_of(["auto", True, False], **self._named("capture"))
         validate.one_of(DISPLAYS, **self._named("progress"))
 
     def budget(self, steps_per_epoch: int) -> Budget:

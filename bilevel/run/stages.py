@@ -92,7 +92,7 @@ def build(run: Session) -> None:
     )
     if request.resume:
         run.loop.load_state_dict(run.checkpoint)
-    if settings.capture:
+    if settings.capture is True or (settings.capture == "auto" and device.type == "cuda"):
         services.capture = Capture.of(solver, device, for_solver, run.ranks.world)
     run.info = _info(run)
 

@@ -13,7 +13,8 @@ from bilevel.params import PerExampleWeight
 
 with warnings.catch_warnings():
     # the first dual of a process loads PyTorch's decompositions, which use deprecated functions
-    warnings.simplefilter("ignore", FutureWarning)
+    for category in (FutureWarning, DeprecationWarning):  # torch 2.11 has the second
+        warnings.simplefilter("ignore", category)
     with forward_ad.dual_level():
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 

@@ -1,7 +1,8 @@
-"""Find operations that would make CUDA wait for the device, on the CPU."""
+"""Find operations that make CUDA wait for the device: on the CPU by name, on CUDA by its mode."""
 
 import inspect
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,3 +80,24 @@ def called_by(code):
 def no_waiting():
     with Functions(), Operations():
         yield
+
+
+@contextmanager
+def no_waiting_on_cuda():
+    """Raise where the host waits for the device; the mode is restored whatever fails.
+
+    PyTorch warns once in a process that the mode is a prototype, and the tests turn warnings into
+    errors.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_mode("error")
+        yield
+    finally:
+        _set_mode(before)
+
+
+def _set_mode(mode):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from bilevel.params import to_device
 from bilevel.solvers import SelfTuning
+from tests.support.device_waits import no_waiting_on_cuda
 from tests.support.solver_cases import PROBLEMS, all_problems, all_solvers, groups, ready
 
 DEVICE = torch.device("cuda")
@@ -40,13 +41,9 @@ def _measured(request, _peak):
 
 
 def rounds_without_waiting(solver, n):
-    """PyTorch raises where it would wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting_on_cuda():
         for _ in range(n):
             solver.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def assert_same(ours, theirs):

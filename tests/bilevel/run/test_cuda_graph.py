@@ -1,6 +1,7 @@
 """Replayed steps equal normal steps, bit for bit: on a tape that acts like a CUDA graph."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from bilevel.problems import digits
 from bilevel.run.cuda_graph import Capture
 from bilevel.services import Capturable
 from bilevel.solvers import SOBA, Fixed, Gaussian, SelfTuning, Sinusoidal
+from tests.support.device_waits import no_waiting_on_cuda
 from tests.support.fakes import FakeProblem
 from tests.support.solver_cases import PROBLEMS, RECIPES, Decayed, normed, ready, sgd
 
@@ -338,7 +340,7 @@ def test_without_a_gpu_a_run_says_so_and_is_the_same(tmp_path):
         if capture:
             with pytest.warns(
                 SpeedWarning,
-                match="capture=true has no effect, since cpu has no graphs; the run continues",
+                match="steps are not captured as CUDA graphs, since cpu has no graphs; the run",
             ):
                 summaries.append(
                     runner.run(FakeProblem(), Fixed(), directory=tmp_path / "captured")
@@ -518,13 +520,9 @@ def test_on_cuda_graphs_take_the_very_steps(name, make, monkeypatch):
         solver.services.capture = Capture.of(solver, device, solver.core.generator)
     solvers[0].services.capture = None
     for number in range(8):
-        if number > 5:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting_on_cuda() if number > 5 else nullcontext():
             for solver in solvers:
                 solver.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         if number > 5:
             assert_same(*(states(solver) for solver in solvers))
     assert solvers[1].services.capture.recorded
