@@ -11,8 +11,9 @@ from hydra import main as hydra_main
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig
 
-from bilevel.cli import input_errors, standard_streams, sweep, user_modules
+from bilevel.cli import hints, input_errors, standard_streams, sweep, user_modules
 from bilevel.cli.job import Job, add_resolvers
+from bilevel.cli.named_optimizers import optimizer_overrides
 from bilevel.cli.resume import AUTO, stored_config
 from bilevel.cli.run_config import OPEN_GROUPS
 from bilevel.errors import BilevelError
@@ -90,12 +91,15 @@ def prepared(arguments: Sequence[str]) -> list[str]:
             argument = "resume=" + _quoted(argument.removeprefix("resume="))
         override = input_errors.parse(argument)
         _check_choice(argument, override, sweeping)
+        hints.check_override(argument, override)
         key = override.key_or_group
         if key == "resume" and override.value() is not None:
             _check_resume(str(override.value()), sweeping)
         changed = override.type is OverrideType.CHANGE and "." in key
         opened = changed and key.partition(".")[0] in OPEN_GROUPS
-        overrides.append(f"++{argument}" if opened else argument)
+        node = optimizer_overrides(override) if opened else []
+        overrides += node or [f"++{argument}" if opened else argument]
+    hints.check_flags(flags)
     return flags + overrides
 
 

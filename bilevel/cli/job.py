@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from bilevel.checkpoint.checkpoints import CheckpointWarning
 from bilevel.checks.check_problem import ProblemWarning
 from bilevel.cli import input_errors, sweep, user_modules
+from bilevel.cli.named_optimizers import with_named_optimizers
 from bilevel.cli.resume import AUTO, continued, repeated, stored_config
 from bilevel.cli.run_config import run_config
 from bilevel.cli.setting_types import check_type
@@ -216,4 +217,4 @@ def _ablation(overrides: Sequence[str]) -> str:
 def _plain(composed: DictConfig) -> dict[str, Any]:
     config = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return with_named_optimizers({str(key): value for key, value in config.items()})

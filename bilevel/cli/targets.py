@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_type_hints
 
+from bilevel.cli.hints import rate_hint
 from bilevel.cli.locate import locate
 from bilevel.cli.setting_types import check_type
 from bilevel.errors import BilevelError
@@ -84,6 +85,7 @@ def _unknown(role: str, name: str, known: Iterable[str]) -> str:
     # a name without a near miss may come from another class, whose node this one was merged into
     remove = "" if meant else f", or remove it with '~{role}.{name}'"
     listed = f"choose from {', '.join(known)}" if known else "it has no settings"
+    listed = rate_hint(name) or listed
     return f"{role}.{name} is not a setting of its target{meant}; {listed}{remove}"
 
 

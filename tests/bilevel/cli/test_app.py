@@ -72,6 +72,28 @@ def test_an_ablation_is_an_override_and_unlisted_settings_can_be_set():
     assert read_metrics(only_run() / "metrics.jsonl")[0]["hypers.hyper"] == pytest.approx([2.5] * 3)
 
 
+def test_an_optimizer_of_pytorch_is_given_by_name():
+    """Alone, with a setting of its own, and in a sweep; momentum of the default does not remain."""
+    quick = [*QUICK, "runner.epochs=1", "lr.inner=0.5", "lr.outer=0.25"]
+    own = "solver.inner_optimizer.eps=0.25"
+    assert main([*quick, "solver.inner_optimizer=Adam", own, "hydra.run.dir=one"]) == 0
+    assert main([*quick, "-m", "solver.inner_optimizer=adam,sgd", "hydra.sweep.dir=two"]) == 0
+    assert main([*quick, "solver.outer_optimizer=adam", "hydra.run.dir=three"]) == 0
+
+    def solver(directory):
+        return OmegaConf.to_container(OmegaConf.load(Path(directory) / "config.yaml"))["solver"]
+
+    def node(name, **settings):
+        return {"_target_": f"torch.optim.{name}", "_partial_": True, **settings}
+
+    found = solver("one")
+    assert found["inner_optimizer"] == node("Adam", lr=0.5, eps=0.25)
+    assert found["response_optimizer"] == found["inner_optimizer"]
+    swept = [solver(run)["inner_optimizer"] for run in sorted(Path("two").glob("*-quadratic*"))]
+    assert swept == [node("Adam", lr=0.5), node("SGD", lr=0.5)]
+    assert solver("three")["outer_optimizer"] == node("Adam", lr=0.25)
+
+
 @pytest.mark.parametrize("hidden", ["[64]", "[16,16,16]"])
 def test_the_width_and_depth_of_a_network_are_settings(hidden):
     last = "dropout1" if hidden == "[64]" else "dropout3"
