@@ -29,6 +29,8 @@ from bilevel.solvers.recipes import (
     stn,
     unrolled_forward,
 )
+from bilevel.solvers.response import attention_rules as _attention_rules  # noqa: F401  (registers)
+from bilevel.solvers.response import dense_weight as _dense_weight  # noqa: F401  (registers)
 from bilevel.solvers.response import norm_rules as _norm_rules  # noqa: F401  (registers)
 from bilevel.solvers.response import recurrent_rules as _recurrent_rules  # noqa: F401  (registers)
 from bilevel.solvers.response import rules as _rules  # noqa: F401  (registers)

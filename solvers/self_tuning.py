@@ -28,7 +28,7 @@ Sources: MacKay, Vicol, Lorraine, Duvenaud & Grosse, ICLR 2019 (STN); Bae & Gros
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -48,6 +48,7 @@ from bilevel.solvers.base.row_check import check_rows
 from bilevel.solvers.optim.optimized import RMSPROP, MakeOptimizer, Optimized, descend
 from bilevel.solvers.optim.weight_decay import without_weight_decay
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
+from bilevel.solvers.response.row_counts import PER_BATCH, RowCounts
 from bilevel.solvers.response.settled import Settled
 from bilevel.validate import at_least, wrong
 
@@ -79,6 +80,9 @@ class SelfTuning(Descent):
         scale_optimizer: for s, where σ = softplus(s).
         tune_scale: train σ; otherwise the outer steps draw no perturbation.
         entropy_weight: τ.
+        per_example: draw ε anew for every example, where the space allows that; otherwise one ε
+            serves a batch, and any differentiable network runs.
+        row_counts: the rows of each example in every call of a weight, as the dry run found them.
 
     Raises:
         BilevelError: `linearize` without `centered`.
@@ -94,6 +98,8 @@ class SelfTuning(Descent):
     scale_optimizer: MakeOptimizer = RMSPROP
     tune_scale: bool = True
     entropy_weight: float = 1e-3
+    per_example: bool = True
+    row_counts: RowCounts = field(default_factory=RowCounts, init=False, repr=False)
 
     def start(self, core: Core) -> "SelfTuningMethod":
         """Return the method with Θ = 0."""
@@ -104,10 +110,11 @@ class SelfTuning(Descent):
         if self.linearize and not self.centered:
             why = "needs centered=True, because the linearization holds near w₀ alone"
             raise wrong("linearize", True, why, "set linearize=false or centered=true")
-        if (self.response or Structured()).per_example:
+        if self.per_example and (self.response or Structured()).per_example:
             self.traits = frozenset({Trait.PER_EXAMPLE})
 
     def fits(self, problem: Problem, device: torch.device) -> None:
+        self.row_counts = RowCounts()  # the dry run fills it
         check_response(problem, self.response or Structured(), device)
 
     def lacking(self) -> str | None:
@@ -141,6 +148,7 @@ class SelfTuningMethod(BestResponse):
         self.core = core
         self.space = core.problem.space
         self.response = copy.copy(settings.response or Structured())
+        self.row_counts = self.response.row_counts = settings.row_counts
         self.response_carry = core.carry
         self.settled = Settled() if isinstance(self.response, Dense) else None
         w0, draws = core.weights.detached(), on_cpu(core.generator, 1)
@@ -150,7 +158,8 @@ class SelfTuningMethod(BestResponse):
         without_weight_decay(self.theta.optimizer)
         if settings.tune_scale:
             core.search.train_scale(settings.scale_optimizer)
-        self.varies_per_example = self.response.per_example and bool(self.space.per_example.any())
+        varies = settings.per_example and self.response.per_example
+        self.varies_per_example = varies and bool(self.space.per_example.any())
         if self.varies_per_example:
             core.search.vary_per_example()
         self.constant_statistics = core.follows and core.search.varies_per_example
@@ -162,6 +171,7 @@ class SelfTuningMethod(BestResponse):
         """Return ŵ(u₀ + offset) for an outer step, in which w₀ and Θ are constants."""
         at = offset if self.settings.centered else self.core.search.u0 + offset
         theta, w0 = self.theta.detached(), self.core.weights.detached()
+        self.row_counts.split = "valid"
         return self.response.weights(theta, w0, at, tangent=False)
 
     def unperturbed_weights(self) -> Params:
@@ -224,6 +234,7 @@ class SelfTuningMethod(BestResponse):
         perturbed = core.search.u0 + noise
         offset = noise if flags.centered else perturbed
         hypers = self.space.constrain(perturbed, core.generator)
+        self.row_counts.split = "train"
         params = self.response.weights(self.theta.tensors, w0, offset, tangent=False)
         if flags.linearize:
             prediction, carry = self.linearized(hypers, w0, offset, carry, batch)
@@ -290,8 +301,8 @@ class SelfTuningMethod(BestResponse):
                 found["statistics"] = (
                     "SelfTuning: the hypergradient takes batch-norm statistics as constants, since "
                     "perturbations vary from example to example; on one batch, statistics that "
-                    f"follow w would change it by {effect:.0%}; declare per_example=False, which "
-                    "lets them follow, or use a norm without running statistics (group norm)"
+                    f"follow w would change it by {effect:.0%}; {PER_BATCH}, which lets them "
+                    "follow, or use a norm without running statistics (group norm)"
                 )
         return found
 
@@ -323,13 +334,38 @@ class SelfTuningMethod(BestResponse):
 
         The round fails if another axis was taken for that of the examples.
         """
-        core = self.core
         if not self.varies_per_example:
             return
+        core, linearize = self.core, self.linearize if self.settings.linearize else None
+        batches = core.data.train.peek(), core.data.valid.peek()
+        if self.takes(without_last(batches[0])):
+            self.round_of(*map(without_last, batches))
+        if self.row_counts.revised:
+            self.round_of(*batches)
+        check_rows(core, self.response, linearize)
+        self.row_counts.closed = True
+
+    def takes(self, batch: Batch) -> bool:
+        """Return whether the network runs with plain weights on a batch of another size."""
+        core = self.core
         if not core.carry:
-            self.inner_step(without_last(core.data.train.peek()))
-            self.outer_step(without_last(core.data.valid.peek()))
-        check_rows(core, self.response, self.linearize if self.settings.linearize else None)
+            return True  # the problem must
+        carry = core.problem.fresh_carry(core.carry, batch)
+        try:
+            with torch.no_grad():
+                core.predict(core.hypers(), carry, batch, core.weights.detached())
+        except Exception:  # a carry for batches of one size
+            return False
+        return True
+
+    def round_of(self, training: Batch, validation: Batch) -> None:
+        """Take an inner and an outer step on batches that may differ in size from the last."""
+        core = self.core
+        for owner, name in ((core, "carry"), (self, "response_carry")):
+            setattr(owner, name, core.problem.fresh_carry(getattr(owner, name), training))
+        core.last_outer_carry = None
+        self.inner_step(training)
+        self.outer_step(validation)
 
     def outer_ended(self) -> Metrics:
         """Count a round of a response that has a number for each weight and hyperparameter."""

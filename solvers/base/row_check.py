@@ -21,9 +21,17 @@ from bilevel.params import count_examples
 from bilevel.solvers.autodiff.decompositions import FORWARD_MODE, Decomposed
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.response.jacobian import Response
+from bilevel.solvers.response.row_counts import PER_BATCH, RowCounts
+from bilevel.text import describe
 
 TOLERANCES = {torch.float64: 1e-5}
 """Relative error of a row, by type; 0.1 in other types. A wrong rule is off by about 1."""
+
+OFFSETS = 4
+"""Offsets that the examples of a batch share in the check."""
+
+MOST_COPIES = 3
+"""Rows of a leaf that are looked at for a dependence on other examples."""
 
 Run = Callable[[Tensor, Batch], Prediction]
 """The prediction at an offset, [h] or [B, h], on a batch, with the same draws at every call."""
@@ -42,49 +50,72 @@ def check_rows(core: Core, response: Response, linearize: Callable[..., Any] | N
     """
     for train in (True, False):
         batch = (core.data.train if train else core.data.valid).peek()
+        counts = response.row_counts or RowCounts()
+        counts.split = "train" if train else "valid"
+        failed = ""
         for dtype in (torch.float64, None):  # None keeps the types, where float64 does not run
             try:
-                run = _run(core, response, linearize if train else None, batch, train, dtype)
-                error = wrong_row(*run, core.calls.differentiates)
+                run = predictor(core, response, linearize if train else None, batch, train, dtype)
+                strict = core.calls.differentiates or counts.folds()
+                error = wrong_row(*run, strict=strict)
             except BilevelError:
                 raise
-            except Exception:
+            except Exception as caught:
+                failed = describe(caught)
                 continue
             if error is not None:
                 raise Refused(_sentence(error, train=train))
             break
+        else:
+            if counts.folds():
+                raise Refused(
+                    "rows of other axes are folded into the example axis, and the check of their "
+                    f"order raises {failed}; {PER_BATCH}"
+                )
 
 
-def wrong_row(run: Run, offset: Tensor, batch: Batch, differentiates: bool) -> float | None:
+def wrong_row(run: Run, offset: Tensor, batch: Batch, *, strict: bool) -> float | None:
     """Return the relative error of a row of `run` that is wrong; None if all rows are right.
+
+    A few offsets are dealt out to the examples by the digits of their numbers. So any two examples
+    differ in some run, and few runs with plain weights check all rows.
 
     Args:
         run: the prediction at an offset.
         offset: [B, h].
         batch: a batch of B examples.
-        differentiates: the network takes derivatives, so that a row that depends on other
-            examples counts as wrong. Any other such row is left out.
+        strict: count a row that depends on other examples as wrong, and a leaf without an example
+            axis that changes. It is for a network that takes derivatives, or that folds other axes
+            into that of the examples. Otherwise such rows are left out.
     """
     examples = len(offset)
-    together, still = run(offset, batch), run(torch.zeros_like(offset[0]), batch)
-    for b in sorted({0, examples // 2, examples - 1}):
-        alone = run(offset[b], batch)
-        trees = [_rows(tree, b, examples) for tree in (together, alone, still)]
-        copies: list[Tensor | None] | None = None
-        for i, (ours, truth, start) in enumerate(zip(*trees, strict=True)):
-            if ours is None or truth is None or start is None:
+    values = offset[:OFFSETS]
+    still = run(torch.zeros_like(offset[0]), batch)
+    alone = [run(value, batch) for value in values]
+    number = torch.arange(examples)
+    while True:
+        dealt = number % len(values)
+        together = run(values[dealt.to(values.device)], batch)
+        trees = [_rows(tree, examples) for tree in (together, still, *alone)]
+        for leaf, (ours, start, *each) in enumerate(zip(*trees, strict=True)):
+            if ours is None or start is None or any(rows is None for rows in each):
+                if strict and _changes(together, still, leaf):
+                    return float("inf")
                 continue
-            tolerance = TOLERANCES.get(truth.dtype, 0.1)
-            if (error := _error(ours, truth, start)) <= tolerance:
-                continue
-            if copies is None and not differentiates:
-                copies = _rows(run(offset[b], _copies(batch, b)), b, examples)
-            if copies is None or _same(copies[i], truth, start, tolerance):
-                return error
-    return None
+            truth = torch.stack([each[k][b] for b, k in enumerate(dealt.tolist())])
+            tolerance, errors = TOLERANCES.get(truth.dtype, 0.1), _errors(ours, truth, start)
+            for b in (errors > tolerance).nonzero()[:MOST_COPIES, 0].tolist():
+                rows: Tensor | None = truth
+                if not strict:
+                    rows = _rows(run(values[dealt[b]], _copies(batch, b)), examples)[leaf]
+                if rows is not None and _errors(rows, truth, start)[b] <= tolerance:
+                    return float(errors[b])
+        number //= max(2, len(values))
+        if not bool(number.any()):
+            return None
 
 
-def _run(
+def predictor(
     core: Core,
     response: Response,
     linearize: Callable[..., Any] | None,
@@ -100,6 +131,7 @@ def _run(
 
     problem, device = core.problem, core.device
     batch, carry, w0 = pytree.tree_map(cast, (batch, core.carry, core.weights.detached()))
+    carry = problem.fresh_carry(carry, batch)
     if not train:
         carry = problem.outer_carry(carry, None, batch)
     draws, h = torch.Generator().manual_seed(0), problem.space.numel
@@ -110,6 +142,8 @@ def _run(
         for name, t in theta.items()
     }
     offset = torch.randn(count_examples(batch), h, generator=draws).to(like) / h**0.5
+    # away from w₀, where a branch that starts at zero would hide its weights
+    w0 = response.weights(theta, w0, 0.1 * offset[0], tangent=False)
     hypers = problem.space.constrain(cast(core.search.u0), torch.Generator(device).manual_seed(0))
     weights = partial(response.weights, theta, w0)
 
@@ -153,10 +187,10 @@ def _batch_norm(
     return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
 
 
-def _rows(prediction: Prediction, b: int, examples: int) -> list[Tensor | None]:
-    """Return the rows of example b in every leaf; None for a leaf without an example axis."""
+def _rows(prediction: Prediction, examples: int) -> list[Tensor | None]:
+    """Return [B, …] rows of the examples in every leaf; None for a leaf without an example axis."""
     return [
-        leaf.detach().reshape(examples, -1)[b]
+        leaf.detach().reshape(examples, -1)
         if isinstance(leaf, Tensor)
         and leaf.is_floating_point()
         and leaf.numel()
@@ -165,6 +199,13 @@ def _rows(prediction: Prediction, b: int, examples: int) -> list[Tensor | None]:
         else None
         for leaf in pytree.tree_leaves(prediction)
     ]
+
+
+def _changes(together: Prediction, still: Prediction, leaf: int) -> bool:
+    """Return whether a leaf of numbers differs between two predictions."""
+    one, other = (pytree.tree_leaves(tree)[leaf] for tree in (together, still))
+    floating = isinstance(one, Tensor) and isinstance(other, Tensor) and one.is_floating_point()
+    return floating and (one.shape != other.shape or not torch.equal(one, other))
 
 
 def _copies(batch: Batch, b: int) -> Batch:
@@ -178,21 +219,15 @@ def _copies(batch: Batch, b: int) -> Batch:
     )
 
 
-def _error(ours: Tensor, truth: Tensor, start: Tensor) -> float:
-    """Return the error relative to the change from `start`, less the rounding of the values."""
+def _errors(ours: Tensor, truth: Tensor, start: Tensor) -> Tensor:
+    """Return the error of each row relative to its change from `start`, [B], less rounding."""
     if ours.shape != truth.shape:
-        return float("inf")
-    if not bool(torch.isfinite(truth).all()):
-        return 0.0
-    rounding = 1e3 * torch.finfo(truth.dtype).eps * float(truth.abs().max())
-    change, distance = float((truth - start).abs().max()), float((ours - truth).abs().max())
-    if not distance > rounding:
-        return 0.0 if distance <= rounding else float("inf")
-    return distance / max(change, rounding)
-
-
-def _same(copy: Tensor | None, truth: Tensor, start: Tensor, tolerance: float) -> bool:
-    return copy is not None and _error(copy, truth, start) <= tolerance
+        return truth.new_full((len(truth),), float("inf"))
+    rounding = 1e3 * torch.finfo(truth.dtype).eps * truth.abs().amax(1)
+    change, distance = (truth - start).abs().amax(1), (ours - truth).abs().amax(1)
+    errors = distance / torch.maximum(change, rounding)
+    errors = errors.nan_to_num(float("inf")).masked_fill(distance <= rounding, 0.0)
+    return errors.masked_fill(~torch.isfinite(truth).all(1), 0.0)
 
 
 def _sentence(error: float, *, train: bool) -> str:
@@ -200,6 +235,6 @@ def _sentence(error: float, *, train: bool) -> str:
     return (
         f"per-example perturbations of λ give wrong predictions in this network: in {mode} mode a "
         f"row differs from that of the network with its own weights by {error:.0%} of the change "
-        "(an operation mixes examples, or takes another axis for theirs); set per_example=False "
-        "on every hyperparameter"
+        "(an operation mixes examples, or takes another axis for theirs, or folds another axis "
+        f"into it with the rows of an example apart); {PER_BATCH}"
     )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel import Problem
@@ -12,10 +13,16 @@ from bilevel.params import Batch, Carry, Hypers, Params
 DERIVATIVES = {
     torch.autograd.grad,
     torch.autograd.backward,
-    torch.Tensor.backward,
+    Tensor.backward,
     torch._VF._make_dual,
 }
 """Calls by which a network differentiates itself; `torch.func` makes them too."""
+
+TABLES = {
+    *(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, Tensor.add_),
+    *(Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.repeat, Tensor.__getitem__),
+}
+"""Calls by which a weight [1, …, n] is used as a table of positions, or as a token."""
 
 
 class CallRecorder(TorchFunctionMode):
@@ -23,8 +30,8 @@ class CallRecorder(TorchFunctionMode):
 
     Attributes:
         functions: the torch functions that were called.
-        axes: the axis of the scale, by name, for each weight that was used as an embedding table:
-            its scale belongs to the columns (axis 1), not to the vocabulary.
+        axes: the axis of the scale, by name, for each weight that was used as a table of vectors:
+            its scale belongs to the columns, not to the vocabulary or to the only entry of axis 0.
         padding: the row of such a table that is never trained (`padding_idx`), by name.
     """
 
@@ -59,4 +66,9 @@ class CallRecorder(TorchFunctionMode):
                 self.axes[name] = 1
                 if (row := padding_row(table, options)) is not None:
                     self.padding[name] = row
+        if func in TABLES:
+            for x in args:
+                name = self._names.get(id(x))
+                if name is not None and x.ndim > 1 and x.shape[0] == 1:
+                    self.axes[name] = x.ndim - 1
         return func(*args, **kwargs)

@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel import Params
 from bilevel.half_weights import wide
 from bilevel.solvers.response.per_example_weight import ResponseWeight
+from bilevel.solvers.response.row_counts import Counter, RowCounts
 
 
 class Response(ABC):
@@ -17,6 +18,8 @@ class Response(ABC):
 
     per_example: bool
     """True if ε may be [B, h]; otherwise ε is [h]."""
+    row_counts: RowCounts | None = None
+    """Where calls of per-example weights are noted; None for nowhere."""
 
     @abstractmethod
     def init(
@@ -89,7 +92,10 @@ class Structured(Response):
             response, scale = tensors[f"weights.{name}"].to(w.dtype), scales[name].to(w.dtype)
             axis = self.axes[name]
             if offset.ndim == 2:
-                out[name] = ResponseWeight.of(w, response, scale, axis, tangent=tangent, label=name)
+                counter = Counter(self.row_counts)
+                out[name] = ResponseWeight.of(
+                    w, response, scale, axis, tangent=tangent, label=name, counter=counter
+                )
             else:
                 shape = [1] * max(w.ndim, 1)
                 shape[axis] = -1

@@ -27,8 +27,8 @@ def affine(
     """
     for p, combine in ((weight, torch.mul), (bias, torch.add)):
         if isinstance(p, ResponseWeight):
-            p.check_examples(x)
-            x = combine(x, view(p.dense()).to(x.dtype))
+            k = p.check_examples(x)
+            x = combine(x, view(p.dense(k)).to(x.dtype))
         elif p is not None:
             x = combine(x, view(p[None]).to(x.dtype))
     return x

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel import BilevelError
 from bilevel.params import PerExampleWeight
+from bilevel.solvers.response.row_counts import PER_BATCH, Counted, Counter
 
 with warnings.catch_warnings():
     # the first dual of a process loads PyTorch's decompositions, which use deprecated functions
@@ -57,7 +58,7 @@ def getters(*names: str) -> set[Any]:
     return {getattr(Tensor, name).__get__ for name in names}
 
 
-_METADATA = getters(
+METADATA = getters(
     "shape",
     "ndim",
     "dtype",
@@ -81,7 +82,7 @@ _METADATA = getters(
 }
 
 
-class ResponseWeight(PerExampleWeight, Tensor):
+class ResponseWeight(PerExampleWeight, Counted, Tensor):
     """The weight W₀ + diag(s_b) W₁ of every example b; s_b scales one axis of the weight.
 
     It has the shape of the ordinary weight, so that a module accepts it as a parameter. Functions
@@ -96,7 +97,6 @@ class ResponseWeight(PerExampleWeight, Tensor):
             embedding.
         tangent: True for the linearization at W₀, a forward-mode dual with primal W₀ and tangent
             diag(s) W₁.
-        label: the name of the weight in error messages.
     """
 
     base: Tensor
@@ -104,7 +104,6 @@ class ResponseWeight(PerExampleWeight, Tensor):
     scale: Tensor
     axis: int
     tangent: bool
-    label: str
 
     @staticmethod
     def of(
@@ -115,15 +114,18 @@ class ResponseWeight(PerExampleWeight, Tensor):
         *,
         tangent: bool = False,
         label: str = "a weight",
+        counter: Counter | None = None,
     ) -> "ResponseWeight":
         """Return the weight with these parts; error messages use `label`."""
         self = base.detach().as_subclass(ResponseWeight)
         self.base = base
         self.response = response
         self.scale = scale
+        self.examples = scale.shape[0]
         self.axis = axis
         self.tangent = tangent
         self.label = label
+        self.counter = Counter() if counter is None else counter
         return self
 
     @classmethod
@@ -131,15 +133,10 @@ class ResponseWeight(PerExampleWeight, Tensor):
         kwargs = kwargs or {}
         if func in RULES:
             return RULES[func](*args, **kwargs)
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        name = getattr(func, "__name__", func)
-        raise MissingRule(
-            f"there is no response rule for `{name}`, which acts on {_labels(args, kwargs)}; "
-            "register one with bilevel.solvers.rule, set per_example=False on every "
-            "hyperparameter, or use another layer"
-        )
+        raise missing(func, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
@@ -160,14 +157,21 @@ class ResponseWeight(PerExampleWeight, Tensor):
         # under autocast, products have a narrower dtype than what is added to them
         units = units.to(out.dtype)
         scale = None if scale is None else scale.to(out.dtype)
+        examples, rows = self.examples, out.shape[0]
+        if rows > examples > 1:  # the k rows of each example share its scale, without copies of it
+            out, units = (by_example(t, rows, rows // examples) for t in (out, units))
+            scale = None if scale is None else by_example(scale, rows, rows // examples)
+            return self.add_response(out, units, scale).flatten(0, 1)
         if not self.tangent:
             return out + units if scale is None else torch.addcmul(out, scale, units)
         value, dot = forward_ad.unpack_dual(out)
         if dot is None:
             change = units if scale is None else scale * units
-            return forward_ad.make_dual(value, change.expand_as(value))
-        dot = dot + units if scale is None else torch.addcmul(dot, scale, units)
-        return forward_ad.make_dual(value, dot)
+        else:
+            change = dot + units if scale is None else torch.addcmul(dot, scale, units)
+        if change.shape[0] > rows:  # all examples share the input
+            value = value.expand(change.shape[0], *value.shape[1:]).contiguous()
+        return forward_ad.make_dual(value, change.expand_as(value))
 
     def broadcast_scale(self, ndim: int, axis: int) -> Tensor:
         """Return s as a view with `ndim` axes: examples first, the scaled units at `axis`."""
@@ -175,69 +179,85 @@ class ResponseWeight(PerExampleWeight, Tensor):
         shape[0], shape[axis] = self.scale.shape
         return self.scale.reshape(shape)
 
-    def dense(self) -> Tensor:
-        """Return the weights in full, [B, *shape]; a dual for a linearization.
+    def scale_inputs(self, x: Tensor, axis: int) -> Tensor:
+        """Return s ∘ x, with the scaled units at `axis` of x."""
+        scale, rows, examples = self.broadcast_scale(x.ndim, axis), len(x), self.examples
+        if not rows > examples > 1:
+            return scale * x
+        return (scale[:, None] * by_example(x, rows, rows // examples)).flatten(0, 1)
+
+    def change(self) -> Tensor:
+        """Return diag(s_b) W₁ of every example, [B, *shape]."""
+        if not self.base.ndim:
+            return self.scale[:, 0] * self.response
+        return self.broadcast_scale(self.base.ndim + 1, 1 + self.axis) * self.response
+
+    def dense(self, k: int = 1) -> Tensor:
+        """Return the weights in full, [B·k, *shape]; a dual for a linearization.
 
         Use it for small weights only, such as gains and shifts.
+
+        Args:
+            k: the number of rows for each example.
         """
-        ndim = self.base.ndim + 1
-        change = (
-            self.broadcast_scale(ndim, 1 + self.axis) * self.response
-            if self.base.ndim
-            else self.scale[:, 0] * self.response
-        )
-        base = self.base.expand_as(change)
-        if not self.tangent:
-            return base + change
-        return forward_ad.make_dual(base.contiguous(), change)
+        return dense(self.base, self.change(), k, tangent=self.tangent)
 
     def parts(self) -> tuple[Tensor, ...]:
         return self.base, self.response, self.scale
 
     def with_parts(self, *parts: Tensor) -> "ResponseWeight":
         base, response, scale = parts
-        return ResponseWeight.of(
-            base, response, scale, self.axis, tangent=self.tangent, label=self.label
-        )
+        return self._like(base, response, scale, self.axis)
 
     def transposed(self) -> "ResponseWeight":
         """Return the transpose of a matrix; the scale moves to the other axis."""
-        return ResponseWeight.of(
-            self.base.t(),
-            self.response.t(),
-            self.scale,
-            1 - self.axis,
-            tangent=self.tangent,
-            label=self.label,
-        )
+        return self._like(self.base.t(), self.response.t(), self.scale, 1 - self.axis)
+
+    def as_row(self) -> "ResponseWeight":
+        """Return a vector as the only row of a matrix."""
+        return self._like(self.base[None], self.response[None], self.scale, 1)
+
+    def rows(self, some: slice) -> "ResponseWeight":
+        """Return some rows along the first axis."""
+        scale = self.scale[:, some] if self.axis == 0 else self.scale
+        return self._like(self.base[some], self.response[some], scale, self.axis)
 
     def masked(self, mask: Tensor) -> "ResponseWeight":
         """Return M ∘ W for a mask M [*shape] that all examples share (DropConnect).
 
         W₀ and W₁ get the same mask.
         """
-        return ResponseWeight.of(
-            self.base * mask,
-            self.response * mask,
-            self.scale,
-            self.axis,
-            tangent=self.tangent,
-            label=self.label,
-        )
+        return self._like(self.base * mask, self.response * mask, self.scale, self.axis)
 
-    def check_examples(self, x: Tensor) -> None:
-        """Require one row of the input `x` for each example.
+    def _like(self, base: Tensor, response: Tensor, scale: Tensor, axis: int) -> "ResponseWeight":
+        options: dict[str, Any] = {
+            "tangent": self.tangent,
+            "label": self.label,
+            "counter": self.counter,
+        }
+        return ResponseWeight.of(base, response, scale, axis, **options)
 
-        Raises:
-            BilevelError: the first axis of `x` is not the example axis.
-        """
-        if x.ndim == 0 or x.shape[0] != self.scale.shape[0]:
-            raise BilevelError(
-                f"`{self.label}` is perturbed for {self.scale.shape[0]} examples, but its input "
-                f"has the shape {tuple(x.shape)}; keep the example axis first, or set "
-                "per_example=False on every hyperparameter (for a network that folds time or "
-                "patches into this axis)"
-            )
+
+def missing(func: Any, args: Any, kwargs: Any) -> MissingRule:
+    """Return the error that `func` has no rule, with the names of its per-example weights."""
+    return MissingRule(
+        f"there is no response rule for `{getattr(func, '__name__', func)}`, which acts on "
+        f"{_labels(args, kwargs)}; register one with bilevel.solvers.rule, {PER_BATCH}, or use "
+        "another layer"
+    )
+
+
+def by_example(t: Tensor, rows: int, k: int) -> Tensor:
+    """Return a tensor of B·k rows as [B, k, …], and one of B rows or of one row as [·, 1, …]."""
+    return t.unflatten(0, (-1, k)) if t.shape[0] == rows else t.unsqueeze(1)
+
+
+def dense(base: Tensor, change: Tensor, k: int = 1, *, tangent: bool) -> Tensor:
+    """Return W₀ + ΔW(b), [B·k, *shape], or the dual (W₀, ΔW(b)), from ΔW [B, *shape]."""
+    if k > 1:
+        change = change[:, None].expand(-1, k, *change.shape[1:]).flatten(0, 1)
+    base = base.expand_as(change)
+    return forward_ad.make_dual(base.contiguous(), change) if tangent else base + change
 
 
 def primal(x: Tensor) -> Tensor:
@@ -256,4 +276,4 @@ def _labels(args: Any, kwargs: Any) -> str:
         for part in (*args, *kwargs.values())
         for a in (part if isinstance(part, (list, tuple)) else [part])
     ]
-    return " and ".join(f"`{a.label}`" for a in leaves if isinstance(a, ResponseWeight))
+    return " and ".join(f"`{a.label}`" for a in leaves if hasattr(a, "label"))

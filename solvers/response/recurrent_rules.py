@@ -16,6 +16,7 @@ from torch import Tensor
 from bilevel import BilevelError
 from bilevel.solvers.response.per_example_weight import ResponseWeight, primal, rule, tangent
 from bilevel.solvers.response.recurrent_cells import GRU, LSTM, Cell, States
+from bilevel.solvers.response.row_counts import PER_BATCH
 from bilevel.solvers.response.rules import base_of
 
 
@@ -48,8 +49,8 @@ def recurrent(cell: Cell, x: Tensor, state: Any, weights: Any, *options: Any) ->
     name = type(cell).__name__
     if not isinstance(state, (list, tuple)) or isinstance(weights, Tensor):
         raise BilevelError(
-            f"{name}: a packed sequence has no fixed example axis; pad it, or set "
-            "per_example=False on every hyperparameter together with linearize=false"
+            f"{name}: a packed sequence has no fixed example axis; pad it, or {PER_BATCH} "
+            "together with solver.linearize=false"
         )
     biases, layers, dropout, train, bidirectional, batch_first = options
     if not batch_first:
@@ -61,6 +62,13 @@ def recurrent(cell: Cell, x: Tensor, state: Any, weights: Any, *options: Any) ->
         options = (biases, layers, dropout, train, bidirectional, True)
         out, *last = recurrent(cell, x.transpose(0, 1), state, weights, *options)
         return out.transpose(0, 1), *last
+    for weight in weights:
+        if isinstance(weight, ResponseWeight) and len(x) != weight.examples:
+            raise BilevelError(
+                f"{name}: `{weight.label}` is perturbed for {weight.examples} examples, but its "
+                f"input has the shape {tuple(x.shape)}; give one sequence for each example, or "
+                f"{PER_BATCH}"
+            )
     directions = 2 if bidirectional else 1
     each = len(weights) // (layers * directions)
     if each != (4 if biases else 2):

@@ -1,4 +1,4 @@
-"""Response rules of linear maps, convolutions, embeddings, elementwise products and squared norms.
+"""Response rules of linear maps, convolutions and squared norms.
 
 A function f(x, W) that is linear in W satisfies f(x, W₀ + diag(s) W₁) = f(x, W₀) + s ∘ f(x, W₁) if
 s scales its output units, and f(x, W₀) + f(s ∘ x, W₁) if s scales its inputs. Linearized at W₀,
@@ -16,13 +16,16 @@ from torch import Tensor
 
 from bilevel import BilevelError, squared_norm
 from bilevel.params import squared_norm_of
+from bilevel.solvers.response.dense_weight import is_per_example
 from bilevel.solvers.response.per_example_weight import (
     ResponseWeight,
     getters,
+    missing,
     primal,
     rule,
     tangent,
 )
+from bilevel.solvers.response.row_counts import PER_BATCH
 
 
 def base_of(weight: Any) -> Any:
@@ -55,16 +58,22 @@ def linear_in_weight(
         bias: b, plain or per example.
         unit_axis: the axis of the output units in the output.
     """
+    if is_per_example(x):
+        raise missing(f, [x], {})
     out = apply_base(f, x, base_of(weight), base_of(bias))
     if isinstance(weight, ResponseWeight):
         weight.check_examples(x)
         if weight.axis == 0:
             units = f(primal(x) if weight.tangent else x, weight.response, None)
             out = weight.add_response(out, units, weight.broadcast_scale(out.ndim, unit_axis))
-        else:  # s scales the inputs: a decoder that is tied to an embedding
-            scale = weight.broadcast_scale(x.ndim, unit_axis)
-            inputs = scale * (primal(x) if weight.tangent else x)
+        elif weight.axis == 1:  # s scales the inputs: a decoder that is tied to an embedding
+            inputs = weight.scale_inputs(primal(x) if weight.tangent else x, unit_axis)
             out = weight.add_response(out, f(inputs, weight.response, None))
+        else:
+            raise BilevelError(
+                f"`{weight.label}` is scaled along axis {weight.axis}, which `{f.__name__}` does "
+                f"not take; {PER_BATCH}"
+            )
     if isinstance(bias, ResponseWeight):
         bias.check_examples(x)
         shape = [1] * out.ndim
@@ -89,16 +98,20 @@ def matmul(input: Tensor, other: ResponseWeight) -> Tensor:
             "write X @ W.T or F.linear(X, W)"
         )
     if other.ndim == 1:  # w is the only row of a linear map, and s scales the inputs
-        row = ResponseWeight.of(
-            other.base[None],
-            other.response[None],
-            other.scale,
-            1,
-            tangent=other.tangent,
-            label=other.label,
-        )
-        return linear(input, row).squeeze(-1)
+        return linear(input, other.as_row()).squeeze(-1)
     return linear(input, other.transposed())
+
+
+@rule(torch.addmm, Tensor.addmm)
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """Return X W + b: the linear layer of GPT-2, whose rows are the tokens of all examples."""
+    if beta != 1 or alpha != 1:
+        raise BilevelError(f"beta={beta}, alpha={alpha} of `addmm` have no response rule; set 1")
+    if input.ndim != 1 or isinstance(mat1, ResponseWeight):
+        return input + torch.matmul(mat1, mat2)
+    return linear(mat1, mat2.t(), input)
 
 
 @rule(Tensor.t, torch.t, *getters("T", "mT"))
@@ -129,66 +142,6 @@ def _convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 for _convolve in (F.conv1d, F.conv2d, F.conv3d):
     rule(_convolve)(_convolution(_convolve))
-
-
-@rule(F.embedding)
-def embedding(input: Tensor, weight: ResponseWeight, *args: Any, **kwargs: Any) -> Tensor:
-    """Return E₀[input] + s ∘ E₁[input], with one scale per embedding column."""
-    if weight.axis != 1:
-        raise BilevelError(
-            f"embedding `{weight.label}` is scaled along its rows, but its response needs one "
-            "scale per column; create the weight with axis=1"
-        )
-    weight.check_examples(input)
-    out = F.embedding(input, weight.base, *args, **kwargs)
-    units = F.embedding(input, weight.response, *args, **kwargs)
-    return weight.add_response(out, units, weight.broadcast_scale(out.ndim, -1))
-
-
-@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def add(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-    """Return X + b, where the per-example b has fewer axes: a bias that is written out."""
-    if alpha != 1:
-        raise BilevelError(f"alpha={alpha} of `add` has no response rule; write x + alpha * y")
-    return _elementwise(torch.add, input, other)
-
-
-@rule(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def mul(input: Tensor, other: Tensor) -> Tensor:
-    """Return X ∘ g, where the per-example g has fewer axes, or M ∘ W for a mask M.
-
-    X ∘ g is a gain that is written out. A mask has the shape of W.
-    """
-    weight, mask = (input, other) if isinstance(input, ResponseWeight) else (other, input)
-    if isinstance(weight, ResponseWeight) and _is_mask(mask, weight):
-        return weight.masked(mask)
-    return _elementwise(torch.mul, input, other)
-
-
-def _is_mask(mask: Any, weight: ResponseWeight) -> bool:
-    """Return whether `mask` is a constant of the shape of a weight with two or more axes."""
-    plain = (
-        isinstance(mask, Tensor) and not isinstance(mask, ResponseWeight) and tangent(mask) is None
-    )
-    return plain and weight.ndim >= 2 and mask.shape == weight.shape
-
-
-def _elementwise(f: Callable[[Tensor, Tensor], Tensor], x: Any, y: Any) -> Tensor:
-    """Return f of an input and of a per-example weight with fewer axes."""
-    weight: ResponseWeight = x if isinstance(x, ResponseWeight) else y
-    other = y if weight is x else x
-    is_plain = isinstance(other, Tensor) and not isinstance(other, ResponseWeight)
-    if not is_plain or other.ndim <= weight.ndim:
-        raise BilevelError(
-            f"`{f.__name__}` combines `{weight.label}`, which varies per example, with "
-            f"{type(other).__name__}, but only an input with an example axis has a response rule; "
-            "use bilevel.squared_norm for a penalty, or set per_example=False on every "
-            "hyperparameter"
-        )
-    weight.check_examples(other)
-    dense = weight.dense()
-    between = [1] * (other.ndim - dense.ndim)
-    return f(other, dense.reshape(dense.shape[0], *between, *dense.shape[1:]))
 
 
 @rule(squared_norm_of)

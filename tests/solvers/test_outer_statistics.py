@@ -279,7 +279,7 @@ def test_per_example_statistics_stay_constant_and_a_warning_has_the_size(make):
         metrics = {name: float(value) for name, value in solver.step().items()}
     before = copy.deepcopy(solver.state_dict())
     found = solver.warnings(metrics)
-    assert "per_example=False" in found["statistics"]
+    assert "set solver.per_example=false" in found["statistics"]
     assert "%" in found["statistics"]
     assert torch.equal(before["core"]["generator"], solver.state_dict()["core"]["generator"])
     assert "statistics" not in solver.warnings(metrics)  # once

@@ -73,7 +73,7 @@ def test_a_function_without_a_rule_is_refused_by_name_wherever_it_stands(problem
     message = refusal(problem(), recipe())
     assert "no response rule for" in message
     assert "weight`" in message
-    assert "per_example=False" in message
+    assert "set solver.per_example=false" in message
 
 
 def test_per_batch_needs_no_rule():

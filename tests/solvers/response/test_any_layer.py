@@ -77,11 +77,11 @@ LAYERS = {
     "prelu": (*flat(nn.PReLU()), PER_BATCH),
     "gelu": (*flat(nn.GELU()), ALL),
     "distances": (*flat(Apply(lambda x: torch.cdist(x, x + 1))), JOINT),
-    "attention": (lambda: nn.Sequential(nn.Linear(4, 4), Attention()), (B, 5, 4), PER_BATCH),
+    "attention": (lambda: nn.Sequential(nn.Linear(4, 4), Attention()), (B, 5, 4), ALL),
     "transformer": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)),
         (B, 5, 4),
-        PER_BATCH,
+        ALL,
     ),
     "lstm": (Last, (B, 5, 4), ALL),
     "checkpoint": (*flat(Checkpointed()), set()),

@@ -69,6 +69,103 @@ class DropConnect(nn.Module):
         return F.linear(torch.cat([y.flatten(1), y[:, -1]], dim=1), head * self.head)
 
 
+class Attention(nn.Module):
+    """Self-attention, or attention to another sequence with masks, extra keys and its weights."""
+
+    def __init__(self, *, cross=False, batch_first=True) -> None:
+        super().__init__()
+        more = {"kdim": 3, "vdim": 5, "add_bias_kv": True, "add_zero_attn": True} if cross else {}
+        self.heads = nn.MultiheadAttention(4, 2, batch_first=batch_first, **more)
+        self.cross, self.batch_first = cross, batch_first
+        self.other = [torch.randn(B, 5, n, dtype=torch.float64) for n in (3, 5)]
+        self.hidden = torch.arange(5) >= torch.tensor([5, 4, 2])[:, None]
+        self.mask = torch.ones(6, 5, dtype=torch.bool).tril(-2)
+
+    def forward(self, x):
+        if not self.cross:
+            y = x if self.batch_first else x.transpose(0, 1)
+            y = self.heads(y, y, y, need_weights=False)[0]
+            return y if self.batch_first else y.transpose(0, 1)
+        y, weights = self.heads(
+            *(x, *self.other), key_padding_mask=self.hidden, attn_mask=self.mask
+        )
+        return torch.cat([y, weights], dim=-1)
+
+
+class Vision(nn.Module):
+    """A class token, positions that are sliced, and a layer scale in a view."""
+
+    axes = {"token": 2, "positions": 2}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.positions = nn.Parameter(torch.randn(1, 9, 4))
+        self.scale, self.more = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), x, self.more.repeat(len(x), 2, 1)], dim=1)
+        x = x + self.positions[:, : x.shape[1]]
+        return torch.tanh(x).mT * self.scale.reshape(1, -1, 1)
+
+
+class Positions(nn.Module):
+    """Tables of positions that are looked up without an example axis, and GPT-2's linear layer."""
+
+    axes = {"table.weight": 1, "relative.weight": 1}
+
+    def __init__(self, ids=lambda: torch.arange(7)) -> None:
+        super().__init__()
+        self.table, self.relative = nn.Embedding(8, 4), nn.Embedding(13, 2)
+        self.matrix, self.shift = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+        self.ids = ids
+
+    def forward(self, x):
+        at = torch.arange(7)
+        x = x + self.table(self.ids())
+        bias = self.relative(at[:, None] - at + 6).permute(2, 0, 1).unsqueeze(0)
+        x = torch.addmm(self.shift, torch.tanh(x).view(-1, 4), self.matrix).view(x.shape)
+        heads = x.unflatten(2, (2, 2)).transpose(1, 2)
+        scores = heads @ heads.mT
+        scores += bias + torch.ones(7, 7).tril()
+        return scores.softmax(-1) @ heads
+
+
+class Windows(nn.Module):
+    """Windows of an image as further examples: norms, layers and attention with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(4), nn.Linear(4, 12)
+        self.conv, self.groups = nn.Conv1d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.bias = nn.Parameter(torch.randn(7, 2))
+        self.read, self.gain = nn.Embedding(4, 4), nn.Parameter(torch.randn(4))
+
+    axes = {"read.weight": 1}
+
+    def forward(self, x):  # [B, 8, 4] as two windows of four tokens
+        x = self.norm(x.reshape(len(x) * 2, 4, 4)) * self.gain
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        at = torch.arange(4)
+        bias = self.bias[(at[:, None] - at + 3).view(-1)].view(4, 4, -1)
+        bias = bias.permute(2, 0, 1).contiguous().unsqueeze(0)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = self.groups(self.conv(torch.tanh(x.transpose(1, 2).flatten(2)).mT))
+        return F.linear(torch.tanh(x), self.read.weight).reshape(len(x) // 2, -1)
+
+
+class SharedInput(nn.Module):
+    """Layers that act on one row, which all examples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+        self.row = torch.randn(1, 4, dtype=torch.float64)
+
+    def forward(self, x):
+        return torch.tanh(x) * self.layers(self.row)
+
+
 def normed(norm: nn.Module, *head: nn.Module) -> nn.Module:
     return nn.Sequential(*head, norm, nn.Tanh())
 
@@ -105,6 +202,15 @@ LAYERS = {
     "embedding": (nn.Sequential(nn.Embedding(5, 4), nn.Tanh(), nn.Linear(4, 2)), "tokens"),
     "tied decoder": (Tied(), "tokens"),
     "by hand": (ByHand(), (B, 4)),
+    "attention": (Attention(), (B, 6, 4)),
+    "attention with time first": (Attention(batch_first=False), (B, 6, 4)),
+    "attention to others": (Attention(cross=True), (B, 6, 4)),
+    "encoder layer": (nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True), (B, 6, 4)),
+    "tokens and positions": (Vision(), (B, 6, 4)),
+    "positions by number": (Positions(), (B, 7, 4)),
+    "positions in a row": (Positions(lambda: torch.arange(7)[None]), (B, 7, 4)),
+    "windows": (Windows(), (B, 8, 4)),
+    "a shared input": (SharedInput(), (B, 4)),
 }
 
 
@@ -118,6 +224,7 @@ def layer(request):
     base = {k: torch.randn_like(p) for k, p in module.named_parameters()}
     response = {k: torch.randn_like(p) for k, p in module.named_parameters()}
     axes = {k: 1 if k in ("0.weight", "table.weight") and shape == "tokens" else 0 for k in base}
+    axes |= getattr(module, "axes", {})
     scales = {
         k: torch.randn(B, p.shape[axes[k]] if p.ndim else 1, dtype=torch.float64)
         for k, p in base.items()
@@ -159,6 +266,15 @@ def gradients(y, tensors):
     return torch.autograd.grad((weight * y.square()).sum(), tensors, allow_unused=True)
 
 
+def assert_close(ours, oracle):
+    """Compare up to rounding in float64."""
+    torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12 * max(1, size(oracle)))
+
+
+def size(tensor):
+    return 0 if tensor is None else float(tensor.detach().abs().max())
+
+
 def require_grad(*groups):
     leaves = [t.requires_grad_() for group in groups for t in group.values()]
     return leaves
@@ -169,13 +285,13 @@ def test_exact_rule_equals_dense_weights_per_example(layer):
     leaves = require_grad(base, response, scales)
     ours = call(per_example(base, response, scales, axes))
     oracle = torch.stack([call(dense(base, response, scales, axes, b))[b] for b in range(B)])
-    torch.testing.assert_close(ours, oracle)
+    assert_close(ours, oracle)
     for mine, theirs in zip(gradients(ours, leaves), gradients(oracle, leaves), strict=True):
-        torch.testing.assert_close(mine, theirs)
+        assert_close(mine, theirs)
 
 
 def linearized(call, params):
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), Decomposed(FORWARD_MODE):
         return tuple(forward_ad.unpack_dual(call(params)))
 
 
@@ -191,12 +307,12 @@ def test_tangent_rule_equals_forward_mode_of_dense_weights(layer):
                 call({k: forward_ad.make_dual(base[k], step[k]) for k in base})
             )
             pairs.append((y.primal[b], y.tangent[b]))
-    torch.testing.assert_close(value, torch.stack([v for v, _ in pairs]))
-    torch.testing.assert_close(dot, torch.stack([d for _, d in pairs]))
+    assert_close(value, torch.stack([v for v, _ in pairs]))
+    assert_close(dot, torch.stack([d for _, d in pairs]))
     for mine, theirs in zip(
         gradients(dot, leaves), gradients(torch.stack([d for _, d in pairs]), leaves), strict=True
     ):
-        torch.testing.assert_close(mine, theirs)
+        assert_close(mine, theirs)
 
 
 def test_tangent_rule_equals_central_differences(layer):
@@ -235,7 +351,7 @@ def test_exact_rule_has_second_derivatives(layer):
             torch.stack([call(dense(base, response, scales, axes, b))[b] for b in range(B)])
         )
     for mine, theirs in zip(ours, oracle, strict=True):
-        torch.testing.assert_close(mine, theirs)
+        assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -251,9 +367,9 @@ def test_squared_norm_per_example(layer, weighted):
     oracle = torch.stack(
         [squared_norm(dense(base, response, scales, axes, b), weights) for b in range(B)]
     )
-    torch.testing.assert_close(ours, oracle)
+    assert_close(ours, oracle)
     for mine, theirs in zip(gradients(ours, leaves), gradients(oracle, leaves), strict=True):
-        torch.testing.assert_close(mine, theirs)
+        assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
@@ -285,6 +401,14 @@ def weight(axis=0):
         lambda w: w + 1.0,
         lambda w: w * w,
         lambda w: w @ torch.randn(4, 4),
+        lambda w: F.linear(w, torch.randn(4, 4)),
+        lambda w: F.linear(w, weight()),
+        lambda w: F.linear(torch.randn(B, 4), w.reshape(2, 8)),
+        lambda w: w.reshape(2, 8) @ torch.randn(8, 4),
+        lambda w: w.add_(1.0),
+        lambda w: w.unsqueeze(0).add_(torch.randn(4)),
+        lambda w: w.view(16).exp(),
+        lambda w: F.scaled_dot_product_attention(w[None], w[None], w[None]),
     ],
 )
 def test_a_function_without_a_rule_is_an_error_that_names_the_weight(function):
@@ -297,7 +421,7 @@ def test_missing_rule_names_the_function():
         torch.exp(weight())
 
 
-@pytest.mark.parametrize("shape", [(B * 2, 4), (1, 4)])
+@pytest.mark.parametrize("shape", [(B * 2 + 1, 4), (2, 4), (0, 4)])
 def test_an_input_without_the_example_axis_first_is_an_error(shape):
     with pytest.raises(bilevel.BilevelError, match="example"):
         F.linear(torch.randn(shape), weight())
