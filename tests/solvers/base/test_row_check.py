@@ -241,6 +241,18 @@ class Folded(nn.Module):
         return self.last(self.between(x.sum(-1, keepdim=True) + self.gate * y))
 
 
+class OnlyInTraining(Folded):
+    """The rows of an example are apart in training, in a branch that starts at 0."""
+
+    def __init__(self):
+        super().__init__(apart, from_apart, gate=0.0)
+
+    def forward(self, x):
+        pair = (apart, from_apart) if self.training else (together, from_together)
+        self.fold, self.unfold = pair
+        return super().forward(x)
+
+
 def together(x):
     return x.reshape(-1, 3)
 
@@ -293,6 +305,7 @@ WRONG = {
     "rows apart behind a batch norm": lambda: Folded(apart, from_apart, norm=True),
     "rows apart in a branch that starts at 0": lambda: Folded(apart, from_apart, gate=0.0),
     "rows apart in a branch that starts near 0": lambda: Folded(apart, from_apart, gate=1e-9),
+    "rows apart in training, in a branch that starts at 0": OnlyInTraining,
     "rows apart, and a mean over examples": lambda: Folded(apart, from_apart, between=Centred()),
     "rows that the batch chooses": lambda: Folded(
         lambda x: x[most_wanted(x)], back_at(most_wanted)
