@@ -19,7 +19,8 @@ from bilevel.problems.few_shot.problem import FewShot
 from bilevel.problems.few_shot.recipes import sinusoid
 from bilevel.problems.hyper_cleaning import HyperCleaning
 from bilevel.problems.language_modeling.problem import Language
-from bilevel.problems.language_modeling.recipes import language
+from bilevel.problems.language_modeling.recipes import language, transformer
+from bilevel.problems.language_modeling.transformer import TransformerLanguage
 from bilevel.problems.loss_weights import LossWeights
 from bilevel.problems.networks.mlp import MLP
 from bilevel.problems.networks.simple_cnn import SimpleCNN
@@ -40,6 +41,7 @@ __all__ = [
     "Quadratic",
     "Ridge",
     "SimpleCNN",
+    "TransformerLanguage",
     "architecture_images",
     "architecture_tabular",
     "augmented_images",
@@ -49,4 +51,5 @@ __all__ = [
     "language",
     "mnist",
     "sinusoid",
+    "transformer",
 ]

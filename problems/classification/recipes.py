@@ -101,8 +101,8 @@ def images(
 
     Args:
         data: images in memory or in files.
-        network: `mlp`, `simple_cnn`, `alexnet`, `vgg16`, `resnet18`, or a network of torchvision,
-            as in `bilevel.problems.networks.registry.image_network`.
+        network: `mlp`, `simple_cnn`, `alexnet`, `vgg16`, `resnet18`, `vit`, or a network of
+            torchvision or timm, as in `bilevel.problems.networks.registry.image_network`.
         norm: `none`, `batch` or `group`; None takes the usual one of the network.
         width: factor on the numbers of channels and units; None keeps the network as it is.
         network_options: other options of the network.

@@ -1,4 +1,4 @@
-"""Networks for images by name: those of this package, and those of torchvision."""
+"""Networks for images by name: those of this package, of torchvision and of timm."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from bilevel import BilevelError
 from bilevel.problems.networks.alexnet_vgg16 import VGG16, AlexNet
 from bilevel.problems.networks.building_blocks import Norm, scaled
+from bilevel.problems.networks.library_network import Library, LibraryNetwork, names, timm_names
 from bilevel.problems.networks.mlp import MLP
 from bilevel.problems.networks.resnet18 import ResNet18
 from bilevel.problems.networks.simple_cnn import SimpleCNN
-from bilevel.problems.networks.torchvision_network import TorchvisionNetwork, names
+from bilevel.problems.networks.transformer import ViT
 from bilevel.text import near
 from bilevel.validate import one_of, positive, wrong
 
@@ -46,7 +47,9 @@ def image_network(
     | `alexnet` | `width` | **none**, batch, group | 8 |
     | `vgg16` | `width` | **none**, batch, group | 16 |
     | `resnet18` | `width` | none, **batch**, group | 5 |
+    | `vit` | `patch` (4), `tokens` (128), `depth` (4), `heads` (4), `width` | | 2 + 2 · `depth` |
     | `torchvision/NAME` | those of `torchvision.models.NAME` | its own | input, `nn.Dropout`s |
+    | `timm/NAME` | those of `timm.create_model(NAME)` | its own | input, `nn.Dropout`s above 0 |
 
     `width` is a factor on all numbers of channels and hidden units. The prefix `torchvision/` can
     be omitted if this package has no network of that name.
@@ -71,18 +74,30 @@ def image_network(
     theirs = str(name).removeprefix("torchvision/")
     if name in OURS:
         network = _ours(name, shape, classes, norm, options)
-    elif theirs in names():
-        if norm is not None:
-            raise wrong("norm", norm, f"does not apply to {theirs} of torchvision", "set norm=null")
-        network = Network(partial(TorchvisionNetwork, theirs, classes, options), 0)
+    elif theirs in names() or theirs.startswith("timm/"):
+        network = _of_library(name, theirs, classes, norm, options)
     else:
         meant = near(theirs, dict.fromkeys([*OURS, *names()]))
-        remedy = f"choose {', '.join(OURS)} or a network of torchvision.models"
+        remedy = f"choose {', '.join(OURS)}, a network of torchvision.models or timm/NAME"
         raise wrong("network", name, f"is unknown{meant}", remedy)
     module = _checked_module(name, network.make, shape, classes)
-    if isinstance(module, TorchvisionNetwork):
+    if isinstance(module, LibraryNetwork):
         return network._replace(sites=module.sites)
     return network
+
+
+def _of_library(
+    name: str, theirs: str, classes: int, norm: Norm | None, options: dict[str, Any]
+) -> Network:
+    """Return a network of torchvision or timm; its sites are counted once it is made."""
+    library: Library = "timm" if theirs.startswith("timm/") else "torchvision"
+    own = theirs.removeprefix("timm/")
+    if norm is not None:
+        raise wrong("norm", norm, f"does not apply to {own} of {library}", "set norm=null")
+    if library == "timm" and own not in (known := timm_names()):
+        remedy = "choose one of timm.list_models()"
+        raise wrong("network", name, f"is unknown{near(own, dict.fromkeys(known))}", remedy)
+    return Network(partial(LibraryNetwork, library, own, classes, options), 0)
 
 
 def _ours(
@@ -139,12 +154,27 @@ def _resnet18(shape: Shape, classes: int, norm: Norm = "batch", width: float = 1
     return Network(partial(ResNet18, shape, classes, norm, width), ResNet18.SITES)
 
 
+def _vit(
+    shape: Shape,
+    classes: int,
+    patch: int = 4,
+    tokens: int = 128,
+    depth: int = 4,
+    heads: int = 4,
+    width: float = 1,
+) -> Network:
+    if width != 1:  # a whole number of units for each head
+        tokens = heads * scaled([tokens], width / heads)[0]
+    return Network(partial(ViT, shape, classes, patch, tokens, depth, heads), 2 + 2 * depth)
+
+
 OURS: dict[str, Callable[..., Network]] = {
     "mlp": _mlp,
     "simple_cnn": _simple_cnn,
     "alexnet": _alexnet,
     "vgg16": _vgg16,
     "resnet18": _resnet18,
+    "vit": _vit,
 }
 """Functions of (shape, classes, norm if there is one, options), by the names of the networks."""
 

@@ -1,5 +1,6 @@
 """Tests of networks by name: weights, dropout sites, norms, images and responses."""
 
+import sys
 from functools import partial
 from itertools import pairwise
 
@@ -16,10 +17,11 @@ from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.networks.alexnet_vgg16 import VGG16
 from bilevel.problems.networks.building_blocks import drop_channels, normalization
 from bilevel.problems.networks.dropout import dropout_by_name
+from bilevel.problems.networks.library_network import LibraryNetwork, timm_names
 from bilevel.problems.networks.registry import OURS, image_network
 from bilevel.problems.networks.resnet18 import Block, ResNet18
 from bilevel.problems.networks.simple_cnn import SimpleCNN
-from bilevel.problems.networks.torchvision_network import TorchvisionNetwork
+from bilevel.problems.networks.transformer import Decoder
 from bilevel.solvers import SelfTuning, centered_stn, delta_stn
 from bilevel.solvers.response import per_example_weight
 from tests.support.solver_cases import CPU, B, Dropped, drawn, ready
@@ -420,12 +422,83 @@ def test_sites_of_torchvision_are_the_input_and_its_own_dropouts():
 
 
 def test_a_network_of_torchvision_keeps_no_dropout_between_calls():
-    network = TorchvisionNetwork("squeezenet1_1", 10)
+    network = LibraryNetwork("torchvision", "squeezenet1_1", 10)
     x = torch.randn(2, *COLOUR)
     clean = network(x)
     with pytest.raises(ZeroDivisionError):
         network(x, lambda site, x: x / 0 if site == 0 else 1 // 0)
     assert torch.equal(network(x), clean)
+
+
+# --- timm's ---
+
+TIMM_VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_sites_of_timm_are_the_input_and_the_dropouts_that_are_on():
+    pytest.importorskip("timm")
+    name = "timm/vit_tiny_patch16_224"
+    assert image_network(name, SMALL, 3, **TIMM_VIT).sites == 1
+    options = TIMM_VIT | {"drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1}
+    network = image_network(name, SMALL, 3, **options)
+    seen = visits(network.make(), torch.zeros(2, *SMALL))
+    # the projection of attention, both layers of the MLP, and the class token before the logits
+    assert [(site, tuple(x.shape)) for site, x in seen] == [
+        (0, (2, 3, 8, 8)),
+        (2, (2, 5, 8)),
+        (3, (2, 5, 32)),
+        (4, (2, 5, 8)),
+        (1, (2, 8)),
+    ]
+    assert network.sites == 5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("timm/vit_tinny_patch16_224", {}, r"is unknown \(did you mean `vit_tiny_patch16_224`"),
+        ("timm/resnet18", {"norm": "group"}, r"norm='group' does not apply to resnet18 of timm"),
+        ("timm/vit_tiny_patch16_224", {}, r"give options .* or another network"),
+    ],
+)
+def test_a_network_of_timm_that_does_not_fit_is_a_sentence(name, options, sentence):
+    pytest.importorskip("timm")
+    with pytest.raises(BilevelError, match=sentence):
+        image_network(name, SMALL, 3, **options)
+
+
+def test_without_timm_its_networks_are_refused_in_a_sentence(monkeypatch):
+    timm_names.cache_clear()
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BilevelError, match="install it with `pip install timm`"):
+        image_network("timm/resnet18", SMALL, 3)
+
+
+# --- transformers ---
+
+
+def test_vit_visits_the_input_the_tokens_and_each_branch():
+    network = image_network("vit", SMALL, 3, tokens=8, depth=2, heads=2)
+    sites = [site for site, _ in visits(network.make(), torch.zeros(2, *SMALL))]
+    assert sites == [0, 1, 2, 3, 4, 5]
+    assert network.sites == 6
+
+
+def test_delta_stn_tunes_a_vision_transformer():
+    solver = ready(problem("vit", SMALL, n=4, tokens=8, depth=1, heads=2))
+    assert all(torch.isfinite(value) for value in solver.step().values())
+
+
+def test_a_decoder_sees_no_later_token():
+    decoder = Decoder(words=7, length=6, width=8, depth=2, heads=2).double()
+    tokens = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(0))
+    later = tokens.clone()
+    later[:, 4:] = (later[:, 4:] + 1) % 7
+    one, other = decoder(tokens), decoder(later)
+    torch.testing.assert_close(one[:, :4], other[:, :4], rtol=0, atol=1e-12)
+    assert (one[:, 4:] - other[:, 4:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
