@@ -1,6 +1,6 @@
 """Bilevel optimization in PyTorch: the core on which problems and solvers build."""
 
-from bilevel.checkpoint.checkpoints import CheckpointWarning
+from bilevel.checkpoint.checkpoints import CheckpointWarning, best_solution
 from bilevel.checks.check_problem import Report, check_problem
 from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream
@@ -23,11 +23,14 @@ from bilevel.problem import Problem
 from bilevel.requirements import Need, Trait
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import SolverWarning
+from bilevel.run.result import Result
 from bilevel.run.runner import Runner
 from bilevel.services import Services
-from bilevel.solver import Solution, Solver
+from bilevel.solver import Solution, Solver, Stepwise
 from bilevel.space import Space
 from bilevel.symlinks import explain_broken_links
+from bilevel.tuner.attach import attach
+from bilevel.tuner.tuner import Tuner
 
 __all__ = [
     "Batch",
@@ -52,6 +55,7 @@ __all__ = [
     "Real",
     "Refused",
     "Report",
+    "Result",
     "Runner",
     "Services",
     "Simplex",
@@ -60,11 +64,15 @@ __all__ = [
     "SolverWarning",
     "Space",
     "SpeedWarning",
+    "Stepwise",
     "Stream",
     "TensorStream",
     "Trait",
+    "Tuner",
     "Weighted",
     "along_examples",
+    "attach",
+    "best_solution",
     "check_problem",
     "evaluate",
     "squared_norm",

@@ -1,5 +1,6 @@
 """The usual problem: an `nn.Module`, two objectives on its output, and data."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,21 @@ class ModuleProblem(Problem):
         }
         params = {name: t for name, t in state.items() if name in self._trained}
         return params, {name: t for name, t in state.items() if name not in self._trained}
+
+    def module_with(self, params: Params, carry: Carry) -> nn.Module:
+        """Return a new module with given weights and buffers, on the CPU.
+
+        Args:
+            params: w, by the names of the module; tied weights under one of theirs.
+            carry: the rest of its state.
+        """
+        with seeded(torch.Generator()):
+            module = copy.deepcopy(self._build()).cpu()
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        with torch.no_grad():
+            for name, value in {**params, **carry}.items():
+                tensors[name].copy_(value)
+        return module
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
         train, valid, test = self._splits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.data.stream import Stream
-from bilevel.params import Batch, Metrics
+from bilevel.params import Batch, Metrics, Params
 from bilevel.timers import Timers
 
 UNTIMED = nullcontext()
@@ -40,6 +40,7 @@ class Services:
         capture: takes steps as replayed graphs; None takes them one by one.
         device_count: [] on the device: the number of the inner step, where steps are captured.
         first_bad_step: [] on the device: the inner step of the first loss that was not finite.
+        leaves: the tensors of a caller that are w, to be trained in place; None trains copies.
 
     Example:
         >>> services = Services()
@@ -54,6 +55,7 @@ class Services:
         self.capture: Callable[..., Metrics] | None = None
         self.device_count: Tensor | None = None
         self.first_bad_step: Tensor | None = None
+        self.leaves: Params | None = None
         self._untested: list[Tensor] = []
         self._first_untested = 0
 

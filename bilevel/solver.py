@@ -1,8 +1,8 @@
 """The interface of a solver: set up on a problem, advanced by rounds, asked for its solution."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from bilevel.problem import Problem
 from bilevel.requirements import Need, Trait, check_space
 from bilevel.services import Capturable, Services
 from bilevel.space import Space
+
+Split: TypeAlias = Literal["train", "valid"]
 
 
 class Solution(NamedTuple):
@@ -107,6 +109,62 @@ class Solver(RunnerHooks, ABC):
 
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Raise `Refused` for reasons beyond `needs` and `traits`."""
+
+
+class Stepwise(Solver):
+    """A solver that a caller can also drive batch by batch, in place of `step`.
+
+    A round is `begin_round`, `inner_steps` times `take_inner`, `end_inner`, `outer_steps` times
+    `take_outer`, and `end_outer`. The outer steps and `end_outer` are left out in warm-up. A solver
+    that owns its trials (search, population) is none.
+
+    Attributes:
+        inner_steps: inner steps of a round.
+        outer_steps: outer steps of a round; 0 for a solver that never moves λ.
+        inner_optimizer: makes the optimizer of w.
+    """
+
+    inner_steps: int
+    outer_steps: int
+    inner_optimizer: Callable[..., torch.optim.Optimizer]
+
+    @property
+    @abstractmethod
+    def inner_takes(self) -> tuple[Split, ...]:
+        """The splits of which an inner step takes a batch each; known after `setup`."""
+
+    @property
+    @abstractmethod
+    def outer_takes(self) -> tuple[Split, ...]:
+        """The splits of which an outer step takes a batch each; known after `setup`."""
+
+    @property
+    @abstractmethod
+    def carry(self) -> Carry:
+        """The carry that belongs to w now."""
+
+    @abstractmethod
+    def take_inner(self, *batches: Batch) -> Metrics:
+        """Take one inner step on given batches; `inner_loss` is among the metrics."""
+
+    @abstractmethod
+    def take_outer(self, *batches: Batch) -> Metrics:
+        """Take one outer step on given batches."""
+
+    def begin_round(self, steps: int, *, warmup: bool) -> None:
+        """Prepare a round of `steps` inner steps."""
+
+    def end_inner(self) -> Metrics:
+        """End the inner steps of a round; return further metrics."""
+        return {}
+
+    def end_outer(self) -> Metrics:
+        """End the outer steps of a round; return further metrics."""
+        return {}
+
+    def scheduled(self) -> Sequence[torch.optim.Optimizer]:
+        """Return the optimizers beside that of w that follow its learning-rate schedule."""
+        return []
 
 
 def initial_state(

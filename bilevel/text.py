@@ -64,3 +64,13 @@ def byte_size(count: int) -> str:
         if count >= least:
             return f"{count / least:,.1f} {unit}"
     return f"{count} bytes"
+
+
+def file_name(name: object) -> str:
+    """Return a name as a part of a file name; it names no other directory.
+
+    Example:
+        >>> file_name("my problem"), file_name("..")
+        ('my-problem', 'unnamed')
+    """
+    return re.sub(r"[^\w.+-]+", "-", str(name)).lstrip(".") or "unnamed"

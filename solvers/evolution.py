@@ -164,7 +164,7 @@ class EvolutionMethod(WrittenHypergradient):
             self.centre, loss = self.trajectory.step(self.centre, u0, batch, create_graph=False)
             core.watch(loss)
         self.losses.append(loss)
-        return {}
+        return {"inner_loss": loss}
 
     def explore(self, batch: Batch) -> None:
         """Take one step of every particle at its place, each with the next masks."""

@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 
-from bilevel import Batch, Data, Metrics, Problem, Solution, Solver
+from bilevel import Batch, Carry, Data, Metrics, Problem, Solution
 from bilevel.checks.check_problem import check_laws
 from bilevel.params import count_examples
 from bilevel.requirements import Trait
 from bilevel.services import Capturable, Services
+from bilevel.solver import Split, Stepwise
 from bilevel.solvers.base.core import Core, averaged
 from bilevel.solvers.base.settings import InnerSettings
 from bilevel.solvers.hyper_schedules import Constant, Gaussian, HyperSchedule
 
 
 @dataclass(kw_only=True, eq=False)
-class Fixed(InnerSettings, Solver):
+class Fixed(InnerSettings, Stepwise):
     """w descends L_T(λ, ·) at a given λ.
 
     Attributes:
@@ -28,6 +29,7 @@ class Fixed(InnerSettings, Solver):
 
     traits = frozenset({Trait.TUNES_NOTHING})
     hypers: HyperSchedule | None = None
+    outer_steps = 0
 
     def __post_init__(self) -> None:
         self.check_inner()
@@ -53,12 +55,28 @@ class Fixed(InnerSettings, Solver):
         """Take the inner steps of a round, at most `limit`."""
         steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
         with self.services.phase("inner"):
-            return averaged(self._next_step() for _ in range(steps))
+            following = self.core.next_batches
+            return averaged(self.take_inner(*following(self.inner_takes)) for _ in range(steps))
 
-    def _next_step(self) -> Metrics:
+    @property
+    def inner_takes(self) -> tuple[Split, ...]:
+        return ("train",)
+
+    @property
+    def outer_takes(self) -> tuple[Split, ...]:
+        return ()
+
+    @property
+    def carry(self) -> Carry:
+        return self.core.carry
+
+    def take_inner(self, *batches: Batch) -> Metrics:
         self.inner_count += 1
         self.core.inner_count = self.inner_count
-        return self.services.take(self.inner_step, *self.core.next_batches(["train"]))
+        return self.services.take(self.inner_step, *batches)
+
+    def take_outer(self, *batches: Batch) -> Metrics:
+        return {}  # λ does not move
 
     def inner_step(self, batch: Batch) -> Metrics:
         """Take one step of w on a training batch."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bilevel import Batch, Carry, Metrics, Need, Params
 from bilevel.params import count_examples, detached, to_device
-from bilevel.solvers.base.core import Core, Split
+from bilevel.solver import Split
+from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.dry_run import refuse_half_weights
 from bilevel.solvers.base.method import WrittenHypergradient

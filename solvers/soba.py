@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bilevel import Batch, Metrics, Need
 from bilevel.params import to_device
-from bilevel.solver import on_cpu
+from bilevel.solver import Split, on_cpu
 from bilevel.solvers.autodiff.pullback import Pullback, unflat
-from bilevel.solvers.base.core import Core, Split
+from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.method import Method
 from bilevel.solvers.linear_solve.half_products import widened

@@ -194,8 +194,8 @@ MUTANTS = [
     Mutant(
         "u₀ moves in the middle of an outer phase",
         "solvers/base/descent.py",
-        "        self.core.search.recentre()\n        return metrics",
-        "            self.core.search.recentre()\n        return metrics",
+        "        return metrics | self.end_outer()",
+        "            metrics = metrics | self.end_outer()\n        return metrics",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
@@ -496,6 +496,34 @@ MUTANTS = [
         "return x if drop is keep else x * drop(",
         "return x if drop is keep else x.new_ones(x.shape) * drop(",
         "problems/networks/test_networks.py",
+    ),
+    Mutant(
+        "a user's loop trains a copy of the module",
+        "bilevel/tuner/tuner.py",
+        "services.leaves = self._weights()",
+        "services.leaves = None",
+        "bilevel/tuner/test_attach.py",
+    ),
+    Mutant(
+        "the user's schedule does not reach the response",
+        "bilevel/tuner/tuner.py",
+        "        self._followers.follow()\n",
+        "",
+        "bilevel/tuner/test_attach.py",
+    ),
+    Mutant(
+        "statistics of batch norm do not reach the user's module",
+        "bilevel/tuner/tuner.py",
+        "own[name].copy_(value)",
+        "own[name].copy_(own[name])",
+        "bilevel/tuner/test_attach.py",
+    ),
+    Mutant(
+        "the network of a result is that of the end, not the best one",
+        "bilevel/run/result.py",
+        '{"best": best, "last": last}',
+        '{"best": last, "last": last}',
+        "bilevel/run/test_result.py",
     ),
 ]
 

@@ -205,7 +205,12 @@ def best_solution(directory: str | Path) -> Solution:
         BilevelError: the directory holds no readable checkpoint, or its run never had a finite
             validation loss.
     """
-    best = load(Path(directory))["best"]
+    return best_of(load(Path(directory)), directory)
+
+
+def best_of(state: Mapping[str, Any], directory: str | Path) -> Solution:
+    """Return the best solution in the state of a checkpoint; see `best_solution`."""
+    best = state["best"]
     if best is None:
         raise BilevelError(
             f"{directory} holds a run that never had a finite validation loss; see its {METRICS}"

@@ -6,8 +6,8 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from bilevel.loggers.records import Record
 from bilevel.parallel.torchrun import Launch
 from bilevel.run.loop import SolverWarning
 from bilevel.run.signals import SUBMITIT, OutOfTime, requeue, time_limit_signals
+from bilevel.text import file_name
 
 PRINTED = (
     ProblemWarning,
@@ -88,8 +89,7 @@ class Job:
         if self.is_worker and Job.stopped:
             return math.nan
         try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _show(warnings.showwarning, self.launch)
+            with printed_warnings(self.launch):
                 value = self._run(composed)
             sweep.forget_failure()
             return value
@@ -169,7 +169,7 @@ class Job:
 def add_resolvers() -> None:
     """Register the resolvers `${bilevel.…}` of the configuration with OmegaConf."""
     OmegaConf.register_new_resolver("bilevel.resumed", _directory, replace=True)
-    OmegaConf.register_new_resolver("bilevel.name", _file_name, replace=True)
+    OmegaConf.register_new_resolver("bilevel.name", file_name, replace=True)
     OmegaConf.register_new_resolver("bilevel.ablation", _ablation, replace=True)
     OmegaConf.register_new_resolver(
         "bilevel.times", lambda factor, value: factor * value, replace=True
@@ -184,13 +184,16 @@ def _directory(resumed: str | None, fresh: str) -> str:
     return resumed or fresh
 
 
-def _file_name(name: Any) -> str:
-    """Return a name as a part of a file name; it names no other directory."""
-    return re.sub(r"[^\w.+-]+", "-", str(name)).lstrip(".") or "unnamed"
-
-
 def _sentence(error: BaseException) -> str:
     return input_errors.sentence(error) or input_errors.unexpected(error)
+
+
+@contextmanager
+def printed_warnings(launch: Launch) -> Iterator[None]:
+    """Print warnings of a run as one line each within a block."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show(warnings.showwarning, launch)
+        yield
 
 
 def _show(otherwise: Callable[..., None], launch: Launch) -> Callable[..., None]:

@@ -116,22 +116,37 @@ def from_run(run: str | Path) -> RecordedSchedule:
             f"{run / METRICS} is damaged, since a line is not JSON; give the directory of another "
             "run"
         ) from None
+    return from_records(records, str(run / METRICS), _origin(run))
+
+
+def from_records(
+    records: Sequence[Mapping[str, Any]], source: str, origin: Mapping[str, Any] | None = None
+) -> RecordedSchedule:
+    """Return the schedule in the records of a run.
+
+    Args:
+        records: the results of evaluations.
+        source: their name in errors.
+        origin: problem, solver and seed of the run.
+
+    Raises:
+        BilevelError: the records lack values of a hyperparameter.
+    """
     names = [key for key in (records[0] if records else {}) if key.startswith("hypers.")]
     if not names:
         raise BilevelError(
-            f"{run / METRICS} records no hyperparameter; give the directory of a run with "
-            "hyperparameters"
+            f"{source} records no hyperparameter; give the directory of a run with hyperparameters"
         )
     if large := [name for name in names if isinstance(records[0][name], Mapping)]:
         raise BilevelError(
-            f"`{large[0].removeprefix('hypers.')}` is too large, so {run / METRICS} keeps only its "
+            f"`{large[0].removeprefix('hypers.')}` is too large, so {source} keeps only its "
             "mean, min and max; replay a run with fewer entries"
         )
     hypers = {name.removeprefix("hypers."): [record[name] for record in records] for name in names}
     try:
-        return RecordedSchedule([record["step"] for record in records], hypers, _origin(run))
+        return RecordedSchedule([record["step"] for record in records], hypers, origin)
     except BilevelError as error:
-        raise BilevelError(f"{run / METRICS}: {error}") from None
+        raise BilevelError(f"{source}: {error}") from None
 
 
 def export(run: str | Path, path: str | Path | None = None) -> Path:

@@ -202,7 +202,7 @@ class Loop:
             return
         self.good = self.last
         if self.best is None or valid["loss"] < self.best["record"]["valid_loss"]:
-            self.best = {"record": self.last, "solution": _on_cpu(solution)._asdict()}
+            self.best = {"record": self.last, "solution": on_cpu(solution)._asdict()}
             self.stalled = 0
         elif self.step > self.budget.warmup_steps:  # λ could not move before
             self.stalled += 1
@@ -318,7 +318,7 @@ class Loop:
 _PLAIN = ("initial", "best", "good", "last", "evaluations", "stalled", "epochs_ended", "warned")
 
 
-def _on_cpu(solution: Solution) -> Solution:
+def on_cpu(solution: Solution) -> Solution:
     """Return a copy, since solvers update their tensors in place."""
     return Solution(*(_copied(tensors) for tensors in solution))
 

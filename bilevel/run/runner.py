@@ -10,16 +10,17 @@ from torch import Tensor
 
 from bilevel.device.device import choose_device
 from bilevel.loggers.logger import Logger, Place
-from bilevel.loggers.records import Record
 from bilevel.parallel.process_group import device_of_rank
 from bilevel.problem import Problem
+from bilevel.run.loop import on_cpu
 from bilevel.run.request import RunRequest
+from bilevel.run.result import Result
 from bilevel.run.session import Session
 from bilevel.run.settings import RunSettings
 from bilevel.run.stages import build, claim, train
 from bilevel.run.summary import summarize
 from bilevel.run.surroundings import AROUND_RUN, AROUND_TRAINING
-from bilevel.solver import Solver
+from bilevel.solver import Solution, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Runner(RunSettings):
         problem: Problem,
         solver: Solver,
         *,
-        directory: str | Path,
+        directory: str | Path | None = None,
         seed: int = 0,
         names: tuple[str, str] | None = None,
         config: Mapping[str, Any] | None = None,
@@ -47,7 +48,7 @@ class Runner(RunSettings):
         resume: bool = False,
         params: Mapping[str, Tensor] | None = None,
         place: Place | None = None,
-    ) -> Record:
+    ) -> Result:
         """Run `solver` on `problem`, and write everything to `directory`.
 
         The directory then holds the records, `summary.json`, `checkpoint.pt` and `curves.png`.
@@ -56,7 +57,7 @@ class Runner(RunSettings):
             problem: the problem to solve.
             solver: a new solver; the run sets it up.
             directory: the run directory. It is made if it is missing. Unless `resume`, it must not
-                hold a run.
+                hold a run. The default is `runs/<problem>-<solver>-seed<seed>-<time>`.
             seed: of the order of the data, the initial weights and the draws of the solver.
             names: the names of problem and solver in records; the default is their classes.
             config: the settings of the run, for loggers to record.
@@ -66,7 +67,8 @@ class Runner(RunSettings):
             place: the place of the run in a sweep, for displays and dashboards.
 
         Returns:
-            The summary. `diverged` and `interrupted` mark an early end; `message` explains it.
+            The summary as a dictionary, with the network and the schedule. `diverged` and
+            `interrupted` mark an early end; `message` explains it.
 
         Raises:
             BilevelError: the solver refuses the problem, the directory cannot be used, or the
@@ -75,7 +77,7 @@ class Runner(RunSettings):
         request = RunRequest(
             problem=problem,
             solver=solver,
-            directory=Path(directory),
+            directory=None if directory is None else Path(directory),
             seed=seed,
             names=names,
             config=config or {},
@@ -95,4 +97,11 @@ class Runner(RunSettings):
             reason = train(run)
             summary = summarize(run.loop, run.info, reason, signal=run.interrupts.number)
             run.loop.loggers.call("finish", summary)
-        return summary
+        best = run.loop.best
+        return Result(
+            summary,
+            problem=run.problem,
+            best=None if best is None else Solution(**best["solution"]),
+            last=on_cpu(solver.solution()),
+            directory=run.directory,
+        )

@@ -36,7 +36,7 @@ def claim(run: Session) -> None:
         BilevelError: the directory cannot be used, or what should be read does not fit.
     """
     request, first = run.request, run.ranks.on_first
-    run.directory = first(lambda: request.directory)
+    run.directory = first(lambda: request.place_on_disk)
     if not request.resume:
         first(lambda: _make_directory(run.directory))
     first(lambda: run.lock.take(run.directory))

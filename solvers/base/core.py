@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from bilevel import Batch, Carry, Data, Hypers, Metrics, Params, Prediction, Pro
 from bilevel.half_weights import for_weights
 from bilevel.params import detached, to_device
 from bilevel.services import Services
-from bilevel.solver import initial_state
+from bilevel.solver import Split, initial_state
 from bilevel.solvers.autodiff.decompositions import RECURRENT
 from bilevel.solvers.autodiff.pullback import flat
 from bilevel.solvers.base.search_distribution import SearchDistribution
@@ -26,8 +26,6 @@ from bilevel.solvers.optim.optimized import (
 from bilevel.solvers.optim.settings import configured, optimizer_settings
 from bilevel.solvers.optim.weight_decay import WeightDecay
 from bilevel.solvers.response.call_recorder import CallRecorder
-
-Split: TypeAlias = Literal["train", "valid"]
 
 
 class Core:
@@ -85,7 +83,14 @@ class Core:
         self.inner_optimizer = configured(
             settings.inner_optimizer, optimizer_settings(problem.space, initial)
         )
-        self.weights = self.optimized(params, self.inner_optimizer)
+        own = services.leaves
+        self.weights = Optimized(
+            params if own is None else own,
+            self.inner_optimizer,
+            settings.inner_scheduler,
+            settings.clip_norm,
+            in_place=own is not None,
+        )
         check_all_trained(self.weights)
 
     def optimized(self, tensors: Params, optimizer: MakeOptimizer) -> Optimized:

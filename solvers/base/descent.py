@@ -2,18 +2,19 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import Batch, Data, Hypers, Metrics, Need, Params, Problem, Solution, Solver
+from bilevel import Batch, Carry, Data, Hypers, Metrics, Need, Params, Problem, Solution
 from bilevel.checks.check_problem import check_laws
 from bilevel.params import to_device
 from bilevel.requirements import Trait
 from bilevel.services import Capturable, Services
+from bilevel.solver import Split, Stepwise
 from bilevel.solvers.autodiff.pullback import Pullback
 from bilevel.solvers.base.core import Core, averaged
 from bilevel.solvers.base.dry_run import (
@@ -30,7 +31,7 @@ from bilevel.solvers.optim.optimized import Optimized
 
 
 @dataclass(kw_only=True, eq=False)
-class Descent(InnerSettings, OuterSettings, Solver):
+class Descent(InnerSettings, OuterSettings, Stepwise):
     """Rounds of `inner_steps` updates of w, then `outer_steps` updates of λ.
 
     A concrete solver holds settings, and makes the mutable state of its method in `start`. This
@@ -72,27 +73,52 @@ class Descent(InnerSettings, OuterSettings, Solver):
 
     def inner_phase(self, steps: int, *, warmup: bool = False) -> Metrics:
         """Take `steps` inner steps, each on the next batches; return the means of their metrics."""
-        self.method.begin_round(steps, warmup=warmup)
-        return averaged(self._inner_step() for _ in range(steps)) | self.method.inner_ended()
-
-    def _inner_step(self) -> Metrics:
-        self.inner_count += 1
-        self.core.inner_count = self.inner_count
-        batches = self.core.next_batches(self.method.inner_takes)
-        self.core.latest = batches[0] if self.core.follows else None
-        return self.services.take(self.method.inner_step, *batches)
+        self.begin_round(steps, warmup=warmup)
+        takes, following = self.inner_takes, self.core.next_batches
+        return averaged(self.take_inner(*following(takes)) for _ in range(steps)) | self.end_inner()
 
     def outer_phase(self) -> Metrics:
         """Take the outer steps, then set u₀ ← u; return the metrics of the last step."""
         metrics: Metrics = {}
         for _ in range(self.outer_steps):
-            self.outer_count += 1
-            batches = self.core.next_batches(self.method.outer_takes)
-            if self.method.looks_back and self.core.follows:
-                batches.append(self.core.training_batch())
-            metrics = self.services.take(self.method.outer_step, *batches)
+            metrics = self.take_outer(*self.core.next_batches(self.outer_takes))
+        return metrics | self.end_outer()
+
+    # --- its parts, which a caller with batches of its own takes one by one ---
+
+    @property
+    def inner_takes(self) -> tuple[Split, ...]:
+        return self.method.inner_takes
+
+    @property
+    def outer_takes(self) -> tuple[Split, ...]:
+        return self.method.outer_takes
+
+    @property
+    def carry(self) -> Carry:
+        return self.core.carry
+
+    def begin_round(self, steps: int, *, warmup: bool) -> None:
+        self.method.begin_round(steps, warmup=warmup)
+
+    def take_inner(self, *batches: Batch) -> Metrics:
+        self.inner_count += 1
+        self.core.inner_count = self.inner_count
+        self.core.latest = batches[0] if self.core.follows else None
+        return self.services.take(self.method.inner_step, *batches)
+
+    def end_inner(self) -> Metrics:
+        return self.method.inner_ended()
+
+    def take_outer(self, *batches: Batch) -> Metrics:
+        self.outer_count += 1
+        if self.method.looks_back and self.core.follows:
+            batches = (*batches, self.core.training_batch())
+        return self.services.take(self.method.outer_step, *batches)
+
+    def end_outer(self) -> Metrics:
         self.core.search.recentre()
-        return metrics | self.method.outer_ended()
+        return self.method.outer_ended()
 
     def hypergradient(self, batch: Batch | None = None) -> Tensor:
         """Return dL_V/du, [h], as an outer step on `batch`, or on the next one, would follow it.
@@ -185,6 +211,9 @@ class Descent(InnerSettings, OuterSettings, Solver):
     def optimized(self) -> dict[str, Optimized]:
         """Return what the inner phase trains, by name."""
         return {"weights": self.core.weights} | self.method.optimized()
+
+    def scheduled(self) -> Sequence[torch.optim.Optimizer]:
+        return [group.optimizer for group in self.method.optimized().values()]
 
     def epoch_ended(self, valid_loss: float | None) -> None:
         for group in self.optimized().values():

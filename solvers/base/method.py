@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bilevel import Batch, Hypers, Metrics, Params
 from bilevel.params import count_examples, detached
-from bilevel.solvers.base.core import Core, Split
+from bilevel.solver import Split
+from bilevel.solvers.base.core import Core
 from bilevel.solvers.optim.optimized import Optimized, apply_gradients, descend
 
 

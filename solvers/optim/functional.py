@@ -109,8 +109,8 @@ class FunctionalOptimizer:
     @torch.no_grad()
     def write(self, params: Params, moments: Moments) -> None:
         """Set the weights and the memory of the optimizer itself."""
-        if self.optimized.scheduler is not None:
-            # the leaves have no gradients, so this step changes nothing; without it, it warns
+        if any("initial_lr" in group for group in self.optimized.optimizer.param_groups):
+            # the leaves have no gradients, so this step changes nothing; the schedule warns without
             self.optimized.optimizer.step()
         for name, leaf in self.optimized.tensors.items():
             leaf.copy_(params[name])

@@ -24,10 +24,11 @@ class Optimized:
     """Named leaf tensors and the optimizer that updates them in place.
 
     Args:
-        tensors: the initial values, which are copied.
+        tensors: the initial values, which are copied, or leaves to train in place.
         optimizer: makes the optimizer from the leaves.
         scheduler: makes the learning-rate schedule from the optimizer; None for no schedule.
         clip_norm: the largest norm of the gradient; None for no clipping.
+        in_place: train `tensors` themselves.
 
     Raises:
         BilevelError: the optimizer or the scheduler does not accept its settings, or an option of
@@ -40,8 +41,13 @@ class Optimized:
         optimizer: MakeOptimizer,
         scheduler: MakeScheduler | None = None,
         clip_norm: float | None = None,
+        *,
+        in_place: bool = False,
     ) -> None:
-        self.tensors = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+        self.tensors = {
+            name: t if in_place else t.detach().clone().requires_grad_()
+            for name, t in tensors.items()
+        }
         self.leaves = list(self.tensors.values())
         try:
             self.optimizer = optimizer(self.leaves)

@@ -1,0 +1,1 @@
+"""A user's own training loop drives a solver, batch by batch."""
