@@ -11,7 +11,7 @@ from hydra import main as hydra_main
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig
 
-from bilevel.cli import hints, input_errors, standard_streams, sweep, user_modules
+from bilevel.cli import export, hints, input_errors, refit, standard_streams, sweep, user_modules
 from bilevel.cli.job import Job, add_resolvers
 from bilevel.cli.named_optimizers import optimizer_overrides
 from bilevel.cli.resume import AUTO, stored_config
@@ -21,32 +21,38 @@ from bilevel.parallel.torchrun import torchrun_launch, world_size
 from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
 from bilevel.symlinks import broken_link
 
+COMMANDS = {"export": export.main, "refit": refit.main}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
     The status is 0 if all runs ended well, 1 if a run failed, 130 after Ctrl-C or another signal
     that ends a run, and 75 (EX_TEMPFAIL) after the signal of a time limit. Bad input causes one
-    sentence on the standard error. HYDRA_FULL_ERROR=1 shows the traceback.
+    sentence on the standard error. HYDRA_FULL_ERROR=1 shows the traceback. `export` and `refit` as
+    the first word are commands of their own.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     standard_streams.occupy_standard_streams()
     before = logging.raiseExceptions
     logging.raiseExceptions = False  # on a full disk the log of W&B would print tracebacks
     try:
-        return _main(arguments)
+        if words and words[0] in COMMANDS:
+            return COMMANDS[words[0]](words[1:])
+        return _main(words)
     finally:
         logging.raiseExceptions = before
         standard_streams.flush_standard_streams(sys.stdout, sys.stderr)
 
 
-def _main(arguments: Sequence[str] | None) -> int:
+def _main(arguments: Sequence[str]) -> int:
     job = Job(traceback_wanted=os.environ.get("HYDRA_FULL_ERROR") == "1")
     try:
         with torchrun_launch() as job.launch, time_limit_raises(), sweep.counted() as failed:
             if (sentence := broken_link()) is not None:
                 raise BilevelError(sentence)
             user_modules.add_working_directory()
-            _run_hydra(job, prepared(sys.argv[1:] if arguments is None else arguments))
+            _run_hydra(job, prepared(arguments))
     except Exception as error:
         if not job.report(error):
             raise

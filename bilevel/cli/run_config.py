@@ -14,6 +14,7 @@ from bilevel.files import write_atomically
 from bilevel.loggers.logger import Logger, Place, RunInfo
 from bilevel.loggers.records import Record
 from bilevel.problem import Problem
+from bilevel.run.result import Result
 from bilevel.run.runner import Runner
 from bilevel.solver import Solver
 from bilevel.text import printable
@@ -38,17 +39,17 @@ class ConfigFile(Logger):
 
 def run_config(
     config: dict[str, Any],
-    directory: Path,
+    directory: Path | None,
     *,
     resumed: bool,
     place: Place | None = None,
     quiet: bool = False,
-) -> Record:
+) -> Result:
     """Run a resolved configuration in its directory, and return the summary.
 
     Args:
         config: the configuration, as `config.yaml` keeps it.
-        directory: the run directory.
+        directory: the run directory; None for a new name in `runs`.
         resumed: whether the run continues there.
         place: the place of the run in its sweep.
         quiet: whether `progress=auto` shows nothing, since several runs would overwrite each other.

@@ -25,7 +25,13 @@ CONFIG = "config.yaml"
 KEYS = ("names", "seed", "problem", "solver", "runner", "loggers")
 """Entries that every configuration of a run has."""
 
-OURS = ("bilevel.solvers", "bilevel.problems", "bilevel.loggers", "bilevel.run.runner")
+OURS = (
+    "bilevel.solvers",
+    "bilevel.problems",
+    "bilevel.loggers",
+    "bilevel.run.runner",
+    "bilevel.run.pooled_data",
+)
 """Modules of bilevel whose classes and functions a stored configuration may name."""
 
 OF_TORCH = ("torch.optim", "torch.nn")

@@ -60,6 +60,7 @@ class JsonLines(Logger):
                 "epochs": run.epochs,
                 "warmup_epochs": run.warmup_epochs,
                 "space": space_to_json(run.space),
+                **({"origin": run.config["origin"]} if "origin" in run.config else {}),
             }
             write_atomically(
                 run.directory / DESCRIPTION,

@@ -13,7 +13,8 @@ from bilevel.module_problem import ModuleProblem
 from bilevel.params import Carry, Params
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
-from bilevel.text import near
+from bilevel.text import first_line, near
+from bilevel.untrusted_files import read_bytes
 
 
 class WithInitialParams(ProblemWrapper):
@@ -79,7 +80,7 @@ def read_params(path: str | Path) -> dict[str, Any]:
     """Return the state dict in a file, or the weights and carry of a run at its best evaluation.
 
     Args:
-        path: a file that `torch.save` wrote, or a run directory.
+        path: a file that `torch.save` wrote, a file of safetensors, or a run directory.
 
     Raises:
         BilevelError: the file is missing or holds no state dict, or the directory holds no
@@ -92,6 +93,8 @@ def read_params(path: str | Path) -> dict[str, Any]:
         except BilevelError as error:
             raise BilevelError(f"{setting} gives no weights: {error}") from None
         return {**weights, **carry}
+    if Path(path).suffix == ".safetensors":
+        return _read_safetensors(path, setting)
     try:
         params = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -105,6 +108,27 @@ def read_params(path: str | Path) -> dict[str, Any]:
         raise BilevelError(
             f"{setting} holds no state dict; write one with torch.save(model.state_dict(), path)"
         )
+    return params
+
+
+def _read_safetensors(path: str | Path, setting: str) -> dict[str, Any]:
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise BilevelError(
+            f"{setting} needs safetensors, which is not installed; pip install safetensors"
+        ) from None
+    try:
+        params: dict[str, Any] = load(read_bytes(Path(path)))
+    except OSError as error:
+        raise BilevelError(
+            f"{setting} cannot be read ({error.strerror or error}); give a file of safetensors"
+        ) from None
+    except Exception as error:  # safetensors has an error class of its own
+        raise BilevelError(
+            f"{setting} is no file of safetensors ({first_line(error)}); write one with "
+            "`bilevel export`"
+        ) from None
     return params
 
 

@@ -1,0 +1,100 @@
+"""The command `bilevel export`: write what a run has found as files that need no bilevel."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bilevel.checkpoint.checkpoints import best_of, load
+from bilevel.cli.standard_streams import print_line
+from bilevel.errors import BilevelError
+from bilevel.files import strict_json, write_atomically
+from bilevel.loggers import hyper_schedule
+from bilevel.loggers.records import SUMMARY
+from bilevel.run.result import save_tensors
+from bilevel.untrusted_files import read_bytes
+
+HYPERS = "hypers.json"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Export a run, print the paths of the files, and return the exit status."""
+    given = parser().parse_args(arguments)
+    try:
+        for path in export(given.run, given.out, suffix=given.format):
+            print_line(str(path), sys.stdout)
+    except BilevelError as error:
+        print_line(f"bilevel: {error}", sys.stderr)
+        return 1
+    return 0
+
+
+def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -> Iterator[Path]:
+    """Write the files of a run, and yield their paths.
+
+    `hypers.json` has the final λ, or that of the last record while the run goes on.
+    `schedule.json` has λ at every evaluation. `model.safetensors` has the weights and buffers of
+    the lowest validation loss, and in its metadata their λ and their step. Nothing in the run
+    directory is executed.
+
+    Args:
+        run: the run directory.
+        out: the folder for the files; by default the run directory.
+        suffix: the format of the weights, `safetensors` or `pt`.
+
+    Raises:
+        BilevelError: the directory holds no run, or a file cannot be written.
+    """
+    state = load(run)
+    out = run if out is None else out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BilevelError(
+            f"out={out} cannot be made ({error.strerror}); choose another folder"
+        ) from None
+    content = strict_json(_final(run), indent=1) + "\n"
+    write_atomically(out / HYPERS, lambda file: file.write(content))
+    yield out / HYPERS
+    try:
+        yield hyper_schedule.export(run, out / hyper_schedule.SCHEDULE)
+    except BilevelError as error:  # an array of hyperparameters is not recorded
+        print_line(f"bilevel: warning: no schedule is written: {error}", sys.stderr)
+    best = best_of(state, run)
+    hypers = {name: leaf.tolist() for name, leaf in best.hypers.items()}
+    record = state["best"]["record"]
+    about = {"hypers": hypers, "step": record["step"], "valid_loss": record["valid_loss"]}
+    path = out / f"model.{suffix}"
+    texts = {name: strict_json(value) for name, value in about.items()}
+    save_tensors(path, {**best.params, **best.carry}, texts)
+    yield path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
+        prog="bilevel export",
+        description="Write hypers.json, schedule.json and model.safetensors of a run.",
+    )
+    made.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="the folder for the files (default: RUN)"
+    )
+    made.add_argument(
+        "--format", choices=("safetensors", "pt"), default="safetensors", help="of the weights"
+    )
+    return made
+
+
+def _final(run: Path) -> dict[str, Any]:
+    """Return the final λ by name; of a run without a summary, the last one recorded."""
+    try:
+        hypers = json.loads(read_bytes(run / SUMMARY))["hypers"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        hypers = None
+    if isinstance(hypers, dict):
+        return hypers
+    schedule = hyper_schedule.from_run(run)
+    return schedule.at(schedule.steps[-1])
