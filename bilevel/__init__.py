@@ -1,5 +1,7 @@
 """Bilevel optimization in PyTorch: the core on which problems and solvers build."""
 
+from typing import TYPE_CHECKING
+
 from bilevel.checkpoint.checkpoints import CheckpointWarning, best_solution
 from bilevel.checks.check_problem import Report, check_problem
 from bilevel.data.loader_stream import LoaderStream
@@ -81,3 +83,16 @@ __all__ = [
 ]
 
 explain_broken_links()
+
+if TYPE_CHECKING:
+    from bilevel.estimators.self_tuning import SelfTuningClassifier as SelfTuningClassifier
+    from bilevel.estimators.self_tuning import SelfTuningRegressor as SelfTuningRegressor
+else:
+
+    def __getattr__(name: str) -> object:
+        """Return an estimator; scikit-learn is imported with the first one."""
+        if name in ("SelfTuningClassifier", "SelfTuningRegressor"):
+            from bilevel.estimators import self_tuning
+
+            return getattr(self_tuning, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Estimators for scikit-learn, which tune their own hyperparameters in one training."""
