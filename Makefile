@@ -36,11 +36,12 @@ mutants: .venv/tested
 	$(BIN)/python -m tests.mutants
 
 # Kill, stop, crash and starve every solver and resume it; fuzz configurations and checkpoints;
-# resume and compare run directories that attack.
+# resume and compare run directories that attack; give every problem wrong data.
 soak: .venv/tested
 	$(BIN)/python -m tests.soak kills
 	$(BIN)/python -m tests.soak fuzz
 	$(BIN)/python -m tests.soak hostile
+	$(BIN)/python -m tests.soak data
 
 # Not --quiet: hidden warnings do not count as errors.
 docs: .venv/tested

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bilevel.data.global_rng import GlobalDraws, seeded
 from bilevel.data.tensor_stream import Data, streams
@@ -153,7 +153,15 @@ class ModuleProblem(Problem):
         """Return the arguments of the module, positional and by keyword; `batch[0]` by default.
 
         Override it for augmentation and for dropout with a tuned rate, with draws from `generator`.
+
+        Raises:
+            BilevelError: the batch is one tensor, whose `batch[0]` is its first example.
         """
+        if isinstance(batch, Tensor):
+            raise BilevelError(
+                f"a batch is one tensor {list(batch.shape)}, whose batch[0] is one example; give a "
+                "tuple, (x,) or (x, y), or override `inputs`"
+            )
         return (batch[0],), {}
 
     def predict(

@@ -90,13 +90,19 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
     case = FirstBatch(problem, data, device)
     found: dict[Law, list[Finding]] = {}
     for law in laws.ALL:
-        skipped = (law in laws.AFTER_SCALARS and found[laws.scalar_objectives]) or (
-            law not in (laws.initial_weights, laws.prediction_tree) and found[laws.prediction_tree]
+        skipped = any(
+            law in after and found.get(first)
+            for first, after in (
+                (laws.splits, laws.AFTER_SPLITS),
+                (laws.prediction_tree, laws.AFTER_PREDICTIONS),
+                (laws.scalar_objectives, laws.AFTER_SCALARS),
+            )
         )
         found[law] = [] if skipped else _findings(law, case)
         report.findings.extend(new for new in found[law] if new not in report.findings)
     for name, solver in (_installed(report) if solvers is None else solvers).items():
-        if against := [finding for law in laws.needed_by(solver) for finding in found[law]]:
+        needed = [laws.splits, *laws.needed_by(solver)]
+        if against := [finding for law in needed for finding in found[law]]:
             report.refused_by[name] = against[0].text
             continue
         try:

@@ -22,10 +22,12 @@ from bilevel.checks.prediction_laws import (
     prediction_tree,
     purity,
 )
+from bilevel.checks.splits import splits
 from bilevel.requirements import Need, Trait
 from bilevel.solver import Solver
 
 ALL: tuple[Law, ...] = (
+    splits,
     initial_weights,
     prediction_tree,
     purity,
@@ -43,6 +45,10 @@ ALL: tuple[Law, ...] = (
     split_average,
     last_batch,
 )
+AFTER_SPLITS: frozenset[Law] = frozenset(ALL) - {splits, initial_weights}
+"""Laws that compute with batches, once `splits` holds."""
+AFTER_PREDICTIONS: frozenset[Law] = AFTER_SPLITS - {prediction_tree}
+"""Laws that compute with predictions, once `prediction_tree` holds."""
 AFTER_SCALARS: frozenset[Law] = frozenset(ALL[ALL.index(finite_objectives) :]) - {example_axis}
 """Laws that compute with the values of the objectives, once `scalar_objectives` holds."""
 AT_SETUP: tuple[Law, ...] = (

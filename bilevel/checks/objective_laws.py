@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from bilevel.checks.equality import nearly_equal
 from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch, brief, has_examples
+from bilevel.checks.trial import Trial
 from bilevel.params import count_examples
 
 
@@ -53,11 +54,19 @@ def finite_objectives(case: FirstBatch) -> Iterator[Finding]:
     for name, loss in case.initial_losses.items():
         if _flaw(loss) is None and not bool(torch.isfinite(loss)):
             at = ", ".join(f"{key}={brief(leaf)}" for key, leaf in case.hypers.items())
+            split, stream = (
+                ("train", case.data.train)
+                if name == "inner_objective"
+                else ("valid", case.data.valid)
+            )
+            trial = Trial(case, split, stream.peek()).run({}, watch=True)
+            begins = "" if trial.begins is None else f" ({trial.begins})"
             yield Finding(
                 "error",
-                (
-                    f"`{name}` is not finite at the initial weights and {at}; look for log(0), 0/0 "
-                    "or an overflow (float16 ends at 65504)"
+                trial.flaw
+                or (
+                    f"`{name}` is not finite at the initial weights and {at}{begins}; look for "
+                    "log(0), 0/0 or an overflow (float16 ends at 65504)"
                 ),
             )
 

@@ -1,12 +1,10 @@
 """The rules for a batch, checked where batches enter: its containers and its example axis."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bilevel.containers import ALLOWED, open_containers
+from bilevel.data.fields import strangers, tensors, within
 from bilevel.errors import BilevelError
 from bilevel.params import Batch
 
@@ -39,26 +37,24 @@ def require_examples(batch: Batch, name: str) -> None:
     Raises:
         BilevelError: the tensors have first axes of two lengths, or no tensor has an example axis.
     """
-    lengths: dict[int, None] = {}
-    for leaf in pytree.tree_leaves(batch):
-        if not isinstance(leaf, Tensor):
-            continue
-        _require_even(leaf, f"the {name} batch")
+    lengths: dict[int, str] = {}
+    for field, leaf in tensors(batch).items():
+        _require_even(leaf, within(field, f"the {name} batch"))
         if leaf.ndim:
-            lengths.setdefault(leaf.shape[0])
+            lengths.setdefault(leaf.shape[0], field)
     if not lengths:
-        leaves = pytree.tree_leaves(batch)
-        kinds = ", ".join(dict.fromkeys(map(kind_of, leaves))) or "it is empty"
+        kinds = ", ".join(strangers(batch)) or "it is empty"
         raise BilevelError(
             f"the {name} batch holds no tensor with an example axis ({kinds}); {RULE}; "
             "convert arrays and numbers in collate_fn"
         )
-    several = [length for length in lengths if length != 1]
+    several = {length: field for length, field in lengths.items() if length != 1}
     if len(several) > 1:
+        found = " and of ".join(f"{length} rows ({field})" for length, field in several.items())
         raise BilevelError(
-            f"the {name} batch holds tensors of {' and of '.join(map(str, several))} rows, so its "
-            f"examples cannot be counted; {RULE}; give a tensor that all examples share a first "
-            "axis of 1, or keep it in the problem"
+            f"the {name} batch holds tensors of {found}, so its examples cannot be counted; "
+            f"{RULE}; give a tensor that all examples share a first axis of 1, or keep it in the "
+            "problem"
         )
 
 
@@ -66,33 +62,31 @@ def count_rows(leaf: Tensor, what: str) -> int:
     """Return the number of rows of a tensor in memory, after a check that rows can be drawn.
 
     Raises:
-        BilevelError: the tensor is nested, sparse or a number.
+        BilevelError: the tensor is nested, sparse, a number or without values.
     """
     _require_even(leaf, what)
     if leaf.layout != torch.strided:
         layout = str(leaf.layout).removeprefix("torch.")
         raise BilevelError(
-            f"{what} holds a tensor of layout {layout}, whose rows cannot be drawn; call "
+            f"{what} is a tensor of layout {layout}, whose rows cannot be drawn; call "
             "to_dense() on it"
         )
     if leaf.ndim == 0:
         raise BilevelError(
-            f"{what} holds a tensor of shape [], which has no example axis; give one row per "
+            f"{what} is a tensor of shape [], which has no example axis; give one row per "
             "example, or keep the number in the problem"
         )
     return leaf.shape[0]
 
 
-def kind_of(leaf: Any) -> str:
-    """Return the type of a leaf, with the type of the items of an array."""
-    items = getattr(leaf, "dtype", None)
-    return type(leaf).__name__ + ("" if items is None else f" of {items}")
-
-
 def _require_even(leaf: Tensor, what: str) -> None:
-    """Refuse a nested tensor."""
+    """Refuse a nested tensor, and one without values."""
+    if leaf.is_meta:
+        raise BilevelError(
+            f"{what} is on the meta device, where it has no values; create it on the CPU"
+        )
     if leaf.is_nested:
         raise BilevelError(
-            f"{what} holds a nested tensor, whose rows differ in length; pad it with "
+            f"{what} is a nested tensor, whose rows differ in length; pad it with "
             "torch.nested.to_padded_tensor(x, 0.0), and mask the padding in the losses"
         )

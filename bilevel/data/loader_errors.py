@@ -1,10 +1,13 @@
 """Errors of loaders in one sentence: a worker that died, and examples that do not fit together."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
+
+from bilevel.data.fields import fields
 from bilevel.errors import BilevelError
 from bilevel.text import first_line
 
@@ -18,9 +21,12 @@ The latter two occur while the worker passes a batch.
 UNCOLLATED = re.compile(
     r"default_collate: batch must contain .*|stack expects each tensor to be equal size.*|"
     r"each element in list of batch should be of equal size|"
-    r"Trying to resize storage that is not resizable"
+    r"Trying to resize storage that is not resizable|Batches of sparse tensors are not .*"
 )
 """Matches PyTorch's messages about examples that cannot become one batch."""
+
+COLLATED = (str, bytes, int, float, Mapping, Sequence)
+"""Types that become a batch, beside tensors and arrays."""
 
 
 @contextmanager
@@ -40,8 +46,9 @@ def explained(loader: Any, name: str) -> Iterator[None]:
         if found := UNCOLLATED.search(str(error)):
             raise BilevelError(
                 f"the {name} loader cannot make a batch of its examples "
-                f"({first_line(found.group()).rstrip('. ')}); return tensors of one shape and "
-                "numbers from the dataset, or give the DataLoader a collate_fn"
+                f"({first_line(found.group()).rstrip('. ')}{_odd_field(loader)}); return dense "
+                "tensors of one shape and numbers from the dataset, or give the DataLoader a "
+                "collate_fn"
             ) from error
         if isinstance(error, TypeError):
             raise
@@ -57,3 +64,15 @@ def explained(loader: Any, name: str) -> Iterator[None]:
                 "resume=… continues from the last checkpoint"
             ) from error
         raise
+
+
+def _odd_field(loader: Any) -> str:
+    """Return the field of the first example that makes no batch, in words; "" if none is found."""
+    with suppress(Exception):  # the data set is a user's own code
+        for name, value in fields(loader.dataset[0]).items():
+            dense = getattr(value, "layout", torch.strided) == torch.strided
+            if not dense or getattr(value, "is_nested", False):
+                return f"; {name} is not dense"
+            if not (isinstance(value, COLLATED) or hasattr(value, "dtype")):
+                return f"; {name} is a {type(value).__name__}"
+    return ""

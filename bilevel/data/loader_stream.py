@@ -103,7 +103,11 @@ class LoaderStream(Stream):
                 "would disturb training; return a new one in __iter__"
             )
         self._short = False
-        first = next(self.once())
+        try:
+            first = next(self.once())
+        except NotImplementedError:  # it cannot be moved: a tensor without values
+            require_examples(next(isolated(loader, self._generators, 0)), name)
+            raise
         require_examples(first, name)
         check_parts(name, loader)
         ordered = self._ordered

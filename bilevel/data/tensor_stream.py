@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel.containers import open_containers
-from bilevel.data.batches import count_rows, kind_of
+from bilevel.data import fields
+from bilevel.data.batches import count_rows
 from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream, StreamView
 from bilevel.errors import BilevelError
@@ -58,16 +59,16 @@ class TensorStream(Stream):
     ) -> None:
         open_containers(tensors, f"the {name} split", "give a tuple of tensors")
         lengths = {
-            count_rows(leaf, f"the {name} split")
-            for leaf in pytree.tree_leaves(tensors)
-            if isinstance(leaf, Tensor)
+            field: count_rows(leaf, fields.within(field, f"the {name} split"))
+            for field, leaf in fields.tensors(tensors).items()
         }
-        if len(lengths) != 1:
+        if len(set(lengths.values())) != 1:
+            found = " and ".join(f"{field} has {n:,}" for field, n in lengths.items())
             raise BilevelError(
-                f"the {name} split has tensors of different lengths {sorted(lengths)}; give one "
-                "row per example in each"
+                f"the {name} split has tensors of different lengths: {found or 'no tensor'}; give "
+                "one row per example in each"
             )
-        self.size = lengths.pop()
+        self.size = next(iter(lengths.values()))
         if self.size == 0:
             raise BilevelError(
                 f"the {name} split is empty; give at least one example (a larger data set or "
@@ -106,6 +107,20 @@ class TensorStream(Stream):
 
     def peek(self) -> Batch:
         return self._slice(0, self.batch_size or self.size)
+
+    def telling(self, least: int = 1) -> Batch:
+        """Return a batch for a check, of at least `least` rows if there are so many.
+
+        It holds rows that are not finite, and the extremes of whole numbers (a class that is out of
+        range lies there), and the first rows of the split.
+        """
+        if self.batch_size is None:
+            return self.tensors
+        count = min(self.size, max(self.batch_size, least))
+        rows = fields.telling_rows(self.tensors)[: max(1, count // 2)]
+        first = torch.arange(count, device=rows.device)
+        others = first[~torch.isin(first, rows)]
+        return self._take(torch.cat([rows, others])[:count].to(self.device))
 
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         stop = self.size if limit is None else min(limit, self.size)
@@ -199,8 +214,9 @@ def stream(
         return TensorStream(split, batch_size, generator, device=device, name=name)
     if isinstance(split, Iterable) and not isinstance(split, (str, bytes)) and not holds:
         return LoaderStream(split, generator, device=device, name=name)
-    others = [kind_of(leaf) for leaf in leaves if not isinstance(leaf, Tensor)] if holds else []
-    held = f" that holds {', '.join(dict.fromkeys(others))}" if others else ""
+    others = fields.strangers(split) if holds else {}
+    held = ", ".join(f"{what} ({field})" for what, field in others.items())
+    held = f" that holds {held}" if others else ""
     raise BilevelError(
         f"the {name} split is a {type(split).__name__}{held}, which cannot be read; give a tuple "
         "of tensors, a DataLoader or a bilevel Stream"

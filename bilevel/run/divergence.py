@@ -1,7 +1,7 @@
 """Divergence: the test for it, and the sentence that reports it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +9,16 @@ from torch import Tensor
 
 from bilevel.loggers.records import Record
 
+RATES = "lower a learning rate, clip gradients, or start from other hyperparameters"
+"""The remedy where the data explain nothing."""
+
 
 def diverged(
-    bad_step: int | None, values: Mapping[str, float], step: int, good: Record | None
+    bad_step: int | None,
+    values: Mapping[str, float],
+    step: int,
+    good: Record | None,
+    flaw: Callable[[], str | None] = lambda: None,
 ) -> str | None:
     """Return a sentence if a training loss or one of `values` is not finite, else None.
 
@@ -20,6 +27,7 @@ def diverged(
         values: numbers to check, by the name that the sentence gives them.
         step: the inner step of `values`.
         good: the record of the last evaluation with finite losses.
+        flaw: returns a sentence about data that explain it, or None; called where it diverged.
 
     Example:
         >>> diverged(None, {"the validation loss": 0.5}, 10, None)
@@ -45,10 +53,7 @@ def diverged(
             f"the last good evaluation, at step {good['step']}, had {listed}; "
             "the last good checkpoint is kept"
         )
-    return (
-        f"diverged: {bad[0]}; {before}; "
-        "lower a learning rate, clip gradients, or start from other hyperparameters"
-    )
+    return f"diverged: {bad[0]}; {before}; {flaw() or RATES}"
 
 
 def not_finite(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.checks.splits import wrong_data
 from bilevel.data.tensor_stream import Data
 from bilevel.device.device import Meter, rng_state, set_rng_state
 from bilevel.errors import BilevelError
@@ -236,7 +237,11 @@ class Loop:
 
     def _judge(self, values: dict[str, float]) -> None:
         """Declare the run diverged if a training loss, or one of `values`, is not finite."""
-        self.diverged = diverged(self.services.bad_step(), values, self.step, self.good)
+
+        def flaw() -> str | None:
+            return wrong_data(self.problem, self.data, self.device, numbers=True)
+
+        self.diverged = diverged(self.services.bad_step(), values, self.step, self.good, flaw)
 
     def _warn(self, sentences: Mapping[str, str]) -> None:
         """Give each kind of warning once in a run."""

@@ -2,6 +2,8 @@
 
 import inspect
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
 
@@ -10,6 +12,8 @@ import torch
 from bilevel.checkpoint.checkpoints import Checkpoints, kept
 from bilevel.checks.check_problem import check_setup
 from bilevel.checks.last_batch import check_last_batch
+from bilevel.checks.splits import check_splits, unlike_splits, wrong_data
+from bilevel.device.precision import at_precision
 from bilevel.errors import BilevelError
 from bilevel.loggers.display import display
 from bilevel.loggers.jsonl import JsonLines, SummaryFile
@@ -21,12 +25,16 @@ from bilevel.run.distributed import FirstRankSaver
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.run.initial_params import read_params
 from bilevel.run.loop import Loop
+from bilevel.run.out_of_memory import ran_out
 from bilevel.run.provenance import settings_of, versions
 from bilevel.run.session import Session
 from bilevel.run.surroundings import WRAPPERS
 from bilevel.services import Services
 from bilevel.solver import Solver
 from bilevel.timers import Timers
+
+DATA_ERRORS = (RuntimeError, LookupError, ValueError, TypeError)
+"""Errors that PyTorch raises for data of the wrong form."""
 
 
 def claim(run: Session) -> None:
@@ -66,15 +74,17 @@ def build(run: Session) -> None:
     problem, solver = request.problem, request.solver
     for_data, for_solver = generators(request.seed, device)
     run.data = problem.data(device, for_data)
+    check_splits(at_precision(problem, solver, settings.precision, device), run.data, device)
     for wrap in WRAPPERS:
         problem = wrap(problem, run)
     run.problem = problem
-    check_setup(problem, run.data, device, solver)
-    check_last_batch(problem, run.data, device)
     error = HypergradientError.of(problem, solver, device)
     services = Services(Timers(device))
-    _check_takes_services(solver)
-    solver.setup(problem, run.data, device, for_solver, services)
+    with _wrong_data_named(run):
+        check_setup(problem, run.data, device, solver)
+        check_last_batch(problem, run.data, device)
+        _check_takes_services(solver)
+        solver.setup(problem, run.data, device, for_solver, services)
     run.set_up = True
     run.loop = Loop(
         problem=problem,
@@ -97,6 +107,23 @@ def build(run: Session) -> None:
     run.info = _info(run)
 
 
+@contextmanager
+def _wrong_data_named(run: Session) -> Iterator[None]:
+    """Raise a sentence about the data where they explain an error of PyTorch within the block.
+
+    The first batches have passed; a later one may be wrong, or a solver takes no such batches.
+    """
+    try:
+        yield
+    except DATA_ERRORS as error:
+        if ran_out(error):
+            raise
+        flaw = wrong_data(run.problem, run.data, run.device, numbers=False)
+        if (flaw := flaw or unlike_splits(run.data)) is None:
+            raise
+        raise BilevelError(flaw) from error
+
+
 def _check_takes_services(solver: Solver) -> None:
     taken = inspect.signature(solver.setup).parameters.values()
     if not any(p.name == "services" or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in taken):
@@ -109,7 +136,8 @@ def _check_takes_services(solver: Solver) -> None:
 
 def train(run: Session) -> str:
     """Train until something ends the run, and return what did."""
-    run.reason = run.loop.run(lambda: run.interrupts.received)
+    with _wrong_data_named(run):
+        run.reason = run.loop.run(lambda: run.interrupts.received)
     # a signal may have reached another rank alone
     [number] = run.ranks.maximum(run.interrupts.number or 0)
     run.interrupts.number = Signals(int(number)) if number else None

@@ -1,9 +1,11 @@
 """The end of a run: the content of `summary.json`."""
 
+import math
 import warnings
 from signal import Signals
 from typing import Any
 
+from bilevel.checks.splits import wrong_data
 from bilevel.errors import FaultWarning
 from bilevel.loggers.logger import RunInfo
 from bilevel.loggers.records import Record
@@ -78,18 +80,30 @@ def _message(loop: Loop, run: RunInfo, reason: str, signal: Signals | None) -> s
 def _test(loop: Loop, solution: Solution) -> dict[str, float]:
     if loop.data.test is None:
         return {}
+
+    def wrong_test_data(*, numbers: bool) -> str | None:
+        return wrong_data(loop.problem, loop.data, loop.device, numbers=numbers)
+
     try:
         measured = evaluate(loop.problem, solution, loop.data.test)
     except Exception as error:  # the run has ended, and a bad test split must not take its summary
         if loop.ranks.world > 1:
             raise  # the other ranks wait in a collective operation
+        flaw = wrong_test_data(numbers=False) or "look at its labels and types"
         warnings.warn(
             f"the test split cannot be evaluated ({describe(error)}), so the summary has no test "
-            "figures; look at its labels and types, and evaluate `best_solution` of the run",
+            f"figures; {flaw}; evaluate `best_solution` of the run",
             FaultWarning,
             stacklevel=3,
         )
         return {}
+    if not math.isfinite(measured["loss"]):
+        flaw = wrong_test_data(numbers=True) or "look at its labels, and for log(0) and 0/0"
+        warnings.warn(
+            f"the test loss is {measured['loss']}; {flaw}; evaluate `best_solution` of the run",
+            FaultWarning,
+            stacklevel=3,
+        )
     return {f"test_{name}": value for name, value in measured.items()}
 
 

@@ -1,4 +1,4 @@
-"""Kill, fuzz, attack or watch runs: `python -m tests.soak kills|fuzz|hostile|hour`."""
+"""Kill, fuzz, attack or watch runs: `python -m tests.soak kills|fuzz|hostile|data|hour`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("what", choices=["kills", "fuzz", "hostile", "hour"])
+    parser.add_argument("what", choices=["kills", "fuzz", "hostile", "data", "hour"])
     parser.add_argument(
         "--seed", type=int, default=0, help="of the moments of the kills, and of the fuzzed inputs"
     )
@@ -38,6 +38,10 @@ def run(asked: argparse.Namespace, place: Path) -> int:
         from . import hostile
 
         return hostile.main(place)
+    if asked.what == "data":
+        from . import data
+
+        return data.main(asked.seed, place)
     from . import hour
 
     return hour.main(asked.minutes, place)

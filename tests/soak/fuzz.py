@@ -7,13 +7,12 @@ import math
 import os
 import re
 import shutil
-import signal
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,8 @@ from bilevel.cli import input_errors, job, run_config
 from bilevel.cli.app import main as command
 from bilevel.cli.app import prepared
 from bilevel.loggers.records import read_metrics
+from tests.soak.limits import soon
 
-LIMIT = 30
-"""Seconds within which every case must have ended."""
 QUICK = (
     "wandb.mode=disabled",
     "runner.progress=none",
@@ -102,26 +100,6 @@ SIZES = re.compile(
     r"hidden|weights|width|features|examples|samples|nodes|cells|epochs|seconds|population|pairs|horizon|rank|tokens"
 )
 """Settings whose large values are valid and take long."""
-
-
-class TooLong(Exception):
-    """A case has not ended in time."""
-
-
-@contextmanager
-def soon() -> Iterator[None]:
-    """Raise if the block lasts longer than `LIMIT`: most likely a bad value was not refused."""
-
-    def ring(*_: object) -> None:
-        raise TooLong(f"not ended after {LIMIT} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def examples(
@@ -212,8 +190,6 @@ class Configurations:
             with soon(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 summary = run_config.run_config(config, directory, resumed=False)
-        except TooLong:
-            raise
         except Exception as error:
             said = input_errors.sentence(error)
             if said is None:

@@ -259,7 +259,7 @@ class Slots:
         ("text", r"no tensor with an example axis \(str\)"),
         ((torch.ones(()), 3), "no tensor with an example axis"),
         ({}, r"\(it is empty\)"),
-        ((torch.ones(9, 2), torch.ones(3)), "tensors of 9 and of 3 rows"),
+        ((torch.ones(9, 2), torch.ones(3)), r"of 9 rows \(field 0\) and of 3 rows \(field 1\)"),
         (torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "nested tensor"),
     ],
 )
@@ -299,14 +299,20 @@ jagged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch
 @pytest.mark.parametrize(
     ("split", "words"),
     [
-        (torch.eye(4).to_sparse(), r"train split holds a tensor of layout sparse_coo.*to_dense"),
+        (
+            torch.eye(4).to_sparse(),
+            r"the train split is a tensor of layout sparse_coo.*to_dense",
+        ),
         ((torch.ones(4), torch.eye(4).to_sparse()), "layout sparse_coo"),
-        (jagged, r"train split holds a nested tensor, .* torch.nested.to_padded_tensor"),
-        ((torch.ones(4), torch.tensor(3.0)), r"holds a tensor of shape \[\], which has no"),
-        ((torch.ones(4), torch.ones(5)), r"tensors of different lengths \[4, 5\]"),
-        ((np.ones(3), torch.ones(3)), "is a tuple that holds ndarray of float64, which cannot"),
+        (jagged, r"train split is a nested tensor, .* torch.nested.to_padded_tensor"),
+        (
+            (torch.ones(4), torch.tensor(3.0)),
+            r"field 1 of the train split is a tensor of shape \[\], which",
+        ),
+        ((torch.ones(4), torch.ones(5)), "lengths: field 0 has 4 and field 1 has 5"),
+        ((np.ones(3), torch.ones(3)), r"a tuple that holds ndarray of float64 \(field 0\)"),
         ({"x": np.array([None, "a"])}, "is a dict that holds ndarray of object"),
-        ((torch.ones(3), None), "is a tuple that holds NoneType"),
+        ((torch.ones(3), None), r"is a tuple that holds NoneType \(field 1\)"),
         (TensorDataset(torch.ones(3)), "is a TensorDataset, which cannot be read; give a tuple"),
     ],
 )

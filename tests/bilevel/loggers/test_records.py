@@ -286,9 +286,14 @@ def test_a_run_that_is_killed_while_its_loggers_finish_is_not_finished(tmp_path,
 
 
 class BadTest(FakeProblem):
-    """Its test split has a row that cannot be evaluated; `how` says where it fails."""
+    """Its test split has a row that trained weights cannot take; `how` says where it fails."""
 
     how = "metric"
+
+    def init(self, generator):
+        params, carry = super().init(generator)
+        self.start = {"w": params["w"].clone()}
+        return params, carry
 
     def data(self, device, generator):
         made = super().data(device, generator)
@@ -296,7 +301,8 @@ class BadTest(FakeProblem):
         return made
 
     def metrics(self, hypers, params, prediction, batch):
-        if torch.equal(batch[0][0], self.first):
+        trained = not torch.equal(params["w"], self.start["w"])
+        if trained and torch.equal(batch[0][0], self.first):
             if self.how == "metric":
                 raise IndexError("Target 3 is out of bounds.")
             prediction = prediction.to(torch.complex64) < 0  # PyTorch refuses it

@@ -1,0 +1,128 @@
+"""A trial of a batch of each split: what a run does with it, without a gradient."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.checks.calls import Calls
+from bilevel.checks.data_reasons import Failure, reason
+from bilevel.checks.first_batch import FirstBatch
+from bilevel.data.batches import open_batch
+from bilevel.data.fields import not_finite, tensors
+from bilevel.errors import BilevelError
+from bilevel.metrics import Means
+from bilevel.params import Batch, count_examples
+
+UNRELATED = re.compile(
+    r"does not require grad|deterministic|allocate memory|out of memory|CUDA error|DataLoader"
+)
+"""Matches errors of a trial that have other reasons than the data, and sentences of their own."""
+
+
+@dataclass
+class Trial:
+    """The trial of one batch.
+
+    Attributes:
+        case: the problem, at its initial weights and λ.
+        split: `train`, `valid` or `test`.
+        batch: the batch.
+        whole: the split as one batch, where it lies in memory.
+        flaw: a sentence about the batch, or None.
+        error: the error that the sentence explains, or None.
+        begins: where NaN or infinity begins, in words; None if all numbers are finite, or if the
+            trial did not watch for them.
+    """
+
+    case: FirstBatch
+    split: str
+    batch: Batch
+    whole: Batch | None = None
+    flaw: str | None = None
+    error: Exception | None = None
+    begins: str | None = None
+
+    def run(self, passed: dict[str, Batch], *, watch: bool = False) -> "Trial":
+        """Compute everything that a run computes of this batch.
+
+        Args:
+            passed: batches of other splits that are right, for a comparison.
+            watch: also look for the call in which NaN or infinity begins.
+        """
+        open_batch(self.batch, self.split)
+        calls = Calls(self.batch, self.case.start[0], watch=watch)
+        stage, results = "", []
+        try:
+            with torch.no_grad(), calls:
+                for name, step in self._steps():
+                    stage = name
+                    results.append(step())
+        except BilevelError as error:  # a sentence, which lacks the split
+            odd = [name for name, t in tensors(self.batch).items() if t.is_complex()]
+            if odd or stage != "metrics":  # a law of its own is about metrics
+                where = f"{self.split} data" + (f", {odd[0]} is complex" if odd else "")
+                self.flaw = str(error) if self.split in str(error) else f"{where}: {error}"
+                self.error = error
+        except Exception as error:
+            if not isinstance(error, MemoryError) and not UNRELATED.search(str(error)):
+                failure = Failure(self.split, self.batch, stage, error, calls)
+                self.flaw = reason(failure, passed, self.case.start[0])
+                self.error = error if self.flaw else None
+        else:
+            if not all(map(_finite, results)):
+                self._look_at_numbers(calls)
+        return self
+
+    def _steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Yield the calls of the problem, by the name of the method."""
+        case, held = self.case, {}
+        problem, batch, hypers = case.problem, self.batch, case.hypers
+        params, carry = case.start
+
+        def predict(*, train: bool) -> None:
+            draws = torch.Generator(case.device).manual_seed(0) if train else None
+            start = carry if train else problem.fresh_carry(carry, batch)
+            held["prediction"], _ = problem.predict(
+                hypers, params, start, batch, train=train, generator=draws
+            )
+
+        def metrics() -> float:
+            means = Means(type(problem).__name__, case.device)
+            reported = problem.metrics(hypers, params, held["prediction"], batch)
+            means.add(reported, count_examples(batch))
+            return means.result().get("loss", 0.0)
+
+        if self.split == "train":
+            yield "predict", lambda: predict(train=True)
+            yield (
+                "inner_objective",
+                lambda: problem.inner_objective(hypers, params, held["prediction"], batch),
+            )
+        yield "predict", lambda: predict(train=False)
+        if self.split == "valid":
+            yield (
+                "outer_objective",
+                lambda: problem.outer_objective(hypers, params, held["prediction"], batch),
+            )
+        yield "metrics", metrics
+
+    def _look_at_numbers(self, calls: Calls) -> None:
+        """Find the reason of a loss that is not finite: the batch, or the first call of it."""
+        known, of = (self.batch, "rows of a batch") if self.whole is None else (self.whole, "rows")
+        if not_finite([self.batch]) is not None and (bad := not_finite([known], of)) is not None:
+            self.flaw = f"{self.split} data, {bad}"
+        elif (call := calls.not_finite) is not None and call.fields:
+            field = min(call.fields[-1][1])
+            self.begins = f"{self.split} data, {field}: the first result that is not finite is "
+            self.begins += f"that of {call.name}"
+
+
+def _finite(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        return bool(torch.isfinite(result.detach()).all())
+    return not isinstance(result, float) or math.isfinite(result)
