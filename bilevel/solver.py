@@ -40,6 +40,13 @@ class RunnerHooks:
         """Return σ of the perturbation of each hyperparameter, in unconstrained coordinates."""
         return {}
 
+    def lost(self) -> str | None:
+        """Return what a solver lost where it has no trained solution though no loss ended the run.
+
+        The runner asks at the end of a run, which then ends as diverged.
+        """
+        return None
+
     def extra_tensors(self) -> Params:
         """Return the trained tensors other than w and λ; the runner checks that they are finite."""
         return {}

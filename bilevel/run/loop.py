@@ -19,7 +19,7 @@ from bilevel.parallel.process_group import SINGLE_PROCESS, Ranks
 from bilevel.params import Hypers, to_device, widen
 from bilevel.problem import Problem
 from bilevel.run.budget import Budget
-from bilevel.run.divergence import diverged, not_finite
+from bilevel.run.divergence import RATES, diverged, not_finite
 from bilevel.run.evaluation import evaluate
 from bilevel.run.faults import CheckpointSaver, Loggers
 from bilevel.run.hypergradient_error import HypergradientError
@@ -123,6 +123,8 @@ class Loop:
             self._judge({})
         elif reason != "diverged" and self.last is not None and self.last["step"] < self.step:
             self._evaluate()
+        if reason != "interrupted" and not self.diverged:
+            self.diverged = self._without_result()
         self._checkpoint(last=True)
         return "diverged" if self.diverged else reason
 
@@ -242,6 +244,13 @@ class Loop:
             return wrong_data(self.problem, self.data, self.device, numbers=True)
 
         self.diverged = diverged(self.services.bad_step(), values, self.step, self.good, flaw)
+
+    def _without_result(self) -> str | None:
+        """Return a sentence if all that the solver trained has diverged, else None."""
+        if (lost := self.solver.lost()) is None:
+            return None
+        flaw = wrong_data(self.problem, self.data, self.device, numbers=True)
+        return f"diverged: {lost}; {flaw or RATES}"
 
     def _warn(self, sentences: Mapping[str, str]) -> None:
         """Give each kind of warning once in a run."""

@@ -245,6 +245,14 @@ class Search(InnerSettings, Solver):
             )
         return found
 
+    def lost(self) -> str | None:
+        failed = self.trials.count("failed")
+        running = bool(self.trials.record[-1]["scores"])
+        if self.best is not None or running or failed == 0 or failed < self.outer_count:
+            return None
+        every = "the only trial" if failed == 1 else f"each of the {failed} trials"
+        return f"{every} had a loss that was not finite, so the solution is the untrained start"
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "core": self.core.state_dict(),

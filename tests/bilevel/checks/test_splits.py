@@ -25,7 +25,7 @@ from bilevel.checks.check_problem import ProblemWarning
 from bilevel.checks.splits import check_splits
 from bilevel.data.fields import not_finite, telling_rows
 from bilevel.errors import FaultWarning
-from bilevel.solvers import Fixed, delta_stn
+from bilevel.solvers import Fixed, delta_stn, random_search
 from tests.soak import data as soak
 
 CPU = torch.device("cpu")
@@ -237,6 +237,16 @@ def test_a_slice_of_the_soak_ends_in_results_or_sentences(tmp_path):
         ends = {case: soak.outcome(case, tmp_path) for case in chosen}
     assert {case: how for case, how in ends.items() if how not in soak.GOOD} == {}
     assert set(ends.values()) >= {"ran", "refused"}
+
+
+def test_a_search_of_which_every_trial_diverges_has_diverged(tmp_path):
+    bad = later(put(X, (9, 2), torch.nan), Y)
+    problem = wrapped(Classes, [bad, (X, Y)])
+    runner = Runner(epochs=4, warmup_epochs=0, progress="none", picture=False)
+    summary = runner.run(problem, random_search(trial_epochs=1), directory=tmp_path)
+    assert summary["diverged"]
+    assert summary["message"].startswith("diverged: each of the 4 trials had a loss that was not")
+    assert "train data, field 0: 1 of 16 rows holds NaN" in summary["message"]
 
 
 def test_delta_stn_needs_no_more_than_the_others(tmp_path):
