@@ -22,6 +22,7 @@ from bilevel.run.budget import Budget
 from bilevel.run.divergence import RATES, diverged, not_finite
 from bilevel.run.evaluation import evaluate
 from bilevel.run.faults import CheckpointSaver, Loggers
+from bilevel.run.fingerprint import check_fingerprint, fingerprint
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.services import Services
 from bilevel.solver import Solution, Solver
@@ -80,6 +81,7 @@ class Loop:
         self.ranks = ranks
         self.meter = Meter(device)
         self.services = services
+        self.fingerprint = fingerprint(data)
         self.evaluating = 0.0
         self.initial = _copied(solver.solution().hypers)
         self.best: dict[str, Any] | None = None
@@ -283,6 +285,7 @@ class Loop:
         return {
             "step": self.step,
             "solver": self.solver.state_dict(),
+            "data": self.fingerprint,
             "train": self.data.train.state_dict(),
             "valid": self.data.valid.state_dict(),
             "device": self.device.type,
@@ -313,6 +316,7 @@ class Loop:
             # the data come first: their error is clearer than weights of another shape
             self.data.train.load_state_dict(state["train"])
             self.data.valid.load_state_dict(state["valid"])
+            check_fingerprint(state.get("data", {}), self.fingerprint)
             self.solver.load_state_dict(state["solver"])
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise BilevelError(
