@@ -37,9 +37,15 @@ class FirstRankSaver(CheckpointSaver):
         super().__init__(save, directory)
         self.ranks = ranks
 
-    def __call__(self, state: dict[str, Any], *, last: bool = False) -> None:
+    def __call__(
+        self,
+        state: dict[str, Any],
+        *,
+        last: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         def saved() -> tuple[bool, int | None]:
-            super(FirstRankSaver, self).__call__(state, last=last)
+            super(FirstRankSaver, self).__call__(state, last=last, interrupted=interrupted)
             return self.owed, self.step
 
         self.owed, self.step = self.ranks.on_first(saved)

@@ -17,7 +17,9 @@ GRACE = 3600.0
 """Seconds for which a run continues without writing checkpoints: a full disk costs this at most."""
 AT_THE_END = 60.0
 """Seconds for which a finished run waits for free space; it tries again every `PAUSE` seconds."""
-PAUSE = 5.0
+AFTER_SIGNAL = 10.0
+"""Seconds for which a run waits for free space after a signal: SLURM kills 30 s after SIGTERM."""
+PAUSE = 2.0
 ROOM = 4
 """Free space that a run wants, in sizes of its checkpoint: a new one is written before the old one
 goes, older ones are kept, and checkpoints grow."""
@@ -62,7 +64,8 @@ class Loggers:
                 self._warned.add(id(logger))
                 warnings.warn(
                     f"{type(logger).__name__} failed to {event} ({describe(error)}); the run "
-                    "continues, and metrics.jsonl holds the missing values",
+                    "continues, and metrics.jsonl holds the missing values, which `bilevel log "
+                    "RUN` logs again",
                     FaultWarning,
                     stacklevel=3,
                 )
@@ -100,14 +103,27 @@ class CheckpointSaver:
         """Note that a checkpoint of `step` is on disk."""
         self.step = step
 
-    def __call__(self, state: dict[str, Any], *, last: bool = False) -> None:
+    def __call__(
+        self,
+        state: dict[str, Any],
+        *,
+        last: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Save now, or note that a later call must.
+
+        Args:
+            state: the state of the run.
+            last: whether the run has ended.
+            interrupted: returns whether a signal has come, which shortens the wait for free space.
 
         Raises:
             Unwritable: the first or the last write failed, or writes have failed for too long.
         """
-        deadline = time.monotonic() + AT_THE_END
+        deadline, hurried = time.monotonic() + AT_THE_END, False
         while True:
+            if not hurried and interrupted():
+                hurried, deadline = True, min(deadline, time.monotonic() + AFTER_SIGNAL)
             try:
                 self.save(state)
             except Unwritable as error:
@@ -126,7 +142,8 @@ class CheckpointSaver:
         if not self.owed:
             self.owed, self._since = True, time.monotonic()
             then = (
-                f"the run has ended, and waits {AT_THE_END:g} s for free space"
+                f"the run has ended, and waits {AT_THE_END:g} s for free space ({AFTER_SIGNAL:g} s "
+                "after a signal)"
                 if last
                 else "the run continues, tries again at every evaluation, and ends after an hour "
                 "of failures"

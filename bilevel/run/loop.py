@@ -127,7 +127,8 @@ class Loop:
             self._evaluate()
         if reason != "interrupted" and not self.diverged:
             self.diverged = self._without_result()
-        self._checkpoint(last=True)
+        if not self.diverged:  # the last good checkpoint is kept
+            self.save(self.state_dict(), last=True, interrupted=interrupted)
         return "diverged" if self.diverged else reason
 
     def _ended(self, interrupted: Callable[[], bool]) -> str | None:
@@ -276,9 +277,9 @@ class Loop:
         self._sums, self._counts = {}, {}
         return means
 
-    def _checkpoint(self, *, last: bool = False) -> None:
+    def _checkpoint(self) -> None:
         if not self.diverged:  # the last good checkpoint is kept
-            self.save(self.state_dict(), last=last)
+            self.save(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next round and the records after it depend on."""

@@ -221,6 +221,25 @@ def test_at_its_end_a_run_waits_for_room(tmp_path, monkeypatch, heals):
     assert (tmp_path / "summary.json").exists() == heals
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_signal_shortens_the_wait_for_room(tmp_path, monkeypatch, late):
+    """SLURM kills 30 s after SIGTERM."""
+    failing(monkeypatch, set(range(7, 25)))
+    monkeypatch.setattr(faults, "AFTER_SIGNAL", 0.3)
+    monkeypatch.setattr(faults, "PAUSE", 0.02)
+    signalled = threading.Timer(0.5, kill(signal.SIGTERM)) if late else None
+    hooks = {} if late else {9: kill(signal.SIGTERM)}
+    hooks |= {23: signalled.start} if signalled else {}
+    began = time.monotonic()
+    with (
+        pytest.warns(FaultWarning, match="the run continues|the run has ended"),
+        pytest.raises(Unwritable, match="the work since step 6"),
+    ):
+        run(tmp_path, FakeSolver(hooks=hooks))
+    assert time.monotonic() - began < 20  # and not a minute
+    assert load(tmp_path)["step"] == 6
+
+
 def test_little_room_is_told_once_and_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(
         faults.shutil,
@@ -295,9 +314,8 @@ def test_a_logger_that_fails_is_told_once_and_costs_nothing(tmp_path, undisturbe
             tmp_path / "run", loggers=[Broken("log", "advance", "finish", "close", "state")]
         )
     assert told(caught) == [
-        "Broken failed to log (ConnectionError: no log); "
-        "the run continues, and metrics.jsonl holds "
-        "the missing values"
+        "Broken failed to log (ConnectionError: no log); the run continues, and metrics.jsonl "
+        "holds the missing values, which `bilevel log RUN` logs again"
     ]
     assert same_weights(solver, undisturbed)
     assert comparable(tmp_path / "run") == comparable(tmp_path / "undisturbed")
@@ -346,13 +364,15 @@ def test_wandb_that_fails_to_log_does_not_end_the_run(tmp_path, monkeypatch):
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    monkeypatch.setattr("bilevel.loggers.wandb_file.WAIT", 0.0)
     with pytest.warns(FaultWarning) as caught:
         summary, _ = run(tmp_path / "run", loggers=[WandB()])
     assert summary["stopped"] == "epochs"
-    (said,) = told(caught)
+    said, end = told(caught)
     assert said.startswith(
         "WandB failed to log (BrokenPipeError: W&B's process is gone); the run continues"
     )
+    assert "lacks 5 of 5 records" in end
 
 
 def test_the_end_of_an_online_run_is_not_waited_for_without_end(tmp_path, monkeypatch, caplog):
