@@ -107,6 +107,8 @@ def test_commands_exist(page):
                 assert importlib.util.find_spec(words[1]), words
             elif program == "bilevel-compare":
                 parser().parse_args(words)
+            elif words[:1] == ["log"]:
+                assert list(composed([word for word in words[1:] if "=" in word]))
             elif "--help" not in words:
                 for config in composed(words):
                     for node, value in config.items():

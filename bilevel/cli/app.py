@@ -11,7 +11,16 @@ from hydra import main as hydra_main
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig
 
-from bilevel.cli import export, hints, input_errors, refit, standard_streams, sweep, user_modules
+from bilevel.cli import (
+    export,
+    hints,
+    input_errors,
+    log,
+    refit,
+    standard_streams,
+    sweep,
+    user_modules,
+)
 from bilevel.cli.job import Job, add_resolvers
 from bilevel.cli.named_optimizers import optimizer_overrides
 from bilevel.cli.resume import AUTO, stored_config
@@ -21,7 +30,7 @@ from bilevel.parallel.torchrun import torchrun_launch, world_size
 from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
 from bilevel.symlinks import broken_link
 
-COMMANDS = {"export": export.main, "refit": refit.main}
+COMMANDS = {"export": export.main, "log": log.main, "refit": refit.main}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The status is 0 if all runs ended well, 1 if a run failed, 130 after Ctrl-C or another signal
     that ends a run, and 75 (EX_TEMPFAIL) after the signal of a time limit. Bad input causes one
-    sentence on the standard error. HYDRA_FULL_ERROR=1 shows the traceback. `export` and `refit` as
-    the first word are commands of their own.
+    sentence on the standard error. HYDRA_FULL_ERROR=1 shows the traceback. `export`,
+    `log` and `refit` as the first word are commands of their own.
     """
     words = sys.argv[1:] if arguments is None else arguments
     standard_streams.occupy_standard_streams()

@@ -65,7 +65,7 @@ def run_config(
     # the process belongs to this run, and a user's modules and loaders may draw from the global
     # generator of torch
     torch.manual_seed(config["seed"])
-    loggers = _loggers(config)  # first, since their errors cost no reading of data
+    loggers = build_loggers(config)  # first, since their errors cost no reading of data
     nodes = {node: config.get(node) for node in BUILT}
     of_runner = nodes["runner"]
     if quiet and isinstance(of_runner, dict) and of_runner.get("progress", "auto") == "auto":
@@ -92,7 +92,7 @@ def run_config(
     )
 
 
-def _loggers(config: dict[str, Any]) -> list[Logger]:
+def build_loggers(config: dict[str, Any]) -> list[Logger]:
     """Build the loggers that are on, each from the node of its name.
 
     Raises:

@@ -84,13 +84,14 @@ def read_stored(directory: Path, *, quiet: bool = False) -> DictConfig:
     return config
 
 
-def check_trusted(stored: Any, named: Any, directory: Path) -> None:
+def check_trusted(stored: Any, named: Any, directory: Path, *, command: str = "resume={}") -> None:
     """Check that a stored configuration names nothing but parts of bilevel and PyTorch.
 
     Args:
         stored: the stored configuration, as plain containers.
         named: the configuration of this command line; what it names itself is trusted.
         directory: the run directory, for the error.
+        command: the part of the command line that reads the directory, for the error.
 
     Raises:
         BilevelError: a target is neither a class or function of `OURS`, nor a class of `OF_TORCH`,
@@ -100,8 +101,9 @@ def check_trusted(stored: Any, named: Any, directory: Path) -> None:
     for key, value in _leaves(stored):
         if _is_target(key) and value not in own and not _is_ours(value):
             raise BilevelError(
-                f"resume={directory} would run {key}={value}, which is not a part of bilevel, "
-                "torch.optim or torch.nn; add trust=true if you trust whoever made that directory"
+                f"{command.format(directory)} would run {key}={value}, which is not a part of "
+                "bilevel, torch.optim or torch.nn; add trust=true if you trust whoever made that "
+                "directory"
             )
 
 

@@ -75,6 +75,13 @@ class Logger(ABC):
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
         """Begin a run, or resume one with the `state` of its checkpoint ({} otherwise)."""
 
+    def again(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Set aside what was logged of a finished run, and return the state to start anew with.
+
+        `bilevel log` calls this method with the state of the last checkpoint ({} without one).
+        """
+        return {}
+
     @abstractmethod
     def log(self, record: Record) -> None:
         """Log the record of an evaluation."""

@@ -1,15 +1,19 @@
 """Weights & Biases: a dashboard that groups runs by problem and compares solvers."""
 
 import logging
+import shlex
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from bilevel.errors import FaultWarning, Unwritable
+from bilevel.files import write_atomically
 from bilevel.loggers.dashboard import (
     SECTIONS,
     comparison_metrics,
@@ -19,6 +23,7 @@ from bilevel.loggers.dashboard import (
 )
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.records import METRICS, Record, read_metrics
+from bilevel.loggers.wandb_file import missing_steps
 from bilevel.loggers.wandb_network import unreachable, without_error_reports
 from bilevel.loggers.wandb_settings import (
     LONGEST_TAG,
@@ -46,9 +51,8 @@ FINISH_SECONDS = 60.0
 MARK = "last_step"
 """Name of the file in W&B's folder of a run that holds the last step logged there.
 
-Offline it is written when W&B has written everything, online with every step.
+Offline it is written when W&B's file holds everything, online with every step.
 """
-
 log = logging.getLogger(__name__)
 
 
@@ -68,6 +72,9 @@ class WandB(Logger):
     W&B's own process had not written everything. The resumed run then logs these steps again and
     renames the incomplete folder to `killed-…`. Pictures of these steps stay in that folder. An
     online run that was killed can lack its last seconds on the server.
+
+    At its end an offline run reads W&B's file back. If the file lacks records, for example because
+    the disk was full, a warning gives the command that logs the run again.
 
     Attributes:
         mode: `offline` (upload later with `wandb sync`), `online` (offline where that fails) or
@@ -105,12 +112,20 @@ class WandB(Logger):
         self.run: Any = None
         self._exit_code = 1  # until the run ends in order
         self._pictures: dict[str, Any] = {}
+        self._handed_over: list[int] = []  # steps that this part of the run has logged
         self._logged = -1  # the last step that W&B has
         self._id: str | None = None
         self._online = False
 
+    def again(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+        ids = []
+        for part in sorted(_parts(directory), key=lambda p: p.name.removeprefix("offline-")):
+            ids += [file.stem.removeprefix("run-") for file in part.glob("run-*.wandb")]
+            part.rename(part.with_name(f"replaced-{part.name}"))
+        return state or ({"id": ids[-1]} if ids else {})
+
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
-        self._id = state.get("id")
+        self._id, self._directory = state.get("id"), run.directory
         if self.mode == "disabled":
             return
         for sentence in unused_variables(self.mode):
@@ -205,6 +220,7 @@ class WandB(Logger):
             for section in AT_EQUAL_COST
             for name, value in measured.items()
         }
+        self._handed_over.append(record["step"])
         self.run.log({**sections(record), **again, **pictures}, step=record["step"], commit=True)
         self._logged = record["step"]
         if self._online:
@@ -220,8 +236,14 @@ class WandB(Logger):
             return
         run, self.run = self.run, None
         if not self._online:
-            run.finish(exit_code=self._exit_code)
-            self._mark.write_text(str(self._logged))  # only now W&B's process has written all
+            folder = Path(run.dir).parent
+            try:
+                run.finish(exit_code=self._exit_code)
+            except Exception:
+                if self._is_whole(folder):
+                    raise
+            else:
+                self._is_whole(folder)
             return
         raised: list[Exception] = []
 
@@ -244,8 +266,33 @@ class WandB(Logger):
             )
             log.warning(message, FINISH_SECONDS, Path(run.dir).parent)
 
+    def _is_whole(self, folder: Path) -> bool:
+        """Return whether W&B's file holds all that was logged: mark it then, and warn otherwise."""
+        if not self._directory.is_dir():  # it was moved or removed, which ends the run
+            return False
+        if (lost := missing_steps(folder, self._handed_over)) is None:
+            with suppress(Unwritable):  # without a mark a resumed run logs everything again
+                write_atomically(folder / MARK, lambda file: file.write(str(self._logged)))
+            return True
+        logged = len(self._handed_over)
+        what = f"lacks {len(lost)} of {logged} records" if lost else "lacks the end of the run"
+        run = shlex.quote(str(self._directory))
+        warnings.warn(
+            f"W&B's file in {folder} {what}, most often because the disk was full; {METRICS} has "
+            f"them, so make room and log the run again with: bilevel log {run}",
+            FaultWarning,
+            stacklevel=2,
+        )
+        return False
+
     def state(self) -> dict[str, Any]:
         return {"id": self._id} if self._id else {}
+
+
+def _parts(directory: Path) -> list[Path]:
+    """Return W&B's folders of a run that were not set aside."""
+    found = [*directory.glob("wandb/run-*"), *directory.glob("wandb/offline-run-*")]
+    return [part for part in found if part.is_dir() and not part.is_symlink()]
 
 
 def _complete_until(directory: Path, run_id: str) -> int:
