@@ -16,6 +16,10 @@ class DirectoryLocked(BilevelError):
     """Another process is running in the run directory."""
 
 
+class DirectoryLost(BilevelError):
+    """The run directory was moved, removed or taken by another run during the run."""
+
+
 class Unwritable(BilevelError):
     """A file cannot be written now, for example on a full disk; the runner tries again."""
 

@@ -42,6 +42,27 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "the lock file of a living run is replaced",
+        "bilevel/run/lock_file.py",
+        "not _is_dead(found) and age < STALE",
+        "not _is_dead(found) and age < -STALE",
+        "bilevel/run/test_directory_lock.py",
+    ),
+    Mutant(
+        "a run whose directory was moved saves at the old path",
+        "bilevel/run/stages.py",
+        "run.checkpoints.directory = run.lock.place(run.directory)",
+        "run.lock.place(run.directory)",
+        "bilevel/run/test_directory_lock.py",
+    ),
+    Mutant(
+        "W&B's file is taken for whole although records are missing",
+        "bilevel/loggers/wandb_file.py",
+        "if not lost and found.ended:",
+        "if found.ended or lost:",
+        "bilevel/cli/test_log.py",
+    ),
+    Mutant(
         "transposed response: the scale on the inputs of a layer, not on its outputs",
         "solvers/response/rules.py",
         "        if weight.axis == 0:\n            units",

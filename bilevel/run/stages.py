@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from bilevel.checks.check_problem import check_setup
 from bilevel.checks.last_batch import check_last_batch
 from bilevel.checks.splits import check_splits, unlike_splits, wrong_data
 from bilevel.device.precision import at_precision
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, DirectoryLost
 from bilevel.loggers.display import display
 from bilevel.loggers.jsonl import JsonLines, SummaryFile
 from bilevel.loggers.logger import Logger, RunInfo
@@ -94,7 +95,7 @@ def build(run: Session) -> None:
         device=device,
         budget=settings.budget(run.data.train.steps_per_epoch),
         loggers=_loggers(run) if run.ranks.first else [],
-        save=FirstRankSaver(run.checkpoints.save, run.directory, run.ranks),
+        save=FirstRankSaver(lambda state: _save(run, state), run.directory, run.ranks),
         patience=settings.patience,
         checkpoint_every=settings.checkpoint_every,
         hypergradient_error=error,
@@ -135,13 +136,29 @@ def _check_takes_services(solver: Solver) -> None:
 
 
 def train(run: Session) -> str:
-    """Train until something ends the run, and return what did."""
+    """Train until something ends the run, and return what did.
+
+    Raises:
+        DirectoryLost: the run directory was moved or removed. The last checkpoint moves with it.
+    """
     with _wrong_data_named(run):
-        run.reason = run.loop.run(lambda: run.interrupts.received)
+        run.reason = run.loop.run(lambda: run.interrupts.received or run.lock.is_lost())
+    place = run.ranks.on_first(lambda: run.lock.place(run.directory))
+    if place != run.directory:
+        raise DirectoryLost(
+            f"{run.directory} was moved to {place} during the run; the run ended at step "
+            f"{run.loop.step}, and its checkpoint is there; continue with: bilevel resume={place}"
+        )
     # a signal may have reached another rank alone
     [number] = run.ranks.maximum(run.interrupts.number or 0)
     run.interrupts.number = Signals(int(number)) if number else None
     return run.reason
+
+
+def _save(run: Session, state: dict[str, Any]) -> None:
+    """Save a checkpoint where the run directory is now."""
+    run.checkpoints.directory = run.lock.place(run.directory)
+    run.checkpoints.save(state)
 
 
 def generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
