@@ -26,6 +26,7 @@ from bilevel.cli.named_optimizers import optimizer_overrides
 from bilevel.cli.resume import AUTO, stored_config
 from bilevel.cli.run_config import OPEN_GROUPS
 from bilevel.errors import BilevelError
+from bilevel.parallel.slurm import slurm_environment
 from bilevel.parallel.torchrun import torchrun_launch, world_size
 from bilevel.run.signals import EX_TEMPFAIL, OutOfTime, time_limit_raises
 from bilevel.symlinks import broken_link
@@ -57,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str]) -> int:
     job = Job(traceback_wanted=os.environ.get("HYDRA_FULL_ERROR") == "1")
     try:
-        with torchrun_launch() as job.launch, time_limit_raises(), sweep.counted() as failed:
+        with (
+            slurm_environment(),
+            torchrun_launch() as job.launch,
+            time_limit_raises(),
+            sweep.counted() as failed,
+        ):
             if (sentence := broken_link()) is not None:
                 raise BilevelError(sentence)
             user_modules.add_working_directory()
@@ -92,8 +98,8 @@ def prepared(arguments: Sequence[str]) -> list[str]:
     sweeping = "-m" in arguments or "--multirun" in arguments
     if sweeping and world_size() > 1:
         raise BilevelError(
-            "-m is a sweep, but torchrun spreads one run over its processes; start torchrun for "
-            "each run of the sweep"
+            "-m is a sweep, but torchrun and srun spread one run over their processes; start them "
+            "for each run of the sweep, or set WORLD_SIZE=1"
         )
     flags: list[str] = []
     overrides: list[str] = []

@@ -83,8 +83,8 @@ def torchrun_launch() -> Iterator[Launch]:
     except (RuntimeError, ValueError) as error:
         raise BilevelError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} needs processes that find each other, which "
-            f"failed ({first_line(error)}); start them with torchrun, or unset WORLD_SIZE for a "
-            "run of one process"
+            f"failed ({first_line(error)}); start them with torchrun or srun, or set WORLD_SIZE=1 "
+            "for a run of one process"
         ) from None
     launch = Launch(rank, dist.PrefixStore("bilevel", store))
     yield launch

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,16 @@ from types import FrameType
 from typing import Any
 
 from bilevel.errors import FaultWarning
+from bilevel.parallel.process_group import is_distributed
 
 EX_TEMPFAIL = 75
 """The exit status after a time limit, named in sysexits.h; the same command continues the run."""
 SUBMITIT = "SUBMITIT_EXECUTOR"
 """The environment variable that marks a job of submitit."""
+
+
+TOGETHER = 2.0
+"""Seconds within which the signals of a scheduler and of a launcher are one signal."""
 
 
 class OutOfTime(KeyboardInterrupt):
@@ -49,6 +55,9 @@ def end_signals() -> list[signal.Signals]:
 class Interrupts:
     """Note the first signal while the context is open; a second signal acts as usual.
 
+    Among several processes, further signals within `TOGETHER` seconds count as the first one: a
+    scheduler signals all processes, and their launcher passes its own signal on.
+
     Signal handlers belong to the main thread. In another thread nothing is installed or received.
 
     Args:
@@ -62,6 +71,7 @@ class Interrupts:
         self.signals = signals
         self.number: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._since = 0.0
 
     @property
     def received(self) -> bool:
@@ -87,8 +97,11 @@ class Interrupts:
         self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = signal.Signals(number)
-        self.__exit__()
+        if self.number is None:
+            self.number, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since >= (TOGETHER if is_distributed() else 0.0):
+            self.__exit__()
+            signal.raise_signal(number)
 
 
 @contextmanager
