@@ -8,6 +8,7 @@ from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, FullBatch, TensorStream, stream, streams
 from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
+from bilevel.dropout.tuned import TunedDropout, tuned_dropout
 from bilevel.errors import BilevelError, DataWarning, Refused, SpeedWarning
 from bilevel.metrics import Weighted
 from bilevel.module_problem import ModuleProblem
@@ -70,6 +71,7 @@ __all__ = [
     "Stream",
     "TensorStream",
     "Trait",
+    "TunedDropout",
     "Tuner",
     "Weighted",
     "along_examples",
@@ -80,6 +82,7 @@ __all__ = [
     "squared_norm",
     "stream",
     "streams",
+    "tuned_dropout",
 ]
 
 explain_broken_links()

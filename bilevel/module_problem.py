@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from bilevel.data.global_rng import GlobalDraws, seeded
 from bilevel.data.tensor_stream import Data, streams
+from bilevel.dropout.kinds import DropoutKind
+from bilevel.dropout.tuned import Groups, tuned_dropout
 from bilevel.embedding_options import use_dense_gradients
 from bilevel.errors import BilevelError
 from bilevel.module_call import ModuleCall
@@ -41,9 +44,14 @@ class ModuleProblem(Problem):
         valid: the same for the outer objective.
         test: the same for the final report; None for no test split.
         batch_size: batch size for tensors; None takes a whole split at every step.
+        dropout: patterns of the dropout layers whose rates λ holds, as in `tuned_dropout`: `"*"`
+            for one rate `dropout`, or `{"attention": "*.attn.*", "mlp": "*.mlp.*"}`. `space` may
+            declare these hyperparameters; those that it lacks are added. None for constant rates.
+        dropout_kind: `bernoulli`, or `gaussian` or `concrete` for a derivative in the rate.
 
     Attributes:
         aliases: the further names of tied weights, each with the name that w has.
+        tuned_dropout: the tuned rates; None without any.
 
     Example:
         >>> import torch.nn.functional as F
@@ -79,6 +87,8 @@ class ModuleProblem(Problem):
         test: Any = None,
         *,
         batch_size: int | None = None,
+        dropout: Groups | None = None,
+        dropout_kind: DropoutKind = "bernoulli",
     ) -> None:
         self.space = space
         self.batch_size = batch_size
@@ -100,6 +110,10 @@ class ModuleProblem(Problem):
         with seeded(torch.Generator()):
             self._module = without_weights(made, self._build)
         use_dense_gradients(self._module)
+        self.tuned_dropout = None
+        if dropout is not None:
+            self.tuned_dropout = tuned_dropout(self._module, dropout, dropout_kind)
+            self.space = self.tuned_dropout.join(space)
         self._in_evaluation = (
             [m for m in self._module.modules() if not m.training] if made.training else []
         )
@@ -115,6 +129,11 @@ class ModuleProblem(Problem):
                 f"module={type(made).__name__} has no trainable parameter, so w is empty; set "
                 "requires_grad on some parameters"
             )
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the module of every call; its weights have no values."""
+        return self._module
 
     def init(self, generator: torch.Generator) -> tuple[Params, Carry]:
         with seeded(generator):
@@ -185,7 +204,8 @@ class ModuleProblem(Problem):
 
         def run() -> tuple[Prediction, Carry]:
             tensors = self._tensors(params, carry)
-            prediction = self._call(tensors, args, kwargs)
+            with self._dropping(hypers, generator):
+                prediction = self._call(tensors, args, kwargs)
             return prediction, {name: tensors[name] for name in carry}
 
         try:
@@ -219,11 +239,18 @@ class ModuleProblem(Problem):
 
         def run() -> Carry:
             tensors = self._tensors(params, carry)
-            with Moments({name: tensors[name] for name in carry}) as moments:
+            found = Moments({name: tensors[name] for name in carry})
+            with found as moments, self._dropping(hypers, generator):
                 self._call(tensors, args, kwargs)
             return moments.found
 
         return self._draws(run, generator)
+
+    def _dropping(
+        self, hypers: Hypers, generator: torch.Generator | None
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which dropout layers have the rates that λ holds."""
+        return self.tuned_dropout(hypers, generator) if self.tuned_dropout else nullcontext()
 
     def _tensors(self, params: Params, carry: Carry) -> Params:
         """Return w and the carry for a training pass.

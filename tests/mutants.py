@@ -294,7 +294,7 @@ MUTANTS = [
     ),
     Mutant(
         "the mask of dropout not rescaled",
-        "problems/networks/dropout.py",
+        "bilevel/dropout/kinds.py",
         "< keep) / keep",
         "< keep)",
         "problems/test_problems.py",
@@ -378,7 +378,7 @@ MUTANTS = [
     ),
     Mutant(
         "Gaussian dropout with the rate for its variance",
-        "problems/networks/dropout.py",
+        "bilevel/dropout/kinds.py",
         "_root(rate / (1 - rate)).to(x.dtype) * noise",
         "_root(rate).to(x.dtype) * noise",
         "problems/classification/test_relaxations.py",
@@ -510,6 +510,21 @@ MUTANTS = [
         "                self._keep(cell, cell.value)\n",
         "            pass\n",
         "bilevel/run/test_cuda_graph.py",
+    ),
+    Mutant(
+        "the rate of each example on interleaved rows",
+        "bilevel/dropout/calls.py",
+        "x.unflatten(0, (len(rate), -1)), rate, self.generator).flatten(0, 1)",
+        "x.unflatten(0, (-1, len(rate))).transpose(0, 1), rate, self.generator)"
+        ".transpose(0, 1).flatten(0, 1)",
+        "bilevel/dropout/test_tuned_dropout.py",
+    ),
+    Mutant(
+        "tuned dropout in evaluation too",
+        "bilevel/dropout/calls.py",
+        "if not (training and isinstance(p, Rate) and p.hyper is not None):",
+        "if not (isinstance(p, Rate) and p.hyper is not None):",
+        "bilevel/dropout/test_tuned_dropout.py",
     ),
     Mutant(
         "dropout of channels forgets what it drops from",

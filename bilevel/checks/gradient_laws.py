@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from bilevel.checks.dropout_laws import remedy_of_unused
 from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch
 from bilevel.text import first_line
@@ -136,7 +137,10 @@ def hyperparameters(case: FirstBatch) -> Iterator[Finding]:
         if not (acts_inside or acts_outside):
             yield Finding(
                 "error",
-                (f"the hyperparameter `{name}` changes neither objective; use it, or remove it"),
+                (
+                    f"the hyperparameter `{name}` changes neither objective; "
+                    f"{remedy_of_unused(case.problem, name)}"
+                ),
             )
         elif acts_inside and case.problem.space[name].differentiable:
             leaf = case.hypers[name].detach().clone().requires_grad_()

@@ -1,5 +1,6 @@
 """The lists of laws that solvers rely on in a problem."""
 
+from bilevel.checks.dropout_laws import dropout_rates
 from bilevel.checks.example_laws import per_example_leaves
 from bilevel.checks.finding import Law
 from bilevel.checks.gradient_laws import (
@@ -39,6 +40,7 @@ ALL: tuple[Law, ...] = (
     averages,
     gradients_of_weights,
     hyperparameters,
+    dropout_rates,
     per_example_leaves,
     example_axis,
     metrics,
@@ -66,10 +68,17 @@ NEEDED: dict[Need | Trait, tuple[Law, ...]] = {
 
 A search may begin where a loss is not finite: that trial fails, and the search continues.
 """
-WARNINGS: tuple[Law, ...] = (gradients_of_weights, hyperparameters, averages, batch_average)
+WARNINGS: tuple[Law, ...] = (
+    gradients_of_weights,
+    hyperparameters,
+    dropout_rates,
+    averages,
+    batch_average,
+)
 """Laws whose violation may waste a run without ending it.
 
-A weight is unused, a hyperparameter has no effect, or an objective grows with the batch.
+A weight is unused, a hyperparameter has no effect, a dropout rate of all is not tuned, or an
+objective grows with the batch.
 """
 
 

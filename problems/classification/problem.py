@@ -22,12 +22,12 @@ from bilevel import (
     squared_norm,
 )
 from bilevel.data.tensor_stream import streams
+from bilevel.dropout.kinds import DropoutKind, dropout_by_name
 from bilevel.problems.classification.augmentation import Augmentation, Operation, strengths
 from bilevel.problems.datasets.image_files import ImageFiles
 from bilevel.problems.datasets.image_loaders import first_images, tensors_or_loaders
 from bilevel.problems.datasets.labelled_images import Images
 from bilevel.problems.datasets.standardize import Standardize
-from bilevel.problems.networks.dropout import DropoutKind, dropout_by_name
 from bilevel.problems.space_checks import SpaceChanges, require_within
 from bilevel.validate import one_of
 
@@ -52,7 +52,7 @@ class Classification(ModuleProblem):
         sites: number of dropout sites of the network.
         weight_decay: true: one weight decay; false: none; `per_weight`: ½ Σ_i weight_decay_i w_i²
             with the hyperparameter [m], flat in the order of the parameters.
-        dropout: `bernoulli`, `gaussian` or `concrete`, as in `bilevel.problems.networks.dropout`.
+        dropout: `bernoulli`, `gaussian` or `concrete`, as in `bilevel.dropout.kinds`.
         temperature: temperature of concrete dropout, 0.1 by default.
         augment: operations with tuned strengths, as in
             `bilevel.problems.classification.augmentation`.

@@ -23,9 +23,9 @@ from bilevel import (
     Problem,
     Space,
 )
+from bilevel.dropout.kinds import DropoutKind, dropout_by_name
 from bilevel.problems.language_modeling.corpus import Corpus
 from bilevel.problems.language_modeling.windows import Windows
-from bilevel.problems.networks.dropout import DropoutKind, dropout_by_name
 from bilevel.problems.networks.recurrent import RecurrentNetwork, Site
 from bilevel.problems.space_checks import SpaceChanges, require_per_batch, require_within
 from bilevel.validate import whole
@@ -68,7 +68,7 @@ class Language(Problem):
         layers: number of layers.
         cell: `lstm` or `gru`.
         tied: whether the decoder shares the table of the embedding.
-        dropout: `bernoulli`, `gaussian` or `concrete`, as in `bilevel.problems.networks.dropout`.
+        dropout: `bernoulli`, `gaussian` or `concrete`, as in `bilevel.dropout.kinds`.
         temperature: temperature of concrete dropout, 0.1 by default.
         batch_size: number of rows in training and in validation.
         bptt: number of tokens in a window.

@@ -1,0 +1,1 @@
+"""Dropout with tuned rates: its kinds, and the rates of any module as hyperparameters."""
