@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from bilevel.checkpoint.checkpoints import CheckpointWarning, best_solution
 from bilevel.checks.check_problem import Report, check_problem
+from bilevel.cross_entropy import cross_entropy
 from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, FullBatch, TensorStream, stream, streams
@@ -78,6 +79,7 @@ __all__ = [
     "attach",
     "best_solution",
     "check_problem",
+    "cross_entropy",
     "evaluate",
     "squared_norm",
     "stream",

@@ -527,6 +527,13 @@ MUTANTS = [
         "bilevel/dropout/test_tuned_dropout.py",
     ),
     Mutant(
+        "label smoothing without the weights of the classes",
+        "bilevel/cross_entropy.py",
+        "ε / classes * weighted.sum(1)",
+        "ε / classes * losses.sum(1)",
+        "bilevel/test_cross_entropy.py",
+    ),
+    Mutant(
         "dropout of channels forgets what it drops from",
         "problems/networks/building_blocks.py",
         "return x if drop is keep else x * drop(",

@@ -10,6 +10,7 @@ import torch
 from bilevel.checks import laws
 from bilevel.checks.finding import Finding, Law
 from bilevel.checks.first_batch import FirstBatch
+from bilevel.checks.hints import described
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.problem import Problem
@@ -126,7 +127,7 @@ def _findings(law: Law, case: FirstBatch) -> list[Finding]:
 
 
 def _raised(error: Exception) -> str:
-    return f"a call of the problem raises {describe(error)}"
+    return f"a call of the problem raises {described(error)}"
 
 
 def check_laws(solver: Solver, problem: Problem, data: Data, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from bilevel.checks.equality import nearly_equal
 from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch, brief, has_examples
+from bilevel.checks.hints import hint
 from bilevel.params import Batch, Hypers, Prediction, count_examples
 from bilevel.problem_wrapper import of_one_process
 from bilevel.text import describe
@@ -48,7 +49,7 @@ def _flaw(case: FirstBatch, names: Sequence[str]) -> str | None:
             repeated = case.inner_loss(train=False, hypers=_repeated(case, names, examples))
             case.inner_loss(hypers=_repeated(case, names, examples))
     except Exception as error:  # the problem is a user's own code
-        return f"raises {describe(error)}; {advice}"
+        return f"raises {describe(error)}{hint(error) or f'; {advice}'}"
     if not nearly_equal(plain, repeated):
         return f"makes L_T {brief(repeated)} instead of {brief(plain)}; {advice}"
     with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel import Batch, Data, Need, Problem, Refused, Solver, Space, Stream
+from bilevel.checks.hints import described, hint
 from bilevel.checks.prediction_laws import recomputation_hint
 from bilevel.half_weights import HalfWeights, wide
 from bilevel.params import count_examples
@@ -129,12 +130,16 @@ def refusals(lacking: str | None) -> Iterator[None]:
         yield
     except MissingRule as error:
         raise Refused(str(error)) from None
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         line = first_line(error)
+        if hint(error):
+            raise Refused(f"a call of the problem raises {described(error)}") from None
+        if isinstance(error, TypeError):
+            raise
         if lacking is not None and any(sign in line for sign in LACKS_DERIVATIVE):
             raise Refused(lacking.format(error=line)) from None
-        if hint := recomputation_hint(error):
-            raise Refused(f"a training pass fails, {line}{hint}") from None
+        if remedy := recomputation_hint(error):
+            raise Refused(f"a training pass fails, {line}{remedy}") from None
         raise
 
 
