@@ -128,5 +128,5 @@ def attention_with_bias(
     """Return the attention with a per-example bias of its scores (positions in a window)."""
     if direct := [x for x in (query, key, value) if is_per_example(x)]:
         raise missing(F.scaled_dot_product_attention, direct, {})
-    mask = written_out(attn_mask).beside(query)
+    mask = written_out(attn_mask).beside(query).to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, mask, *options, **named)
