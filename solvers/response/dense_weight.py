@@ -193,10 +193,13 @@ def repeat(weight: Any, *repeats: Any) -> Tensor:
     repeats = (
         tuple(repeats[0]) if len(repeats) == 1 and not isinstance(repeats[0], int) else repeats
     )
-    if len(repeats) != weight.ndim or len(weight) != 1:
-        return written_out(weight).moved(lambda t: t.repeat(repeats))
-    rows = expand(weight, repeats[0], *weight.shape[1:])
-    return rows.repeat(1, *repeats[1:])
+    new = len(repeats) - weight.ndim
+    small = written_out(weight).moved(lambda t: t.reshape(*[1] * new, *t.shape))
+    if len(small) == 1:
+        k = small.count_rows(small, repeats[0], may_share=True)
+        if k != SHARED:
+            return small.dense(k).squeeze(1).repeat(1, *repeats[1:])
+    return small.moved(lambda t: t.repeat(repeats))
 
 
 @both(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)

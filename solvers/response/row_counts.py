@@ -61,14 +61,11 @@ class RowCounts:
         k = guess(rows, examples, may_share=may_share)
         if rows > 1 and constant:
             k = SHARED if may_share else None
-        if k is None or self.found.get(call, k) == k:
-            pass
-        elif k == SHARED:
-            self.revised = True
-        else:
+        before = self.found.get(call, k)
+        if k is None or k not in (before, SHARED):
             return None
-        if k is not None:
-            self.found[call] = k
+        self.revised = self.revised or before != k
+        self.found[call] = k
         return k
 
 

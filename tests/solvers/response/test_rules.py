@@ -104,7 +104,9 @@ class Vision(nn.Module):
         self.scale, self.more = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1, 1, 4))
 
     def forward(self, x):
-        x = torch.cat([self.token.expand(len(x), -1, -1), x, self.more.repeat(len(x), 2, 1)], dim=1)
+        more = self.more.repeat(1, 2, 1).repeat(len(x), 1, 1)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x, more], dim=1)
+        x = x * self.scale.repeat(len(x), x.shape[1], 1)
         x = x + self.positions[:, : x.shape[1]]
         return torch.tanh(x).mT * self.scale.reshape(1, -1, 1)
 
