@@ -568,6 +568,41 @@ MUTANTS = [
         '{"best": last, "last": last}',
         "bilevel/run/test_result.py",
     ),
+    Mutant(
+        "the test split is not tried before the first step",
+        "bilevel/checks/splits.py",
+        "data._asdict().items() if stream is not None]",
+        'data._asdict().items() if stream is not None and name != "test"]',
+        "bilevel/checks/test_splits.py",
+    ),
+    Mutant(
+        "a class out of range that is not in the first rows is not tried",
+        "bilevel/data/fields.py",
+        "rows.append(torch.stack([flat.argmin(), flat.argmax()]) // width)",
+        "rows.append(torch.zeros(1, dtype=torch.int64) // width)",
+        "bilevel/checks/test_splits.py",
+    ),
+    Mutant(
+        "NaN in the data refused, though the losses mask it",
+        "bilevel/checks/trial.py",
+        "if not all(map(_finite, results)):",
+        "if results:",
+        "bilevel/checks/test_splits.py",
+    ),
+    Mutant(
+        "a resumed run that compares no values of its data",
+        "bilevel/run/fingerprint.py",
+        'if not _same(old["rows"], new["rows"]):',
+        "if not new:",
+        "bilevel/run/test_fingerprint.py",
+    ),
+    Mutant(
+        "a search whose trials all diverge finishes with its untrained start",
+        "solvers/black_box/search.py",
+        "if self.best is not None or running or failed == 0",
+        "if True or running or failed == 0",
+        "bilevel/checks/test_splits.py",
+    ),
 ]
 
 

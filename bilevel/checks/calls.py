@@ -117,7 +117,10 @@ def outside(index: Tensor, size: int) -> int | None:
     """Return an index that is not in [0, size), or None."""
     if index.numel() == 0 or index.is_floating_point() or index.is_complex():
         return None
-    low, high = (int(x) for x in index.aminmax())
+    try:
+        low, high = (int(x) for x in index.aminmax())
+    except RuntimeError:  # a tensor inside torch.func.vmap has no value yet
+        return None
     return low if low < 0 else high if high >= size else None
 
 

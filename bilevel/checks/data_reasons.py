@@ -229,15 +229,24 @@ def _target(failure: Failure, call: Call) -> str | None:
     )
 
 
-def difference(batch: Batch, others: Mapping[str, Batch]) -> str | None:
-    """Return the words for a field that differs from that of another split, or None."""
+def difference(batch: Batch, others: Mapping[str, Batch], *, lengths: bool = True) -> str | None:
+    """Return the words for a field that differs from that of another split, or None.
+
+    Args:
+        batch: the batch.
+        others: batches of other splits.
+        lengths: whether a length beyond the first axis counts, and not only the number of axes.
+    """
     ours = tensors(batch)
     for name, other in others.items():
         if kind(other) != kind(batch) and not isinstance(batch, Tensor):
             return f": a batch is {kind(batch)}, but a {name} batch is {kind(other)}"
         for field, theirs in tensors(other).items():
             t = ours.get(field)
-            if t is not None and (t.dtype, t.shape[1:]) != (theirs.dtype, theirs.shape[1:]):
+            if t is None:
+                continue
+            longer = lengths and t.shape[1:] != theirs.shape[1:]
+            if t.dtype != theirs.dtype or t.ndim != theirs.ndim or longer:
                 return f", {field}: {shown(t)}, but that of a {name} batch is {shown(theirs)}"
     return None
 

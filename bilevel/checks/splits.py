@@ -16,6 +16,7 @@ from bilevel.errors import BilevelError
 from bilevel.params import Batch
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import of_one_process
+from bilevel.text import describe
 
 ROWS = 32
 """Rows of the test split that are tried: its own batches may have one row each."""
@@ -72,12 +73,12 @@ def wrong_data(problem: Problem, data: Data, device: torch.device, *, numbers: b
     return None
 
 
-def unlike_splits(data: Data) -> str | None:
-    """Return a sentence about a split whose first batch has other fields than that of training."""
+def unlike_splits(data: Data, error: Exception) -> str | None:
+    """Return a sentence about an error, if a split has fields of other types or axes than train."""
     train = {"train": data.train.peek()}
     for name, stream in _named(data)[1:]:
-        if (found := difference(stream.peek(), train)) is not None:
-            return f"{name} data{found}; {ALIKE}"
+        if (found := difference(stream.peek(), train, lengths=False)) is not None:
+            return f"{name} data{found} ({describe(error)}); {ALIKE}"
     return None
 
 

@@ -120,7 +120,7 @@ def _wrong_data_named(run: Session) -> Iterator[None]:
         if ran_out(error):
             raise
         flaw = wrong_data(run.problem, run.data, run.device, numbers=False)
-        if (flaw := flaw or unlike_splits(run.data)) is None:
+        if (flaw := flaw or unlike_splits(run.data, error)) is None:
             raise
         raise BilevelError(flaw) from error
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bilevel import Carry, Params
@@ -45,6 +46,11 @@ class Member:
         """The score; ∞ if there is none or it is not finite."""
         finite = self.score is not None and math.isfinite(self.score)
         return self.score if self.score is not None and finite else math.inf
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights are finite; waits for the device."""
+        return all(bool(torch.isfinite(w).all()) for w in self.weights.tensors.values())
 
     def copy_from(self, donor: "Member") -> None:
         """Take over weights, memory, schedule, carry and λ of the donor."""

@@ -219,8 +219,9 @@ class PopulationBased(InnerSettings, Solver):
     # --- what the runner asks for ---
 
     def solution(self) -> Solution:
-        if self.best is None:
-            return self.solution_of(self.members[0])
+        if self.best is None:  # before the first scores
+            alive = (member for member in self.members if member.is_finite)
+            return self.solution_of(next(alive, self.members[0]))
         return Solution(
             self.problem.space.constrain(self.best.u), self.best.params, self.best.carry
         )

@@ -25,7 +25,7 @@ from bilevel.checks.check_problem import ProblemWarning
 from bilevel.checks.splits import check_splits
 from bilevel.data.fields import not_finite, telling_rows
 from bilevel.errors import FaultWarning
-from bilevel.solvers import Fixed, delta_stn, random_search
+from bilevel.solvers import Fixed, PopulationBased, delta_stn, gp, random_search, tpe
 from tests.soak import data as soak
 
 CPU = torch.device("cpu")
@@ -239,14 +239,46 @@ def test_a_slice_of_the_soak_ends_in_results_or_sentences(tmp_path):
     assert set(ends.values()) >= {"ran", "refused"}
 
 
-def test_a_search_of_which_every_trial_diverges_has_diverged(tmp_path):
+BLACK_BOX = {
+    "random_search": lambda: random_search(trial_epochs=1),
+    "late": lambda: random_search(trial_epochs=1, early_stopping=False),
+    "tpe": lambda: tpe(trial_epochs=1),
+    "gp": lambda: gp(trial_epochs=1),
+    "pbt": lambda: PopulationBased(population=2),
+}
+
+
+@pytest.mark.parametrize("solver", BLACK_BOX.values(), ids=BLACK_BOX)
+def test_a_search_of_which_every_trial_diverges_has_diverged(solver, tmp_path):
     bad = later(put(X, (9, 2), torch.nan), Y)
     problem = wrapped(Classes, [bad, (X, Y)])
-    runner = Runner(epochs=4, warmup_epochs=0, progress="none", picture=False)
-    summary = runner.run(problem, random_search(trial_epochs=1), directory=tmp_path)
-    assert summary["diverged"]
-    assert summary["message"].startswith("diverged: each of the 4 trials had a loss that was not")
+    runner = Runner(epochs=3, warmup_epochs=0, progress="none", picture=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        summary = runner.run(problem, solver(), directory=tmp_path)
+    assert (summary["stopped"], summary["diverged"]) == ("diverged", True)
+    words = r"diverged: (each of the 3 trials had a loss|the validation loss is nan at step 4)"
+    assert re.match(words, summary["message"])
     assert "train data, field 0: 1 of 16 rows holds NaN" in summary["message"]
+
+
+class FailsAtFirst(Classes):
+    """The loss of the first trial alone, at the initial λ, is not finite."""
+
+    def inner_objective(self, hypers, params, prediction, batch):
+        loss = super().inner_objective(hypers, params, prediction, batch)
+        initial = (hypers["decay"] - SPACE["decay"].init).abs() < 1e-6
+        return loss + torch.where(initial, torch.nan, 0.0).mean()
+
+
+@pytest.mark.parametrize("solver", [BLACK_BOX["random_search"], BLACK_BOX["pbt"]])
+def test_a_search_of_which_one_trial_diverges_has_a_result(solver, tmp_path):
+    runner = Runner(epochs=4, warmup_epochs=0, progress="none", picture=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        summary = runner.run(wrapped(FailsAtFirst, [(X, Y)] * 2), solver(), directory=tmp_path)
+    assert not summary["diverged"]
+    assert summary["hypers"]["decay"] != pytest.approx(SPACE["decay"].init)
 
 
 def test_delta_stn_needs_no_more_than_the_others(tmp_path):
