@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from bilevel import jaxtyping_import as jaxtyping_import  # first, since the others need it
 from bilevel.checkpoint.checkpoints import CheckpointWarning, best_solution
 from bilevel.checks.check_problem import Report, check_problem
 from bilevel.cross_entropy import cross_entropy

@@ -42,6 +42,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "large hyperparameters that differ are stored as one",
+        "bilevel/checkpoint/large_values.py",
+        "return one.dtype == other.dtype and torch.equal(one, other)",
+        "return one.dtype == other.dtype and one.shape == other.shape",
+        "bilevel/checkpoint/test_large_values.py",
+    ),
+    Mutant(
         "the lock file of a living run is replaced",
         "bilevel/run/lock_file.py",
         "not _is_dead(found) and age < STALE",

@@ -5,6 +5,7 @@ import warnings
 from signal import Signals
 from typing import Any
 
+from bilevel.checkpoint.large_values import LargeValues
 from bilevel.checks.splits import wrong_data
 from bilevel.errors import FaultWarning
 from bilevel.loggers.logger import RunInfo
@@ -21,31 +22,44 @@ def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = No
     """Return the summary of a run; unless the run was interrupted, evaluate the test split.
 
     `hypers` and `scales` are those of the last step, `initial` those before the first step;
-    `best.hypers` belong to the best step.
+    `best.hypers` belong to the best step. Large ones are written to `hypers.pt`
+    (`bilevel.checkpoint.large_values`), and the summary describes them.
 
     Args:
         loop: the loop after its last round.
         run: the names and settings of the run.
         reason: what ended the run, as `Loop.run` returns it.
         signal: the signal that interrupted the run, if one did.
+
+    Raises:
+        Unwritable: large hyperparameters cannot be written.
     """
+    values = LargeValues()
+
+    def plain(part: str, hypers: Hypers) -> dict[str, Any]:
+        return {name: values.entry(part, name, leaf) for name, leaf in hypers.items()}
+
     solution, scales = loop.solver.solution(), loop.solver.scales()
     finished = reason not in ("interrupted", "diverged")
     best: Record = {}
     if loop.best is not None:
         held = Solution(**to_device(loop.best["solution"], loop.device))
         test = {} if reason == "interrupted" else _test(loop, held)
-        best = {**loop.best["record"], **test, "hypers": _lists(loop.best["solution"]["hypers"])}
+        best = {
+            **loop.best["record"],
+            **test,
+            "hypers": plain("best.hypers", loop.best["solution"]["hypers"]),
+        }
     last = {**(loop.last or {}), **(_test(loop, solution) if finished else {})}
-    return {
+    summary = {
         "problem": run.problem,
         "solver": run.solver,
         "seed": run.seed,
         "best": _outcome(best),
         "last": _outcome(last),
-        "initial": _lists(loop.initial),
-        "hypers": _lists(solution.hypers),
-        "scales": _lists(scales),
+        "initial": plain("initial", loop.initial),
+        "hypers": plain("hypers", solution.hypers),
+        "scales": plain("scales", scales),
         "seconds": loop.meter.seconds,
         "examples": loop.examples,
         "steps": loop.step,
@@ -58,6 +72,9 @@ def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = No
         "signal": signal.name if reason == "interrupted" and signal is not None else None,
         "message": _message(loop, run, reason, signal),
     }
+    if loop.ranks.first:
+        values.write(run.directory)
+    return summary
 
 
 def _message(loop: Loop, run: RunInfo, reason: str, signal: Signals | None) -> str | None:
@@ -115,7 +132,3 @@ def _outcome(record: Record) -> Record:
     return known | {
         name: value for name, value in record.items() if name in names or name.startswith(measured)
     }
-
-
-def _lists(hypers: Hypers) -> dict[str, Any]:
-    return {name: leaf.tolist() for name, leaf in hypers.items()}
