@@ -39,6 +39,7 @@ mutants: .venv/tested
 # resume and compare run directories that attack; give every problem wrong data.
 soak: .venv/tested
 	$(BIN)/python -m tests.soak kills
+	$(BIN)/python -m tests.soak ends
 	$(BIN)/python -m tests.soak fuzz
 	$(BIN)/python -m tests.soak hostile
 	$(BIN)/python -m tests.soak data

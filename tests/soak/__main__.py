@@ -1,4 +1,4 @@
-"""Kill, fuzz, attack or watch runs: `python -m tests.soak kills|fuzz|hostile|data|hour`."""
+"""Kill, fuzz, attack or watch runs: `python -m tests.soak kills|ends|fuzz|hostile|data|hour`."""
 
 import argparse
 import sys
@@ -8,11 +8,12 @@ from pathlib import Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("what", choices=["kills", "fuzz", "hostile", "data", "hour"])
+    parser.add_argument("what", choices=["kills", "ends", "fuzz", "hostile", "data", "hour"])
     parser.add_argument(
         "--seed", type=int, default=0, help="of the moments of the kills, and of the fuzzed inputs"
     )
     parser.add_argument("--examples", type=int, default=3000, help="inputs of each kind to fuzz")
+    parser.add_argument("--kills", type=int, default=150, help="kills after the last step")
     parser.add_argument("--minutes", type=float, default=60, help="of each of the two long runs")
     parser.add_argument(
         "--out", type=Path, default=None, help="where files go; by default a folder that is removed"
@@ -30,6 +31,10 @@ def run(asked: argparse.Namespace, place: Path) -> int:
         from . import kills
 
         return kills.main(asked.seed, place)
+    if asked.what == "ends":
+        from . import ends
+
+        return ends.main(asked.seed, asked.kills, place)
     if asked.what == "fuzz":
         from . import fuzz
 

@@ -17,21 +17,35 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.S
 class Fault:
     """A fault at the `at`-th event of a run.
 
-    Events: a round or an evaluation begins; a file is written, synced, linked, renamed or removed.
+    Events: a round or an evaluation begins; a file is written, synced, linked, renamed or removed;
+    the summary, the picture or the end of W&B begins.
 
     Args:
         act: a signal of `SIGNALS`; `full`: no file can grow beyond `limit` bytes any more; `crash`:
-            an evaluation raises.
+            an evaluation raises; `killgroup`: kill W&B's process too.
         only: the kind of events that are counted; by default all.
         count: the file to which the process writes the number of events of each kind.
+        late: whether only events after the last step are counted.
     """
 
-    def __init__(self, act: str, at: int, count: str, limit: int = 0, only: str = "") -> None:
+    def __init__(
+        self,
+        act: str,
+        at: int,
+        count: str,
+        limit: int = 0,
+        only: str = "",
+        late: bool = False,
+    ) -> None:
         self.act, self.at, self.limit, self.only, self.events = act, at, limit, only, 0
+        self.late = late
         self.counts: dict[str, int] = {}
         self.count = os.open(count, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
 
     def tick(self, event: str) -> None:
+        if self.late and event != "summary":
+            return
+        self.late = False
         self.counts[event] = self.counts.pop(event, 0) + 1
         if self.act != "full" or self.events < self.at:  # a full disk would take this too
             os.pwrite(self.count, json.dumps(self.counts).ljust(200).encode(), 0)
@@ -44,6 +58,8 @@ class Fault:
         elif self.events == self.at:
             if self.act == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+            elif self.act == "killgroup":
+                os.killpg(0, signal.SIGKILL)
             elif self.act in SIGNALS:
                 os.kill(os.getpid(), SIGNALS[self.act])
 
@@ -59,14 +75,23 @@ class Fault:
     def install(self) -> None:
         import bilevel.checkpoint.file_format
         import bilevel.loggers.jsonl
+        import bilevel.loggers.plot
+        import bilevel.loggers.wandb_logger
         import bilevel.run.faults
         import bilevel.run.loop
+        import bilevel.run.runner
 
         bilevel.run.faults.AT_THE_END = bilevel.run.faults.PAUSE = 0.01  # nobody makes room here
         self.watch(bilevel.run.loop.Loop, "_round", "round")
         self.watch(bilevel.run.loop, "evaluate", "evaluate")
         self.watch(bilevel.checkpoint.file_format._ChecksumWriter, "_write", "checkpoint")
         self.watch(bilevel.loggers.jsonl.JsonLines, "log", "line")
+        self.watch(bilevel.run.runner, "summarize", "summary")
+        self.watch(bilevel.loggers.jsonl.JsonLines, "finish", "finish")
+        self.watch(bilevel.loggers.plot.CurvesPlot, "finish", "picture")
+        for name in ("finish", "close"):
+            self.watch(bilevel.loggers.wandb_logger.WandB, name, f"W&B {name}")
+        self.watch(bilevel.loggers.jsonl.SummaryFile, "finish", "finish")
         for name in ("fsync", "replace", "link", "unlink"):
             self.watch(os, name, name)
 
@@ -120,6 +145,7 @@ def serve() -> None:
         reading, writing = os.pipe()  # not a file: a full disk would take it too
         pid = os.fork()
         if pid == 0:
+            os.setsid()
             os.dup2(writing, 1)
             os.dup2(writing, 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)
