@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel.errors import BilevelError
+from bilevel.name_patterns import Patterns
 from bilevel.validate import finite, one_of, positive, wrong
 
 OPTIMIZER_SETTINGS = ("lr", "momentum", "beta1", "beta2", "alpha", "eps", "weight_decay")
@@ -33,6 +34,8 @@ class Domain(ABC):
         optimizer: the setting of the inner optimizer that the hyperparameter sets (`lr`,
             `momentum`, …), or None for a hyperparameter that the problem reads. Such a setting is
             one number for all examples.
+        params: patterns of the names of weights, for a `weight_decay` of the optimizer that acts on
+            these weights only (`"*.weight"`); None for all.
 
     Raises:
         BilevelError: a field is invalid, or `init` lies outside the domain.
@@ -45,6 +48,7 @@ class Domain(ABC):
     per_example: bool = True
     frozen: bool = False
     optimizer: str | None = None
+    params: Patterns | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, Sequence) or not all(
@@ -60,6 +64,12 @@ class Domain(ABC):
                 what = "must be () for a setting of the inner optimizer, which is one number"
                 raise wrong("shape", self.shape, what, "leave shape out")
             object.__setattr__(self, "per_example", False)  # all examples share one optimizer
+        if self.params is not None:
+            if self.optimizer != "weight_decay":
+                what = "selects weights for a weight decay of the inner optimizer only"
+                raise wrong("params", self.params, what, 'set optimizer="weight_decay" too')
+            if not isinstance(self.params, str):
+                object.__setattr__(self, "params", tuple(self.params))
         for name in ("differentiable", "per_example", "frozen"):
             if not isinstance(getattr(self, name), bool):
                 raise wrong(name, getattr(self, name), "must be true or false", "choose one")

@@ -1,5 +1,6 @@
 """Weights and hyperparameters as dictionaries of tensors, with the functions on them."""
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -8,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils import _pytree as pytree
 
 from bilevel.errors import BilevelError
+from bilevel.name_patterns import grouped
 
 Params: TypeAlias = dict[str, Tensor]
 """w, named as in `torch.nn.Module.named_parameters`."""
@@ -43,17 +45,22 @@ class PerExampleWeight:
         raise NotImplementedError
 
 
-def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
+def squared_norm(
+    params: Params, weights: Tensor | Mapping[str, Tensor | float] | None = None
+) -> Tensor:
     """Return ‖w‖² summed over `params`, or Σ_i c_i w_i² with coefficients c.
 
     The result is [] for plain weights and [B] for weights that vary from example to example.
 
     Args:
         params: at least one parameter.
-        weights: c, one number for each entry of w: [m], flat in the order of `params`.
+        weights: c, one number for each entry of w: [m], flat in the order of `params`. Or one
+            number, [] or [B], for each pattern of names: `{"0.*": low, "*.bias": 0.0}`; weights
+            that no pattern selects have c = 0.
 
     Raises:
-        BilevelError: `params` is empty, or `weights` has another size than w.
+        BilevelError: `params` is empty, `weights` has another size than w, or a pattern selects no
+            weight or one that another pattern selects.
 
     Example:
         >>> squared_norm({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
@@ -61,6 +68,8 @@ def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
         >>> params = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
         >>> squared_norm(params, torch.tensor([1.0, 2.0, 4.0]))
         tensor(7.)
+        >>> squared_norm(params, {"*weight": torch.tensor(0.5)})
+        tensor(1.)
     """
     if not params:
         raise BilevelError(
@@ -68,11 +77,18 @@ def squared_norm(params: Params, weights: Tensor | None = None) -> Tensor:
         )
     if weights is None:
         terms = [squared_norm_of(p) for p in params.values()]
+    elif isinstance(weights, Mapping):
+        chosen = grouped({key: key for key in weights}, params, "weights", "weight")
+        parts_of = {key: {n: params[n] for n in chosen if chosen[n] == key} for key in weights}
+        terms = [weights[key] * squared_norm(part) for key, part in parts_of.items()]
     else:
         if weights.shape != (size := sum(p.numel() for p in params.values()),):
+            layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in params))
+            example = ", ".join(f"'{name}*': c[..., {i}]" for i, name in enumerate(layers[:2]))
             raise BilevelError(
-                f"weights={list(weights.shape)} must have one entry for each of the {size} entries "
-                "of w; flatten the coefficients in the order of params"
+                f"weights of squared_norm have the shape {list(weights.shape)} and must have one "
+                f"entry for each of the {size} entries of w; for one coefficient c[..., i] for "
+                f"each group of weights, pass a dict by patterns of names, {{{example}, …}}"
             )
         parts = weights.split([p.numel() for p in params.values()])
         terms = [squared_norm_of(p, part) for p, part in zip(params.values(), parts, strict=True)]

@@ -32,6 +32,8 @@ class Trait(Enum):
     """λ does not move, so that no hyperparameter is refused."""
     TUNES_OPTIMIZER = "tunes settings of the inner optimizer"
     """A hyperparameter may be a setting of the inner optimizer (`Domain.optimizer`)."""
+    TUNES_DECAY = "tunes the weight decay of the inner optimizer"
+    """A hyperparameter may be the optimizer's `weight_decay`, as the penalty that it amounts to."""
     SUBTRACTS = "follows a difference of nearly equal numbers"
     """The hypergradient needs all digits, so that bfloat16 is refused."""
     PER_EXAMPLE = "perturbs λ per example"
@@ -61,12 +63,15 @@ def check_space(
         )
     for name in space.tuned:
         domain = space[name]
-        if domain.optimizer is not None and Trait.TUNES_OPTIMIZER not in traits:
+        decays = domain.optimizer == "weight_decay"
+        able = Trait.TUNES_OPTIMIZER in traits or (decays and Trait.TUNES_DECAY in traits)
+        if domain.optimizer is not None and not able:
+            why = "is no part of L_T here" if decays else "acts on the way to w* and not on L_T"
+            others = "a self-tuning, implicit, unrolled" if decays else "an unrolled"
             raise Refused(
                 f"{solver} cannot tune `{name}`: it sets the inner optimizer's {domain.optimizer}, "
-                "which acts on the way to w* and not on L_T; tune it with an unrolled, "
-                "evolution-strategy or black-box solver, or freeze it "
-                f"(problem.space.{name}.frozen=true)"
+                f"which {why}; tune it with {others}, evolution-strategy or black-box solver, or "
+                f"freeze it (problem.space.{name}.frozen=true)"
             )
         if Need.INNER_DERIVATIVE in needs and not domain.differentiable:
             raise Refused(

@@ -38,10 +38,16 @@ class Space(Mapping[str, Domain]):
                 )
         setters: dict[str, str] = {}
         for name, domain in domains.items():
-            if domain.optimizer is not None and setters.setdefault(domain.optimizer, name) != name:
+            if domain.optimizer is None:
+                continue
+            other = setters.setdefault(domain.optimizer, name)
+            if other != name and None in (domain.params, domains[other].params):
+                remedy = "; keep one"
+                if domain.optimizer == "weight_decay":
+                    remedy += ", or give each its own weights (params=…)"
                 raise BilevelError(
-                    f"hyperparameters `{setters[domain.optimizer]}` and `{name}` both set the "
-                    f"{domain.optimizer} of the inner optimizer; keep one"
+                    f"hyperparameters `{other}` and `{name}` both set the {domain.optimizer} of "
+                    f"the inner optimizer{remedy}"
                 )
         self._domains = domains
         self._slices: dict[str, slice] = {}

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from bilevel import Batch, Carry, Metrics, Need, Params, Space
 from bilevel.params import to_device
+from bilevel.requirements import Trait
 from bilevel.solvers.autodiff.pullback import SMALL, Pullback, flat, unflat
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
@@ -40,9 +41,9 @@ class Implicit(Descent):
         ŵ(u) = w,    (∂ŵ/∂u)ᵀ v = −(∂²L_T/∂u∂w)ᵀ H⁻¹ v
 
     It is exact where ∇_w L_T = 0 and the solve is exact. Weight decay of the optimizer of w is a
-    part of L_T here. All products of one outer step come from
-    one graph, on the last training batches of the round and under one draw of their masks. Memory
-    holds a few vectors like w or λ (`Nystrom`: 2 · rank of them).
+    part of L_T here, and λ may hold it. All products of one outer step come from one graph, on the
+    last training batches of the round and under one draw of their masks. Memory holds a few vectors
+    like w or λ (`Nystrom`: 2 · rank of them).
 
     Attributes:
         linear_solve: computes H⁻¹v: `CG`, `Neumann`, `FixedPoint`, `Nystrom` or `Identity`.
@@ -67,6 +68,7 @@ class Implicit(Descent):
             Need.STATIONARITY,
         }
     )
+    traits = frozenset({Trait.TUNES_DECAY})
 
     linear_solve: LinearSolve = CG()  # noqa: RUF009  (frozen)
     curvature: Curvature = Hessian()  # noqa: RUF009
@@ -113,6 +115,7 @@ class ImplicitMethod(BestResponse):
         self.recent: deque[tuple[Batch, Carry]] = deque(maxlen=settings.batches)
         self.guess = Guess()
         self.report: Metrics = {}
+        core.tune_weight_decay()
         self.small = sum(leaf.numel() for leaf in core.weights.leaves) <= SMALL
         draws = torch.Generator(core.device).manual_seed(core.generator.initial_seed())
         hypers, batch = core.problem.space.constrain(core.search.u0, draws), core.data.train.peek()
@@ -168,7 +171,7 @@ class ImplicitMethod(BestResponse):
         }
         if solved.largest is not None:
             self.report["largest_eigenvalue"] = solved.largest
-        return cross(solved.x)
+        return cross(solved.x) if decay is None else cross(solved.x) + decay.cross(u, solved.x)
 
     def _recent(self) -> tuple[Sequence[Batch], Carry]:
         """Return the last batches and the carry before them; before training, the first batch."""

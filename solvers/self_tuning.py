@@ -66,8 +66,8 @@ class SelfTuning(Descent):
     | centered STN | yes | yes | no |
     | STN | no | no | no |
 
-    Weight decay of the optimizer of w₀ is a part of L_T here. Θ has none: its optimizer would draw
-    the response to 0.
+    Weight decay of the optimizer of w₀ is a part of L_T here, and λ may hold it. Θ has none: its
+    optimizer would draw the response to 0.
 
     Attributes:
         centered: take the response at ε = u − u₀; otherwise at u.
@@ -89,6 +89,7 @@ class SelfTuning(Descent):
     """
 
     needs = frozenset({Need.OUTER_DERIVATIVE})
+    traits = frozenset({Trait.TUNES_DECAY})
 
     centered: bool = True
     regularized_w0: bool = True
@@ -111,7 +112,7 @@ class SelfTuning(Descent):
             why = "needs centered=True, because the linearization holds near w₀ alone"
             raise wrong("linearize", True, why, "set linearize=false or centered=true")
         if self.per_example and (self.response or Structured()).per_example:
-            self.traits = frozenset({Trait.PER_EXAMPLE})
+            self.traits = self.traits | {Trait.PER_EXAMPLE}
 
     def fits(self, problem: Problem, device: torch.device) -> None:
         self.row_counts = RowCounts()  # the dry run fills it
@@ -156,6 +157,7 @@ class SelfTuningMethod(BestResponse):
         self.response.hold_rows(theta, core.calls.padding)
         self.theta = core.optimized(theta, settings.response_optimizer or settings.inner_optimizer)
         without_weight_decay(self.theta.optimizer)
+        core.tune_weight_decay()
         if settings.tune_scale:
             core.search.train_scale(settings.scale_optimizer)
         varies = settings.per_example and self.response.per_example
@@ -217,15 +219,17 @@ class SelfTuningMethod(BestResponse):
         core.carry, self.response_carry = detached(carry), response_carry
         return {"inner_loss": loss.detach(), "response_loss": response_loss.detach()}
 
-    def decayed(self, loss: Tensor, params: Params, w0: Params) -> Tensor:
-        """Return the loss with the penalty of weight decay at `params`.
+    def decayed(
+        self, loss: Tensor, params: Params, w0: Params, hypers: Hypers | None = None
+    ) -> Tensor:
+        """Return the loss with the penalty of weight decay at `params` and λ, by default at λ₀.
 
-        The penalty at w₀ is subtracted, because the optimizer of w₀ has its gradient already.
+        The penalty at w₀ and λ₀ is subtracted, because the optimizer of w₀ has its gradient.
         """
         decay = self.core.weight_decay
         if decay is None or params is w0:
             return loss
-        return loss + (decay.penalty(params) - decay.penalty(w0)).mean()
+        return loss + (decay.penalty(params, hypers) - decay.penalty(w0)).mean()
 
     def perturbed_loss(self, w0: Params, carry: Carry, batch: Batch) -> tuple[Tensor, Carry]:
         """Return L_T(λ₀ + ε, ŵ(λ₀ + ε)) at a draw of ε, on the prediction or its linearization."""
@@ -241,7 +245,7 @@ class SelfTuningMethod(BestResponse):
         else:
             prediction, carry = core.predict(hypers, carry, batch, params)
         loss = core.problem.inner_objective(hypers, params, prediction, batch)
-        return self.decayed(loss, params, w0), detached(carry)
+        return self.decayed(loss, params, w0, hypers), detached(carry)
 
     def linearized(
         self, hypers: Hypers, w0: Params, offset: Tensor, carry: Carry, batch: Batch

@@ -541,6 +541,27 @@ MUTANTS = [
         "bilevel/test_cross_entropy.py",
     ),
     Mutant(
+        "the decay of AdamW at λ, without the preconditioner",
+        "solvers/optim/weight_decay.py",
+        'return κ * ((square / (1 - group["betas"][1] ** steps)).sqrt() + group["eps"])',
+        "return κ * torch.ones_like(square)",
+        "solvers/optim/test_tuned_decay.py",
+    ),
+    Mutant(
+        "implicit differentiation forgets that λ holds the decay",
+        "solvers/implicit.py",
+        "return cross(solved.x) if decay is None else cross(solved.x) + decay.cross(u, solved.x)",
+        "return cross(solved.x)",
+        "solvers/optim/test_tuned_decay.py",
+    ),
+    Mutant(
+        "the response is fitted to the decay at λ₀, not at λ₀ + ε",
+        "solvers/self_tuning.py",
+        "return self.decayed(loss, params, w0, hypers), detached(carry)",
+        "return self.decayed(loss, params, w0), detached(carry)",
+        "solvers/optim/test_tuned_decay.py",
+    ),
+    Mutant(
         "dropout of channels forgets what it drops from",
         "problems/networks/building_blocks.py",
         "return x if drop is keep else x * drop(",

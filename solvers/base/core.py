@@ -81,7 +81,7 @@ class Core:
         self.problem = for_weights(problem, params)
         initial = {name: problem.space[name].initial() for name in problem.space}
         self.inner_optimizer = configured(
-            settings.inner_optimizer, optimizer_settings(problem.space, initial)
+            settings.inner_optimizer, optimizer_settings(problem.space, initial), list(params)
         )
         own = services.leaves
         self.weights = Optimized(
@@ -120,7 +120,12 @@ class Core:
         Raises:
             Refused: the optimizer decays weights in a way that is no penalty.
         """
-        return WeightDecay.of(self.weights)
+        return WeightDecay.of(self.weights, self.problem.space, lambda: self.search.u0)
+
+    def tune_weight_decay(self) -> None:
+        """Let each step decay w at λ₀, where λ holds the weight decay of the optimizer."""
+        if self.weight_decay is not None:
+            self.weight_decay.take_over()
 
     # --- steps ---
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from bilevel import Carry, Params
 from bilevel.params import to_device
 from bilevel.solvers.optim.optimized import Optimized
-from bilevel.solvers.optim.settings import apply_to_groups
+from bilevel.solvers.optim.settings import Values, apply_to_groups
 
 
 @dataclass
@@ -70,9 +69,7 @@ class Best:
     score: float
 
 
-def set_settings(
-    trained: Optimized, before: Mapping[str, float], after: Mapping[str, float]
-) -> None:
+def set_settings(trained: Optimized, before: Values, after: Values) -> None:
     """Change tuned settings from `before` to `after`.
 
     A schedule's factor of the rate and the proportions between groups of parameters stay.

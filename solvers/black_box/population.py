@@ -120,7 +120,8 @@ class PopulationBased(InnerSettings, Solver):
         like = next(iter(params.values()))
         u = space.init(torch.float64) if i == 0 else self.box.draw(self.draws)
         u = u.to(like.device, wide(like.dtype))
-        optimizer = configured(self.inner_optimizer, optimizer_settings(space, space.constrain(u)))
+        settings = optimizer_settings(space, space.constrain(u))
+        optimizer = configured(self.inner_optimizer, settings, list(params))
         return Member(Optimized(params, optimizer, self.inner_scheduler, self.clip_norm), carry, u)
 
     def memory_settings(self, space: Space) -> list[str]:

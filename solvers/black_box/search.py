@@ -179,7 +179,8 @@ class Search(InnerSettings, Solver):
         self.u = u
         self.hypers: Hypers = core.problem.space.constrain(u)
         settings = optimizer_settings(core.problem.space, self.hypers)
-        core.weights = core.optimized(params, configured(self.inner_optimizer, settings))
+        optimizer = configured(self.inner_optimizer, settings, list(params))
+        core.weights = core.optimized(params, optimizer)
         self.epoch_steps = 0
         self.failing = torch.zeros((), dtype=torch.bool, device=core.device)
 

@@ -1,6 +1,6 @@
 """An optimizer of `torch.optim` as a pure, differentiable function."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bilevel import Hypers, Params, Refused, Space
 from bilevel.solvers.optim.optimized import Optimized
-from bilevel.solvers.optim.settings import settings_of
+from bilevel.solvers.optim.settings import SELECTED, Decay, decay_of, settings_of
 from bilevel.solvers.optim.updates import UPDATES, Settings, Slots, is_plain, sgd, square_root
 
 
@@ -62,10 +62,12 @@ class FunctionalOptimizer:
                 f"inner_optimizer.{odd[0]}=true of {kind.__name__} has no differentiable form "
                 "here; leave it out"
             )
-        if len(optimized.optimizer.param_groups) > 1:
+        groups = optimized.optimizer.param_groups
+        if any(_without_decay(other) != _without_decay(group) for other in groups):
             raise Refused(
-                "inner_optimizer has several groups of parameters, which have no differentiable "
-                "form here; put all parameters into one group"
+                "inner_optimizer has several groups of parameters that differ in more than "
+                "weight_decay, which have no differentiable form here; give all of them the same "
+                "settings"
             )
         self.optimized = optimized
         self.space = space
@@ -77,6 +79,12 @@ class FunctionalOptimizer:
             for name, domain in space.items()
             if domain.optimizer is not None and not domain.frozen
         }
+        self._decays: dict[str, Decay] = {}
+        if len(groups) > 1:
+            names = {id(leaf): name for name, leaf in optimized.tensors.items()}
+            for each in groups:
+                decay = decay_of(each, space)
+                self._decays |= {names[id(leaf)]: decay for leaf in each["params"]}
         for name, setting in self.tuned.items():
             if setting not in settings_of(group):
                 raise Refused(
@@ -128,8 +136,11 @@ class FunctionalOptimizer:
         """Return the settings of the optimizer, with those that λ holds in their place."""
         own = settings_of(group := self.optimized.optimizer.param_groups[0])
         own |= {setting: hypers[name] for name, setting in self.tuned.items()}
-        if "lr" in self.tuned.values() and group["lr"] != self.base_lr:
-            own["lr"] = own["lr"] * (group["lr"] / self.base_lr)
+        with torch.enable_grad():  # a checkpointed step reads them in a custom backward
+            if self._decays:
+                own["weight_decay"] = {n: d.value(hypers) for n, d in self._decays.items()}
+            if "lr" in self.tuned.values() and group["lr"] != self.base_lr:
+                own["lr"] = own["lr"] * (group["lr"] / self.base_lr)
         return own
 
     def step(
@@ -149,7 +160,8 @@ class FunctionalOptimizer:
         """
         gradients = self._clipped(list(gradients))
         after, slots, steps = dict(params), dict(moments.slots), dict(moments.steps)
-        plain = self.update is sgd and is_plain(settings)
+        decays = self._decays and settings["weight_decay"]
+        plain = self.update is sgd and not decays and is_plain(settings)
         for name, gradient in zip(params, gradients, strict=True):
             if gradient is None:
                 continue
@@ -157,8 +169,9 @@ class FunctionalOptimizer:
             if plain:
                 after[name] = torch.add(params[name], gradient, alpha=-settings["lr"])
             else:
+                own = {**settings, "weight_decay": decays[name]} if decays else settings
                 after[name], slots[name] = self.update(
-                    params[name], gradient, slots[name], steps[name], settings
+                    params[name], gradient, slots[name], steps[name], own
                 )
         return after, Moments(slots, steps)
 
@@ -170,3 +183,7 @@ class FunctionalOptimizer:
         )
         factor = (self.optimized.clip_norm / (square_root(squares.sum()) + 1e-6)).clamp(max=1.0)
         return [None if g is None else g * factor for g in gradients]
+
+
+def _without_decay(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", "weight_decay", SELECTED)}

@@ -30,6 +30,10 @@ class Optimized:
         clip_norm: the largest norm of the gradient; None for no clipping.
         in_place: train `tensors` themselves.
 
+    Attributes:
+        shrink: applies a weight decay that λ holds, just before a step of the optimizer; None
+            where the optimizer has all of its settings.
+
     Raises:
         BilevelError: the optimizer or the scheduler does not accept its settings, or an option of
             the optimizer does not work here.
@@ -59,6 +63,7 @@ class Optimized:
                 "`_partial_: true`) and settings that they accept"
             ) from error
         self.clip_norm = clip_norm
+        self.shrink: Callable[[], None] | None = None
         check_optimizer(self.optimizer, self.leaves)
 
     def detached(self) -> Params:
@@ -175,6 +180,8 @@ def apply_gradients(gradients: Sequence[Tensor | None], *groups: Optimized) -> N
     for group in groups:
         if group.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(group.leaves, group.clip_norm)
+        if group.shrink is not None:
+            group.shrink()
         group.optimizer.step()
     for leaf in leaves:
         leaf.grad = None

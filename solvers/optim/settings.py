@@ -1,25 +1,48 @@
 """The settings of optimizers, and those among them that λ holds."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bilevel import BilevelError, Hypers, Space
 from bilevel.domains import OPTIMIZER_SETTINGS
+from bilevel.name_patterns import Patterns, grouped
 from bilevel.solvers.optim.optimized import MakeOptimizer
 
 SCALED = ("lr", "weight_decay")
 """Settings of which groups of parameters may have different values while λ holds one."""
 
 
-def configured(make: MakeOptimizer, settings: Mapping[str, float]) -> MakeOptimizer:
+SELECTED = "weight_decay_params"
+"""The key of a group of parameters with the patterns that selected them for their weight decay."""
+
+
+class Part(NamedTuple):
+    """The weight decay of the weights that patterns select; the key of its value in settings."""
+
+    patterns: Patterns
+
+    @property
+    def key(self) -> str:
+        """Return the patterns as one text, which a checkpoint keeps as it is."""
+        return self.patterns if isinstance(self.patterns, str) else " ".join(self.patterns)
+
+
+Values: TypeAlias = Mapping[str | Part, float]
+"""Settings of an optimizer; `beta1` and `beta2` in place of `betas`."""
+
+
+def configured(make: MakeOptimizer, settings: Values, names: Sequence[str] = ()) -> MakeOptimizer:
     """Return `make` with some settings of the optimizer changed.
+
+    A weight decay of selected weights gives them a group of their own.
 
     Args:
         make: makes the optimizer.
-        settings: the new values; `beta1` and `beta2` in place of `betas`.
+        settings: the new values.
+        names: the names of the parameters, in order; for patterns alone.
 
     Raises:
         BilevelError: the optimizer lacks a setting, or its groups of parameters have different
@@ -29,16 +52,45 @@ def configured(make: MakeOptimizer, settings: Mapping[str, float]) -> MakeOptimi
         return make
 
     def made(params: Iterable[Tensor]) -> torch.optim.Optimizer:
-        optimizer = make(params)
+        leaves = list(params)
+        optimizer = make(leaves)
+        if parts := [key.patterns for key in settings if isinstance(key, Part)]:
+            _select(optimizer, parts, {id(p): n for p, n in zip(leaves, names, strict=True)})
         apply_to_groups(optimizer.param_groups, settings)
-        known = {key: value for key, value in settings.items() if key in optimizer.defaults}
+        known = {
+            key: value
+            for key, value in settings.items()
+            if not isinstance(key, Part) and key in optimizer.defaults
+        }
         optimizer.defaults.update(known)
         return optimizer
 
     return made
 
 
-def apply_to_groups(groups: Sequence[dict[str, Any]], settings: Mapping[str, float]) -> None:
+def _select(
+    optimizer: torch.optim.Optimizer, parts: Sequence[Patterns], names: Mapping[int, str]
+) -> None:
+    """Give the weights that patterns select groups of their own, within the present groups."""
+    chosen = grouped(
+        {str(i): part for i, part in enumerate(parts)}, names.values(), "params", "weight"
+    )
+    for group in list(optimizer.param_groups):
+        if "weight_decay" not in group:
+            raise BilevelError(
+                "inner_optimizer has no setting `weight_decay`; choose an optimizer that has it, "
+                "or do not tune it"
+            )
+        for i, part in enumerate(parts):
+            own = [p for p in group["params"] if chosen.get(names[id(p)]) == str(i)]
+            if not own:
+                continue
+            group["params"] = [p for p in group["params"] if all(p is not other for other in own)]
+            optimizer.add_param_group({**group, "params": own, SELECTED: Part(part).key})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def apply_to_groups(groups: Sequence[dict[str, Any]], settings: Values) -> None:
     """Change the settings of several parameter groups in place, in proportion to their values.
 
     The group with the largest value takes the new one.
@@ -47,6 +99,11 @@ def apply_to_groups(groups: Sequence[dict[str, Any]], settings: Mapping[str, flo
         BilevelError: a group lacks a setting, or the values of a setting in (0, 1) differ.
     """
     for setting, value in settings.items():
+        if isinstance(setting, Part):
+            for group in groups:
+                if group.get(SELECTED) == setting.key:
+                    group["weight_decay"] = value
+            continue
         ratios = _proportions([settings_of(group).get(setting) for group in groups], setting)
         for group, ratio in zip(groups, ratios, strict=True):
             apply_settings(group, {setting: value * ratio})
@@ -86,13 +143,35 @@ def apply_settings(group: dict[str, Any], settings: Mapping[str, float]) -> None
             )
 
 
-def optimizer_settings(space: Space, hypers: Hypers) -> dict[str, float]:
+def optimizer_settings(space: Space, hypers: Hypers) -> dict[str | Part, float]:
     """Return the optimizer settings that λ holds, as numbers; this waits for the device."""
     return {
-        setting: float(hypers[name])
+        setting if domain.params is None else Part(domain.params): float(hypers[name])
         for name, domain in space.items()
         if (setting := domain.optimizer) is not None
     }
+
+
+class Decay(NamedTuple):
+    """The weight decay of a group of parameters: factor · λ, or the factor if λ holds none."""
+
+    hyper: str | None
+    factor: float
+
+    def value(self, hypers: Hypers) -> float | Tensor:
+        """Return the weight decay at λ."""
+        return self.factor if self.hyper is None else self.factor * hypers[self.hyper]
+
+
+def decay_of(group: Mapping[str, Any], space: Space) -> Decay:
+    """Return the weight decay of a group, as it was made at the initial λ."""
+    own = float(group.get("weight_decay") or 0.0)
+    for name, domain in space.items():
+        selected = None if domain.params is None else Part(domain.params).key
+        tuned = domain.optimizer == "weight_decay" and not domain.frozen
+        if tuned and selected == group.get(SELECTED):
+            return Decay(name, own / float(domain.initial()))
+    return Decay(None, own)
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """The weight decay of an optimizer, as the penalty that its steps add to the loss."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bilevel import Params, Refused, squared_norm
+from bilevel import Hypers, Params, Refused, Space, squared_norm
 from bilevel.solvers.linear_solve.base import Product
 from bilevel.solvers.optim.optimized import Optimized
+from bilevel.solvers.optim.settings import decay_of
 
 KEYS = ("weight_decay", "lambd")
 """Settings that decay weights: that of all optimizers, and the further one of ASGD."""
@@ -29,19 +31,29 @@ class WeightDecay:
     A coupled decay κ (SGD, Adam and most others) adds κ w to the gradient, so that c = κ exactly.
     A decoupled one (AdamW) shrinks w apart from the gradient, which is divided by √v̂ + eps. Then
     c = κ (√v̂ + eps), held constant. This is near the truth where v̂ is the noise of the gradients
-    and κ |w| ≪ 1. Each group of parameters has its own κ.
+    and κ |w| ≪ 1. Each group of parameters has its own κ, which λ may hold.
 
     Args:
         optimized: w and its optimizer, of which the present settings and state are read.
+        space: the hyperparameters.
+        present: returns u₀.
 
     Raises:
         Refused: the optimizer decays weights in another way.
     """
 
-    def __init__(self, optimized: Optimized) -> None:
+    def __init__(self, optimized: Optimized, space: Space, present: Callable[[], Tensor]) -> None:
         self.optimized = optimized
+        self._space = space
+        self._present = present
         groups = optimized.optimizer.param_groups
         self._groups = {id(leaf): group for group in groups for leaf in group["params"]}
+        self._tuned = {
+            id(leaf): decay
+            for group in groups
+            for leaf in group["params"]
+            if (decay := decay_of(group, space)).hyper is not None
+        }
         self._decoupled = {
             id(leaf): _is_decoupled(optimized.optimizer, group)
             for group in groups
@@ -49,23 +61,81 @@ class WeightDecay:
         }
 
     @classmethod
-    def of(cls, optimized: Optimized) -> "WeightDecay | None":
+    def of(
+        cls, optimized: Optimized, space: Space, present: Callable[[], Tensor]
+    ) -> "WeightDecay | None":
         """Return the decay of an optimizer, None if it has none."""
         groups = optimized.optimizer.param_groups
         decays = [_decays(optimized.optimizer, group) for group in groups]
-        return cls(optimized) if any(decays) else None
+        return cls(optimized, space, present) if any(decays) else None
 
-    def coefficients(self) -> list[float | Tensor]:
-        """Return c of each leaf: a number, or a tensor of the shape of the leaf."""
-        return [self._coefficient(leaf) for leaf in self.optimized.leaves]
+    # --- a decay that λ holds ---
 
-    def _coefficient(self, leaf: Tensor) -> float | Tensor:
+    def take_over(self) -> None:
+        """Decay at λ₀ before every step, in place of the optimizer, which takes numbers alone."""
+        for leaf in self.optimized.leaves:
+            if id(leaf) in self._tuned:
+                self._groups[id(leaf)]["weight_decay"] = 0.0
+                self.optimized.shrink = self.shrink
+
+    @torch.no_grad()
+    def shrink(self) -> None:
+        """Take the decay of a step at λ₀: w ← (1 − lr κ) w, or g ← g + κ w if it is coupled."""
+        hypers = self.hypers()
+        for leaf in self.optimized.leaves:
+            if id(leaf) not in self._tuned or leaf.grad is None:
+                continue
+            κ = self._rate(leaf, hypers)
+            if self._decoupled[id(leaf)]:
+                leaf.mul_(1 - self._groups[id(leaf)]["lr"] * κ)
+            else:
+                leaf.grad = leaf.grad + κ * leaf
+
+    def hypers(self, u: Tensor | None = None) -> Hypers:
+        """Return the decays that λ holds, at u or at u₀."""
+        names = {decay.hyper for decay in self._tuned.values()}
+        if not names:
+            return {}
+        parts = self._space.by_name(self._present() if u is None else u)
+        return {
+            name: self._space[name].constrain(parts[name], None) for name in parts if name in names
+        }
+
+    def _rate(self, leaf: Tensor, hypers: Hypers) -> float | Tensor:
+        """Return κ of a leaf."""
+        tuned = self._tuned.get(id(leaf))
+        return _rate(self._groups[id(leaf)]) if tuned is None else tuned.value(hypers)
+
+    def cross(self, u: Tensor, q: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
+        """Return (∂(c ∘ w)/∂u)ᵀ q."""
+        if not self._tuned:
+            return torch.zeros_like(u)
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            c = self._flat(q, self.hypers(u))
+            w = torch.cat([leaf.detach().reshape(-1) for leaf in self.optimized.leaves]).to(q.dtype)
+            if not (isinstance(c, Tensor) and c.requires_grad):  # before the first step
+                return torch.zeros_like(u)
+            return torch.autograd.grad((c * w) @ q, u)[0]
+
+    # --- the penalty ---
+
+    def coefficients(self, hypers: Hypers | None = None) -> list[float | Tensor]:
+        """Return c of each leaf: a number, or a tensor [] or of the shape of the leaf.
+
+        Args:
+            hypers: the decays that λ holds; None for those at λ₀.
+        """
+        hypers = self.hypers() if hypers is None else hypers
+        return [self._coefficient(leaf, hypers) for leaf in self.optimized.leaves]
+
+    def _coefficient(self, leaf: Tensor, hypers: Hypers) -> float | Tensor:
         group = self._groups[id(leaf)]
-        κ = _rate(group)
+        κ = self._rate(leaf, hypers)
         if not self._decoupled[id(leaf)]:
             return κ
         state = self.optimized.optimizer.state.get(leaf)
-        if not state or κ == 0:
+        if not state or (isinstance(κ, float) and κ == 0):
             return 0.0  # before the first step there is no v̂
         square = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
         steps = torch.as_tensor(state["step"]).to(square.dtype)
@@ -87,28 +157,35 @@ class WeightDecay:
             return lambda q: product(q).add_(q, alpha=c)
         return lambda q: product(q).addcmul_(q, c)
 
-    def _flat(self, like: Tensor) -> float | Tensor:
+    def _flat(self, like: Tensor, hypers: Hypers | None = None) -> float | Tensor:
         """Return c as one number, or as a vector [m] of the type of `like`."""
-        c = self.coefficients()
+        c = self.coefficients(hypers)
         if all(isinstance(part, float) and part == c[0] for part in c):
             return float(c[0])
         parts = zip(c, self.optimized.leaves, strict=True)
         return torch.cat(
             [
-                part.reshape(-1).to(like.dtype)
+                part.to(like.dtype).expand(leaf.shape).reshape(-1)
                 if isinstance(part, Tensor)
                 else like.new_full((leaf.numel(),), part)
                 for part, leaf in parts
             ]
         )
 
-    def penalty(self, params: Params) -> Tensor:
-        """Return ½ Σ_i c_i w_i² at `params`: [], or [B] for per-example weights."""
+    def penalty(self, params: Params, hypers: Hypers | None = None) -> Tensor:
+        """Return ½ Σ_i c_i w_i² at `params`: [], or [B] for per-example weights.
+
+        Args:
+            params: the weights.
+            hypers: λ, in which the penalty is differentiable; None for λ₀.
+        """
         shared: dict[float, Params] = defaultdict(dict)
         terms = []
-        for c, (name, p) in zip(self.coefficients(), params.items(), strict=True):
+        for c, (name, p) in zip(self.coefficients(hypers), params.items(), strict=True):
             if isinstance(c, float):
                 shared[c][name] = p
+            elif c.ndim == 0:
+                terms.append(c * squared_norm({name: p}))
             else:
                 terms.append(squared_norm({name: p}, c.reshape(-1).to(p.dtype)))
         terms += [c * squared_norm(some) for c, some in shared.items() if c]
@@ -116,8 +193,9 @@ class WeightDecay:
 
     def warnings(self) -> dict[str, str]:
         """Return a warning if a decoupled decay is too strong for its approximation."""
+        hypers = self.hypers()
         sizes = [
-            _rate(self._groups[id(leaf)]) * leaf.detach().abs().max()
+            self._rate(leaf, hypers) * leaf.detach().abs().max()
             for leaf in self.optimized.leaves
             if self._decoupled[id(leaf)] and leaf.numel()
         ]

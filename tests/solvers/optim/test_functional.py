@@ -26,6 +26,12 @@ OPTIMIZERS = {
     "SGD, momentum, dampening, weight decay": partial(
         SGD, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.2
     ),
+    "SGD, a decay for each weight": lambda params: SGD(
+        [{"params": [p], "weight_decay": 0.1 * i} for i, p in enumerate(params)], lr=0.1
+    ),
+    "AdamW, a decay for each weight": lambda params: AdamW(
+        [{"params": [p], "weight_decay": 0.3 * i} for i, p in enumerate(params)], lr=0.1
+    ),
     "SGD, Nesterov": partial(SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "Adam": partial(Adam, lr=0.1),
     "Adam, weight decay": partial(Adam, lr=0.1, betas=(0.7, 0.9), eps=1e-3, weight_decay=0.2),
@@ -278,8 +284,8 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
             r"\.decoupled_weight_decay=true of Adam has no",
         ),
         (
-            lambda params: SGD([{"params": [p]} for p in params], lr=0.1),
-            "inner_optimizer has several groups of parameters",
+            lambda params: SGD([{"params": [p], "lr": 1 / (1 + i)} for i, p in enumerate(params)]),
+            "inner_optimizer has several groups of parameters that differ in more than",
         ),
     ],
     ids=["Adagrad", "amsgrad", "fused", "decoupled", "groups"],

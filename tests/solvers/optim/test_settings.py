@@ -121,5 +121,7 @@ def test_a_frozen_setting_keeps_the_proportions_and_the_twin_refuses_groups():
     fixed = ready(frozen, Fixed(inner_optimizer=two_groups))
     rates = [group["lr"] for group in fixed.core.weights.optimizer.param_groups]
     assert rates == pytest.approx([0.08, 0.4])
-    with pytest.raises(BilevelError, match=r"several groups of parameters.*put all parameters"):
+    with pytest.raises(
+        BilevelError, match=r"several groups of parameters.*give all of them the same"
+    ):
         ready(problem(lr=0.2), Unrolled(inner_optimizer=two_groups))

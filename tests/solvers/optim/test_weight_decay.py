@@ -325,7 +325,7 @@ def test_a_decay_without_a_formula_is_refused_where_the_minimum_counts(make):
 )
 def test_without_weight_decay_there_is_no_penalty(make):
     tensors = {"w": torch.ones(2, 2), "b": torch.ones(2)}
-    assert WeightDecay.of(Optimized(tensors, make)) is None
+    assert WeightDecay.of(Optimized(tensors, make), Space(), lambda: torch.zeros(0)) is None
 
 
 def test_weight_decay_of_the_outer_optimizer_warns():
