@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from bilevel import jaxtyping_import as jaxtyping_import  # first, since the others need it
 from bilevel.checkpoint.checkpoints import CheckpointWarning, best_solution
 from bilevel.checks.check_problem import Report, check_problem
+from bilevel.classifier import Classifier
 from bilevel.cross_entropy import cross_entropy
 from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream
@@ -42,6 +43,7 @@ __all__ = [
     "BilevelError",
     "Carry",
     "CheckpointWarning",
+    "Classifier",
     "Data",
     "DataWarning",
     "Domain",

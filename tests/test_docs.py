@@ -40,6 +40,16 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
         exec(compile(block, f"{page.name}, block {number}", "exec"), shared)
 
 
+def test_a_script_is_tuned_by_at_most_ten_lines_outside_its_model():
+    _, script, tuned, _ = re.findall(
+        r"```python\n(.*?)```", (DOCS / "from-my-script.md").read_text(), re.DOTALL
+    )
+    new = [line for line in tuned.splitlines() if line not in script.splitlines()]
+    assert 0 < len(new) <= 10
+    model = script[script.index("class Net") : script.index("with open")]
+    assert model in tuned
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_symlinks_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
