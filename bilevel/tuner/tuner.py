@@ -1,7 +1,5 @@
 """A solver in a user's own training loop, one batch at a time."""
 
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +10,10 @@ from bilevel.checks.check_problem import check_setup
 from bilevel.data.tensor_stream import Data, stream
 from bilevel.device.precision import at_precision
 from bilevel.errors import BilevelError
-from bilevel.loggers.records import Record, make_record
+from bilevel.loggers.records import Record
 from bilevel.params import Batch, Hypers, Metrics, detached
 from bilevel.run.evaluation import evaluate
-from bilevel.run.loop import SolverWarning, on_cpu
+from bilevel.run.loop import on_cpu
 from bilevel.run.result import Result
 from bilevel.run.stages import generators
 from bilevel.services import Services
@@ -23,6 +21,7 @@ from bilevel.solver import Solution, Stepwise
 from bilevel.text import describe
 from bilevel.tuner.attached_problem import AttachedProblem
 from bilevel.tuner.caller_autocast import CallerAutocast
+from bilevel.tuner.history import History
 from bilevel.tuner.own_optimizer import Followers, OwnOptimizer
 from bilevel.tuner.pushed import Pushed
 
@@ -36,7 +35,6 @@ class Tuner:
     Attributes:
         solver: the solver; it is set up by the first step.
         metrics: the last value of each metric of the steps, on the device.
-        records: the results of `evaluate`.
     """
 
     def __init__(
@@ -51,7 +49,6 @@ class Tuner:
     ) -> None:
         self.solver = solver
         self.metrics: Metrics = {}
-        self.records: list[Record] = []
         self._make = make
         self._problem = problem
         self._model = model
@@ -60,16 +57,13 @@ class Tuner:
         self._seed = seed
         self._device = _device(model)
         self._train, self._valid = Pushed(self._device, "train"), Pushed(self._device, "valid")
-        self._followers: Followers | None = None  # set by `set_up`, as are the next two
+        self._history = History()
+        self._followers: Followers | None = None  # set by `set_up`, as is the next
         self._autocast: CallerAutocast
-        self._began: float
         self._pending: dict[str, Any] | None = None
         self._inner_left = self._outer_left = 0
         self._warmup = False
         self._written: dict[str, Tensor] = {}
-        self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._warned: set[str] = set()
-        self._best: tuple[Record, Solution] | None = None
 
     # --- steps ---
 
@@ -176,34 +170,22 @@ class Tuner:
             for name, split in (("train", train), ("valid", valid))
             if split is not None
         }
-        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
-        self._sums = {}
-        record = make_record(
-            step=self.solver.inner_count,
-            epoch=float(len(self.records) + 1),
-            seconds=0.0 if self._followers is None else time.perf_counter() - self._began,
-            examples=self._train.examples + self._valid.examples,
-            train=measured.get("train", {}),
-            valid=measured["valid"],
-            hypers=solution.hypers,
-            scales={} if self._followers is None else self.solver.scales(),
-            metrics=means,
-            peak_memory_bytes=None,
-        )
-        self.records.append(record)
-        if self._best is None or record["valid_loss"] < self._best[0]["valid_loss"]:
-            self._best = record, on_cpu(solution)
-        found = {} if self._followers is None else self.solver.warnings(means)
-        for kind, sentence in found.items():
-            if kind not in self._warned:
-                self._warned.add(kind)
-                warnings.warn(sentence, SolverWarning, stacklevel=2)
-        return record
+        examples, set_up = self._examples, self._followers is not None
+        return self._history.add(self.solver, solution, measured, examples=examples, set_up=set_up)
+
+    @property
+    def records(self) -> list[Record]:
+        """Return the results of `evaluate`."""
+        return self._history.records
+
+    @property
+    def _examples(self) -> int:
+        return self._train.examples + self._valid.examples
 
     def result(self) -> Result:
         """Return the present λ with the records, the network and the best evaluation so far."""
         solver, last = self.solver, on_cpu(self.solution())
-        record, best = self._best or ({}, None)
+        record, best = self._history.best or ({}, None)
         summary = {
             "problem": type(self._model).__name__,
             "solver": type(solver).__name__,
@@ -213,7 +195,7 @@ class Tuner:
             "hypers": {name: leaf.tolist() for name, leaf in last.hypers.items()},
             "steps": solver.inner_count,
             "outer_steps": solver.outer_count,
-            "examples": self._train.examples + self._valid.examples,
+            "examples": self._examples,
         }
         return Result(summary, problem=self._problem, best=best, last=last, records=self.records)
 
@@ -306,7 +288,6 @@ class Tuner:
             check_setup(problem, data, self._device, solver)
             solver.setup(problem, data, self._device, draws, services)
         self._followers = Followers(self._own.optimizer, solver.scheduled())
-        self._began = time.perf_counter()
         if self._pending is not None:
             self._load()
 
@@ -364,9 +345,7 @@ class Tuner:
 
     def _note(self, metrics: Metrics) -> None:
         self.metrics |= metrics
-        for name, value in metrics.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = total + value.detach(), count + 1
+        self._history.note(metrics)
 
     def _raise_if_diverged(self) -> None:
         """Raise `BilevelError` if a loss of a step was not finite; this waits for the device."""
