@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.errors import FaultWarning, Unwritable
+from bilevel.errors import BilevelError, FaultWarning, Unwritable
 from bilevel.files import write_atomically
 from bilevel.loggers.dashboard import (
     SECTIONS,
@@ -118,6 +118,11 @@ class WandB(Logger):
         self._online = False
 
     def again(self, directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+        if (directory / "wandb").is_symlink():  # it may lead to the folders of another run
+            raise BilevelError(
+                f"{directory / 'wandb'} is a symbolic link, and folders behind it are not renamed; "
+                "replace the link by its target"
+            )
         ids = []
         for part in sorted(_parts(directory), key=lambda p: p.name.removeprefix("offline-")):
             ids += [file.stem.removeprefix("run-") for file in part.glob("run-*.wandb")]

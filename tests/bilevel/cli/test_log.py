@@ -1,7 +1,6 @@
 """`bilevel log` logs a run again whose dashboards lack a part of it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -144,10 +143,17 @@ def test_a_run_in_progress_and_wrong_settings_are_sentences(run, capfd):
     assert all(part in line for part, line in zip(wanted, said, strict=True))
 
 
+def test_a_directory_of_somebody_else_changes_nothing_outside(run, capfd):
+    Path("other/run-1-a").mkdir(parents=True)
+    (run / "wandb").symlink_to(Path("other").absolute())
+    assert main(["log", "mine", "logger=wandb"]) == 1
+    assert "mine/wandb is a symbolic link" in capfd.readouterr().err
+    assert Path("other/run-1-a").is_dir()
+
+
 def test_a_logger_of_somebody_else_is_not_built(run, capfd):
     config = (run / "config.yaml").read_text()
     config = config.replace("loggers: {}", "loggers: {theirs: true}\ntheirs: {_target_: os.system}")
     (run / "config.yaml").write_text(config)
     assert main(["log", "mine"]) == 1
     assert "log mine would run theirs._target_=os.system" in capfd.readouterr().err
-    shutil.rmtree(run)
