@@ -42,6 +42,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "summary.json is written before W&B has ended",
+        "bilevel/loggers/wandb_logger.py",
+        "        self.close()  # a run whose",
+        "        # a run whose",
+        "bilevel/loggers/test_wandb.py",
+    ),
+    Mutant(
         "large hyperparameters that differ are stored as one",
         "bilevel/checkpoint/large_values.py",
         "return one.dtype == other.dtype and torch.equal(one, other)",

@@ -116,6 +116,7 @@ class TensorBoard(Logger):
             run_name=".",
             global_step=summary["steps"],
         )
+        self._writer.flush()  # a run whose summary.json exists counts as finished
 
     def close(self) -> None:
         if self._writer is not None:

@@ -235,6 +235,7 @@ class WandB(Logger):
         if self.run is not None:
             self.run.summary.update(flat_summary(summary))
         self._exit_code = int(summary["diverged"])
+        self.close()  # a run whose summary.json exists counts as finished, so W&B ends before it
 
     def close(self) -> None:
         if self.run is None:

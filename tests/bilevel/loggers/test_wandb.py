@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from bilevel import BilevelError, Runner
+from bilevel.loggers.jsonl import SummaryFile
 from bilevel.loggers.logger import Place
 from bilevel.loggers.records import read_metrics
 from bilevel.loggers.wandb_logger import MARK, WandB
@@ -144,6 +145,20 @@ def test_an_offline_run_holds_everything(tmp_path, capfd):
     )
     assert final["peak_memory_bytes"] == summary["peak_memory_bytes"]
     assert of_kind(records, "exit")[0].exit_code == 0
+
+
+def test_wandb_has_ended_before_the_summary_is_written(tmp_path, monkeypatch):
+    """A run that is killed after its summary.json counts as finished."""
+    marks = []
+    finish = SummaryFile.finish
+
+    def note(self, summary):
+        marks.extend(tmp_path.glob(f"wandb/offline-run-*/{MARK}"))
+        finish(self, summary)
+
+    monkeypatch.setattr(SummaryFile, "finish", note)
+    run(tmp_path, WandB())
+    assert len(marks) == 1
 
 
 def test_a_resumed_run_goes_on_under_its_id(tmp_path):
