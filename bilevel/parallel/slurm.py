@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from bilevel.run.signals import SUBMITIT
+SUBMITIT = "SUBMITIT_EXECUTOR"
+"""The environment variable that marks a job of submitit."""
 
 
 def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:

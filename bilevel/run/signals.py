@@ -13,11 +13,10 @@ from typing import Any
 
 from bilevel.errors import FaultWarning
 from bilevel.parallel.process_group import is_distributed
+from bilevel.parallel.slurm import SUBMITIT
 
 EX_TEMPFAIL = 75
 """The exit status after a time limit, named in sysexits.h; the same command continues the run."""
-SUBMITIT = "SUBMITIT_EXECUTOR"
-"""The environment variable that marks a job of submitit."""
 
 
 TOGETHER = 2.0
