@@ -68,8 +68,16 @@ class Run:
 
     @cached_property
     def best(self) -> int | None:
-        """Return the evaluation of lowest validation loss; None where no loss is finite."""
-        losses = self.column("valid_loss")
+        """Return the best evaluation; None where no validation loss is finite.
+
+        It is that of the summary (`runner.select`), or before it that of the lowest loss.
+        """
+        losses, step = self.column("valid_loss"), self._from_summary("best", "step")
+        ended = self.status != "running" and step is not None and "step" in self.columns
+        if ended and np.isfinite(losses).any():
+            at = np.flatnonzero(self.columns["step"] == step)
+            if len(at):
+                return int(at[0])
         return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
 
     def at_best(self, name: str) -> float | None:

@@ -66,9 +66,7 @@ class _Display(Logger):
 
     def log(self, record: Record) -> None:
         self.record = record
-        if math.isfinite(record["valid_loss"]) and record["valid_loss"] < self.best.get(
-            "valid_loss", math.inf
-        ):
+        if math.isfinite(record["valid_loss"]) and self.run.select.improves(record, self.best):
             self.best = record
         self.show()
 

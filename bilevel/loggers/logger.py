@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from bilevel.loggers.records import Record
+from bilevel.selection import Selection
 from bilevel.space import Space
 
 
@@ -27,6 +28,7 @@ class RunInfo:
     Attributes:
         initial: every hyperparameter before training, by name.
         best: the best record so far of a resumed run; {} otherwise.
+        select: the rule for the best evaluation.
         patience: the setting of the runner.
         place: the place in a sweep; None for a single run.
     """
@@ -42,6 +44,7 @@ class RunInfo:
     initial: Record = field(default_factory=dict)
     best: Record = field(default_factory=dict)
     resumed: bool = False
+    select: Selection = field(default_factory=lambda: Selection("valid_loss"))
     patience: int | None = None
     place: Place | None = None
 

@@ -34,6 +34,8 @@ class CurvesPlot(Logger):
 
     def finish(self, summary: Record) -> None:
         records = read_metrics(self.run.directory / METRICS)
+        for record in records:
+            record["best"] = record["step"] == summary["best"].get("step")
         title = f"{self.run.problem} · {self.run.solver} · seed {self.run.seed}"
         draw(
             records,
@@ -220,6 +222,8 @@ def _mark(
 
 
 def _best(records: Sequence[Record]) -> Record:
+    if (marked := next((r for r in records if r.get("best")), None)) is not None:
+        return marked
     known = [r for r in records if r.get("valid_loss") is not None]
     return min(known, key=lambda r: r["valid_loss"], default={})
 

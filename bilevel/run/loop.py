@@ -24,6 +24,7 @@ from bilevel.run.evaluation import evaluate
 from bilevel.run.faults import CheckpointSaver, Loggers
 from bilevel.run.fingerprint import check_fingerprint, fingerprint
 from bilevel.run.hypergradient_error import HypergradientError
+from bilevel.selection import Selection
 from bilevel.services import Services
 from bilevel.solver import Solution, Solver
 from bilevel.text import describe
@@ -41,7 +42,7 @@ class Loop:
 
     Attributes:
         initial: the hyperparameters before training.
-        best: the record and the solution (on the CPU) of the lowest validation loss, or None.
+        best: the record and the solution (on the CPU) of the best evaluation, or None.
         good: the record of the last evaluation whose losses were finite, or None.
         last: the record of the last evaluation.
         diverged: a sentence that reports the first loss that was not finite, or None.
@@ -63,6 +64,7 @@ class Loop:
         budget: Budget,
         loggers: Sequence[Logger],
         save: CheckpointSaver,
+        select: Selection | None = None,
         patience: int | None = None,
         checkpoint_every: int = 1,
         hypergradient_error: HypergradientError | None = None,
@@ -75,6 +77,7 @@ class Loop:
         self.budget = budget
         self.loggers = Loggers(loggers)
         self.save = save
+        self.select = Selection("valid_loss") if select is None else select
         self.patience = patience
         self.checkpoint_every = checkpoint_every
         self.hypergradient_error = hypergradient_error
@@ -207,7 +210,9 @@ class Loop:
         if self.diverged:
             return
         self.good = self.last
-        if self.best is None or valid["loss"] < self.best["record"]["valid_loss"]:
+        if self.best is None:
+            self.select.check(self.last)
+        if self.best is None or self.select.improves(self.last, self.best["record"]):
             self.best = {"record": self.last, "solution": on_cpu(solution)._asdict()}
             self.stalled = 0
         elif self.step > self.budget.warmup_steps:  # λ could not move before

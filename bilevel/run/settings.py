@@ -9,6 +9,7 @@ from bilevel.device.precision import check_precision
 from bilevel.errors import BilevelError
 from bilevel.loggers.display import DISPLAYS
 from bilevel.run.budget import Budget
+from bilevel.selection import Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,11 @@ class RunSettings:
         warmup_epochs: epochs before the first outer step (the paper uses 5).
         evaluate_every: epochs between evaluations. It must be at most 1 if a `ReduceLROnPlateau`
             should read a validation loss after every epoch.
-        patience: number of evaluations after warm-up without a new lowest validation loss after
-            which the run ends; None never ends it.
+        select: the metric that makes an evaluation the best one, `valid_loss` or another entry of
+            the records, such as `valid_accuracy`. Its name says if a high value is good; `max NAME`
+            and `min NAME` say it for any other metric.
+        patience: number of evaluations after warm-up without a new best one after which the run
+            ends; None never ends it.
         checkpoint_every: evaluations between checkpoints. The end of a run always writes one,
             also after Ctrl-C.
         keep_checkpoints: number of checkpoints to keep, the newest included. An older one replaces
@@ -50,7 +54,7 @@ class RunSettings:
         progress: `live` display, `plain` lines, `none`, or `auto`, which is `live` in a terminal.
         initial_params: initial weights with the names and shapes of the problem: a file of
             `torch.save(model.state_dict(), …)`, or a run directory. A run directory gives the
-            weights at its lowest validation loss.
+            weights at its best evaluation.
         picture: draw `curves.png` at the end of the run.
 
     Raises:
@@ -62,6 +66,7 @@ class RunSettings:
     examples: int | None = None
     warmup_epochs: float = 5
     evaluate_every: float = 1
+    select: str = "valid_loss"
     patience: int | None = None
     checkpoint_every: int = 1
     keep_checkpoints: int = 3
@@ -90,6 +95,7 @@ class RunSettings:
         validate.finite(**self._named("warmup_epochs"))
         validate.at_least(0, **self._named("warmup_epochs"))
         validate.whole(1, **self._named("checkpoint_every", "keep_checkpoints"))
+        Selection(self.select)
         check_precision(self.precision)
         validate.one_of(["auto", True, False], **self._named("capture"))
         validate.one_of(DISPLAYS, **self._named("progress"))

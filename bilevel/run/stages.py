@@ -30,6 +30,7 @@ from bilevel.run.out_of_memory import ran_out
 from bilevel.run.provenance import settings_of, versions
 from bilevel.run.session import Session
 from bilevel.run.surroundings import WRAPPERS
+from bilevel.selection import Selection
 from bilevel.services import Services
 from bilevel.solver import Solver
 from bilevel.timers import Timers
@@ -96,6 +97,7 @@ def build(run: Session) -> None:
         budget=settings.budget(run.data.train.steps_per_epoch),
         loggers=_loggers(run) if run.ranks.first else [],
         save=FirstRankSaver(lambda state: _save(run, state), run.directory, run.ranks),
+        select=Selection(settings.select),
         patience=settings.patience,
         checkpoint_every=settings.checkpoint_every,
         hypergradient_error=error,
@@ -212,6 +214,7 @@ def _info(run: Session) -> RunInfo:
         initial={name: brief(leaf) for name, leaf in loop.initial.items()},
         best=loop.best["record"] if loop.best else {},
         resumed=request.resume,
+        select=Selection(settings.select),
         patience=settings.patience,
         place=request.place,
     )

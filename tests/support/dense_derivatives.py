@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from bilevel import Interval, Positive
+from bilevel import Interval, ModuleProblem, Positive, Real, Space
 from bilevel.problems import Quadratic, Ridge
 from tests.support.solver_cases import Decayed, set_to, sgd
 
@@ -35,6 +35,25 @@ class Noisy(Decayed):
                 1 + hypers["strength"] * torch.randn(x.shape, generator=generator, dtype=x.dtype)
             )
         return (x,), {}
+
+
+class Shifted(ModuleProblem):
+    """½ (w − λ − t)² with the target t = ±s in turn: the gradient's noise is s for any w near λ."""
+
+    def __init__(self, noise):
+        split = (torch.tensor([[noise], [-noise]], dtype=F64),)
+        module = nn.Linear(1, 1, bias=False).double()
+        space = Space(shift=Real(init=2.0, per_example=False))
+        super().__init__(module, space, split, (torch.zeros(1, 1, dtype=F64),), batch_size=1)
+
+    def inputs(self, hypers, batch, *, train, generator):
+        return (torch.ones_like(batch[0]),), {}
+
+    def inner_objective(self, hypers, params, prediction, batch):
+        return 0.5 * (prediction - hypers["shift"] - batch[0]).square().mean()
+
+    def outer_objective(self, hypers, params, prediction, batch):
+        return 0.5 * prediction.square().mean()
 
 
 STARTS = [(0.0, 0.0, 0.0), (2.0, -2.0, 1.0), (-3.0, 3.0, 3.0)]

@@ -203,6 +203,38 @@ def test_patience_counts_evaluations_after_warmup(tmp_path):
     assert len([r for r in records if r["epoch"] > 3]) == 2
 
 
+# --- selection
+
+
+class Scored(FakeProblem):
+    """Its score is best at the middle of the path of the weights, and its loss at the end."""
+
+    def metrics(self, hypers, params, prediction, batch):
+        found = super().metrics(hypers, params, prediction, batch)
+        loss = torch.as_tensor(found["loss"])
+        return {**found, "accuracy": -(loss.mean() - 0.3).abs()}
+
+
+def test_the_best_evaluation_is_that_of_another_metric(tmp_path):
+    found = {}
+    for select in ("valid_loss", "valid_accuracy", "min valid_accuracy"):
+        place = tmp_path / select.replace(" ", "-")
+        summary, _ = run(place, FakeSolver(), problem=Scored(), epochs=20, select=select)
+        name = select.split()[-1]
+        records = [r[name] for r in read_metrics(place / "metrics.jsonl")]
+        wanted = max(records) if select == "valid_accuracy" else min(records)
+        assert summary["best"][name] == wanted
+        found[select] = summary["best"]["step"]
+    assert len(set(found.values())) > 1
+
+
+def test_a_metric_to_select_by_must_exist_and_have_a_direction(tmp_path):
+    with pytest.raises(BilevelError, match=r"select='valid_acuracy' does not say.*max valid_acur"):
+        run(tmp_path / "a", FakeSolver(), epochs=1, select="valid_acuracy")
+    with pytest.raises(BilevelError, match=r"'max valid_los' is not measured .*mean `valid_loss`"):
+        run(tmp_path / "b", FakeSolver(), epochs=1, select="max valid_los")
+
+
 # --- divergence
 
 

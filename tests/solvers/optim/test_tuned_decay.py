@@ -22,8 +22,7 @@ from bilevel.solvers import (
     Unrolled,
     delta_stn,
 )
-from tests.solvers.optim.test_weight_decay import Shifted
-from tests.support.dense_derivatives import F64, close, quadratic
+from tests.support.dense_derivatives import F64, Shifted, close, quadratic
 from tests.support.solver_cases import FLAGS, Decayed, ready, set_to, sgd
 
 EXACT = CG(iterations=60, tolerance=1e-13)

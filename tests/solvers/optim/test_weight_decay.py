@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch.optim import SGD, Adam, AdamW
 
-from bilevel import ModuleProblem, Real, Refused, Space
+from bilevel import Refused, Space
 from bilevel.problems import Quadratic
 from bilevel.solvers import (
     CG,
@@ -25,7 +25,16 @@ from bilevel.solvers import (
 )
 from bilevel.solvers.optim.optimized import Optimized
 from bilevel.solvers.optim.weight_decay import WeightDecay
-from tests.support.dense_derivatives import F64, Noisy, close, dense, flat, quadratic, truth
+from tests.support.dense_derivatives import (
+    F64,
+    Noisy,
+    Shifted,
+    close,
+    dense,
+    flat,
+    quadratic,
+    truth,
+)
 from tests.support.solver_cases import FLAGS, Decayed, ready, set_to, sgd
 
 EXACT = CG(iterations=60, tolerance=1e-13)
@@ -182,25 +191,6 @@ def test_the_penalty_method_follows_the_decayed_minimum(κ):
 
 
 # --- AdamW ---
-
-
-class Shifted(ModuleProblem):
-    """½ (w − λ − t)² with the target t = ±s in turn: the gradient's noise is s for any w near λ."""
-
-    def __init__(self, noise):
-        split = (torch.tensor([[noise], [-noise]], dtype=F64),)
-        module = nn.Linear(1, 1, bias=False).double()
-        space = Space(shift=Real(init=2.0, per_example=False))
-        super().__init__(module, space, split, (torch.zeros(1, 1, dtype=F64),), batch_size=1)
-
-    def inputs(self, hypers, batch, *, train, generator):
-        return (torch.ones_like(batch[0]),), {}
-
-    def inner_objective(self, hypers, params, prediction, batch):
-        return 0.5 * (prediction - hypers["shift"] - batch[0]).square().mean()
-
-    def outer_objective(self, hypers, params, prediction, batch):
-        return 0.5 * prediction.square().mean()
 
 
 @pytest.mark.parametrize(
