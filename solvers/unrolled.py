@@ -36,9 +36,10 @@ class Unrolled(Descent):
 
         ŵ(λ) = w_K,    w_{k+1} = Φ(w_k; λ, batch_k),    k = 0 … K−1
 
-    Φ is a step of the inner optimizer, one of SGD, Adam, AdamW and RMSprop. Its memory (momentum,
-    second moments) and its clipping are part of what is differentiated. Batch-norm statistics and
-    recurrent state are constants within the steps. λ may hold settings of that optimizer
+    Φ is a step of the inner optimizer, one of SGD, Adam, AdamW, NAdam, Adamax, RMSprop and Adagrad.
+    Its memory (momentum, second moments) and its clipping are part of what is differentiated.
+    Batch-norm statistics and recurrent state are constants within the steps. λ may hold settings of
+    that optimizer
     (`Domain.optimizer`). A tuned learning rate is multiplied by the factor of its schedule. A round
     is K training batches and one outer step, which consumes the graph.
 

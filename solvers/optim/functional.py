@@ -56,7 +56,8 @@ class FunctionalOptimizer:
                 f"inner_optimizer={kind.__name__} has no differentiable form here; choose one of "
                 f"{known}"
             )
-        supported = {DECOUPLED} if kind is torch.optim.AdamW else set()
+        decoupled = (torch.optim.AdamW, torch.optim.NAdam)
+        supported = {DECOUPLED} if kind in decoupled else set()
         if odd := [name for name in UNKNOWN if group.get(name) and name not in supported]:
             raise Refused(
                 f"inner_optimizer.{odd[0]}=true of {kind.__name__} has no differentiable form "
@@ -127,7 +128,7 @@ class FunctionalOptimizer:
                 key: value.clone(memory_format=torch.contiguous_format)
                 for key, value in moments.slots[name].items()
             }
-            if self.update is not sgd and moments.steps[name]:
+            if self.update is not sgd and state:
                 count = float(moments.steps[name])
                 state["step"] = torch.full((), count, dtype=torch.float32, device="cpu")
             self.optimized.optimizer.state[leaf] = state

@@ -121,6 +121,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor]) 
             f"{name} needs a closure or sparse gradients, which no solver provides; choose another "
             "optimizer"
         )
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise BilevelError(
+            f"{name} keeps other weights for evaluation (its train() and eval()), and every outer "
+            "step evaluates; choose an optimizer without them, such as AdamW with a schedule"
+        )
     on_host = any(leaf.device.type in ("cpu", "mps") for leaf in leaves)
     wrong_on = {
         "maximize": "climbs the loss, and solvers descend it",

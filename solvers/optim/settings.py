@@ -15,6 +15,17 @@ SCALED = ("lr", "weight_decay")
 """Settings of which groups of parameters may have different values while λ holds one."""
 
 
+CONSTANTS = (
+    "dampening",
+    "nesterov",
+    "centered",
+    "decoupled_weight_decay",
+    "momentum_decay",
+    "lr_decay",
+    "initial_accumulator_value",
+)
+"""Settings that an update uses and λ cannot hold."""
+
 SELECTED = "weight_decay_params"
 """The key of a group of parameters with the patterns that selected them for their weight decay."""
 
@@ -176,7 +187,7 @@ def decay_of(group: Mapping[str, Any], space: Space) -> Decay:
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a parameter group that an update may use."""
-    used = (*OPTIMIZER_SETTINGS, "dampening", "nesterov", "centered")
+    used = (*OPTIMIZER_SETTINGS, *CONSTANTS)
     settings = {key: value for key, value in group.items() if key in used}
     if "betas" in group:
         settings["beta1"], settings["beta2"] = group["betas"]

@@ -89,6 +89,64 @@ def rmsprop(
     return _plus(w, -s["lr"], step), after
 
 
+def nadam(
+    w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
+) -> tuple[Tensor, Slots]:
+    """Return w and the memory after a step of NAdam.
+
+    With μ_t = β₁ (1 − ½ 0.96^(t ψ)), ψ = momentum_decay, and m, v as in Adam:
+    w ← w − lr [(1 − μ_t) g/(1 − Π_{i≤t} μ_i) + μ_{t+1} m/(1 − Π_{i≤t+1} μ_i)]/(√v̂ + eps).
+    """
+    if s["decoupled_weight_decay"]:
+        w = w * (1 - s["lr"] * s["weight_decay"])
+    else:
+        gradient = _decayed(gradient, w, s)
+    now, following = (
+        s["beta1"] * (1 - 0.5 * 0.96 ** (t * s["momentum_decay"])) for t in (count, count + 1)
+    )
+    before = slots.get("mu_product")
+    product = (torch.ones((), dtype=torch.float32) if before is None else before) * now
+    mean = _lerp(_or_zeros(slots.get("exp_avg"), w), gradient, 1 - s["beta1"])
+    square = _mean_square(slots.get("exp_avg_sq"), gradient, s["beta2"])
+    root = square_root(square) / (1 - s["beta2"] ** count) ** 0.5 + s["eps"]
+    so_far = product.to(w.dtype)
+    direct = (1 - now) / (1 - so_far) * gradient
+    ahead = following / (1 - so_far * following) * mean
+    after = w - s["lr"] * (direct + ahead) / root
+    return after, {"exp_avg": mean, "exp_avg_sq": square, "mu_product": product}
+
+
+def adamax(
+    w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
+) -> tuple[Tensor, Slots]:
+    """Return w and the memory after a step of Adamax.
+
+    m as in Adam, and n ← max(β₂ n, |g| + eps); then w ← w − lr m̂/n.
+    """
+    gradient = _decayed(gradient, w, s)
+    mean = _lerp(_or_zeros(slots.get("exp_avg"), w), gradient, 1 - s["beta1"])
+    largest = torch.maximum(
+        s["beta2"] * _or_zeros(slots.get("exp_inf"), w), gradient.abs() + s["eps"]
+    )
+    after = w - s["lr"] / (1 - s["beta1"] ** count) * mean / largest
+    return after, {"exp_avg": mean, "exp_inf": largest}
+
+
+def adagrad(
+    w: Tensor, gradient: Tensor, slots: Slots, count: int, s: Settings
+) -> tuple[Tensor, Slots]:
+    """Return w and the memory after a step of Adagrad.
+
+    v ← v + g², then w ← w − lr/(1 + (t − 1) lr_decay) · g/(√v + eps).
+    """
+    gradient = _decayed(gradient, w, s)
+    before = slots.get("sum")
+    start = torch.full_like(w, s["initial_accumulator_value"]) if before is None else before
+    total = torch.addcmul(start, gradient, gradient)
+    rate = s["lr"] / (1 + (count - 1) * s["lr_decay"])
+    return w - rate * gradient / (square_root(total) + s["eps"]), {"sum": total}
+
+
 UPDATES: dict[
     type[torch.optim.Optimizer],
     Callable[[Tensor, Tensor, Slots, int, Settings], tuple[Tensor, Slots]],
@@ -97,6 +155,9 @@ UPDATES: dict[
     torch.optim.Adam: adam,
     torch.optim.AdamW: adamw,
     torch.optim.RMSprop: rmsprop,
+    torch.optim.NAdam: nadam,
+    torch.optim.Adamax: adamax,
+    torch.optim.Adagrad: adagrad,
 }
 
 

@@ -26,6 +26,12 @@ OPTIMIZERS = {
     "SGD, momentum, dampening, weight decay": partial(
         SGD, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.2
     ),
+    "NAdam": partial(torch.optim.NAdam, lr=0.05, weight_decay=0.1),
+    "decoupled NAdam": partial(
+        torch.optim.NAdam, lr=0.05, weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "Adamax": partial(torch.optim.Adamax, lr=0.1, weight_decay=0.1),
+    "Adagrad": partial(torch.optim.Adagrad, lr=0.3, lr_decay=0.01, initial_accumulator_value=0.1),
     "SGD, a decay for each weight": lambda params: SGD(
         [{"params": [p], "weight_decay": 0.1 * i} for i, p in enumerate(params)], lr=0.1
     ),
@@ -271,8 +277,8 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
     ("make", "match"),
     [
         (
-            partial(torch.optim.Adagrad, lr=0.1),
-            "inner_optimizer=Adagrad has no differentiable form here; choose one of torch",
+            partial(torch.optim.Adadelta, lr=0.1),
+            "inner_optimizer=Adadelta has no differentiable form here; choose one of torch",
         ),
         (
             partial(Adam, amsgrad=True),
@@ -288,7 +294,7 @@ def test_a_schedule_multiplies_a_tuned_learning_rate(first):
             "inner_optimizer has several groups of parameters that differ in more than",
         ),
     ],
-    ids=["Adagrad", "amsgrad", "fused", "decoupled", "groups"],
+    ids=["Adadelta", "amsgrad", "fused", "decoupled", "groups"],
 )
 def test_an_optimizer_without_a_differentiable_form_is_refused(make, match):
     with pytest.raises(Refused, match=match):

@@ -83,3 +83,18 @@ def test_an_optimizer_that_trains_a_part_of_w_is_refused(make):
     solver = ready(Decayed(module), Implicit(inner_optimizer=make))
     assert list(solver.core.weights.tensors) == ["0.weight", "2.weight"]
     solver.step()
+
+
+class Averaging(torch.optim.SGD):
+    """An optimizer of other weights in evaluation, as schedule-free ones are."""
+
+    def train(self):
+        """Go to the weights of training."""
+
+    def eval(self):
+        """Go to the average."""
+
+
+def test_an_optimizer_with_weights_for_evaluation_is_refused():
+    with pytest.raises(BilevelError, match="Averaging keeps other weights for evaluation"):
+        Optimized({"w": torch.ones(2)}, partial(Averaging, lr=0.1))
