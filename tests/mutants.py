@@ -315,9 +315,9 @@ MUTANTS = [
     ),
     Mutant(
         "the best checkpoint is the worst",
-        "bilevel/run/loop.py",
-        'valid["loss"] < self.best',
-        'valid["loss"] > self.best',
+        "bilevel/selection.py",
+        "self.score(record) < self.score(best)",
+        "self.score(record) > self.score(best)",
         "bilevel/run/test_runner.py",
     ),
     Mutant(
@@ -330,8 +330,8 @@ MUTANTS = [
     Mutant(
         "a differentiable Adam that loses its square root",
         "solvers/optim/updates.py",
-        '    root = square_root(square) / (1 - s["beta2"] ** count) ** 0.5',
-        '    root = square / (1 - s["beta2"] ** count)',
+        '    scale = -s["lr"] / (1 - s["beta1"] ** count)\n    root = square_root(square)',
+        '    scale = -s["lr"] / (1 - s["beta1"] ** count)\n    root = square',
         "solvers/optim/test_functional.py",
     ),
     Mutant(
