@@ -324,6 +324,12 @@ def test_a_fold_with_the_rows_of_an_example_apart_is_refused(make, flags):
     ready(Matched(make(), x=TOKENS), SelfTuning(per_example=False, **flags)).step()
 
 
+def test_a_branch_behind_a_gate_that_has_hardly_moved_is_checked():
+    slow = SelfTuning(inner_optimizer=sgd(1e-12))
+    with pytest.raises(Refused, match="in training mode a row differs"):
+        ready(Matched(OnlyInTraining(), x=TOKENS), slow)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_fold_with_the_rows_of_an_example_together_runs(norm):
     solver = ready(Matched(Folded(together, from_together, norm=norm), x=TOKENS))
