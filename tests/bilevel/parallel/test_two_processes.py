@@ -265,7 +265,8 @@ def test_a_mistake_is_reported_once_and_leaves_nothing(tmp_path):
 def test_a_sweep_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        BilevelError, match="-m is a sweep, but torchrun spreads one run over its processes"
+        BilevelError,
+        match="-m is a sweep, but torchrun and srun spread one run over their processes",
     ):
         prepared([*QUICK, "-m", "seed=0,1"])
 
