@@ -45,10 +45,15 @@ def grouped(
         choose among 0.weight, 0.bias
 
     Raises:
-        BilevelError: a group selects nothing, or two groups select the same name.
+        BilevelError: a group has no patterns or selects nothing, or two groups select the same name.
     """
     known, chosen = list(names), dict[str, str]()
     for group, patterns in groups.items():
+        if not _are_patterns(patterns):
+            raise BilevelError(
+                f"{setting}={ {group: patterns} } must be patterns of names; write '*' for every "
+                f"{kind}"
+            )
         found = [name for name in known if matches(name, patterns)]
         if not found:
             shown = ", ".join(known[:SHOWN]) + ", …" * (len(known) > SHOWN)
@@ -64,6 +69,12 @@ def grouped(
                     f"{kind} `{name}` twice; make the patterns disjoint"
                 )
     return chosen
+
+
+def _are_patterns(given: object) -> bool:
+    if isinstance(given, (list, tuple)):
+        return all(isinstance(pattern, str) for pattern in given)
+    return isinstance(given, str)
 
 
 def _near(patterns: Patterns, names: Sequence[str]) -> str:
