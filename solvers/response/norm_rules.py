@@ -101,3 +101,13 @@ def layer_norm(
     between = [1] * (input.ndim - 1 - len(normalized_shape))
     normalized = normalize(input, normalized_shape, None, None, eps)
     return affine(normalized, weight, bias, lambda p: p.reshape(p.shape[0], *between, *p.shape[1:]))
+
+
+@rule(F.rms_norm)
+def rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Divide by the root of the mean square over the last axes, then scale every entry."""
+    between = [1] * (input.ndim - 1 - len(normalized_shape))
+    normalized = F.rms_norm(input, normalized_shape, None, eps)
+    return affine(normalized, weight, None, lambda p: p.reshape(p.shape[0], *between, *p.shape[1:]))

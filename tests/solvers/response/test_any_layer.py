@@ -60,7 +60,7 @@ LAYERS = {
     "instance norm": (*image(nn.InstanceNorm2d(4), nn.Tanh()), ALL),
     "instance norm affine": (*image(nn.InstanceNorm2d(4, affine=True), nn.Tanh()), ALL),
     "layer norm": (*flat(nn.LayerNorm(6), nn.Tanh()), ALL),
-    "rms norm": (*flat(nn.RMSNorm(6), nn.Tanh()), PER_BATCH),
+    "rms norm": (*flat(nn.RMSNorm(6), nn.Tanh()), ALL),
     "pooling": (*image(nn.Tanh(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1)), ALL),
     "transposed convolution": (*image(nn.Tanh(), nn.ConvTranspose2d(4, 1, 3)), PER_BATCH),
     "softmax": (*flat(nn.Softmax(-1)), ALL),

@@ -194,6 +194,8 @@ LAYERS = {
     "batch norm": (normed(nn.BatchNorm2d(2)), (B, 2, 4, 4)),
     "batch norm 1d": (normed(nn.BatchNorm1d(4)), (B, 4)),
     "layer norm": (normed(nn.LayerNorm(5), nn.Linear(4, 5)), (B, 6, 4)),
+    "RMS norm": (normed(nn.RMSNorm(5), nn.Linear(4, 5)), (B, 6, 4)),
+    "RMS norm 2": (normed(nn.RMSNorm([6, 4])), (B, 6, 4)),
     "layer norm 2": (normed(nn.LayerNorm([6, 4])), (B, 6, 4)),
     "group norm": (normed(nn.GroupNorm(2, 4), nn.Conv2d(2, 4, 2)), (B, 2, 4, 4)),
     "lstm": (Recurrent(num_layers=2), (B, 5, 4)),
