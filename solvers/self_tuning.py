@@ -40,6 +40,7 @@ from bilevel.params import count_examples, detached, to_device
 from bilevel.requirements import Trait
 from bilevel.solver import on_cpu
 from bilevel.solvers.autodiff.linearization import Predict, Weights, double_backward, forward_mode
+from bilevel.solvers.base.constant_statistics import ConstantStatistics
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
 from bilevel.solvers.base.dry_run import check_response, large_response, without_last
@@ -48,12 +49,9 @@ from bilevel.solvers.base.row_check import check_rows
 from bilevel.solvers.optim.optimized import RMSPROP, MakeOptimizer, Optimized, descend
 from bilevel.solvers.optim.weight_decay import without_weight_decay
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
-from bilevel.solvers.response.row_counts import PER_BATCH, RowCounts
+from bilevel.solvers.response.row_counts import RowCounts
 from bilevel.solvers.response.settled import Settled
 from bilevel.validate import at_least, wrong
-
-SMALL_EFFECT = 0.01
-"""Relative change of the hypergradient by batch-norm statistics, from which on a warning is due."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -164,8 +162,9 @@ class SelfTuningMethod(BestResponse):
         self.varies_per_example = varies and bool(self.space.per_example.any())
         if self.varies_per_example:
             core.search.vary_per_example()
-        self.constant_statistics = core.follows and core.search.varies_per_example
-        core.follows = core.follows and not self.constant_statistics
+        constant = core.follows and core.search.varies_per_example
+        self.constant_statistics = ConstantStatistics(core, self.respond) if constant else None
+        core.follows = core.follows and not constant
 
     # --- the best response: ŵ(λ) = w₀ + Θλ, or centered w₀ + Θ(λ − λ₀) ---
 
@@ -298,40 +297,9 @@ class SelfTuningMethod(BestResponse):
         found = large_response(self.space, self.core.weights.leaves, self.theta.leaves)
         if self.settled is not None:
             found |= self.settled.warnings("SelfTuning")
-        if self.constant_statistics and "hypergradient_norm" in metrics:
-            effect = self.effect_of_statistics()
-            if effect > SMALL_EFFECT:
-                self.constant_statistics = False  # one warning is enough
-                found["statistics"] = (
-                    "SelfTuning: the hypergradient takes batch-norm statistics as constants, since "
-                    "perturbations vary from example to example; on one batch, statistics that "
-                    f"follow w would change it by {effect:.0%}; {PER_BATCH}, which lets them "
-                    "follow, or use a norm without running statistics (group norm)"
-                )
+        if self.constant_statistics is not None and "hypergradient_norm" in metrics:
+            found |= self.constant_statistics.warnings("SelfTuning")
         return found
-
-    def effect_of_statistics(self) -> float:
-        """Return ‖g − g₀‖/‖g‖ of the hypergradients with moving and with constant statistics.
-
-        Both are unperturbed and on the next batches, and nothing moves. The result is NaN before Θ
-        has trained.
-        """
-        core, u = self.core, self.core.search.u
-        training, batch = core.data.train.peek(), core.data.valid.peek()
-        draws = core.generator.get_state()
-        gradients: list[Tensor] = []
-        for moving in (True, False):
-            offset = u - core.search.u0
-            hypers = self.space.constrain(core.search.u0 + offset)
-            params = self.respond(offset)
-            carry = core.problem.outer_carry(core.carry, core.last_outer_carry, batch)
-            if moving:
-                carry = core.moving_statistics(hypers, params, carry, training)
-            with core.without_cudnn():
-                loss, _ = core.problem.outer_loss(hypers, params, carry, batch)
-            gradients += torch.autograd.grad(loss, u, materialize_grads=True)
-        core.generator.set_state(draws)
-        return float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
 
     def after_dry_run(self) -> None:
         """Check per-example weights: in a round with one example fewer, and row by row.
