@@ -45,7 +45,7 @@ def grouped(
         choose among 0.weight, 0.bias
 
     Raises:
-        BilevelError: a group has no patterns or selects nothing, or two groups select the same name.
+        BilevelError: a group has no patterns or selects nothing, or two select the same name.
     """
     known, chosen = list(names), dict[str, str]()
     for group, patterns in groups.items():

@@ -239,7 +239,9 @@ def difference(batch: Batch, others: Mapping[str, Batch], *, lengths: bool = Tru
     """
     ours = tensors(batch)
     for name, other in others.items():
-        if kind(other) != kind(batch) and not isinstance(batch, Tensor):
+        alike = isinstance(other, (tuple, list)) and isinstance(batch, (tuple, list))
+        alike = alike and len(other) == len(batch)  # a DataLoader makes a list of a tuple
+        if not alike and kind(other) != kind(batch) and not isinstance(batch, Tensor):
             return f": a batch is {kind(batch)}, but a {name} batch is {kind(other)}"
         for field, theirs in tensors(other).items():
             t = ours.get(field)

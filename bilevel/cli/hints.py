@@ -73,7 +73,7 @@ def check_override(argument: str, override: Override) -> None:
         )
     if key in GROUPS and not isinstance(override.value(), dict):
         raise BilevelError(f"`{argument}` would replace a group of settings; {GROUPS[key]}")
-    if key in RUNNER or key in RATES:
+    if key in RUNNER or key == "learning_rate":
         raise BilevelError(f"`{key}` is not a key at the top level; {_wanted(key, argument)}")
 
 

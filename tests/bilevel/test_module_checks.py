@@ -127,7 +127,7 @@ def test_the_network_of_a_weight_norm_equals_the_parametrized_one():
 
 
 def test_a_weight_that_is_computed_per_example_is_refused_and_the_remedy_runs():
-    with pytest.raises(Refused, match=r"no response rule for .*`0.weight_v`.*per_example=False"):
+    with pytest.raises(Refused, match=r"no response rule for .*`0.weight_v`.*per_example=false"):
         ready(Decayed(weight_normed, per_example=True))
     ready(Decayed(weight_normed)).step()
 

@@ -616,8 +616,8 @@ def test_a_sampled_hyperparameter_is_refused_by_name():
 
 
 def test_an_optimizer_without_a_differentiable_form_is_refused():
-    with pytest.raises(Refused, match="Adagrad has no differentiable form"):
-        ready(network(), Unrolled(inner_optimizer=partial(torch.optim.Adagrad, lr=0.1)))
+    with pytest.raises(Refused, match="Rprop has no differentiable form"):
+        ready(network(), Unrolled(inner_optimizer=partial(torch.optim.Rprop, lr=0.1)))
 
 
 def test_forward_mode_refuses_columns_that_do_not_fit():

@@ -63,7 +63,7 @@ CASES = [
     kills.Case("delta_stn", "kill", 1, strikes=1, loggers=("wandb.mode=offline",)),
     kills.Case("implicit_nystrom", "term", 1),
     kills.Case("pbt", "kill", 2, strikes=2),
-    kills.Case("es", "full", 2, strikes=2),
+    kills.Case("es", "full", 1, strikes=2),
     kills.Case("unrolled", "crash", 1),
     kills.Case("tpe", "interrupt", 1),
 ]

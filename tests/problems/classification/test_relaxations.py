@@ -289,7 +289,8 @@ def test_equal_decays_are_one_decay(double):
     decay = torch.full((sum(p.numel() for p in params.values()),), 0.3)
     torch.testing.assert_close(squared_norm(params, decay), 0.3 * squared_norm(params))
     with pytest.raises(
-        BilevelError, match=r"weights=\[3\] must have one entry for each of the 116 entries of w"
+        BilevelError,
+        match=r"the shape \[3\] and must have one entry for each of the 116 entries of w",
     ):
         squared_norm(params, torch.ones(3))
 
