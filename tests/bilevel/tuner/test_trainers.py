@@ -68,13 +68,16 @@ assert tuner.solver.scheduled()[0].param_groups[0]["lr"] < 2e-3, "the response f
 
 
 @pytest.mark.parametrize(
-    ("library", "title", "use"),
-    [("lightning", "Lightning", LIGHTNING), ("transformers", "Hugging Face", HUGGING_FACE)],
+    ("libraries", "title", "use"),
+    [
+        (["lightning"], "Lightning", LIGHTNING),
+        (["transformers", "accelerate"], "Hugging Face", HUGGING_FACE),
+    ],
 )
-def test_the_recipe_for_a_trainer_runs(library, title, use, tmp_path):
+def test_the_recipe_for_a_trainer_runs(libraries, title, use, tmp_path):
     """In a process of its own, since these libraries change settings of the process."""
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+    if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{missing[0]} is not installed")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RECIPES[title] + use],
         cwd=tmp_path,
