@@ -76,7 +76,7 @@ class Calls(TorchFunctionMode):
         try:
             _require_range(func, args, kwargs)
             result = func(*args, **kwargs)
-        except Exception:
+        except Exception:  # noted, and raised again
             self.failed = self._call(func, args, kwargs, given)
             raise
         origin = frozenset[str]().union(*(self._fields.get(id(t), ()) for t in given))

@@ -8,7 +8,7 @@ HINTS = {
     ("nll_loss", "argument 'weight'"): "bilevel.cross_entropy, whose class_weights have a "
     "derivative",
 }
-"""What to use, by parts of the message of an error."""
+"""The function to use instead, by parts of the message of an error."""
 
 
 def hint(error: BaseException) -> str:

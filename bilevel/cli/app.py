@@ -112,7 +112,7 @@ def prepared(arguments: Sequence[str]) -> list[str]:
             argument = "resume=" + _quoted(argument.removeprefix("resume="))
         override = input_errors.parse(argument)
         _check_choice(argument, override, sweeping)
-        hints.check_override(argument, override)
+        hints.check_group(argument, override)
         key = override.key_or_group
         if key == "resume" and override.value() is not None:
             _check_resume(str(override.value()), sweeping)

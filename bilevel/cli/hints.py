@@ -57,33 +57,28 @@ def check_flags(arguments: Sequence[str]) -> None:
         )
 
 
-def check_override(argument: str, override: Override) -> None:
-    """Require a key that exists at the top level, with a value that fits it.
+def check_group(argument: str, override: Override) -> None:
+    """Require a mapping where an override gives a whole group of settings.
 
     Raises:
-        BilevelError: the key lacks its prefix, or a group of settings gets a single value.
+        BilevelError: a group of settings gets a single value.
     """
     key = override.key_or_group
-    if override.type is not OverrideType.CHANGE:
-        return
-    if key == "experiment":
-        raise BilevelError(
-            f"`{argument}` needs a plus sign, since no experiment is chosen by default; write "
-            f"+{argument}"
-        )
-    if key in GROUPS and not isinstance(override.value(), dict):
+    single = override.type is OverrideType.CHANGE and not isinstance(override.value(), dict)
+    if key in GROUPS and single:
         raise BilevelError(f"`{argument}` would replace a group of settings; {GROUPS[key]}")
-    if key in RUNNER or key == "learning_rate":
-        raise BilevelError(f"`{key}` is not a key at the top level; {_wanted(key, argument)}")
+
+
+def key_hint(name: str) -> str:
+    """Return what to write for a key that the top level does not have; "" if nothing is known."""
+    if name in RATES:
+        return RATE_HINT
+    return f"write runner.{name}=…" if name in RUNNER else ""
 
 
 def rate_hint(name: str) -> str:
     """Return what to write for a learning rate that a node does not have; "" for other names."""
     return RATE_HINT if name in RATES else ""
-
-
-def _wanted(key: str, argument: str) -> str:
-    return RATE_HINT if key in RATES else f"write runner.{argument}"
 
 
 def _where(name: str) -> str | None:

@@ -17,6 +17,7 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from bilevel.cli.hints import key_hint
 from bilevel.errors import BilevelError
 from bilevel.text import describe, first_line, near
 
@@ -25,6 +26,9 @@ UNUSABLE = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 )
 """Errors of the file system that are about a place and not about the program."""
+
+NO_EXPERIMENT = "Could not override 'experiment'"
+"""Hydra's words where a group that is not in the defaults list is changed."""
 
 LOST_WORKERS = (
     "TerminatedWorkerError",
@@ -53,6 +57,10 @@ def sentence(error: BaseException) -> str | None:
     unknown = isinstance(cause, (ConfigKeyError, ConfigAttributeError))
     if isinstance(error, ConfigCompositionException) and unknown:
         return _unknown_key(cause)
+    if isinstance(error, ConfigCompositionException) and NO_EXPERIMENT in str(error):
+        return (
+            "no experiment is chosen by default, so that the override adds one; write +experiment=…"
+        )
     if isinstance(error, OverrideParseException):
         return _malformed(error)
     if isinstance(error, SearchPathException):
@@ -99,6 +107,8 @@ def _unknown_key(cause: Any) -> str:
     prefix, _, name = full.rpartition(".")
     where = f" of {prefix}" if prefix else ""
     listed = f"choose from {', '.join(keys)}" if keys else "leave it out"
+    if not prefix and (hint := key_hint(name)):
+        return f"`{name}` is not a key at the top level; {hint}"
     return f"`{name}` is not a key{where}{near(name, keys)}; {listed}"
 
 

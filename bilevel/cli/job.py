@@ -149,7 +149,7 @@ class Job:
             raise
         except DirectoryLocked:  # the directory belongs to the other run, even while it is empty
             raise
-        except Exception:
+        except Exception:  # cleaned up, and raised again
             with suppress(OSError):  # the directory is not empty
                 directory.rmdir()  # Hydra made it; a run that did not start leaves nothing
             raise

@@ -9,7 +9,7 @@ from bilevel.errors import BilevelError
 
 
 class CallerAutocast:
-    """Whether the caller works under `torch.autocast`, which must not change between steps.
+    """The caller's use of `torch.autocast`, which must not change between steps.
 
     Within a step, autocast surrounds the network alone (`bilevel.device.precision`). A solver's own
     products stay in float32. PyTorch's cache of narrowed weights would be stale after each update.

@@ -48,7 +48,7 @@ class Member:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all weights are finite; waits for the device."""
+        """Return whether all weights are finite; this waits for the device."""
         return all(bool(torch.isfinite(w).all()) for w in self.weights.tensors.values())
 
     def copy_from(self, donor: "Member") -> None:

@@ -19,7 +19,7 @@ class Response(ABC):
     per_example: bool
     """True if ε may be [B, h]; otherwise ε is [h]."""
     row_counts: RowCounts | None = None
-    """Where calls of per-example weights are noted; None for nowhere."""
+    """The record of the calls of per-example weights; None keeps no record."""
 
     @abstractmethod
     def init(

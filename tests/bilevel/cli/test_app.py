@@ -72,6 +72,15 @@ def test_an_ablation_is_an_override_and_unlisted_settings_can_be_set():
     assert read_metrics(only_run() / "metrics.jsonl")[0]["hypers.hyper"] == pytest.approx([2.5] * 3)
 
 
+def test_a_key_that_a_users_own_file_adds_at_the_top_level_is_a_setting(capfd):
+    """Although the runner has a setting of this name."""
+    Path("own/problem").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [quadratic@problem]\nepochs: 3\n"
+    Path("own/problem/mine.yaml").write_text(text)
+    assert main(["--config-dir", "own", "problem=mine", "epochs=7", "--cfg", "job"]) == 0
+    assert "epochs: 7" in capfd.readouterr().out
+
+
 def test_an_optimizer_of_pytorch_is_given_by_name():
     """Alone, with a setting of its own, and in a sweep; momentum of the default does not remain."""
     quick = [*QUICK, "runner.epochs=1", "lr.inner=0.5", "lr.outer=0.25"]

@@ -55,8 +55,11 @@ def refused(capfd, *arguments: str) -> str:
             ["solver=unrolled", "solver.mode={_target_: bilevel.solvers.Reverse, _partial_: true}"],
             "solver.mode makes a partial; give Mode",
         ),
-        (["experiment=mnist_mlp"], "write +experiment=mnist_mlp"),
-        (["epochs=10"], "`epochs` is not a key at the top level; write runner.epochs=10"),
+        (
+            ["experiment=mnist_mlp"],
+            "no experiment is chosen by default, so that the override adds one; write +exp",
+        ),
+        (["epochs=10"], "`epochs` is not a key at the top level; write runner.epochs=…"),
         (["lr=0.1"], "group of settings; set lr.inner for w, or lr.outer for λ"),
         (["solver.lr=0.1"], "of its target; set lr.inner for w, or lr.outer for λ"),
         (["wandb=disabled"], "write wandb.mode=offline, online or disabled"),

@@ -217,7 +217,7 @@ def test_a_schedule_is_followed():
 
 
 def test_without_looking_at_settings_a_schedule_would_be_lost(monkeypatch):
-    """That the law above can fail."""
+    """The law above fails without the comparison of settings."""
     monkeypatch.setattr(Capture, "_settings", lambda self: [])
     with pytest.raises(AssertionError):
         test_a_schedule_is_followed()
