@@ -127,6 +127,13 @@ MUTANTS = [
         "solvers/base/test_row_check.py",
     ),
     Mutant(
+        "the initial response of a layer is smaller than its weight by a factor of √3",
+        "solvers/response/jacobian.py",
+        "norm * math.sqrt(3 / weight.numel())",
+        "norm / math.sqrt(weight.numel())",
+        "solvers/response/test_jacobian.py",
+    ),
+    Mutant(
         "σ² for σ in the perturbation of training",
         "solvers/base/search_distribution.py",
         "return self.sigma.detach() * self.noise",

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -11,6 +12,7 @@ from bilevel import Params
 from bilevel.half_weights import wide
 from bilevel.solvers.response.per_example_weight import ResponseWeight
 from bilevel.solvers.response.row_counts import Counter, RowCounts
+from bilevel.validate import one_of
 
 
 class Response(ABC):
@@ -57,13 +59,24 @@ class Structured(Response):
     """The response of the papers: ΔW(ε) = diag(Uε) W₁ and Δb(ε) = (Vε) ∘ b₁ for every layer.
 
     U and V of all layers are stacked into one bias-free linear map R^h → R^N ("rows"), so that one
-    matrix product serves all layers. They start at zero. W₁ starts as U(±1/√fan_in), and a vector
-    of n entries as U(±1/√n).
+    matrix product serves all layers. They start at zero.
+
+    Args:
+        init: the uniform distribution from which W₁ is drawn. "weights": its root mean square is
+            that of the initial W₀, or as with "fan_in" if that is 0. "fan_in": U(±1/√fan_in).
+            A vector of n entries starts as U(±1/√n) in both cases.
+
+    Raises:
+        BilevelError: an unknown `init`.
 
     Source: Bae & Grosse, NeurIPS 2020, eq. 3.7 (STN, at λ) and eq. 4.12 (Δ-STN, at λ − λ₀).
     """
 
     per_example = True
+
+    def __init__(self, init: Literal["weights", "fan_in"] = "weights") -> None:
+        one_of(["weights", "fan_in"], init=init)
+        self.initial = init
 
     def init(
         self, params: Params, hypers: int, axes: dict[str, int], generator: torch.Generator
@@ -75,10 +88,20 @@ class Structured(Response):
         rows = torch.zeros(sum(self.rows.values()), hypers, dtype=kind, device=like.device)
         tensors = {"rows": rows}
         for name, p in params.items():
-            bound = 1 / math.sqrt(max(1, p.numel() // p.shape[0] if p.ndim > 1 else p.numel()))
+            bound = self.bound(p)
             drawn = torch.empty(p.shape, dtype=kind).uniform_(-bound, bound, generator=generator)
             tensors[f"weights.{name}"] = drawn.to(p.device)
         return tensors
+
+    def bound(self, weight: Tensor) -> float:
+        """Return b of the distribution U(±b) of W₁ for an initial W₀."""
+        if self.initial == "weights" and weight.ndim > 1:
+            # on the CPU and in float64, so that it is the same on any device
+            norm = float(torch.linalg.vector_norm(weight.detach().cpu(), dtype=torch.float64))
+            if 0 < norm < math.inf:
+                return norm * math.sqrt(3 / weight.numel())
+        fan_in = weight.numel() // weight.shape[0] if weight.ndim > 1 else weight.numel()
+        return 1 / math.sqrt(max(1, fan_in))
 
     def hold_rows(self, tensors: Params, rows: dict[str, int]) -> None:
         for name, row in rows.items():
