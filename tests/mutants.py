@@ -134,6 +134,20 @@ MUTANTS = [
         "solvers/response/test_jacobian.py",
     ),
     Mutant(
+        "the learning rates of λ and σ stay constant when that of w falls",
+        "solvers/base/descent.py",
+        "            self.core.outer_rates.follow()\n",
+        "            pass\n",
+        "solvers/optim/test_followed_schedule.py",
+    ),
+    Mutant(
+        "the factor of a schedule is taken from its own last step",
+        "solvers/optim/followed_schedule.py",
+        'group["lr"] = rate * factor',
+        'group["lr"] = lr * factor',
+        "solvers/optim/test_followed_schedule.py",
+    ),
+    Mutant(
         "σ² for σ in the perturbation of training",
         "solvers/base/search_distribution.py",
         "return self.sigma.detach() * self.noise",

@@ -21,7 +21,10 @@ from bilevel.solvers.base.method import Method
 from bilevel.solvers.base.settings import InnerSettings, OuterSettings
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ("inner_steps", "inner_optimizer", "inner_scheduler", "clip_norm", "outer_optimizer")
+SHARED = (
+    *("inner_steps", "inner_optimizer", "inner_scheduler", "clip_norm"),
+    *("outer_optimizer", "outer_scheduler"),
+)
 
 
 def classes() -> set[type]:

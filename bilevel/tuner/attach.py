@@ -132,6 +132,11 @@ def _own_solver(solver: Solver, own: OwnOptimizer) -> Stepwise:
             raise BilevelError(
                 f"{setting} of {kind} has no effect beside optimizer=…, which trains w; {advice}"
             )
+    if callable(getattr(solver, "outer_scheduler", None)):
+        raise BilevelError(
+            f"outer_scheduler of {kind} steps when an epoch ends, which a loop of your own does "
+            'not report; set it to "inner" to follow the schedule of optimizer=…, or to None'
+        )
     made = copy.copy(solver)
     made.inner_optimizer = own
     return made

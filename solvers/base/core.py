@@ -16,7 +16,8 @@ from bilevel.solver import Split, initial_state
 from bilevel.solvers.autodiff.decompositions import RECURRENT
 from bilevel.solvers.autodiff.pullback import flat
 from bilevel.solvers.base.search_distribution import SearchDistribution
-from bilevel.solvers.base.settings import InnerSettings
+from bilevel.solvers.base.settings import InnerSettings, OuterSettings
+from bilevel.solvers.optim.followed_schedule import FollowedSchedule
 from bilevel.solvers.optim.optimized import (
     MakeOptimizer,
     Optimized,
@@ -42,6 +43,7 @@ class Core:
         weights: w and its optimizer.
         carry: batch-norm statistics, recurrent state.
         search: the search distribution of λ, after `prepare_search`.
+        outer_rates: the learning rates of λ and σ, where they follow the schedule of w.
         calls: the calls of the network, as one pass at set-up showed them; after `prepare_search`.
         functions: the torch functions among them.
         recurrent: whether there are fused recurrent layers, which cuDNN does not differentiate in
@@ -54,6 +56,7 @@ class Core:
     """
 
     search: SearchDistribution
+    outer_rates: FollowedSchedule | None = None
     calls: CallRecorder
     functions: set[Any]
     recurrent: bool = False
@@ -97,10 +100,11 @@ class Core:
         """Return `tensors` under `optimizer`, with the schedule and clipping of the inner steps."""
         return Optimized(tensors, optimizer, self.settings.inner_scheduler, self.settings.clip_norm)
 
-    def prepare_search(self, optimizer: MakeOptimizer, *, follow_statistics: bool = True) -> None:
-        """Make the search distribution, with `optimizer` for u, and record the network's calls."""
+    def prepare_search(self, outer: OuterSettings) -> None:
+        """Make the search distribution, with the optimizer of u, and record the network's calls."""
         space, like = self.problem.space, self.weights.leaves[0]
-        self.search = SearchDistribution(space, optimizer, like=like)
+        scheduler = None if outer.outer_scheduler == "inner" else outer.outer_scheduler
+        self.search = SearchDistribution(space, outer.outer_optimizer, scheduler, like=like)
         hypers = space.constrain(self.search.u0)
         draws = torch.Generator(self.generator.device).manual_seed(0)
         batch = self.data.train.peek()
@@ -108,10 +112,15 @@ class Core:
         self.calls = CallRecorder(self.problem, hypers, params, self.carry, batch, draws)
         self.functions = self.calls.functions
         self.recurrent = not self.functions.isdisjoint(RECURRENT)
-        if follow_statistics and self.carry:
+        if outer.follow_statistics and self.carry:
             with torch.no_grad():
                 found = self.problem.statistics(hypers, params, self.carry, batch, draws)
             self.follows = bool(found)
+
+    def follow_inner_schedule(self) -> None:
+        """Let the learning rates of λ and σ follow the schedule of w, from their present values."""
+        followers = [group.optimizer for group in self.search.trained()]
+        self.outer_rates = FollowedSchedule(self.weights.optimizer, followers)
 
     @cached_property
     def weight_decay(self) -> WeightDecay | None:

@@ -114,6 +114,8 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         self.outer_count += 1
         if self.method.looks_back and self.core.follows:
             batches = (*batches, self.core.training_batch())
+        if self.core.outer_rates is not None:
+            self.core.outer_rates.follow()
         return self.services.take(self.method.outer_step, *batches)
 
     def end_outer(self) -> Metrics:
@@ -172,8 +174,10 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         """Make the core and the method, without any check."""
         self.services = services
         self.core = Core(self, problem, data, device, generator, services)
-        self.core.prepare_search(self.outer_optimizer, follow_statistics=self.follow_statistics)
+        self.core.prepare_search(self)
         self.method = self.start(self.core)
+        if self.outer_scheduler == "inner":
+            self.core.follow_inner_schedule()
 
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse a problem on which a dry run of a round fails; the dry run shares no state."""
@@ -216,7 +220,7 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         return [group.optimizer for group in self.method.optimized().values()]
 
     def epoch_ended(self, valid_loss: float | None) -> None:
-        for group in self.optimized().values():
+        for group in (*self.optimized().values(), *self.core.search.trained()):
             group.epoch_ended(valid_loss)
 
     def warnings(self, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -243,6 +247,7 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         return {
             "core": self.core.state_dict(),
             "search": self.core.search.state_dict(),
+            "outer_rates": self.core.outer_rates and self.core.outer_rates.state_dict(),
             "last_outer_carry": self.core.last_outer_carry,
             "optimized": {n: group.state_dict() for n, group in self.method.optimized().items()},
             "method": self.method.state_dict(),
@@ -254,6 +259,8 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         core = self.core
         core.load_state_dict(state["core"])
         core.search.load_state_dict(state["search"])
+        if core.outer_rates is not None and state.get("outer_rates"):
+            core.outer_rates.load_state_dict(state["outer_rates"])
         core.last_outer_carry = to_device(state["last_outer_carry"], core.device)
         for name, group in self.method.optimized().items():
             group.load_state_dict(state["optimized"][name])

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel import Hypers, Space
+from bilevel import Hypers, Params, Space
 from bilevel.domains import softplus_inverse
 from bilevel.half_weights import wide
-from bilevel.solvers.optim.optimized import MakeOptimizer, Optimized
+from bilevel.solvers.optim.optimized import MakeOptimizer, MakeScheduler, Optimized
 
 
 class SearchDistribution:
@@ -19,6 +19,7 @@ class SearchDistribution:
     Args:
         space: the hyperparameters.
         optimizer: for u.
+        scheduler: makes the learning-rate schedules of u and s; None for none.
         like: a weight, for device and dtype; u and σ are in float32 at least.
 
     Attributes:
@@ -29,10 +30,18 @@ class SearchDistribution:
             draws no perturbation.
     """
 
-    def __init__(self, space: Space, optimizer: MakeOptimizer, *, like: Tensor) -> None:
+    def __init__(
+        self,
+        space: Space,
+        optimizer: MakeOptimizer,
+        scheduler: MakeScheduler | None = None,
+        *,
+        like: Tensor,
+    ) -> None:
         self.space = space
+        self._scheduler = scheduler
         kind = wide(like.dtype)
-        self.mean = Optimized({"u": space.init(kind).to(like.device)}, optimizer)
+        self.mean = self._optimized({"u": space.init(kind).to(like.device)}, optimizer)
         self.u = self.mean.tensors["u"]
         self.u0 = self.u.detach().clone()
         self.scale: Optimized | None = None
@@ -41,7 +50,15 @@ class SearchDistribution:
 
     def train_scale(self, optimizer: MakeOptimizer) -> None:
         """Train s, and so σ, beside u."""
-        self.scale = Optimized({"s": self._fixed_s}, optimizer)
+        self.scale = self._optimized({"s": self._fixed_s}, optimizer)
+
+    def _optimized(self, tensors: Params, optimizer: MakeOptimizer) -> Optimized:
+        made = Optimized(tensors, optimizer, self._scheduler)
+        if made.scheduler is not None:
+            # without gradients this step changes nothing; a schedule that steps in warm-up warns
+            # of an optimizer without a step
+            made.optimizer.step()
+        return made
 
     def vary_per_example(self) -> None:
         """Draw one perturbation for each example where the space allows that."""

@@ -1,9 +1,11 @@
 """The settings that solvers share, spelled once: of the inner steps and of the outer steps."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
-from bilevel.validate import positive, whole
+from bilevel.text import near
+from bilevel.validate import positive, whole, wrong
 
 
 @dataclass(kw_only=True, eq=False)
@@ -36,6 +38,9 @@ class OuterSettings:
     Attributes:
         outer_steps: validation batches per round.
         outer_optimizer: makes the optimizer of u.
+        outer_scheduler: the learning-rate schedule of u and σ. "inner": that of w, so that each
+            rate is multiplied by the factor that the rate of w has reached. None: constant rates. A
+            function of the optimizer makes a schedule of its own, which steps every epoch.
         follow_statistics: take the batch-norm statistics of L_V as functions of w, as they are of
             the last training batch (`Problem.statistics`). False, and self-tuning with a
             perturbation per example, takes them as constants.
@@ -43,8 +48,18 @@ class OuterSettings:
 
     outer_steps: int = 1
     outer_optimizer: MakeOptimizer = RMSPROP
+    outer_scheduler: Literal["inner"] | MakeScheduler | None = "inner"
     follow_statistics: bool = True
 
     def check_outer(self) -> None:
         """Raise if a setting of the outer steps is wrong."""
         whole(1, outer_steps=self.outer_steps)
+        schedule = self.outer_scheduler
+        if schedule is not None and schedule != "inner" and not callable(schedule):
+            raise wrong(
+                "outer_scheduler",
+                schedule,
+                f"is unknown{near(str(schedule), ['inner', 'null'])}",
+                "choose inner or null, or give a function of the optimizer (in YAML: `_target_` "
+                "with `_partial_: true`)",
+            )

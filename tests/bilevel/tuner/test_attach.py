@@ -275,6 +275,9 @@ def test_what_cannot_be_attached_is_refused_in_a_sentence():
     refused("solver=delta_stn must be a solver", solver=delta_stn)
     refused("inner_optimizer of SelfTuning has no effect", solver=delta_stn(inner_optimizer=adam))
     refused("inner_scheduler of Fixed has no effect", solver=Fixed(inner_scheduler=print))
+    refused(
+        "outer_scheduler of SelfTuning steps when an epoch", solver=delta_stn(outer_scheduler=print)
+    )
     refused("already in use", solver=drive(attached(Fixed(), network()), batches(), 1).solver)
     refused("model=int must be an nn.Module", model=3)
     refused("model=.*is wrapped|module=DataParallel is wrapped", model=nn.DataParallel(model))
