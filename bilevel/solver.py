@@ -135,6 +135,16 @@ class Stepwise(Solver):
     outer_steps: int
     inner_optimizer: Callable[..., torch.optim.Optimizer]
 
+    @abstractmethod
+    def step(
+        self, *, warmup: bool = False, limit: int | None = None, frozen: bool = False
+    ) -> Metrics:
+        """Take at most `limit` inner steps, then outer steps unless `warmup`; return scalars.
+
+        If `frozen`, the steps train w alone, with the training batches and the draws of plain
+        training at the present λ. λ and its scale stay, and nothing is spent on the response.
+        """
+
     @property
     @abstractmethod
     def inner_takes(self) -> tuple[Split, ...]:

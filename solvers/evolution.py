@@ -7,7 +7,7 @@ Algorithm 2); Salimans et al., 2017 (antithetic pairs, common random numbers).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,6 +102,7 @@ class EvolutionMethod(WrittenHypergradient):
     """
 
     assumes_minimum = False
+    plain_warmup: ClassVar[bool] = True
 
     def __init__(self, settings: EvolutionStrategies, core: Core) -> None:
         self.settings = settings

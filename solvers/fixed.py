@@ -51,8 +51,10 @@ class Fixed(InnerSettings, Stepwise):
         self.rule = Constant() if self.hypers is None else self.hypers
         self.rule.setup(problem.space, self.core.weights.leaves[0])
 
-    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
-        """Take the inner steps of a round, at most `limit`."""
+    def step(
+        self, *, warmup: bool = False, limit: int | None = None, frozen: bool = False
+    ) -> Metrics:
+        """Take the inner steps of a round, at most `limit`; no other steps exist."""
         steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
         with self.services.phase("inner"):
             following = self.core.next_batches

@@ -182,6 +182,14 @@ class SelfTuningMethod(BestResponse):
             return w0
         return self.response.weights(theta, w0, self.core.search.u0, tangent=False)
 
+    def freeze(self) -> None:
+        """Uncentered, move Θu₀ from the response into w₀: w₀ ← w₀ + Θu₀, Θ ← 0."""
+        if not self.settings.centered:
+            with torch.no_grad():
+                for name, w in self.unperturbed_weights().items():
+                    self.core.weights.tensors[name].copy_(w)
+                self.response.clear(self.theta.tensors)
+
     # --- the inner step, on one training batch ---
 
     def inner_step(self, *batches: Batch) -> Metrics:

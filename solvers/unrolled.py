@@ -100,6 +100,7 @@ class UnrolledMethod(BestResponse):
     """
 
     unrolls: ClassVar[bool] = True
+    plain_warmup: ClassVar[bool] = True
 
     def __init__(self, settings: Unrolled, core: Core) -> None:
         self.settings = settings

@@ -148,6 +148,20 @@ MUTANTS = [
         "solvers/optim/test_followed_schedule.py",
     ),
     Mutant(
+        "a frozen round trains the response too",
+        "solvers/base/descent.py",
+        "            if self.method.plain_warmup:\n",
+        "            if True:\n",
+        "solvers/test_frozen.py",
+    ),
+    Mutant(
+        "a frozen STN trains w₀ beside a response that stays",
+        "solvers/self_tuning.py",
+        "                self.response.clear(self.theta.tensors)\n",
+        "                pass\n",
+        "solvers/test_frozen.py",
+    ),
+    Mutant(
         "σ² for σ in the perturbation of training",
         "solvers/base/search_distribution.py",
         "return self.sigma.detach() * self.noise",

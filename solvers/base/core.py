@@ -167,6 +167,10 @@ class Core:
         self.carry = detached(carry)
         return {"inner_loss": loss.detach()}
 
+    def frozen_step(self, batch: Batch) -> Metrics:
+        """Take one optimizer step of w on L_T(λ₀, ·), as plain training does."""
+        return self.descend_inner(self.hypers(), batch)
+
     def decayed(self, gradient: Tensor) -> Tensor:
         """Return ∇_w L_T, [m], with the gradient of weight decay."""
         if self.weight_decay is None:

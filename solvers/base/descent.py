@@ -63,9 +63,16 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
 
     # --- a round ---
 
-    def step(self, *, warmup: bool = False, limit: int | None = None) -> Metrics:
-        """Take the inner steps of a round, at most `limit`, then the outer steps."""
+    def step(
+        self, *, warmup: bool = False, limit: int | None = None, frozen: bool = False
+    ) -> Metrics:
+        """Take the inner steps of a round, at most `limit`, then the outer steps.
+
+        If `frozen`, take the inner steps on w alone, at constant λ.
+        """
         steps = self.inner_steps if limit is None else min(limit, self.inner_steps)
+        if frozen:
+            return self.frozen_phase(steps)
         with self.services.phase("inner"):
             metrics = self.inner_phase(steps, warmup=warmup)
         with self.services.phase("outer"):
@@ -76,6 +83,15 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         self.begin_round(steps, warmup=warmup)
         takes, following = self.inner_takes, self.core.next_batches
         return averaged(self.take_inner(*following(takes)) for _ in range(steps)) | self.end_inner()
+
+    def frozen_phase(self, steps: int) -> Metrics:
+        """Take `steps` steps of plain training at λ₀; return the means of their metrics."""
+        with self.services.phase("inner"):
+            if self.method.plain_warmup:
+                return self.inner_phase(steps, warmup=True)
+            self.method.freeze()
+            following = self.core.next_batches
+            return averaged(self.take_frozen(*following(("train",))) for _ in range(steps))
 
     def outer_phase(self) -> Metrics:
         """Take the outer steps, then set u₀ ← u; return the metrics of the last step."""
@@ -102,10 +118,18 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         self.method.begin_round(steps, warmup=warmup)
 
     def take_inner(self, *batches: Batch) -> Metrics:
+        self._count_inner(batches[0])
+        return self.services.take(self.method.inner_step, *batches)
+
+    def take_frozen(self, batch: Batch) -> Metrics:
+        """Take one step of w alone on a training batch; `method.freeze` comes first."""
+        self._count_inner(batch)
+        return self.services.take(self.core.frozen_step, batch)
+
+    def _count_inner(self, batch: Batch) -> None:
         self.inner_count += 1
         self.core.inner_count = self.inner_count
-        self.core.latest = batches[0] if self.core.follows else None
-        return self.services.take(self.method.inner_step, *batches)
+        self.core.latest = batch if self.core.follows else None
 
     def end_inner(self) -> Metrics:
         return self.method.inner_ended()

@@ -26,6 +26,8 @@ class Method(ABC):
         looks_back: whether an outer step also takes the last training batch, where statistics of
             L_V follow w.
         unrolls: whether a hypergradient exists only after the inner steps of a round.
+        plain_warmup: whether a round of warm-up is one of plain training; otherwise a frozen round
+            takes the steps of the core.
         assumes_minimum: whether w should come near a minimum of L_T, which evaluations then check.
     """
 
@@ -34,6 +36,7 @@ class Method(ABC):
     outer_takes: ClassVar[tuple[Split, ...]] = ("valid",)
     looks_back: ClassVar[bool] = False
     unrolls: ClassVar[bool] = False
+    plain_warmup: ClassVar[bool] = False
     assumes_minimum: bool = True
 
     @abstractmethod
@@ -52,6 +55,9 @@ class Method(ABC):
 
     def begin_round(self, steps: int, *, warmup: bool) -> None:
         """Prepare a round of `steps` inner steps; no outer phase follows if `warmup`."""
+
+    def freeze(self) -> None:
+        """Prepare a round of steps of w alone: let w be the weights that belong to λ₀."""
 
     def inner_ended(self) -> Metrics:
         """End the inner phase; return further metrics."""

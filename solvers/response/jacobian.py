@@ -51,6 +51,10 @@ class Response(ABC):
         """Set to zero the part of Θ for a row of some weights, by name, that is never trained."""
 
     @abstractmethod
+    def clear(self, tensors: Params) -> None:
+        """Set Θ = 0, in place."""
+
+    @abstractmethod
     def size(self, params: Params, hypers: int) -> int:
         """Return the number of entries of the tensors of Θ."""
 
@@ -107,6 +111,10 @@ class Structured(Response):
         for name, row in rows.items():
             tensors[f"weights.{name}"][row] = 0
 
+    def clear(self, tensors: Params) -> None:
+        with torch.no_grad():
+            tensors["rows"].zero_()
+
     def weights(self, tensors: Params, base: Params, offset: Tensor, *, tangent: bool) -> Params:
         parts = (offset @ tensors["rows"].T).split(list(self.rows.values()), dim=-1)
         scales = dict(zip(self.rows, parts, strict=True))
@@ -145,6 +153,11 @@ class Dense(Response):
         return {
             name: p.new_zeros(*p.shape, hypers, dtype=wide(p.dtype)) for name, p in params.items()
         }
+
+    def clear(self, tensors: Params) -> None:
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.zero_()
 
     def weights(self, tensors: Params, base: Params, offset: Tensor, *, tangent: bool) -> Params:
         return {

@@ -216,6 +216,18 @@ def test_a_schedule_is_followed():
     assert replays(solver) == {"inner_step": 2, "outer_step": 1}  # since the last change, of seven
 
 
+@pytest.mark.parametrize("recipe", ["delta_stn", "stn"])
+def test_frozen_steps_are_recorded_apart_from_the_others(recipe):
+    plain, ours = twins(PROBLEMS["digits"], SOLVERS[recipe])
+    captured(ours)
+    for frozen in (False, False, True, True, True, False, True):
+        told, expected = (solver.step(frozen=frozen) for solver in (ours, plain))
+        assert_same([told[key] for key in expected], list(expected.values()))
+        assert_same(states(ours), states(plain))
+    assert not ours.services.capture.failed
+    assert replays(ours)["frozen_step"] >= 3
+
+
 def test_without_looking_at_settings_a_schedule_would_be_lost(monkeypatch):
     """The law above fails without the comparison of settings."""
     monkeypatch.setattr(Capture, "_settings", lambda self: [])
