@@ -17,7 +17,7 @@ from bilevel.solvers.linear_solve.conjugate_gradients import CG
 from bilevel.solvers.linear_solve.curvature import Curvature, GaussNewton, Hessian
 from bilevel.solvers.linear_solve.neumann import FixedPoint, Neumann
 from bilevel.solvers.linear_solve.nystrom import Nystrom
-from bilevel.solvers.optim.lr_schedules import NonMonotone
+from bilevel.solvers.optim.lr_schedules import ConstantThenCosine, NonMonotone
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.recipes import (
     centered_stn,
@@ -50,6 +50,7 @@ __all__ = [
     "SOBA",
     "TPE",
     "Constant",
+    "ConstantThenCosine",
     "Curvature",
     "Dense",
     "EvolutionStrategies",

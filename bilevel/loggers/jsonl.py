@@ -59,6 +59,7 @@ class JsonLines(Logger):
                 "seed": run.seed,
                 "epochs": run.epochs,
                 "warmup_epochs": run.warmup_epochs,
+                "tuned_epochs": run.tuned_epochs,
                 "space": space_to_json(run.space),
                 **({"origin": run.config["origin"]} if "origin" in run.config else {}),
             }

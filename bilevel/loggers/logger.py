@@ -27,6 +27,8 @@ class RunInfo:
 
     Attributes:
         initial: every hyperparameter before training, by name.
+        warmup_epochs: the epochs before the first outer step.
+        tuned_epochs: the epochs after which λ is frozen; None if it never is.
         best: the best record so far of a resumed run; {} otherwise.
         select: the rule for the best evaluation.
         patience: the setting of the runner.
@@ -41,6 +43,7 @@ class RunInfo:
     config: Mapping[str, Any] = field(default_factory=dict)
     epochs: float | None = None
     warmup_epochs: float = 0
+    tuned_epochs: float | None = None
     initial: Record = field(default_factory=dict)
     best: Record = field(default_factory=dict)
     resumed: bool = False

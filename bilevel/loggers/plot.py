@@ -42,6 +42,7 @@ class CurvesPlot(Logger):
             self.run.directory / PICTURE,
             space=self.run.space,
             warmup_epochs=self.run.warmup_epochs,
+            tuned_epochs=self.run.tuned_epochs,
             title=title,
         )
 
@@ -52,6 +53,7 @@ def draw(
     *,
     space: Space | None = None,
     warmup_epochs: float = 0,
+    tuned_epochs: float | None = None,
     title: str = "",
 ) -> None:
     """Write the curves of a `metrics.jsonl`, or of its records, as an image.
@@ -60,7 +62,8 @@ def draw(
         metrics: the file with the records, or the records.
         picture: the file to write; its ending chooses the format.
         space: with it, the band λ(u ± σ) is drawn around the path of each perturbed hyperparameter.
-        warmup_epochs: length of the shaded part.
+        warmup_epochs: length of the shaded part before λ is tuned.
+        tuned_epochs: begin of the shaded part in which λ is frozen; None for no such part.
         title: title above all panels.
     """
     from matplotlib import rc_context
@@ -84,7 +87,7 @@ def draw(
         for ax in axes[panels:]:
             ax.set_visible(False)
         for index, ax in enumerate(axes[:panels]):
-            _mark(ax, records, warmup_epochs, with_labels=index == 0)
+            _mark(ax, records, warmup_epochs, tuned_epochs, with_labels=index == 0)
             if index + columns >= panels:
                 ax.set_xlabel("epoch")
                 ax.xaxis.set_tick_params(labelbottom=True)
@@ -193,9 +196,14 @@ def _with_nan(value: Any) -> Any:
 
 
 def _mark(
-    ax: "Axes", records: Sequence[Record], warmup_epochs: float, *, with_labels: bool
+    ax: "Axes",
+    records: Sequence[Record],
+    warmup_epochs: float,
+    tuned_epochs: float | None,
+    *,
+    with_labels: bool,
 ) -> None:
-    """Shade the warm-up and mark the best evaluation."""
+    """Shade the parts in which λ does not move, and mark the best evaluation."""
     from matplotlib.ticker import MaxNLocator
 
     end = records[-1]["epoch"] if records else 0
@@ -207,6 +215,9 @@ def _mark(
             zorder=0,
             label="warm-up" if with_labels else None,
         )
+    if tuned_epochs is not None and tuned_epochs < end:
+        label = "λ is frozen" if with_labels else None
+        ax.axvspan(tuned_epochs, end, color="0.86", zorder=0, label=label)
     if best := _best(records):
         ax.axvline(
             best["epoch"],

@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Phase: TypeAlias = Literal["plain", "warmup", "tuning", "frozen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +18,9 @@ class Budget:
 
     Attributes:
         steps: the epochs budget, in inner steps.
+        plain_steps: plain training at the initial λ up to this step.
+        warmup_steps: warm-up up to this step; λ is tuned from there.
+        tuned_steps: λ is tuned up to this step, and then frozen; None never freezes it.
         examples: budget of training and validation examples together.
         evaluate_every: interval between evaluations, in epochs.
     """
@@ -23,16 +29,32 @@ class Budget:
     steps: int | None = None
     seconds: float | None = None
     examples: int | None = None
+    plain_steps: int = 0
     warmup_steps: int = 0
+    tuned_steps: int | None = None
     evaluate_every: float = 1
 
     def limit(self, step: int) -> int | None:
         """Return how many inner steps the round at `step` may take.
 
-        The limit makes warm-up and the epochs budget end exactly.
+        The limit makes every phase and the epochs budget end exactly.
         """
-        ends = (self.warmup_steps, self.steps)
+        ends = (self.plain_steps, self.warmup_steps, self.tuned_steps, self.steps)
         return min((end - step for end in ends if end is not None and end > step), default=None)
+
+    def phase(self, step: int) -> Phase:
+        """Return the phase of the round at `step`.
+
+        Example:
+            >>> budget = Budget(steps_per_epoch=1, plain_steps=2, warmup_steps=3, tuned_steps=5)
+            >>> [budget.phase(step) for step in range(1, 6)]
+            ['plain', 'warmup', 'tuning', 'tuning', 'frozen']
+        """
+        if step < self.plain_steps:
+            return "plain"
+        if step < self.warmup_steps:
+            return "warmup"
+        return "tuning" if self.tuned_steps is None or step < self.tuned_steps else "frozen"
 
     def evaluations(self, step: int) -> int:
         """Return how many evaluations are due up to `step`, without the one before training."""

@@ -26,7 +26,7 @@ from bilevel.run.fingerprint import check_fingerprint, fingerprint
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.selection import Selection
 from bilevel.services import Services
-from bilevel.solver import Solution, Solver
+from bilevel.solver import Solution, Solver, Stepwise
 from bilevel.text import describe
 
 
@@ -148,7 +148,11 @@ class Loop:
 
     def _round(self) -> None:
         start, budget = self.step, self.budget
-        metrics = self.solver.step(warmup=start < budget.warmup_steps, limit=budget.limit(start))
+        phase, limit = budget.phase(start), budget.limit(start)
+        if phase in ("plain", "frozen") and isinstance(self.solver, Stepwise):
+            metrics = self.solver.step(limit=limit, frozen=True)
+        else:
+            metrics = self.solver.step(limit=limit, warmup=phase in ("plain", "warmup"))
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1

@@ -24,7 +24,12 @@ class RunSettings:
         epochs: budget in passes over the training split.
         seconds: budget of training time; evaluation, checkpoints and set-up do not count.
         examples: budget of training and validation examples together.
-        warmup_epochs: epochs before the first outer step (the paper uses 5).
+        plain_epochs: epochs of plain training at the initial λ, before anything else. They cost
+            what plain training costs.
+        warmup_epochs: epochs of warm-up after them, before the first outer step (the paper uses 5).
+            Warm-up trains the response too.
+        tune_fraction: the part of `epochs` after which λ stays as it is. Then w trains on at the
+            cost of plain training. 1 tunes λ to the end.
         evaluate_every: epochs between evaluations. It must be at most 1 if a `ReduceLROnPlateau`
             should read a validation loss after every epoch.
         select: the metric that makes an evaluation the best one, `valid_loss` or another entry of
@@ -64,7 +69,9 @@ class RunSettings:
     epochs: float | None = None
     seconds: float | None = None
     examples: int | None = None
+    plain_epochs: float = 0
     warmup_epochs: float = 5
+    tune_fraction: float = 1.0
     evaluate_every: float = 1
     select: str = "valid_loss"
     patience: int | None = None
@@ -92,24 +99,56 @@ class RunSettings:
                 validate.positive(**self._named(name))
         if self.evaluate_every != math.inf:  # infinity: at the start and at the end alone
             validate.positive(**self._named("evaluate_every"))
-        validate.finite(**self._named("warmup_epochs"))
-        validate.at_least(0, **self._named("warmup_epochs"))
+        validate.finite(**self._named("plain_epochs", "warmup_epochs"))
+        validate.at_least(0, **self._named("plain_epochs", "warmup_epochs"))
+        self._check_tune_fraction()
         validate.whole(1, **self._named("checkpoint_every", "keep_checkpoints"))
         Selection(self.select)
         check_precision(self.precision)
         validate.one_of(["auto", True, False], **self._named("capture"))
         validate.one_of(DISPLAYS, **self._named("progress"))
 
+    @property
+    def first_tuning_epoch(self) -> float:
+        """Return the epochs before the first outer step."""
+        return self.plain_epochs + self.warmup_epochs
+
+    @property
+    def last_tuning_epoch(self) -> float | None:
+        """Return the epochs after which λ is frozen, or None if it never is."""
+        if self.epochs is None or self.tune_fraction == 1:
+            return None
+        return self.tune_fraction * self.epochs
+
     def budget(self, steps_per_epoch: int) -> Budget:
         """Return the budgets and the evaluation times of a run, in inner steps."""
+        last = self.last_tuning_epoch
         return Budget(
             steps_per_epoch=steps_per_epoch,
             steps=None if self.epochs is None else max(1, round(self.epochs * steps_per_epoch)),
             seconds=self.seconds,
             examples=self.examples,
-            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            plain_steps=round(self.plain_epochs * steps_per_epoch),
+            warmup_steps=round(self.first_tuning_epoch * steps_per_epoch),
+            tuned_steps=None if last is None else round(last * steps_per_epoch),
             evaluate_every=self.evaluate_every,
         )
+
+    def _check_tune_fraction(self) -> None:
+        setting = f"runner.tune_fraction={self.tune_fraction!r}"
+        validate.finite(**self._named("tune_fraction"))
+        if not 0 < self.tune_fraction <= 1:
+            raise BilevelError(
+                f"{setting} must be above 0 and at most 1; 0.7 freezes λ after 70 % of the epochs"
+            )
+        if self.tune_fraction < 1 and self.epochs is None:
+            raise BilevelError(f"{setting} is a part of runner.epochs, which is not set; set it")
+        last = self.last_tuning_epoch
+        if last is not None and last <= self.first_tuning_epoch:
+            raise BilevelError(
+                f"{setting} leaves no epoch for tuning, since plain_epochs and warmup_epochs take "
+                f"{self.first_tuning_epoch:g} of the first {last:g}; raise it, or lower them"
+            )
 
     def _named(self, *names: str) -> dict[str, object]:
         return {f"runner.{name}": getattr(self, name) for name in names}

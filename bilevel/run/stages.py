@@ -29,10 +29,11 @@ from bilevel.run.loop import Loop
 from bilevel.run.out_of_memory import ran_out
 from bilevel.run.provenance import settings_of, versions
 from bilevel.run.session import Session
+from bilevel.run.settings import RunSettings
 from bilevel.run.surroundings import WRAPPERS
 from bilevel.selection import Selection
 from bilevel.services import Services
-from bilevel.solver import Solver
+from bilevel.solver import Solver, Stepwise
 from bilevel.timers import Timers
 
 DATA_ERRORS = (RuntimeError, LookupError, ValueError, TypeError)
@@ -86,6 +87,7 @@ def build(run: Session) -> None:
         check_setup(problem, run.data, device, solver)
         check_last_batch(problem, run.data, device)
         _check_takes_services(solver)
+        _check_phases(settings, solver)
         solver.setup(problem, run.data, device, for_solver, services)
     run.set_up = True
     run.loop = Loop(
@@ -135,6 +137,18 @@ def _check_takes_services(solver: Solver) -> None:
             f"{name}.setup does not take `services`; add the argument `services=None` and the line "
             "`self.services = services or Services()`"
         )
+
+
+def _check_phases(settings: RunSettings, solver: Solver) -> None:
+    """Raise `BilevelError` if the run has plain or frozen parts that the solver does not have."""
+    if isinstance(solver, Stepwise):
+        return
+    for name, none in (("plain_epochs", 0), ("tune_fraction", 1)):
+        if (value := getattr(settings, name)) != none:
+            raise BilevelError(
+                f"runner.{name}={value:g} needs a solver that trains one network, and "
+                f"{type(solver).__name__} runs trials of its own; leave it out"
+            )
 
 
 def train(run: Session) -> str:
@@ -210,7 +224,8 @@ def _info(run: Session) -> RunInfo:
         space=run.problem.space,
         config=request.config,
         epochs=settings.epochs,
-        warmup_epochs=settings.warmup_epochs,
+        warmup_epochs=settings.first_tuning_epoch,
+        tuned_epochs=settings.last_tuning_epoch,
         initial={name: brief(leaf) for name, leaf in loop.initial.items()},
         best=loop.best["record"] if loop.best else {},
         resumed=request.resume,
