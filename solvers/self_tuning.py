@@ -27,7 +27,7 @@ Sources: MacKay, Vicol, Lorraine, Duvenaud & Grosse, ICLR 2019 (STN); Bae & Gros
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,11 +43,18 @@ from bilevel.solvers.autodiff.linearization import Predict, Weights, double_back
 from bilevel.solvers.base.constant_statistics import ConstantStatistics
 from bilevel.solvers.base.core import Core
 from bilevel.solvers.base.descent import Descent
-from bilevel.solvers.base.dry_run import check_response, large_response, without_last
+from bilevel.solvers.base.dry_run import (
+    check_part,
+    check_response,
+    large_response,
+    takes,
+    without_last,
+)
 from bilevel.solvers.base.method import BestResponse
 from bilevel.solvers.base.row_check import check_rows
 from bilevel.solvers.optim.optimized import RMSPROP, MakeOptimizer, Optimized, descend
 from bilevel.solvers.optim.weight_decay import without_weight_decay
+from bilevel.solvers.response.cheaper_pass import CheaperPass
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
 from bilevel.solvers.response.row_counts import RowCounts
 from bilevel.solvers.response.settled import Settled
@@ -78,12 +85,16 @@ class SelfTuning(Descent):
         scale_optimizer: for s, where σ = softplus(s).
         tune_scale: train σ; otherwise the outer steps draw no perturbation.
         entropy_weight: τ.
+        response_every: n; Θ takes its step at every n-th inner step, and a separate w₀ at each.
+        response_fraction: f; Θ's step takes the first ⌈f·B⌉ examples of a batch of B. With batches
+            of all examples that is always the same part.
         per_example: draw ε anew for every example, where the space allows that; otherwise one ε
             serves a batch, and any differentiable network runs.
         row_counts: the rows of each example in every call of a weight, as the dry run found them.
 
     Raises:
-        BilevelError: `linearize` without `centered`.
+        BilevelError: `linearize` without `centered`, or a cheaper response without
+            `regularized_w0`.
     """
 
     needs = frozenset({Need.OUTER_DERIVATIVE})
@@ -97,6 +108,8 @@ class SelfTuning(Descent):
     scale_optimizer: MakeOptimizer = RMSPROP
     tune_scale: bool = True
     entropy_weight: float = 1e-3
+    response_every: int = 1
+    response_fraction: float = 1.0
     per_example: bool = True
     row_counts: RowCounts = field(default_factory=RowCounts, init=False, repr=False)
 
@@ -106,6 +119,7 @@ class SelfTuning(Descent):
 
     def check_settings(self) -> None:
         at_least(0, entropy_weight=self.entropy_weight)
+        self.response_pass.check(separate=self.regularized_w0)
         if self.linearize and not self.centered:
             why = "needs centered=True, because the linearization holds near w₀ alone"
             raise wrong("linearize", True, why, "set linearize=false or centered=true")
@@ -115,6 +129,11 @@ class SelfTuning(Descent):
     def fits(self, problem: Problem, device: torch.device) -> None:
         self.row_counts = RowCounts()  # the dry run fills it
         check_response(problem, self.response or Structured(), device)
+
+    @property
+    def response_pass(self) -> CheaperPass:
+        """The inner steps and the examples from which Θ learns."""
+        return CheaperPass(self.response_every, self.response_fraction)
 
     def lacking(self) -> str | None:
         sentence = (
@@ -137,7 +156,8 @@ class SelfTuningMethod(BestResponse):
         settings: the flags.
         response: maps ε to w₀ + Θε.
         theta: Θ and its optimizer.
-        response_carry: the carry of the perturbed passes.
+        response_carry: the carry of the perturbed passes; a cheaper response continues from that
+            of w₀ instead.
         settled: watches whether a dense Θ settles; None for a structured one.
         varies_per_example: whether ε is [B, h].
     """
@@ -149,6 +169,7 @@ class SelfTuningMethod(BestResponse):
         self.response = copy.copy(settings.response or Structured())
         self.row_counts = self.response.row_counts = settings.row_counts
         self.response_carry = core.carry
+        self.response_pass = settings.response_pass
         self.settled = Settled() if isinstance(self.response, Dense) else None
         w0, draws = core.weights.detached(), on_cpu(core.generator, 1)
         theta = self.response.init(w0, self.space.numel, core.calls.axes, draws)
@@ -196,6 +217,9 @@ class SelfTuningMethod(BestResponse):
         step = self.separate_step if self.settings.regularized_w0 else self.joint_step
         return step(*batches)
 
+    def lighter_step(self) -> Callable[..., Metrics] | None:
+        return None if self.response_pass.due(self.core.inner_count) else self.weights_step
+
     def joint_step(self, batch: Batch) -> Metrics:
         """STN: w₀ and Θ descend E_ε L_T(λ₀ + ε, ŵ(λ₀ + ε)) together.
 
@@ -214,17 +238,34 @@ class SelfTuningMethod(BestResponse):
         On a joint quadratic, Θ tends to the exact Jacobian −A⁻¹B from any w₀ (theorem 3).
         Batch-norm statistics come from the first pass. Each pass keeps its own recurrent state.
         """
+        core, cheaper, before = self.core, self.response_pass, self.core.carry
+        loss = self.descend_weights(batch)
+        with core.services.phase("response"):
+            w0, part, start = core.weights.detached(), batch, self.response_carry
+            if not cheaper.whole:
+                part = cheaper.part(batch)
+                start = cheaper.carry(core.problem, before, batch, part)
+            response_loss, end = self.perturbed_loss(w0, start, part)
+            descend(response_loss, self.theta)
+        core.watch(loss + response_loss.detach())
+        if cheaper.whole:
+            self.response_carry = end
+        return {"inner_loss": loss, "response_loss": response_loss.detach()}
+
+    def weights_step(self, batch: Batch) -> Metrics:
+        """Take the step of w₀ alone, between two steps of Θ."""
+        loss = self.descend_weights(batch)
+        self.core.watch(loss)
+        return {"inner_loss": loss}
+
+    def descend_weights(self, batch: Batch) -> Tensor:
+        """Take the step of w₀ on L_T(λ₀, w₀); return that loss, []."""
         core = self.core
         hypers, w = core.hypers(), self.unperturbed_weights()
         loss, carry = core.problem.inner_loss(hypers, w, core.carry, batch, core.generator)
         descend(self.decayed(loss, w, core.weights.tensors), core.weights)
-        with core.services.phase("response"):
-            w0 = core.weights.detached()
-            response_loss, response_carry = self.perturbed_loss(w0, self.response_carry, batch)
-            descend(response_loss, self.theta)
-        core.watch(loss + response_loss.detach())
-        core.carry, self.response_carry = detached(carry), response_carry
-        return {"inner_loss": loss.detach(), "response_loss": response_loss.detach()}
+        core.carry = detached(carry)
+        return loss.detach()
 
     def decayed(
         self, loss: Tensor, params: Params, w0: Params, hypers: Hypers | None = None
@@ -309,8 +350,11 @@ class SelfTuningMethod(BestResponse):
             found |= self.constant_statistics.warnings("SelfTuning")
         return found
 
+    def before_dry_run(self) -> None:
+        check_part(self.core, self.response_pass)
+
     def after_dry_run(self) -> None:
-        """Check per-example weights: in a round with one example fewer, and row by row.
+        """Check per-example weights: in a round with fewer examples, and row by row.
 
         The round fails if another axis was taken for that of the examples.
         """
@@ -318,25 +362,13 @@ class SelfTuningMethod(BestResponse):
             return
         core, linearize = self.core, self.linearize if self.settings.linearize else None
         batches = core.data.train.peek(), core.data.valid.peek()
-        if self.takes(without_last(batches[0])):
-            self.round_of(*map(without_last, batches))
+        shorter = without_last(batches[0], self.response_pass.step), without_last(batches[1])
+        if takes(core, shorter[0]):
+            self.round_of(*shorter)
         if self.row_counts.revised:
             self.round_of(*batches)
         check_rows(core, self.response, linearize)
         self.row_counts.closed = True
-
-    def takes(self, batch: Batch) -> bool:
-        """Return whether the network runs with plain weights on a batch of another size."""
-        core = self.core
-        if not core.carry:
-            return True  # the problem must
-        carry = core.problem.fresh_carry(core.carry, batch)
-        try:
-            with torch.no_grad():
-                core.predict(core.hypers(), carry, batch, core.weights.detached())
-        except Exception:  # a carry for batches of one size
-            return False
-        return True
 
     def round_of(self, training: Batch, validation: Batch) -> None:
         """Take an inner and an outer step on batches that may differ in size from the last."""

@@ -148,6 +148,27 @@ MUTANTS = [
         "solvers/optim/test_followed_schedule.py",
     ),
     Mutant(
+        "a cheaper response is trained at every step",
+        "solvers/response/cheaper_pass.py",
+        "return (count - 1) % self.every == 0",
+        "return True",
+        "solvers/response/test_cheaper_pass.py",
+    ),
+    Mutant(
+        "the response of a part of the batch continues from its own old carry",
+        "solvers/self_tuning.py",
+        "start = cheaper.carry(core.problem, before, batch, part)",
+        "start = cheaper.carry(core.problem, self.response_carry, batch, part)",
+        "solvers/response/test_cheaper_pass.py",
+    ),
+    Mutant(
+        "steps without a response pass count in the mean of its loss",
+        "solvers/base/core.py",
+        "return {name: total / counts[name] for",
+        "return {name: total / max(counts.values()) for",
+        "solvers/response/test_cheaper_pass.py",
+    ),
+    Mutant(
         "a frozen round trains the response too",
         "solvers/base/descent.py",
         "            if self.method.plain_warmup:\n",

@@ -257,11 +257,11 @@ class Core:
 
 
 def averaged(steps: Iterable[Metrics]) -> Metrics:
-    """Return the means of the metrics of some steps, by a running sum."""
+    """Return the mean of each metric over the steps that have it, by a running sum."""
     totals: Metrics = {}
-    count = 0
+    counts: dict[str, int] = {}
     for metrics in steps:
-        count += 1
         for name, value in metrics.items():
             totals[name] = totals[name] + value if name in totals else value
-    return {name: total / count for name, total in totals.items()}
+            counts[name] = counts.get(name, 0) + 1
+    return {name: total / counts[name] for name, total in totals.items()}

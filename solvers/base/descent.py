@@ -119,7 +119,8 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
 
     def take_inner(self, *batches: Batch) -> Metrics:
         self._count_inner(batches[0])
-        return self.services.take(self.method.inner_step, *batches)
+        step = self.method.lighter_step() or self.method.inner_step
+        return self.services.take(step, *batches)
 
     def take_frozen(self, batch: Batch) -> Metrics:
         """Take one step of w alone on a training batch; `method.freeze` comes first."""

@@ -13,6 +13,8 @@ from bilevel.checks.hints import described, hint
 from bilevel.checks.prediction_laws import recomputation_hint
 from bilevel.half_weights import HalfWeights, wide
 from bilevel.params import count_examples
+from bilevel.solvers.base.core import Core
+from bilevel.solvers.response.cheaper_pass import CheaperPass
 from bilevel.solvers.response.jacobian import Response
 from bilevel.solvers.response.per_example_weight import MissingRule
 from bilevel.text import byte_size, first_line
@@ -173,11 +175,38 @@ def peeking(data: Data) -> Data:
     return Data(Peeking(data.train), Peeking(data.valid))
 
 
-def without_last(batch: Batch) -> Batch:
-    """Return the batch without its last example, if it has at least three."""
+def takes(core: Core, batch: Batch) -> bool:
+    """Return whether the network runs with plain weights on a batch of another size."""
+    if not core.carry:
+        return True  # the problem must
+    carry = core.problem.fresh_carry(core.carry, batch)
+    try:
+        with torch.no_grad():
+            core.predict(core.hypers(), carry, batch, core.weights.detached())
+    except Exception:  # a carry for batches of one size
+        return False
+    return True
+
+
+def check_part(core: Core, cheaper: CheaperPass) -> None:
+    """Refuse a response pass on a part of the batch if the network does not take the part."""
+    batch = core.data.train.peek()
+    part = cheaper.part(batch)
+    kept, examples = count_examples(part), count_examples(batch)
+    if kept < examples and not takes(core, part):
+        raise Refused(
+            f"response_fraction={cheaper.fraction:g} gives {kept} of {examples} examples to a "
+            "network whose carry does not fit to them; let fresh_carry of the problem follow the "
+            "size of the batch, or set response_fraction=1 (response_every=2 saves as much)"
+        )
+
+
+def without_last(batch: Batch, count: int = 1) -> Batch:
+    """Return the batch without its last examples, if two are left."""
     examples = count_examples(batch)
-    if examples < 3:
+    if examples < 2 + count:
         return batch
     return pytree.tree_map(
-        lambda x: x[:-1] if isinstance(x, Tensor) and x.ndim and len(x) == examples else x, batch
+        lambda x: x[:-count] if isinstance(x, Tensor) and x.ndim and len(x) == examples else x,
+        batch,
     )

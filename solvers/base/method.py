@@ -1,7 +1,7 @@
 """The interface of a method: the mutable part of a `Descent`, which approximates ŵ(λ)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -52,6 +52,10 @@ class Method(ABC):
         """Return L_V on a validation batch; its derivative in u is the hypergradient."""
 
     # --- hooks ---
+
+    def lighter_step(self) -> Callable[..., Metrics] | None:
+        """Return a step that stands for `inner_step` at the present count; None for none."""
+        return None
 
     def begin_round(self, steps: int, *, warmup: bool) -> None:
         """Prepare a round of `steps` inner steps; no outer phase follows if `warmup`."""

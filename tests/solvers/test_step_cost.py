@@ -112,6 +112,20 @@ def test_delta_stn_costs_eight_at_most_three_for_w0_and_five_for_the_response(ne
     within(whole, 8 - 3 * first, 8, rows)
 
 
+@pytest.mark.parametrize(
+    "cheaper", [{"response_every": 2}, {"response_fraction": 0.5}], ids=["every", "fraction"]
+)
+def test_a_cheaper_response_costs_as_much_as_its_share(network, cheaper):
+    """Three for w₀, and half of five for the response: 11/6 of plain training, or less."""
+    problem, unit, first = network
+    solver, _ = stepped(problem, delta_stn(inner_steps=2, **cheaper))
+    spent = count(lambda: solver.step(warmup=True)) / (2 * unit)
+    within(spent, 5.5 - 2 * first, 5.5, rows_cost(solver, unit, products=4) / 2)
+    plain, _ = stepped(problem, Fixed(inner_steps=2))
+    rows = spent - (5.5 - 2 * first)
+    assert (spent - rows) / (count(plain.step) / (2 * unit)) <= 11 / 6
+
+
 def test_centered_stn_costs_three_and_five(network):
     """Θ's own step: forward W₀x and W₁x, backward both to the inputs, and ∂W₁."""
     problem, unit, first = network

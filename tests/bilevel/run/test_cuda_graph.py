@@ -216,6 +216,18 @@ def test_a_schedule_is_followed():
     assert replays(solver) == {"inner_step": 2, "outer_step": 1}  # since the last change, of seven
 
 
+@pytest.mark.parametrize("name", ["digits", "carried state"])
+@pytest.mark.parametrize(
+    "cheaper", [{"response_every": 2}, {"response_every": 2, "response_fraction": 0.5}]
+)
+def test_steps_with_and_without_the_response_are_recorded_apart(name, cheaper):
+    solver = assert_steps_are_the_same(
+        PROBLEMS[name], partial(SelfTuning, inner_steps=2, **cheaper), rounds=10
+    )
+    assert replays(solver).keys() == {"inner_step", "weights_step", "outer_step"}
+    assert all(count >= 3 for count in replays(solver).values())
+
+
 @pytest.mark.parametrize("recipe", ["delta_stn", "stn"])
 def test_frozen_steps_are_recorded_apart_from_the_others(recipe):
     plain, ours = twins(PROBLEMS["digits"], SOLVERS[recipe])
