@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from bilevel.validate import at_least, whole, wrong
+from bilevel.validate import finite, positive, whole, wrong
 
 
 class NonMonotone(ReduceLROnPlateau):
@@ -59,24 +59,24 @@ class NonMonotone(ReduceLROnPlateau):
 
 
 class ConstantThenCosine(LambdaLR):
-    """Hold the learning rate for some epochs, and then lower it to zero along a half cosine.
+    """Hold the learning rate for a part of the epochs, and then lower it along a half cosine.
 
-        lr_t = lr₀                                        for t ≤ hold
-        lr_t = lr₀ · ½ (1 + cos(π (t − hold) / (total − hold)))    after it
+        lr_t = lr₀                                                        for t ≤ hold · total
+        lr_t = lr₀ · ½ (1 + cos(π (t − hold · total) / ((1 − hold) total)))    after it
 
-    λ is tuned best while the rate is constant: then the response is that of a steady w, and λ does
-    not chase the schedule. `runner.tune_fraction=hold/total` freezes it where the rate falls.
+    λ is best tuned while the rate is constant: then the response is that of a steady w, and λ does
+    not chase the schedule. `runner.tune_fraction=hold` freezes λ where the rate falls.
 
     Args:
         optimizer: the optimizer of the learning rates.
-        hold: the number of epochs at the constant rate.
         total: the number of epochs in all; the rate stays at zero after them.
+        hold: the part of them at the constant rate, in [0, 1).
 
     Source: Hu et al., MiniCPM, 2024 (warmup-stable-decay); Hägele et al., NeurIPS 2024.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-        >>> schedule, rates = ConstantThenCosine(optimizer, hold=2, total=4), []
+        >>> schedule, rates = ConstantThenCosine(optimizer, total=4, hold=0.5), []
         >>> for _ in range(5):
         ...     rates.append(round(optimizer.param_groups[0]["lr"], 3))
         ...     optimizer.step()
@@ -85,16 +85,19 @@ class ConstantThenCosine(LambdaLR):
         [1.0, 1.0, 1.0, 0.5, 0.0]
 
     Raises:
-        BilevelError: `hold` is negative, or `total` is not above it.
+        BilevelError: `total` is not positive, or `hold` is outside [0, 1).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, hold: float, total: float) -> None:
-        at_least(0, hold=hold)
-        if not hold < total < math.inf:
-            raise wrong("total", total, f"must be above hold={hold:g}", "use the epochs of the run")
-        self.hold, self.total = hold, total
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, total: float, hold: float = 0.7
+    ) -> None:
+        positive(total=total)
+        finite(hold=hold)
+        if not 0 <= hold < 1:
+            raise wrong("hold", hold, "must be at least 0 and below 1", "0.7 holds it for 70 %")
+        self.total, self.hold = total, hold
         super().__init__(optimizer, self._factor)
 
     def _factor(self, epoch: int) -> float:
-        part = (epoch - self.hold) / (self.total - self.hold)
+        part = (epoch / self.total - self.hold) / (1 - self.hold)
         return 0.5 * (1 + math.cos(math.pi * min(max(part, 0.0), 1.0)))

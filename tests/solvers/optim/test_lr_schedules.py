@@ -23,7 +23,7 @@ def rates(schedule, epochs):
 
 
 def test_the_rate_is_constant_and_then_half_a_cosine():
-    found = rates(ConstantThenCosine(optimizer(), hold=42, total=60), 64)
+    found = rates(ConstantThenCosine(optimizer(), total=60, hold=0.7), 64)
     assert found[:43] == [0.4] * 43
     for epoch in range(43, 60):
         expected = 0.2 * (1 + math.cos(math.pi * (epoch - 42) / 18))
@@ -33,8 +33,8 @@ def test_the_rate_is_constant_and_then_half_a_cosine():
 
 
 def test_it_continues_from_its_state():
-    whole = rates(ConstantThenCosine(optimizer(), hold=2, total=6), 7)
-    first, second = (ConstantThenCosine(optimizer(), hold=2, total=6) for _ in range(2))
+    whole = rates(ConstantThenCosine(optimizer(), total=6, hold=1 / 3), 7)
+    first, second = (ConstantThenCosine(optimizer(), total=6, hold=1 / 3) for _ in range(2))
     rates(first, 4)
     second.load_state_dict(first.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
@@ -43,8 +43,13 @@ def test_it_continues_from_its_state():
 
 @pytest.mark.parametrize(
     ("hold", "total", "words"),
-    [(-1, 4, "hold=-1"), (4, 4, "total=4 must be above hold=4"), (1, math.inf, "total=inf")],
+    [
+        (-1, 4, "hold=-1"),
+        (1, 4, "hold=1 must be"),
+        (0.5, 0, "total=0"),
+        (0.5, math.inf, "total=inf"),
+    ],
 )
 def test_wrong_numbers_are_one_sentence(hold, total, words):
     with pytest.raises(BilevelError, match=words):
-        ConstantThenCosine(optimizer(), hold=hold, total=total)
+        ConstantThenCosine(optimizer(), total=total, hold=hold)
