@@ -59,6 +59,10 @@ class RunnerHooks:
         """Declare the state of steps that may be captured; a string is the reason against it."""
         return None
 
+    def plain(self) -> "Solver | None":
+        """Return a new solver that trains w in the same way and holds λ; None if there is none."""
+        return None
+
 
 class Solver(RunnerHooks, ABC):
     """A method for min_λ L_V(λ, w*(λ)); stateful, as PyTorch's optimizers are.

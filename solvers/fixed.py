@@ -12,10 +12,11 @@ from bilevel.requirements import Trait
 from bilevel.services import Capturable, Services
 from bilevel.solver import Split, Stepwise
 from bilevel.solvers.base.core import Core, averaged
-from bilevel.solvers.base.settings import InnerSettings
+from bilevel.solvers.base.settings import InnerSettings, trains_plainly
 from bilevel.solvers.hyper_schedules import Constant, Gaussian, HyperSchedule
 
 
+@trains_plainly
 @dataclass(kw_only=True, eq=False)
 class Fixed(InnerSettings, Stepwise):
     """w descends L_T(λ, ·) at a given λ.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bilevel.checkpoint import file_format
+from bilevel.checkpoint.refit_directory import result_directory
 from bilevel.errors import BilevelError, Unwritable
 from bilevel.files import remove_temporaries, temporary_beside, write_atomically
 from bilevel.loggers.records import METRICS, read_metrics
@@ -201,11 +202,14 @@ def load_config(directory: Path) -> dict[str, Any]:
 def best_solution(directory: str | Path) -> Solution:
     """Return hyperparameters, weights and carry of a run's best evaluation so far, on the CPU.
 
+    With refits they are those of the chosen candidate, once the run has ended.
+
     Raises:
         BilevelError: the directory holds no readable checkpoint, or its run never had a finite
             validation loss.
     """
-    return best_of(load(Path(directory)), directory)
+    chosen = result_directory(Path(directory))
+    return best_of(load(chosen), chosen)
 
 
 def best_of(state: Mapping[str, Any], directory: str | Path) -> Solution:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel.checkpoint.checkpoints import best_of, load
+from bilevel.checkpoint.refit_directory import result_directory
 from bilevel.cli.standard_streams import print_line
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
@@ -37,7 +38,7 @@ def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -
     `hypers.json` has the final λ, or that of the last record while the run goes on.
     `schedule.json` has λ at every evaluation. `model.safetensors` has the weights and buffers of
     the lowest validation loss, and in its metadata their λ and their step. Nothing in the run
-    directory is executed.
+    directory is executed. With refits, λ and weights are those of the chosen candidate.
 
     Args:
         run: the run directory.
@@ -47,7 +48,8 @@ def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -
     Raises:
         BilevelError: the directory holds no run, or a file cannot be written.
     """
-    state = load(run)
+    chosen = result_directory(run)
+    state = load(chosen)
     out = run if out is None else out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,7 @@ def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -
         yield hyper_schedule.export(run, out / hyper_schedule.SCHEDULE)
     except BilevelError as error:  # an array of hyperparameters is not recorded
         print_line(f"bilevel: warning: no schedule is written: {error}", sys.stderr)
-    best = best_of(state, run)
+    best = best_of(state, chosen)
     hypers = {name: leaf.tolist() for name, leaf in best.hypers.items()}
     record = state["best"]["record"]
     about = {"hypers": hypers, "step": record["step"], "valid_loss": record["valid_loss"]}

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bilevel.checkpoint.checkpoints import CHECKPOINT, kept
 from bilevel.checkpoint.file_format import check_version
-from bilevel.cli.stored import check_trusted, read_stored
+from bilevel.checkpoint.refit_directory import is_refit
+from bilevel.cli.stored import CONFIG, check_trusted, read_stored
 from bilevel.errors import BilevelError
 from bilevel.loggers.records import SUMMARY, Record
 from bilevel.untrusted_files import read_bytes
@@ -25,13 +26,17 @@ MAY_CHANGE = (
     "runner.requeue",
     "runner.progress",
     "runner.picture",
+    "runner.refit",
     "wandb.mode",
     "tensorboard.flush_seconds",
 )
 """Settings that a resumed run may change: no step that was taken depends on them."""
 
-BUDGETS = ("runner.epochs", "runner.seconds", "runner.examples", "runner.patience")
-"""Settings that end a run: a finished run continues if one of them differs."""
+BUDGETS = (
+    *("runner.epochs", "runner.seconds", "runner.examples", "runner.patience"),
+    "runner.refit",
+)
+"""Settings that decide the end of a run: a finished run continues if one of them differs."""
 
 AUTO = "auto"
 """`resume=auto` starts a run, continues it, or leaves it as it ended."""
@@ -59,6 +64,11 @@ def stored_config(directory: Path, *, quiet: bool = False) -> DictConfig:
         )
     # before the configuration is used: the targets of an older run can no longer be imported
     check_version(checkpoints[0])
+    if not (directory / CONFIG).exists() and is_refit(directory):
+        raise BilevelError(
+            f"{setting} is a refit, which belongs to the run around it; write "
+            f"resume={directory.parent} to continue both"
+        )
     return read_stored(directory, quiet=quiet)
 
 

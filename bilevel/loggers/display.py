@@ -50,8 +50,9 @@ def display(kind: str, console: "Console | None" = None) -> list[Logger]:
 class _Display(Logger):
     """The parts that both displays share: progress, and the tables at the end."""
 
-    def __init__(self, console: "Console") -> None:
+    def __init__(self, console: "Console", *, part: bool = False) -> None:
         self.console = console
+        self.is_part = part
         self.record: Record = {}
         self.progress = Progress(0, 0.0, 0.0)
         # other encodings may raise on these characters in the middle of a run
@@ -114,8 +115,15 @@ class _Display(Logger):
             return ""
         return f"no new best for {self.progress.stalled} of {self.run.patience}"
 
+    def nested(self) -> Logger:
+        self.close()  # two displays at a time would overwrite each other
+        return type(self)(self.console, part=True)
+
     def finish(self, summary: Record) -> None:
         self.close()
+        if self.is_part:
+            self._print_part(summary)
+            return
         if summary["diverged"]:  # the command line prints the reason
             self.console.print(
                 f"diverged: `last` is the end of the run; the best step is in {self.run.directory}",
@@ -124,21 +132,38 @@ class _Display(Logger):
             )
         elif summary["message"]:
             self.console.print(summary["message"], markup=False, soft_wrap=True)
+        if (chosen := summary.get("refit", {}).get("chosen")) is not None:
+            of = "the run itself" if chosen == "run" else f"refit-{chosen}"
+            self.console.print(f"the result is that of {of}", markup=False, soft_wrap=True)
         for table in final_tables(summary, self.arrow, self.sigma):
             self.console.print(table, "")
         costs = [f"{duration(summary['seconds'])} of training", f"{summary['examples']:,} examples"]
+        if (refit := summary.get("refit")) is not None:
+            costs[0] += f" ({duration(refit['seconds'])} of refits)"
         costs.append(f"{summary['steps']:,} inner and {summary['outer_steps']:,} outer steps")
         if summary["peak_memory_bytes"] is not None:
             costs.append(f"peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB")
         self.console.print(f" {self.dot} ".join(costs), markup=False, soft_wrap=True)
         self.console.print(f"saved in {self.run.directory}", markup=False, soft_wrap=True)
 
+    def _print_part(self, summary: Record) -> None:
+        """Print one line about a refit; the tables at the end of the run show the chosen one."""
+        best = {
+            name: value for name, value in scores(summary["best"]).items() if "train" not in name
+        }
+        found = [f"{title(name)} {number(name, value)}" for name, value in best.items()]
+        words = [*found, duration(summary["seconds"])]
+        if summary["diverged"] or summary["interrupted"]:
+            words.append(summary["stopped"])
+        text = f"{self.run.directory.name}: {', '.join(words)}"
+        self.console.print(text, markup=False, soft_wrap=True)
+
 
 class PlainDisplay(_Display):
     """One line per evaluation, at most one every `interval` seconds: for logs and pipes."""
 
-    def __init__(self, console: "Console", interval: float = 1.0) -> None:
-        super().__init__(console)
+    def __init__(self, console: "Console", interval: float = 1.0, *, part: bool = False) -> None:
+        super().__init__(console, part=part)
         self.interval = interval
         self._shown = -math.inf
 

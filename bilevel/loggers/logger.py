@@ -104,6 +104,10 @@ class Logger(ABC):
     def close(self) -> None:
         """Release the resources that `start` acquired."""
 
+    def nested(self) -> "Logger | None":
+        """Return a new logger that shows a refit as a part of this run; None leaves it out."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """Return the state that `start` needs to continue from this checkpoint, in plain types."""
         return {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.files import write_atomically
 from bilevel.loggers.logger import Logger, RunInfo
-from bilevel.loggers.records import METRICS, Record, read_metrics
+from bilevel.loggers.records import METRICS, Record, best_record, read_metrics
 from bilevel.space import Space
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class CurvesPlot(Logger):
     def finish(self, summary: Record) -> None:
         records = read_metrics(self.run.directory / METRICS)
         for record in records:
-            record["best"] = record["step"] == summary["best"].get("step")
+            record["best"] = record["step"] == best_record(summary).get("step")
         title = f"{self.run.problem} · {self.run.solver} · seed {self.run.seed}"
         draw(
             records,

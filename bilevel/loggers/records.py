@@ -75,6 +75,17 @@ def read_metrics(path: str | Path) -> list[Record]:
     return [json.loads(line) for line in lines]
 
 
+def best_record(summary: Record) -> Record:
+    """Return the best evaluation among those of `metrics.jsonl`, also where a refit is better.
+
+    Example:
+        >>> best_record({"best": {"step": 3}})
+        {'step': 3}
+    """
+    own: Record = summary.get("refit", {}).get("candidates", {}).get("run", summary)["best"]
+    return own
+
+
 def brief(leaf: Tensor) -> Any:
     """Return a hyperparameter as a number or nested lists; a large one as mean, min and max."""
     if leaf.numel() <= LARGE:

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from bilevel.checkpoint.checkpoints import best_solution
 from bilevel.errors import BilevelError
+from bilevel.files import write_atomically
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import Carry, Params
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.text import first_line, near
 from bilevel.untrusted_files import read_bytes
+
+KEPT = "initial_params.pt"
+"""The file of a run directory with given initial weights, for the refits of the run."""
 
 
 class WithInitialParams(ProblemWrapper):
@@ -140,3 +144,19 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _some(names: Mapping[str, Any]) -> str:
     return ", ".join(list(names)[:6]) + (", …" if len(names) > 6 else "")
+
+
+def keep_params(directory: Path, params: Mapping[str, Any]) -> None:
+    """Write the initial weights of a run, with which its refits begin too.
+
+    Raises:
+        BilevelError: the file cannot be written.
+    """
+    content = dict(params)
+    write_atomically(directory / KEPT, lambda file: torch.save(content, file), mode="wb")
+
+
+def kept_params(directory: Path) -> dict[str, Any] | None:
+    """Return the weights that `keep_params` wrote; None for a run with random ones."""
+    path = directory / KEPT
+    return read_params(path) if path.exists() else None

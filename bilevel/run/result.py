@@ -1,6 +1,6 @@
 """The result of a run: its summary, the path of λ, and the trained network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -30,6 +30,10 @@ class Result(dict[str, Any]):
         last: the solution at the end, on the CPU.
         directory: the run directory, None without one.
         records: the records of the evaluations where there is no directory.
+        candidates: with refits, the result of the run itself as `run`, and that of each refit.
+
+    Attributes:
+        candidates: see above; {} without refits.
 
     Example:
         >>> import tempfile
@@ -55,12 +59,29 @@ class Result(dict[str, Any]):
         last: Solution,
         directory: Path | None = None,
         records: Sequence[Record] = (),
+        candidates: Mapping[str, "Result"] | None = None,
     ) -> None:
         super().__init__(summary)
         self.problem = problem
         self.directory = directory
         self._solutions = {"best": best, "last": last}
         self._records = list(records)
+        self.candidates = dict(candidates or {})
+
+    def of_run(
+        self, summary: Record, *, directory: Path, candidates: Mapping[str, "Result"]
+    ) -> "Result":
+        """Return the result of a run with refits whose chosen candidate is this one."""
+        best, last = self._solutions["best"], self._solutions["last"]
+        assert last is not None
+        return Result(
+            summary,
+            problem=self.problem,
+            best=best,
+            last=last,
+            directory=directory,
+            candidates=candidates,
+        )
 
     @property
     def metrics(self) -> list[Record]:

@@ -12,15 +12,14 @@ from bilevel.device.device import choose_device
 from bilevel.loggers.logger import Logger, Place
 from bilevel.parallel.process_group import device_of_rank
 from bilevel.problem import Problem
-from bilevel.run.loop import on_cpu
+from bilevel.run.refit import check_refit, with_refits
 from bilevel.run.request import RunRequest
 from bilevel.run.result import Result
 from bilevel.run.session import Session
 from bilevel.run.settings import RunSettings
-from bilevel.run.stages import build, claim, train
-from bilevel.run.summary import summarize
+from bilevel.run.stages import build, claim, conclude, train
 from bilevel.run.surroundings import AROUND_RUN, AROUND_TRAINING
-from bilevel.solver import Solution, Solver
+from bilevel.solver import Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +66,9 @@ class Runner(RunSettings):
             place: the place of the run in a sweep, for displays and dashboards.
 
         Returns:
-            The summary as a dictionary, with the network and the schedule. `diverged` and
-            `interrupted` mark an early end; `message` explains it.
+            The summary as a dictionary, with the network and the schedule; with refits, those of
+            the best candidate. `diverged` and `interrupted` mark an early end; `message` explains
+            it.
 
         Raises:
             BilevelError: the solver refuses the problem, the directory cannot be used, or the
@@ -87,6 +87,7 @@ class Runner(RunSettings):
             place=place,
         )
         run = Session(self, request, choose_device(device_of_rank(self.device)))
+        check_refit(self, solver)
         with ExitStack() as stack:
             for surrounding in AROUND_RUN:
                 stack.enter_context(surrounding(run))
@@ -94,14 +95,7 @@ class Runner(RunSettings):
             build(run)
             for surrounding in AROUND_TRAINING:
                 stack.enter_context(surrounding(run))
-            reason = train(run)
-            summary = summarize(run.loop, run.info, reason, signal=run.interrupts.number)
-            run.loop.loggers.call("finish", summary)
-        best = run.loop.best
-        return Result(
-            summary,
-            problem=run.problem,
-            best=None if best is None else Solution(**best["solution"]),
-            last=on_cpu(solver.solution()),
-            directory=run.directory,
-        )
+            train(run)
+            result = with_refits(run, conclude(run))
+            run.loop.loggers.call("finish", result)
+        return result

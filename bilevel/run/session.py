@@ -12,6 +12,7 @@ from bilevel.checkpoint.checkpoints import Checkpoints
 from bilevel.data.tensor_stream import Data
 from bilevel.loggers.logger import RunInfo
 from bilevel.parallel.process_group import SINGLE_PROCESS, Ranks
+from bilevel.params import Hypers
 from bilevel.problem import Problem
 from bilevel.run.directory_lock import DirectoryLock
 from bilevel.run.loop import Loop
@@ -43,6 +44,8 @@ class Session:
         loop: the training loop; set by `build`.
         info: the facts about the run that loggers receive; set by `build`.
         reason: what ended the run; set by `train`.
+        frozen: constant values of all hyperparameters in a refit; None in a run that tunes.
+        outer: the directory of the run that a refit belongs to; None in a run of its own.
     """
 
     settings: RunSettings
@@ -61,6 +64,8 @@ class Session:
     loop: Loop = field(init=False)
     info: RunInfo = field(init=False)
     reason: str | None = None
+    frozen: Hypers | None = None
+    outer: Path | None = None
 
     @property
     def data_after_setup(self) -> Data | None:

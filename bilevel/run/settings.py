@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import NoneType
 from typing import Literal
 
 from bilevel import validate
@@ -10,6 +11,14 @@ from bilevel.errors import BilevelError
 from bilevel.loggers.display import DISPLAYS
 from bilevel.run.budget import Budget
 from bilevel.selection import Selection
+
+REFITS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "end": ("end",),
+    "best": ("best",),
+    "all": ("start", "end"),
+}
+"""The refits that each value of `refit` asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,10 @@ class RunSettings:
             `torch.save(model.state_dict(), …)`, or a run directory. A run directory gives the
             weights at its best evaluation.
         picture: draw `curves.png` at the end of the run.
+        refit: train w anew when the run has ended, at constant λ: `end` (or true) at the last λ,
+            `best` at that of the best evaluation, `all` at the initial and at the last λ, `none`
+            (or false) not at all. Each refit has new initial weights from the same seed, no
+            warm-up and budgets of its own. The best of run and refits by `select` is the result.
 
     Raises:
         BilevelError: there is no budget, or a value is out of its range.
@@ -86,6 +99,7 @@ class RunSettings:
     progress: str = "auto"
     initial_params: str | None = None
     picture: bool = True
+    refit: str | bool | None = "none"
 
     def __post_init__(self) -> None:
         budgets = ("epochs", "seconds", "examples")
@@ -107,6 +121,20 @@ class RunSettings:
         check_precision(self.precision)
         validate.one_of(["auto", True, False], **self._named("capture"))
         validate.one_of(DISPLAYS, **self._named("progress"))
+        if not isinstance(self.refit, (bool, NoneType)):
+            validate.one_of([*REFITS, True, False], **self._named("refit"))
+
+    @property
+    def refits(self) -> tuple[str, ...]:
+        """Return the names of the refits: `start`, `best` and `end` name the λ of each.
+
+        Example:
+            >>> RunSettings(epochs=1, refit="all").refits
+            ('start', 'end')
+        """
+        if isinstance(self.refit, str):
+            return REFITS[self.refit]
+        return REFITS["end" if self.refit else "none"]
 
     @property
     def first_tuning_epoch(self) -> float:

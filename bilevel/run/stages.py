@@ -24,16 +24,18 @@ from bilevel.loggers.records import METRICS, brief
 from bilevel.run.cuda_graph import Capture
 from bilevel.run.distributed import FirstRankSaver
 from bilevel.run.hypergradient_error import HypergradientError
-from bilevel.run.initial_params import read_params
-from bilevel.run.loop import Loop
+from bilevel.run.initial_params import keep_params, read_params
+from bilevel.run.loop import Loop, on_cpu
 from bilevel.run.out_of_memory import ran_out
 from bilevel.run.provenance import settings_of, versions
+from bilevel.run.result import Result
 from bilevel.run.session import Session
 from bilevel.run.settings import RunSettings
+from bilevel.run.summary import summarize
 from bilevel.run.surroundings import WRAPPERS
 from bilevel.selection import Selection
 from bilevel.services import Services
-from bilevel.solver import Solver, Stepwise
+from bilevel.solver import Solution, Solver, Stepwise
 from bilevel.timers import Timers
 
 DATA_ERRORS = (RuntimeError, LookupError, ValueError, TypeError)
@@ -65,6 +67,9 @@ def claim(run: Session) -> None:
         run.params = request.params
     elif run.settings.initial_params is not None:
         run.params = read_params(run.settings.initial_params)
+    if run.params is not None and run.settings.refits:
+        params = dict(run.params)
+        first(lambda: keep_params(run.directory, params))
 
 
 def build(run: Session) -> None:
@@ -159,16 +164,45 @@ def train(run: Session) -> str:
     """
     with _wrong_data_named(run):
         run.reason = run.loop.run(lambda: run.interrupts.received or run.lock.is_lost())
+    check_place(run)
+    share_signal(run)
+    return run.reason
+
+
+def share_signal(run: Session) -> bool:
+    """Return whether a signal asks for the end of the run; it may have reached one rank alone."""
+    [number] = run.ranks.maximum(run.interrupts.number or 0)
+    run.interrupts.number = Signals(int(number)) if number else None
+    return run.interrupts.received
+
+
+def check_place(run: Session) -> None:
+    """Check that the run directory is where it was.
+
+    Raises:
+        DirectoryLost: it was moved or removed. The last checkpoint moves with it.
+    """
     place = run.ranks.on_first(lambda: run.lock.place(run.directory))
     if place != run.directory:
         raise DirectoryLost(
             f"{run.directory} was moved to {place} during the run; the run ended at step "
             f"{run.loop.step}, and its checkpoint is there; continue with: bilevel resume={place}"
         )
-    # a signal may have reached another rank alone
-    [number] = run.ranks.maximum(run.interrupts.number or 0)
-    run.interrupts.number = Signals(int(number)) if number else None
-    return run.reason
+
+
+def conclude(run: Session) -> Result:
+    """Return the result of a run that has ended, without refits."""
+    assert run.reason is not None
+    signal = run.interrupts.number
+    summary = summarize(run.loop, run.info, run.reason, signal, run.outer)
+    best = run.loop.best
+    return Result(
+        summary,
+        problem=run.problem,
+        best=None if best is None else Solution(**best["solution"]),
+        last=on_cpu(run.loop.solver.solution()),
+        directory=run.directory,
+    )
 
 
 def _save(run: Session, state: dict[str, Any]) -> None:

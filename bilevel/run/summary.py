@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
@@ -18,7 +19,13 @@ from bilevel.solver import Solution
 from bilevel.text import describe
 
 
-def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = None) -> Record:
+def summarize(
+    loop: Loop,
+    run: RunInfo,
+    reason: str,
+    signal: Signals | None = None,
+    outer: Path | None = None,
+) -> Record:
     """Return the summary of a run; unless the run was interrupted, evaluate the test split.
 
     `hypers` and `scales` are those of the last step, `initial` those before the first step;
@@ -30,6 +37,7 @@ def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = No
         run: the names and settings of the run.
         reason: what ended the run, as `Loop.run` returns it.
         signal: the signal that interrupted the run, if one did.
+        outer: the directory of the run that this one is a part of; None for a run of its own.
 
     Raises:
         Unwritable: large hyperparameters cannot be written.
@@ -70,21 +78,23 @@ def summarize(loop: Loop, run: RunInfo, reason: str, signal: Signals | None = No
         "diverged": reason == "diverged",
         "interrupted": reason == "interrupted",
         "signal": signal.name if reason == "interrupted" and signal is not None else None,
-        "message": _message(loop, run, reason, signal),
+        "message": _message(loop, run, reason, signal, outer or run.directory),
     }
     if loop.ranks.first:
         values.write(run.directory)
     return summary
 
 
-def _message(loop: Loop, run: RunInfo, reason: str, signal: Signals | None) -> str | None:
+def _message(
+    loop: Loop, run: RunInfo, reason: str, signal: Signals | None, resume: Path
+) -> str | None:
     if reason == "diverged":
         return loop.diverged
     if reason == "interrupted":
         by = "" if signal in (None, Signals.SIGINT) else f" by {signal.name}"
         return (
             f"the run was interrupted{by} at step {loop.step}; "
-            f"continue with: bilevel resume={run.directory}"
+            f"continue with: bilevel resume={resume}"
         )
     if Trait.TUNES_NOTHING not in loop.solver.traits and loop.solver.outer_count == 0:
         return (

@@ -9,6 +9,7 @@ from bilevel.device.precision import at_precision, matmul_precision
 from bilevel.parallel.process_group import open_ranks
 from bilevel.problem import Problem
 from bilevel.run.distributed import shard
+from bilevel.run.frozen_hypers import FrozenHypers
 from bilevel.run.initial_params import WithInitialParams
 from bilevel.run.out_of_memory import ExplainedErrors
 from bilevel.run.session import Session
@@ -40,6 +41,9 @@ AROUND_RUN: tuple[Surrounding, ...] = (
 )
 """Context managers around the whole run, the outermost first."""
 
+AROUND_REFIT: tuple[Surrounding, ...] = (lambda run: run.lock, _explained_errors)
+"""Context managers around a refit, which takes place within those of its run."""
+
 AROUND_TRAINING: tuple[Surrounding, ...] = (
     lambda run: run.interrupts,
     lambda run: matmul_precision(run.settings.precision),
@@ -50,6 +54,7 @@ AROUND_TRAINING: tuple[Surrounding, ...] = (
 
 WRAPPERS: tuple[Wrapper, ...] = (
     lambda problem, run: problem if run.params is None else WithInitialParams(problem, run.params),
+    lambda problem, run: problem if run.frozen is None else FrozenHypers(problem, run.frozen),
     lambda problem, run: shard(problem, run.data, run.device, run.ranks),
     lambda problem, run: at_precision(
         problem, run.request.solver, run.settings.precision, run.device

@@ -14,7 +14,7 @@ from bilevel.checks.check_problem import check_laws
 from bilevel.params import to_device
 from bilevel.requirements import Trait
 from bilevel.services import Capturable, Services
-from bilevel.solver import Split, Stepwise
+from bilevel.solver import Solver, Split, Stepwise
 from bilevel.solvers.autodiff.pullback import Pullback
 from bilevel.solvers.base.core import Core, averaged
 from bilevel.solvers.base.dry_run import (
@@ -25,7 +25,7 @@ from bilevel.solvers.base.dry_run import (
     refuse_half_weights,
 )
 from bilevel.solvers.base.method import Method
-from bilevel.solvers.base.settings import InnerSettings, OuterSettings
+from bilevel.solvers.base.settings import InnerSettings, OuterSettings, plain_training
 from bilevel.solvers.base.stationarity import far_from_minimum
 from bilevel.solvers.optim.optimized import Optimized
 
@@ -267,6 +267,9 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         core, groups = self.core, [*self.optimized().values(), *self.core.search.trained()]
         owners = [(core, ("carry", "last_outer_carry")), (core.search, ()), (self.method, rebound)]
         return Capturable([group.optimizer for group in groups], owners)
+
+    def plain(self) -> Solver:
+        return plain_training(self)
 
     def state_dict(self) -> dict[str, Any]:
         return {

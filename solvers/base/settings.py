@@ -1,8 +1,10 @@
 """The settings that solvers share, spelled once: of the inner steps and of the outer steps."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal, TypeVar
 
+from bilevel.solver import Solver
 from bilevel.solvers.optim.optimized import RMSPROP, SGD, MakeOptimizer, MakeScheduler
 from bilevel.text import near
 from bilevel.validate import positive, whole, wrong
@@ -63,3 +65,28 @@ class OuterSettings:
                 "choose inner or null, or give a function of the optimizer (in YAML: `_target_` "
                 "with `_partial_: true`)",
             )
+
+
+_PLAIN: list[Callable[..., Solver]] = []
+"""The solver of plain training, which registers itself: its module imports this one."""
+
+Made = TypeVar("Made", bound=Callable[..., Solver])
+
+
+def trains_plainly(solver: Made) -> Made:
+    """Register the class that `plain_training` makes."""
+    _PLAIN[:] = [solver]
+    return solver
+
+
+def plain_training(settings: InnerSettings) -> Solver:
+    """Return a solver that takes the inner steps of `settings` at constant λ.
+
+    Example:
+        >>> from bilevel.solvers import delta_stn
+        >>> plain = plain_training(delta_stn(inner_steps=3))
+        >>> type(plain).__name__, plain.inner_steps
+        ('Fixed', 3)
+    """
+    [make] = _PLAIN
+    return make(**{field.name: getattr(settings, field.name) for field in fields(InnerSettings)})

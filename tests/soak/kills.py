@@ -35,6 +35,7 @@ TRIALS = "trial.epochs=2"
 SOLVERS = {
     "fixed": ("solver=fixed",),
     "delta_stn": ("solver=delta_stn",),
+    "delta_stn, refitted": ("solver=delta_stn", "runner.refit=all"),
     "centered_stn": ("solver=centered_stn",),
     "stn": ("solver=stn",),
     "unrolled": ("solver=unrolled", STEPS),
@@ -234,8 +235,13 @@ def _unexpected(ended: Ended, fault: str | None) -> str | None:
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-    """Return the differences of two runs without costs: records, final state, summary."""
+    """Return the differences of two runs without costs: records, final state, summary, refits."""
     found = []
+    refits = {run: sorted(p.name for p in run.glob("refit-*")) for run in (whole, other)}
+    if refits[whole] != refits[other]:
+        found.append(f"refits: {refits[other]} and not {refits[whole]}")
+    for name in refits[whole] if not found else ():
+        found += [f"{name}: {line}" for line in differences(whole / name, other / name)]
     ours, theirs = (read_metrics(directory / "metrics.jsonl") for directory in (other, whole))
     if without_costs(ours) != without_costs(theirs):
         steps, wanted = ([record["step"] for record in run] for run in (ours, theirs))

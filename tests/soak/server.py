@@ -79,14 +79,14 @@ class Fault:
         import bilevel.loggers.wandb_logger
         import bilevel.run.faults
         import bilevel.run.loop
-        import bilevel.run.runner
+        import bilevel.run.stages
 
         bilevel.run.faults.AT_THE_END = bilevel.run.faults.PAUSE = 0.01  # nobody makes room here
         self.watch(bilevel.run.loop.Loop, "_round", "round")
         self.watch(bilevel.run.loop, "evaluate", "evaluate")
         self.watch(bilevel.checkpoint.file_format._ChecksumWriter, "_write", "checkpoint")
         self.watch(bilevel.loggers.jsonl.JsonLines, "log", "line")
-        self.watch(bilevel.run.runner, "summarize", "summary")
+        self.watch(bilevel.run.stages, "summarize", "summary")
         self.watch(bilevel.loggers.jsonl.JsonLines, "finish", "finish")
         self.watch(bilevel.loggers.plot.CurvesPlot, "finish", "picture")
         for name in ("finish", "close"):

@@ -351,6 +351,30 @@ def runs(ranks, out):
     ]
 
 
+def refits(ranks, out):
+    """Refit a run, once undisturbed and once with a signal on the other rank in the refit."""
+    settings = {"warmup_epochs": 0.5, "progress": "none", "picture": False, "device": "cpu"}
+    runner = Runner(epochs=2, refit="end", **settings)
+
+    def run(name, **options):
+        return runner.run(mlp(), delta_stn(), directory=out / name, seed=3, **options)
+
+    whole, step, stopped = run(f"refitted{ranks.rank or ''}"), Fixed.step, []
+
+    def interrupted(solver, **options):
+        if solver.inner_count > 3 and ranks.rank == 1 and not stopped:
+            stopped.append(signal.raise_signal(signal.SIGINT))
+        return step(solver, **options)
+
+    with mock.patch.object(Fixed, "step", interrupted):
+        first = run("refit-stopped")
+    second = run("refit-stopped", resume=True)
+    return [
+        {key: summary[key] for key in ("stopped", "steps", "best", "signal", "refit")}
+        for summary in (whole, first, second)
+    ]
+
+
 CASES = {
     f"mlp, {name}": partial(both, lambda name=name: suited(name, mlp()), make)
     for name, make in SOLVERS.items()
@@ -417,7 +441,8 @@ def main(out, rank, store):
     out = Path(out)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
     ranks, outcomes = ProcessGroup(CPU), {}
-    for name, case in (CASES | {"runs": partial(runs, out=out)}).items():
+    whole_runs = {"runs": partial(runs, out=out), "refits": partial(refits, out=out)}
+    for name, case in (CASES | whole_runs).items():
         try:
             outcomes[name] = case(ranks=ranks)
         except BilevelError as error:

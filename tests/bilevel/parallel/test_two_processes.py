@@ -24,6 +24,7 @@ from bilevel.parallel.per_example_draws import DRAWS, WholeBatchDraws
 from bilevel.parallel.process_group import SINGLE_PROCESS, open_ranks
 from bilevel.parallel.sharded_problem import ShardedProblem
 from bilevel.parallel.shards import Shard, even_shards
+from tests.soak.kills import differences, without_costs
 from tests.support.parallel_cases import CASES, CPU, SOLVERS, Decayed, both, exact_run
 from tests.support.solver_cases import Recurrent, all_problems
 
@@ -166,6 +167,18 @@ def test_a_run_stopped_by_a_signal_on_the_other_rank_goes_on_to_the_same_bits(ou
     lines = [read(outcomes["out"] / name) for name in ("whole", "stopped")]
     assert lines[0] == lines[1]
     assert len(lines[0]) > 4
+
+
+def test_a_refit_stopped_by_a_signal_on_the_other_rank_goes_on_to_the_same_bits(outcomes):
+    ours, theirs = outcomes["refits"]
+    assert not isinstance(ours, str), ours
+    whole, first, second = ours
+    assert (first["stopped"], first["signal"]) == ("interrupted", "SIGINT")
+    assert first["refit"]["chosen"] is None
+    for one, other in ((whole, theirs[0]), (second, theirs[2]), (whole, second)):
+        assert without_costs(one) == without_costs(other)
+    assert differences(outcomes["out"] / "refitted", outcomes["out"] / "refit-stopped") == []
+    assert not (outcomes["out"] / "refitted1").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Implicit. CG leaves")  # its curvature is damped

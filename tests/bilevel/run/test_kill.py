@@ -62,6 +62,8 @@ def test_kill_9_from_outside(matrix, tmp_path, monkeypatch):
 CASES = [
     kills.Case("delta_stn", "kill", 1, strikes=1, loggers=("wandb.mode=offline",)),
     kills.Case("implicit_nystrom", "term", 1),
+    kills.Case("delta_stn, refitted", "kill", 1, strikes=3),
+    kills.Case("delta_stn, refitted", "term", 2),
     kills.Case("pbt", "kill", 2, strikes=2),
     kills.Case("es", "full", 1, strikes=2),
     kills.Case("unrolled", "crash", 1),
