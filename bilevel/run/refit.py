@@ -109,7 +109,9 @@ def _refit(run: Session, name: str) -> Result:
     settings = replace(
         run.settings,
         refit="none",
+        plain_epochs=0,
         warmup_epochs=0,
+        tune_fraction=1.0,
         initial_params=None,
         progress="none",
     )
