@@ -1,0 +1,10 @@
+"""Tune from three starts on 1,000 images of MNIST; see docs/experiments/do-no-harm.md."""
+
+from benchmarks.experiments import do_no_harm
+from benchmarks.experiments.harness import Experiment
+
+EXPERIMENT = Experiment(
+    page="experiments/do-no-harm.md",
+    sweeps=do_no_harm.sweeps("mnist", "problem.train_size=200", "problem.valid_size=200"),
+    report=do_no_harm.report,
+)
