@@ -1,4 +1,4 @@
-"""Text for messages: errors, sizes and names as one line that a reader understands."""
+"""Text for messages: errors, sizes, counts and names as one line that a reader understands."""
 
 import re
 from collections.abc import Iterable
@@ -64,6 +64,19 @@ def byte_size(count: int) -> str:
         if count >= least:
             return f"{count / least:,.1f} {unit}"
     return f"{count} bytes"
+
+
+def short_count(value: float) -> str:
+    """Return a count in a form that is short enough for an axis.
+
+    Example:
+        >>> short_count(20_000), short_count(1.5e6), short_count(64)
+        ('20k', '1.5M', '64')
+    """
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def file_name(name: object) -> str:

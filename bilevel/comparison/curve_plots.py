@@ -1,6 +1,6 @@
 """Curves of groups of runs on matplotlib axes: bands over seeds and paths of hyperparameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,12 +34,13 @@ def draw_bands(
     looks: Looks | None = None,
     entry: int | None = None,
     n_in_label: bool = True,
+    log: bool | None = None,
 ) -> None:
     """Draw mean ± standard deviation over the seeds of each group.
 
     Beyond the end of a group's shortest run, each remaining run is a thin, pale line, since a mean
-    over fewer runs would jump there. A diverged run ends in a cross. A band that would go below
-    zero ends at the lowest run. The axis is logarithmic where the means span orders of magnitude.
+    over fewer runs would jump there. A diverged run ends in a cross. The axis is logarithmic where
+    the bands span orders of magnitude; mean and deviation are then geometric.
 
     Args:
         ax: the axes.
@@ -50,6 +51,7 @@ def draw_bands(
         looks: colour, dash and marker of each label; by default those of `styles`.
         entry: the entry of a hyperparameter with several.
         n_in_label: add the number of seeds to the legend.
+        log: whether the vertical axis is logarithmic; None where the numbers suit one.
     """
     looks = looks or styles(list(groups))
     drawn: dict[str, Band] = {}
@@ -57,10 +59,24 @@ def draw_bands(
         over = band(runs, y, x, best_so_far=best_so_far, entry=entry)
         if over.x.size:
             drawn[label] = over
-    log = spans_decades(over.mean for over in drawn.values()) and "accuracy" not in y
-    for label, over in drawn.items():
+    if log is None:
+        log = "accuracy" not in y and _suits_log(drawn.values())
+    most = 1.0 if "accuracy" in y else np.inf
+    for number, (label, over) in enumerate(drawn.items()):
         look = {name: looks[label][name] for name in ("color", "linestyle", "linewidth")}
-        _draw_band(ax, over, look, f"{label} (n = {len(groups[label])})" if n_in_label else label)
+        whole = over.whole()
+        middle, low, high = whole.edges(log=log, most=most)
+        if whole.x.size > 1:
+            ax.fill_between(whole.x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        ax.plot(
+            whole.x,
+            middle,
+            label=f"{label} (n = {len(groups[label])})" if n_in_label else label,
+            marker=looks[label]["marker"],
+            markersize=3.5,
+            markevery=(0.04 + 0.05 * (number % 4), 0.2),  # parts of the diagonal
+            **look,
+        )
         for run in groups[label]:
             _draw_rest(
                 ax, run, band([run], y, x, best_so_far=best_so_far, entry=entry), over.whole(), look
@@ -104,6 +120,7 @@ def draw_paths(
             edges = perturbation_band(run, name)
             if edges is not None:
                 low, high = (_entry(edge, entry)[thin] for edge in edges)
+                shown += [low, high]
                 ax.fill_between(
                     at,
                     low,
@@ -185,15 +202,11 @@ def hyper_panels(runs: Sequence[Run]) -> list[tuple[str, int | None]]:
     return panels
 
 
-def _draw_band(ax: "Axes", over: Band, look: Mapping[str, Any], text: str) -> None:
-    whole = over.whole()
-    if whole.x.size > 1:
-        low = whole.mean - whole.std
-        low = np.where((low <= 0) & (whole.low > 0), whole.low, low)
-        ax.fill_between(
-            whole.x, low, whole.mean + whole.std, color=look["color"], alpha=0.2, linewidth=0
-        )
-    ax.plot(whole.x, whole.mean, label=text, **look)
+def _suits_log(bands: Iterable[Band]) -> bool:
+    """Return whether all means are positive, and the bands span orders of magnitude."""
+    bands = list(bands)
+    positive = all((over.mean > 0).all() for over in bands)
+    return positive and spans_decades(over.geometric[1:] for over in bands)
 
 
 def _draw_rest(ax: "Axes", run: Run, own: Band, whole: Band, look: Mapping[str, Any]) -> None:

@@ -20,8 +20,12 @@ class Band(NamedTuple):
 
     Attributes:
         x: the grid, [points].
-        mean, std, low: mean, standard deviation (0 for one run) and minimum of the runs that reach
-            a point, [points].
+        mean, std: mean and standard deviation (0 for one run) of the runs that reach a point,
+            [points].
+        low, high: the lowest and the highest of them, [points].
+        geometric: their geometric mean, and its ends at one geometric standard deviation,
+            [3, points]. Where a run is not positive, they are the mean, the lowest positive run and
+            the highest run.
         n: number of runs that reach a point, [points].
         of: number of all runs.
     """
@@ -30,15 +34,38 @@ class Band(NamedTuple):
     mean: Array
     std: Array
     low: Array
+    high: Array
+    geometric: Array
     n: Array
     of: int
 
     def whole(self) -> "Band":
         """Return the part of the grid that all runs reach."""
         kept = self.n == self.of
-        return Band(
-            self.x[kept], self.mean[kept], self.std[kept], self.low[kept], self.n[kept], self.of
-        )
+        arrays = (self.x, self.mean, self.std, self.low, self.high)
+        x, mean, std, low, high = (values[kept] for values in arrays)
+        geometric = self.geometric[:, kept]
+        return Band(x, mean, std, low, high, geometric, self.n[kept], self.of)
+
+    def edges(self, *, log: bool, most: float = np.inf) -> tuple[Array, Array, Array]:
+        """Return the line, and the lower and the upper edge of the band.
+
+        A lower edge that would fall to zero although no run does ends at the lowest run. The same
+        holds for an upper edge above `most`, the largest possible value.
+
+        Args:
+            log: for a logarithmic axis, on which the geometric mean and deviation are drawn.
+            most: the largest possible value.
+        """
+        if log:
+            middle, low, high = self.geometric
+            return middle, low, high
+        low, high = self.mean - self.std, self.mean + self.std
+        if ((low <= 0) & (self.low > 0)).any():
+            low = np.maximum(low, self.low)
+        if (high > most).any():
+            high = np.minimum(high, self.high)
+        return self.mean, low, high
 
 
 class Reached(NamedTuple):
@@ -87,7 +114,8 @@ def band(
     curves = [curve for run in runs if (curve := _curve(run, y, x, best_so_far, entry)) is not None]
     if not curves:
         empty = np.empty(0)
-        return Band(empty, empty, empty, empty, empty, len(runs))
+        none = np.empty((3, 0))
+        return Band(empty, empty, empty, empty, empty, none, empty, len(runs))
     end = max(at[-1] for at, _ in curves)
     ends = sorted({float(at[-1]) for at, _ in curves})
     # the grid contains the points at which n changes
@@ -103,8 +131,27 @@ def band(
     grid, table, n = grid[n > 0], table[:, n > 0], n[n > 0]
     mean = np.nanmean(table, axis=0)
     squares = np.nansum((table - mean) ** 2, axis=0)
-    return Band(
-        grid, mean, np.sqrt(squares / np.maximum(n - 1, 1)), np.nanmin(table, axis=0), n, len(runs)
+    std = np.sqrt(squares / np.maximum(n - 1, 1))
+    low, high = np.nanmin(table, axis=0), np.nanmax(table, axis=0)
+    return Band(grid, mean, std, low, high, _geometric(table, mean), n, len(runs))
+
+
+def _geometric(table: Array, mean: Array) -> Array:
+    """Return geometric mean and its ends at one geometric standard deviation, [3, points]."""
+    positive = np.where(table > 0, table, np.nan)
+    n = np.isfinite(positive).sum(axis=0)
+    logs = np.log(positive)
+    center = np.nansum(logs, axis=0) / np.maximum(n, 1)
+    std = np.sqrt(np.nansum((logs - center) ** 2, axis=0) / np.maximum(n - 1, 1))
+    whole = n == np.isfinite(table).sum(axis=0)
+    lowest = np.where(n > 0, np.min(np.where(table > 0, table, np.inf), axis=0), np.nan)
+    highest = np.where(n > 0, np.max(np.where(table > 0, table, 0.0), axis=0), np.nan)
+    return np.array(
+        [
+            np.where(whole, np.exp(center), np.where(mean > 0, mean, np.nan)),
+            np.where(whole, np.exp(center - std), lowest),
+            np.where(whole, np.exp(center + std), highest),
+        ]
     )
 
 

@@ -23,6 +23,7 @@ from bilevel.comparison.plot_style import (
     figure,
     legend,
     legend_columns,
+    logarithmic,
     readable_name,
     styles,
 )
@@ -124,7 +125,7 @@ def _equalize(axes: Sequence["Axes"]) -> None:
     """Give all axes the same limits; all are logarithmic if one is."""
     if any(ax.get_yscale() == "log" for ax in axes):
         for ax in axes:
-            ax.set_yscale("log")
+            logarithmic(ax)
     x, y = ([getattr(ax, f"get_{axis}lim")() for ax in axes] for axis in "xy")
     for ax in axes:
         ax.set(xlim=(min(low for low, _ in x), max(high for _, high in x)))
@@ -146,9 +147,9 @@ def _curves(groups: Groups, x: str, looks: Looks, best_so_far: bool) -> Picture 
     caption = (
         f"{_list(readable_name(name) for name in names)} against "
         f"{_axis(x)}{', the best so far' if best_so_far else ''}. Lines are means over "
-        "seeds, and bands are one standard deviation on either side, as long as all runs of "
-        "a group continue. Beyond that, each remaining run is a thin line. A cross ends a "
-        "diverged run."
+        "seeds, and bands are one standard deviation on either side; both are geometric on a "
+        "logarithmic axis. They last as long as all runs of a group continue. Beyond that, each "
+        "remaining run is a thin line. A cross ends a diverged run."
     )
     return Picture("curves", png, caption[0].upper() + caption[1:])
 
@@ -165,7 +166,8 @@ def _paths(groups: Groups, x: str, looks: Looks) -> Picture | None:
     return Picture(
         "paths",
         png,
-        "Hyperparameters in their own units: mean ± one standard deviation over seeds.",
+        "Hyperparameters in their own units: mean ± one standard deviation over seeds, geometric "
+        "ones on a logarithmic axis.",
     )
 
 
@@ -208,33 +210,23 @@ def _perturbations(groups: Groups, x: str, looks: Looks) -> Picture | None:
 
 def _pareto(groups: Groups, looks: Looks) -> Picture | None:
     costs = {"total training time (s)": "seconds", "total examples": "examples"}
-    quality = {
-        label: value
-        for label, runs in groups.items()
-        if (value := mean_std(run.at_best(LOSS) for run in runs))
-    }
 
     def panel(title: str, name: str) -> Callable[["Axes"], None]:
         def draw(ax: "Axes") -> None:
-            cost = {
-                label: value
-                for label in quality
-                if (value := mean_std(run.total(name) for run in groups[label]))
-            }
-            draw_cost(ax, groups, cost, quality, looks, name)
+            draw_cost(ax, groups, looks, name)
             ax.set_xlabel(title)
             ax.set_ylabel("best validation loss")
 
         return draw
 
-    if not quality:
+    if all(_loss(runs) == math.inf for runs in groups.values()):
         return None
     png = _grid([panel(*cost) for cost in costs.items()], labels=list(groups))
     caption = (
         "Quality against cost: the best validation loss of a run against the cost of the "
-        "whole run. Means have one standard deviation; each run is a pale dot, or a cross "
-        "where it diverged. Lower and further left is better. The grey steps join the "
-        "groups without diverged runs that no other group beats in both."
+        "whole run. Means have one standard deviation; both are geometric on a logarithmic axis. "
+        "Each run is a pale dot, or a cross where it diverged. Lower and further left is better. "
+        "The grey steps join the groups without diverged runs that no other group beats in both."
     )
     return Picture("pareto", png, caption)
 

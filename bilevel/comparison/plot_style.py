@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from bilevel.loggers.plot import STYLE, plain_names
+from bilevel.text import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,19 +81,6 @@ def readable_name(name: str) -> str:
     return bare.replace("valid_", "validation ").replace("train_", "training ").replace("_", " ")
 
 
-def short_count(value: float) -> str:
-    """Return a count in a form that is short enough for an axis.
-
-    Example:
-        >>> short_count(20_000), short_count(1.5e6), short_count(64)
-        ('20k', '1.5M', '64')
-    """
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
-
-
 def legend(drawn: "Figure", ax: "Axes") -> None:
     """Draw one legend for the whole figure, above it."""
     handles, labels = ax.get_legend_handles_labels()
@@ -117,20 +105,16 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
     return max(1, min(len(labels), int(width / each)))
 
 
-def logarithmic(ax: "Axes") -> None:
-    """Make the vertical axis logarithmic.
+def logarithmic(ax: "Axes", *, horizontal: bool = False) -> None:
+    """Make the vertical axis logarithmic, or the horizontal one, with ticks that do not collide."""
+    from bilevel.comparison.log_axis import set_ticks
 
-    An axis of one or two decades also gets labels such as 0.2 and 0.5.
-    """
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    if high < 100 * low and 1e-4 < low < high < 1e5:
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_major_formatter(plain)
-        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if high > 10 * low else (2, 3, 4, 6)))
-        ax.yaxis.set_minor_formatter(plain)
+    if horizontal:
+        ax.set_xscale("log")
+        set_ticks(ax.xaxis, 4)
+    else:
+        ax.set_yscale("log")
+        set_ticks(ax.yaxis, 6)
 
 
 def cost_axis(ax: "Axes", x: str) -> None:
@@ -139,6 +123,6 @@ def cost_axis(ax: "Axes", x: str) -> None:
 
     ax.set_xlabel("training time (s)" if x == "seconds" else x)
     ax.set_xlim(left=0)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     if x == "examples":
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))

@@ -24,6 +24,14 @@ class MeanStd(NamedTuple):
     of: int
 
 
+class Spread(NamedTuple):
+    """A mean with the ends of one standard deviation, arithmetic or geometric."""
+
+    mean: float
+    low: float
+    high: float
+
+
 class Paired(NamedTuple):
     """A paired comparison of two groups.
 
@@ -64,6 +72,24 @@ def mean_std(values: Iterable[float | None]) -> MeanStd | None:
         len(known),
         len(values_of_all),
     )
+
+
+def spread(values: Iterable[float | None], *, geometric: bool = False) -> Spread | None:
+    """Return mean and mean ± std of the known values, or None without any.
+
+    Geometric ones are exp(mean ± std) of the logarithms, so they are positive. They need positive
+    values.
+
+    Example:
+        >>> spread([1.0, 3.0]).mean, round(spread([1.0, 4.0], geometric=True).mean, 6)
+        (2.0, 2.0)
+    """
+    known = [value for value in values if value is not None]
+    found = mean_std(map(math.log, known) if geometric else known)
+    if found is None:
+        return None
+    edges = Spread(found.mean, found.mean - found.std, found.mean + found.std)
+    return Spread(*map(math.exp, edges)) if geometric else edges
 
 
 def paired(
