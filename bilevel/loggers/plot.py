@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.files import write_atomically
 from bilevel.loggers.logger import Logger, RunInfo
-from bilevel.loggers.records import METRICS, Record, best_record, read_metrics
+from bilevel.loggers.records import METRICS, Record, own_results, read_metrics
 from bilevel.space import Space
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PICTURE = "curves.png"
 # Okabe and Ito's palette: distinct for colour-blind readers, and in grey
-TRAIN, VALID, PATH = "#E69F00", "#0072B2", "#009E73"
+TRAIN, VALID, TEST, PATH = "#E69F00", "#0072B2", "#D55E00", "#009E73"
 PATHS = (PATH, "#CC79A7", "#56B4E9", "#D55E00")
 
 
@@ -34,8 +34,12 @@ class CurvesPlot(Logger):
 
     def finish(self, summary: Record) -> None:
         records = read_metrics(self.run.directory / METRICS)
+        own = own_results(summary)
         for record in records:
-            record["best"] = record["step"] == best_record(summary).get("step")
+            record["best"] = record["step"] == own["best"].get("step")
+            for measured in (own["best"], own["last"]):  # the test split comes last
+                if record["step"] == measured.get("step"):
+                    record.update({k: v for k, v in measured.items() if k.startswith("test_")})
         title = f"{self.run.problem} · {self.run.solver} · seed {self.run.seed}"
         draw(
             records,
@@ -59,7 +63,7 @@ def draw(
     """Write the curves of a `metrics.jsonl`, or of its records, as an image.
 
     Args:
-        metrics: the file with the records, or the records.
+        metrics: the file with the records, or the records; `test_loss` in some of them is a marker.
         picture: the file to write; its ending chooses the format.
         space: with it, the band λ(u ± σ) is drawn around the path of each perturbed hyperparameter.
         warmup_epochs: length of the shaded part before λ is tuned.
@@ -91,9 +95,11 @@ def draw(
             if index + columns >= panels:
                 ax.set_xlabel("epoch")
                 ax.xaxis.set_tick_params(labelbottom=True)
-        for first in {0, len(scores)}:  # one legend per kind of panel
-            if first < panels and axes[first].get_legend_handles_labels()[0]:
-                axes[first].legend(loc="best")
+        explained: set[str] = set()
+        for ax in axes[:panels]:  # one legend per kind of panel
+            if not explained.issuperset(labels := ax.get_legend_handles_labels()[1]):
+                ax.legend(loc="best")
+            explained |= set(labels)
         if title:
             figure.suptitle(title)
         plain_names(figure)
@@ -125,6 +131,13 @@ def _draw_score(ax: "Axes", records: Sequence[Record], score: str) -> None:
         values = [r[f"{split}_{score}"] for r in known]
         ax.plot([r["epoch"] for r in known], values, color=color, label=split)
         shown += values
+    if tested := [r for r in records if r.get(f"test_{score}") is not None]:
+        values = [r[f"test_{score}"] for r in tested]
+        # an open marker, which does not hide the one of the best evaluation
+        style: Any = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.3}
+        at = [r["epoch"] for r in tested]
+        ax.plot(at, values, "D", color=TEST, label="test", clip_on=False, zorder=4, **style)
+        shown += values
     _mark_best_point(ax, records, f"valid_{score}", VALID)
     _logarithmic_if_wide(ax, shown)
     ax.set_title(score)
@@ -149,14 +162,18 @@ def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | 
             color=PATH,
             alpha=0.2,
             linewidth=0,
+            label="min to max",
         )
-        ax.plot(epochs, [v["mean"] for v in values], color=PATH)
+        ax.plot(epochs, [v["mean"] for v in values], color=PATH, label="mean of λ")
         return
     path = torch.tensor(values, dtype=torch.float64)
     band = sigma_band(space, name, path, [r.get(f"scales.{name}") for r in points])
     entries = path.reshape(len(values), -1).unbind(1)
     for index, entry in enumerate(entries):
         color = PATHS[index % len(PATHS)]
+        few = 1 < len(entries) <= len(PATHS)
+        label = f"λ[{index}]" if few else "λ" if index == 0 else None
+        ax.plot(epochs, entry.tolist(), color=color, label=label)
         # bands of many entries would hide one another
         if band is not None and len(entries) <= len(PATHS):
             low, high = (edge.reshape(len(values), -1)[:, index].tolist() for edge in band)
@@ -169,7 +186,6 @@ def _draw_path(ax: "Axes", records: Sequence[Record], name: str, space: Space | 
                 linewidth=0,
                 label="u ± σ" if index == 0 else None,
             )
-        ax.plot(epochs, entry.tolist(), color=color)
     if len(entries) == 1:
         _mark_best_point(ax, records, f"hypers.{name}", PATH)
     _logarithmic_if_wide(ax, path.flatten().tolist())

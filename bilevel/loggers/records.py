@@ -75,14 +75,14 @@ def read_metrics(path: str | Path) -> list[Record]:
     return [json.loads(line) for line in lines]
 
 
-def best_record(summary: Record) -> Record:
-    """Return the best evaluation among those of `metrics.jsonl`, also where a refit is better.
+def own_results(summary: Record) -> Record:
+    """Return the `best` and `last` evaluation of `metrics.jsonl`, also where a refit is better.
 
     Example:
-        >>> best_record({"best": {"step": 3}})
+        >>> own_results({"best": {"step": 3}, "last": {"step": 5}})["best"]
         {'step': 3}
     """
-    own: Record = summary.get("refit", {}).get("candidates", {}).get("run", summary)["best"]
+    own: Record = summary.get("refit", {}).get("candidates", {}).get("run", summary)
     return own
 
 
