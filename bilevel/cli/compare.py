@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from bilevel.cli.standard_streams import print_line
-    from bilevel.comparison.report import printed, usable_sections, write_report
+    from bilevel.comparison.report import (
+        origin_of,
+        printed,
+        printed_part,
+        usable_sections,
+        write_report,
+    )
     from bilevel.comparison.runs import read_runs
 
     faults: list[str] = []
@@ -44,13 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(made) > 1:
         names = ", ".join(section.problem for section in made)
         console.print(f"{len(made)} problems, with one section each: {names}")
-    for section in made:
-        for part in printed(section):
-            console.print(part, "", sep="\n", soft_wrap=isinstance(part, str), markup=False)
-        if section.target is not None:
-            chosen = f"the target, {section.target:.4g}, is {section.target_source}"
-            console.print(chosen, "", sep="\n", markup=False)
-    report = write_report(made, given.out, faults=faults, warn=warn)
+    command = shlex.join(["bilevel-compare", *(sys.argv[1:] if arguments is None else arguments)])
+    parts = [part for section in made for part in printed(section, console.width)]
+    for part in [*parts, *printed_part(origin_of(made, command), console.width)]:
+        console.print(part, "", sep="\n", soft_wrap=isinstance(part, str), markup=False)
+    report = write_report(made, given.out, command=command, faults=faults, warn=warn)
     if report is None:
         return 1
     console.print(f"the report: {report}", markup=False, soft_wrap=True)

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bilevel.cli.standard_streams import print_line
 from bilevel.comparison.runs import Run, group_runs, read_runs
-from bilevel.comparison.table import SWEEP, rich_table, rows
+from bilevel.comparison.sweep_table import SWEEP
+from bilevel.comparison.table import MARK_NOTE, rich_table, rows
 from bilevel.errors import Unwritable
 from bilevel.files import write_atomically
 from bilevel.loggers.logger import Place
@@ -146,14 +147,13 @@ def _failure() -> Path | None:
 
 
 def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:
-    """Return a table for each problem.
+    """Return a table for each problem, and the explanation of their marks.
 
     Each solver (and ablation) has a row with mean ± standard deviation over its runs.
     """
-    return [
-        rich_table(rows(groups, SWEEP), title=problem)
-        for problem, groups in group_runs(runs).items()
-    ]
+    made = {problem: rows(groups, SWEEP) for problem, groups in group_runs(runs).items()}
+    tables = [rich_table(content, title=problem) for problem, content in made.items()]
+    return [*tables, MARK_NOTE] if any(content.marks for content in made.values()) else [*tables]
 
 
 def place() -> Place | None:

@@ -9,10 +9,12 @@ from bilevel.comparison.table import Rows
 STYLE = """
 :root {
   color-scheme: light dark;
-  --ink: #1a1a1a; --paper: #fff; --pale: #666; --rule: #ccc; --band: #f5f5f3;
+  --ink: #1a1a1a; --paper: #fff; --pale: #666; --rule: #ccc; --band: #0000000b;
+  --shade: #0004;
 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --paper: #16181b; --pale: #a0a0a0; --rule: #44484e; --band: #202327; }
+  :root { --ink: #e6e6e6; --paper: #16181b; --pale: #a0a0a0; --rule: #44484e; --band: #ffffff0d;
+    --shade: #fff4; }
 }
 body {
   font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -26,7 +28,15 @@ h2 {
 h3 { font-size: 1rem; margin: 1.8rem 0 0.4rem; }
 p, figcaption, li { max-width: 60rem; }
 .pale, figcaption { color: var(--pale); font-size: 0.9rem; }
-.scroll { overflow-x: auto; }
+/* a shade at an edge is the sign of columns beyond it; the covers scroll with the table */
+.scroll {
+  overflow-x: auto;
+  background:
+    linear-gradient(to right, var(--paper) 50%, transparent) left / 2rem 100% no-repeat local,
+    linear-gradient(to left, var(--paper) 50%, transparent) right / 2rem 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 0.7rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 0.7rem 100% no-repeat scroll;
+}
 table {
   border-collapse: collapse; font-variant-numeric: tabular-nums;
   border-top: 1.5px solid; border-bottom: 1.5px solid;
@@ -44,14 +54,15 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 @media print {
   :root {
     color-scheme: light;
-    --ink: #000; --paper: #fff; --pale: #333; --rule: #999; --band: #f3f3f3;
+    --ink: #000; --paper: #fff; --pale: #333; --rule: #999; --band: #0000000d;
   }
   @page { margin: 15mm; }
   body { font-size: 9.5pt; margin: 0; padding: 0; max-width: none; }
   h2, h3 { break-after: avoid; }
   figure, table, tr { break-inside: avoid; }
   th, td { padding: 0.15rem 0.35rem; font-size: 7.5pt; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
+  .left { max-width: 14rem; }
   td.trouble { color: #9a3412; }
 }
 """
@@ -86,20 +97,27 @@ def bullets(texts: Sequence[str]) -> str:
 def table(content: Rows, words: Sequence[int] = (0,)) -> str:
     """Return a table.
 
-    Columns in `words` are left-aligned, and an unnamed last one shows failures.
+    Columns in `words` are left-aligned, and an unnamed last one shows failures. Marked cells are
+    bold.
     """
 
     def cell(tag: str, index: int, text: str) -> str:
-        unnamed = index == len(content.titles) - 1 and not content.titles[index]
+        last = index == len(content.titles) - 1 and index not in words
+        unnamed = last and not content.titles[index]
         kind = "left trouble" if unnamed else "left" if index in words else ""
-        return f"<{tag}{_class(kind)}>{escape(text)}</{tag}>"
+        return f"<{tag}{_class(kind)}>{text}</{tag}>"
 
-    head = "".join(cell("th", index, title) for index, title in enumerate(content.titles))
+    def content_of(row: int, index: int) -> str:
+        text = escape(content.text(row, index))
+        return f"<strong>{text}</strong>" if (row, index) in content.marks else text
+
+    head = "".join(cell("th", index, escape(title)) for index, title in enumerate(content.titles))
     body = "".join(
-        "<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>\n"
-        for row in content.cells
+        "<tr>" + "".join(cell("td", i, content_of(row, i)) for i in range(len(cells))) + "</tr>\n"
+        for row, cells in enumerate(content.cells)
     )
-    rows = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>"
+    head = f"<thead><tr>{head}</tr></thead>\n" if any(content.titles) else ""
+    rows = f"{head}<tbody>\n{body}</tbody>"
     return f'<div class="scroll"><table>\n{rows}\n</table></div>'
 
 

@@ -45,7 +45,7 @@ def label(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
     labels = []
     for (problem, solver, _), flat in zip(runs, settings, strict=True):
         differences = [
-            f"{_short(key)}={_value(key, flat[key])}"
+            f"{_short(key)}={value_text(key, flat[key])}"
             for key in varied[problem, solver]
             if key in flat
         ]
@@ -128,11 +128,12 @@ def _short(key: str) -> str:
     return re.sub(r"\._target_$", "", re.sub(r"^(solver|problem|runner)\.(?!_target_)", "", key))
 
 
-def _value(key: str, value: Any) -> str:
+def value_text(key: str, value: Any) -> str:
+    """Return a setting as it is written on the command line."""
     if key.endswith("_target_"):
         return str(value).rpartition(".")[2]
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, float):
         return f"{value:g}"
-    return re.sub(r"[\s']+", "", str(value))  # a list as it is written on the command line
+    return re.sub(r"[\s']+", "", str(value))

@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilevel.comparison import html_page
+from bilevel.comparison.cost_table import cost_table
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.figures import pictures
+from bilevel.comparison.hyper_table import hyper_table
+from bilevel.comparison.notes import notes_on
+from bilevel.comparison.paired_table import paired_tables
+from bilevel.comparison.part import Part
+from bilevel.comparison.provenance import origin
+from bilevel.comparison.quality_table import quality_table
 from bilevel.comparison.report_page import document, title
 from bilevel.comparison.runs import Run, Warn, group_runs, label_runs
 from bilevel.comparison.section import Section
+from bilevel.comparison.settings_table import settings_table
 from bilevel.comparison.statistics import paired
-from bilevel.comparison.table import (
-    COST,
-    QUALITY,
-    STEP,
-    pair_rows,
-    rich_table,
-    rows,
-    targeted,
-)
+from bilevel.comparison.step_table import step_table
+from bilevel.comparison.table import MARK_NOTE, rich_table
+from bilevel.comparison.wide_table import blocks
 from bilevel.errors import BilevelError
 from bilevel.files import write_atomically
 from bilevel.text import describe
@@ -64,17 +66,28 @@ def sections(
                 problem=problem,
                 groups=groups,
                 target=goal,
-                target_source=_target_source(groups, target),
-                quality=rows(groups, QUALITY),
-                cost=rows(groups, (*targeted(goal), *COST)),
-                step=rows(groups, STEP),
+                tables=_tables(groups, goal, _target_source(groups, target)),
                 pairs=tests,
                 all_pairs=all_pairs,
-                notes=_notes(groups),
+                notes=notes_on(groups),
                 pictures=pictures(groups, x, best_so_far=best_so_far),
             )
         )
     return made
+
+
+def _tables(
+    groups: Mapping[str, Sequence[Run]], target: float | None, target_source: str
+) -> list[Part]:
+    """Return the tables of a section in their order; a table without content is None."""
+    made = (
+        quality_table(groups),
+        hyper_table(groups),
+        cost_table(groups, target, target_source),
+        step_table(groups),
+        settings_table(groups),
+    )
+    return [part for part in made if part is not None]
 
 
 def usable_sections(
@@ -123,28 +136,44 @@ def _target_source(groups: Mapping[str, Sequence[Run]], target: float | None) ->
     return "as requested" if is_reached else "as requested, and no run has reached it"
 
 
-def printed(section: Section) -> list["RenderableType"]:
-    """Return the tables and notes of a section for rich."""
-    tables: list[RenderableType] = [
-        rich_table(section.quality, f"{section.problem}: quality"),
-        rich_table(section.cost, f"{section.problem}: cost"),
-        rich_table(section.step, f"{section.problem}: cost per step"),
+def printed(section: Section, width: int) -> list["RenderableType"]:
+    """Return the notes and tables of a section for rich, at most `width` letters wide."""
+    parts = [*section.tables, *paired_tables(section.pairs, all_pairs=section.all_pairs)]
+    found: list[RenderableType] = list(section.notes)
+    for part in parts:
+        found += printed_part(part, width, f"{section.problem}: ")
+    return [*found, MARK_NOTE] if any(part.rows.marks for part in parts) else found
+
+
+def printed_part(part: Part, width: int, before: str = "") -> list["RenderableType"]:
+    """Return the blocks of a table for rich, and its note; `before` begins the titles."""
+    words = f"{before}{part.title[:1].lower()}{part.title[1:]}"
+    found: list[RenderableType] = [
+        rich_table(block, f"{words}{', continued' if number else ''}")
+        for number, block in enumerate(blocks(part.rows, width, part.fixed))
     ]
-    for words, pairs in section.pairs.items():
-        tables.append(
-            rich_table(pair_rows(pairs), f"{section.problem}: paired over seeds, {words}")
-        )
-    return [*tables, *section.notes]
+    return [*found, part.note] if part.note else found
+
+
+def origin_of(made: Sequence[Section], command: str) -> Part:
+    """Return the table of the origin of all runs in the sections."""
+    return origin([run for s in made for runs in s.groups.values() for run in runs], command)
 
 
 def write_report(
-    made: Sequence[Section], out: Path, *, faults: Sequence[str] = (), warn: Warn
+    made: Sequence[Section],
+    out: Path,
+    *,
+    command: str = "Python",
+    faults: Sequence[str] = (),
+    warn: Warn,
 ) -> Path | None:
     """Write `report.html` and the pictures into `out`.
 
     Args:
         made: the sections.
         out: a directory, which is created where it is missing.
+        command: the command line that makes the report.
         faults: warnings about unreadable files, which the page repeats.
         warn: receives warnings about files that cannot be written; the rest is still written.
 
@@ -159,30 +188,8 @@ def write_report(
     for section, stem in zip(made, _stems([section.problem for section in made]), strict=True):
         for picture in section.pictures:
             _write(out / f"{stem}-{picture.name}.png", picture.png, warn)
-    text = html_page.page(title(made), document(made, faults))
+    text = html_page.page(title(made), document(made, origin_of(made, command), faults))
     return out / REPORT if _write(out / REPORT, text.encode(), warn) else None
-
-
-def _notes(groups: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Return the irregularities of these runs."""
-    notes = []
-    for label, runs in groups.items():
-        for run in runs:
-            if run.status == "running":
-                notes.append(
-                    f"{label}, seed {run.seed}: the run has not ended, or was killed "
-                    f"({run.evaluations} evaluations so far)"
-                )
-            elif run.status != "finished":
-                message = str((run.summary or {}).get("message") or run.status)
-                notes.append(f"{label}, seed {run.seed}: {message.partition(';')[0]}")
-        seeds = [run.seed for run in runs]
-        if len(set(seeds)) < len(seeds):
-            notes.append(
-                f"{label}: several runs have the same seed; n counts them all, and the paired test "
-                "uses their mean"
-            )
-    return notes
 
 
 def _write(path: Path, content: bytes, warn: Warn) -> bool:

@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 
 from bilevel.comparison import html_page
+from bilevel.comparison.paired_table import paired_tables
+from bilevel.comparison.part import Part
 from bilevel.comparison.section import Section
-from bilevel.comparison.table import pair_rows
+from bilevel.comparison.table import MARK_NOTE
+from bilevel.comparison.wide_table import blocks
 
 TITLE = "Runs compared"
-MANY_GROUPS = (
-    "There are many groups, so each is compared with the group of lowest mean alone. "
-    "That group was chosen by these same numbers, so p is too small"
-)
+WIDTH = 104
+"""Letters in a row of a table, which fit on a screen and on a printed page."""
+LABEL = 40
+"""Letters of a label after which a browser breaks it into lines."""
 
 
-def document(made: Sequence[Section], faults: Sequence[str]) -> list[str]:
-    """Return the parts of the page: title, warnings, sections and explanations."""
+def document(made: Sequence[Section], origin: Part, faults: Sequence[str]) -> list[str]:
+    """Return the parts of the page: title, warnings, sections, explanations and origin."""
     count = sum(len(runs) for section in made for runs in section.groups.values())
     parts = [
         html_page.heading(title(made), 1),
@@ -24,38 +27,29 @@ def document(made: Sequence[Section], faults: Sequence[str]) -> list[str]:
         parts += [html_page.paragraph("Files that cannot be read:"), html_page.bullets(faults)]
     for section in made:
         parts += _section(section)
-    return [*parts, *_reading()]
+    return [*parts, *_reading(), *_table(origin)]
 
 
 def _section(section: Section) -> list[str]:
     parts = [html_page.heading(section.problem), html_page.bullets(section.notes)]
-    parts += [html_page.heading("Quality", 3), html_page.table(section.quality)]
-    parts += [
-        html_page.paragraph(
-            (
-                "At the evaluation of lowest validation loss of each run; mean ± standard "
-                "deviation over runs."
-            ),
-            pale=True,
-        )
-    ]
-    parts += [html_page.heading("Cost", 3), html_page.table(section.cost)]
-    if section.target is not None:
-        parts += [
-            html_page.paragraph(
-                f"The target, {section.target:.4g}, is {section.target_source}.", pale=True
-            )
-        ]
-    parts += [html_page.heading("Cost per step", 3), html_page.table(section.step)]
+    for part in section.tables:
+        parts += _table(part)
     parts += [html_page.picture(picture.png, picture.caption) for picture in section.pictures]
-    for words, pairs in section.pairs.items():
-        parts += [
-            html_page.heading(f"Paired over seeds: {words}", 3),
-            html_page.table(pair_rows(pairs), words=(0, 1)),
-        ]
-    if section.pairs:
-        parts += [html_page.paragraph(_tested(section), pale=True)]
+    for part in paired_tables(section.pairs, all_pairs=section.all_pairs):
+        parts += _table(part)
     return parts
+
+
+def _table(part: Part) -> list[str]:
+    """Return heading, rows and note of a table; a wide one continues below."""
+    made = [html_page.heading(part.title, 3)]
+    for number, block in enumerate(blocks(part.rows, WIDTH, part.fixed, label=LABEL)):
+        if number:
+            made.append(html_page.paragraph(f"{part.title}, continued:", pale=True))
+        made.append(html_page.table(block, words=part.words))
+    notes = [part.note, MARK_NOTE if part.rows.marks else ""]
+    text = " ".join(filter(None, notes))
+    return [*made, html_page.paragraph(text, pale=True)] if text else made
 
 
 def _opening(made: Sequence[Section], count: int) -> str:
@@ -67,16 +61,6 @@ def _opening(made: Sequence[Section], count: int) -> str:
             "each in its own section"
         )
     return f"{text}. A group is a solver, with the settings in which its runs differ."
-
-
-def _tested(section: Section) -> str:
-    pairs = "All pairs" if section.all_pairs else MANY_GROUPS
-    return (
-        f"{pairs}. A negative difference means that the first is lower. n is the number of "
-        "seeds that both have; t = mean / (std / √n); p is two-sided with n − 1 degrees of "
-        "freedom. The last column has Holm's correction for the pairs of its table. t is "
-        "missing for one seed, and for equal differences."
-    )
 
 
 def _reading() -> list[str]:

@@ -1,44 +1,75 @@
-"""Tables of groups of runs: quality and cost as mean ± standard deviation over runs."""
+"""Tables of groups of runs as text: cells with mean ± standard deviation, and marks."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from textwrap import wrap
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-
-from bilevel.comparison.curves import LOSS, reached
-from bilevel.comparison.runs import Run, finite
-from bilevel.comparison.statistics import Paired, mean_std
+from bilevel.comparison.runs import Run
+from bilevel.comparison.statistics import MeanStd, mean_std
 from bilevel.loggers.tables import duration, number
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-REGRET = "exact.regret"
-PART = 0.1
-"""Part of the initial regret down to which the number of examples is reported."""
+MARK = "* "
+"""Stands before the best value of a column; it is visible in print, as bold text may not be."""
+MARK_NOTE = (
+    "* marks the best mean of a column. A group with a diverged run, or without a number for one "
+    "of its runs, gets no mark."
+)
+
+
+TITLE = 20
+"""Letters of a title that stand in one line, also above narrower cells."""
 
 
 class Column(NamedTuple):
-    """A column: title, value of a run, and the text of mean and standard deviation."""
+    """A column of a table.
+
+    Attributes:
+        title: the title.
+        of: the value of a run.
+        form: the text of mean and standard deviation.
+        better: the better values; None for a column without a best one.
+    """
 
     title: str
     of: Callable[[Run], float | None]
     form: Callable[[float, float | None], str]
+    better: Literal["low", "high"] | None = None
 
 
 class Rows(NamedTuple):
-    """A table as text: titles, and a row of cells for each group."""
+    """A table as text: titles, a row of cells for each group, and the marked cells.
+
+    A mark is the place of a cell: row and column.
+    """
 
     titles: list[str]
     cells: list[list[str]]
+    marks: frozenset[tuple[int, int]] = frozenset()
+
+    def text(self, row: int, column: int) -> str:
+        """Return a cell with its mark."""
+        mark = MARK if (row, column) in self.marks else ""
+        return f"{mark}{self.cells[row][column]}"
+
+    def title_lines(self, column: int) -> list[str]:
+        """Return a title in lines that are not much wider than the cells of its column."""
+        cells = (len(self.text(row, column)) for row in range(len(self.cells)))
+        return wrap(self.titles[column], max(TITLE, *cells), break_on_hyphens=False) or [""]
+
+    def width(self, column: int) -> int:
+        """Return the width of a column in letters."""
+        cells = [self.text(row, column) for row in range(len(self.cells))]
+        return max(map(len, [*self.title_lines(column), *cells]))
 
 
 def rows(groups: Mapping[str, Sequence[Run]], columns: Sequence[Column]) -> Rows:
     """Return a row for each group: label, n, the columns with any value, and failures.
 
-    Failures count the runs that did not end in order.
+    Failures count the runs that did not end in order. The best value of a column is marked.
     """
     kept = [
         column
@@ -52,31 +83,30 @@ def rows(groups: Mapping[str, Sequence[Run]], columns: Sequence[Column]) -> Rows
     titles = ["solver", "n", *(column.title for column in kept), ""]
     if not any(row[-1] for row in cells):
         titles, cells = titles[:-1], [row[:-1] for row in cells]
-    return Rows(titles, cells)
+    marks = {(row, 2 + at) for at, column in enumerate(kept) for row in _best(column, groups)}
+    return Rows(titles, cells, frozenset(marks))
 
 
-def pair_rows(pairs: Sequence[Paired]) -> Rows:
-    """Return a row for each paired comparison."""
-    titles = ["", "", "n", "mean difference ± std", "t", "p", "p (Holm)"]
-    return Rows(
-        titles,
-        [
-            [
-                pair.first,
-                f"− {pair.second}",
-                str(pair.n),
-                plus_minus(pair.difference, pair.std if pair.n > 1 else None),
-                "" if pair.t is None else f"{pair.t:.2f}",
-                _probability(pair.p),
-                _probability(pair.adjusted),
-            ]
-            for pair in pairs
-        ],
-    )
+def _best(column: Column, groups: Mapping[str, Sequence[Run]]) -> list[int]:
+    """Return the rows with the best mean, or none where all means are equal."""
+    if column.better is None:
+        return []
+    sign = 1 if column.better == "low" else -1
+    known: dict[int, MeanStd] = {}
+    for row, runs in enumerate(groups.values()):
+        if (found := mean_std(column.of(run) for run in runs)) is not None:
+            known[row] = found
+    sound = [not any(run.status == "diverged" for run in runs) for runs in groups.values()]
+    means = {
+        row: sign * found.mean for row, found in known.items() if sound[row] and found.n == found.of
+    }
+    if not means or len({found.mean for found in known.values()}) < 2:
+        return []
+    return [row for row, mean in means.items() if mean == min(means.values())]
 
 
 def rich_table(content: Rows, title: str | None = None) -> "Table":
-    """Return the rows as a table of rich."""
+    """Return the rows as a table of rich; a long label is broken into lines."""
     from rich.table import Table
     from rich.text import Text
 
@@ -87,12 +117,16 @@ def rich_table(content: Rows, title: str | None = None) -> "Table":
         title=title,
         title_justify="left",
         title_style="bold",
+        show_header=any(content.titles),
     )
     for index, name in enumerate(content.titles):
         left = index == 0 or not name
-        table.add_column(name, justify="left" if left else "right", no_wrap=index == 0)
-    for row in content.cells:
-        table.add_row(*(Text(cell) for cell in row))
+        lines = "\n".join(content.title_lines(index))
+        table.add_column(Text(lines), justify="left" if left else "right", overflow="fold")
+    for row, cells in enumerate(content.cells):
+        styles = ["bold" if (row, at) in content.marks else "" for at in range(len(cells))]
+        texts = [content.text(row, at) for at in range(len(cells))]
+        table.add_row(*map(Text, texts, styles))
     return table
 
 
@@ -130,98 +164,26 @@ def plus_minus(mean: float, std: float | None = None) -> str:
     )
 
 
-def part_of_regret(run: Run) -> float | None:
-    """Return the examples consumed when regret first fell to a tenth of its initial value.
-
-    Returns None where regret is unknown.
-    """
-    column = run.column(REGRET)
-    if not column.size or not np.isfinite(column[0]):
-        return None
-    cost = reached(run, PART * float(column[0]), REGRET)
-    return None if cost is None else cost.examples
-
-
-def milliseconds(run: Run, *, warmup: bool | None = None) -> float | None:
-    """Return the training time per inner step, in ms.
-
-    It is that of the whole run, of its warm-up (inner phase alone), or of the part after it.
-    """
-    step, seconds, epoch = (run.column(name) for name in ("step", "seconds", "epoch"))
-    until = finite(run.description.get("warmup_epochs"))
-    if until is None and isinstance(runner := run.config.get("runner"), dict):
-        until = finite(runner.get("warmup_epochs", 5))
-    kept = np.isfinite(step) & np.isfinite(seconds)
-    if warmup is not None:
-        if until is None:
-            return None
-        kept &= (epoch <= until) if warmup else (epoch >= until)
-    step, seconds = step[kept], seconds[kept]
-    if len(step) < 2 or step[-1] <= step[0]:
-        return None
-    return 1e3 * float((seconds[-1] - seconds[0]) / (step[-1] - step[0]))
-
-
-def phase(name: str, run: Run) -> float | None:
-    """Return the training time of a phase per inner step over the whole run, in ms.
-
-    The phases are `inner`, `response` and `outer`.
-    """
-    step, seconds = run.column("step"), run.column(f"seconds.{name}")
-    kept = np.isfinite(step) & np.isfinite(seconds)
-    if not kept.any() or (steps := step[kept][-1]) <= 0:
-        return None
-    return 1e3 * float(seconds[kept][-1] / steps)
-
-
-def evaluation(run: Run) -> float | None:
-    """Return the time per evaluation in ms, which is not part of training time."""
-    seconds = run.column("seconds.evaluation")
-    seconds = seconds[np.isfinite(seconds)]
-    return 1e3 * float(seconds[-1] / len(seconds)) if len(seconds) else None
-
-
-def targeted(target: float | None) -> tuple[Column, ...]:
-    """Return the columns with the cost of reaching a target."""
-    if target is None:
-        return ()
-
-    def seconds(run: Run) -> float | None:
-        cost = reached(run, target)
-        return None if cost is None else cost.seconds
-
-    def examples(run: Run) -> float | None:
-        cost = reached(run, target)
-        return None if cost is None else cost.examples
-
-    return Column(f"time to {target:.4g}", seconds, _seconds), Column(
-        f"examples to {target:.4g}", examples, plus_minus
-    )
-
-
 def _plain(value: float, digits: int = 4) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e3 and value == round(value) else f"{value:.{digits}g}"
 
 
-def _percent(mean: float, std: float | None = None) -> str:
+def percent(mean: float, std: float | None = None) -> str:
+    """Return a mean of accuracies in percent, with its standard deviation."""
     return number("accuracy", mean) if std is None else f"{100 * mean:.2f} ± {100 * std:.2f} %"
 
 
-def _seconds(mean: float, std: float | None = None) -> str:
+def seconds_text(mean: float, std: float | None = None) -> str:
+    """Return a mean of seconds in suitable units, with its standard deviation."""
     if mean >= 60:
         return duration(mean) if std is None else f"{duration(mean)} ± {duration(std)}"
     return f"{mean:.2f} s" if std is None else f"{mean:.2f} ± {std:.2f} s"
 
 
-def _memory(mean: float, std: float | None = None) -> str:
+def memory(mean: float, std: float | None = None) -> str:
+    """Return a mean of bytes in MiB, with its standard deviation."""
     mib = 1024.0**2
     return f"{mean / mib:,.0f} MiB" if std is None else f"{mean / mib:,.0f} ± {std / mib:,.0f} MiB"
-
-
-def _probability(p: float | None) -> str:
-    if p is None:
-        return ""
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
 
 
 def _cell(column: Column, runs: Sequence[Run]) -> str:
@@ -230,38 +192,3 @@ def _cell(column: Column, runs: Sequence[Run]) -> str:
         return ""
     text = column.form(summary.mean, summary.std if summary.n > 1 else None)
     return text if summary.n == summary.of else f"{text} ({summary.n} of {summary.of})"
-
-
-BEST = Column("best valid loss", lambda run: run.at_best(LOSS), plus_minus)
-TEST = Column("test loss there", lambda run: run.at_best("test_loss"), plus_minus)
-ACCURACY = Column("test accuracy", lambda run: run.at_best("test_accuracy"), _percent)
-LAST_REGRET = Column("regret of last λ", lambda run: run.at_end(REGRET), plus_minus)
-TO_PART = Column("examples to ⅒ of it", part_of_regret, plus_minus)
-TIME = Column("time", lambda run: run.total("seconds"), _seconds)
-EXAMPLES = Column("examples", lambda run: run.total("examples"), plus_minus)
-OUTER = Column("outer steps", lambda run: run.total("outer_steps"), plus_minus)
-
-SWEEP = (BEST, TEST, ACCURACY, LAST_REGRET, TO_PART, TIME, EXAMPLES, OUTER)
-QUALITY = (
-    *(
-        BEST,
-        Column("valid accuracy", lambda run: run.at_best("valid_accuracy"), _percent),
-        TEST,
-        ACCURACY,
-    ),
-    *(Column("regret there", lambda run: run.at_best(REGRET), plus_minus), LAST_REGRET),
-)
-COST = (TIME, EXAMPLES, OUTER)
-STEP = (
-    Column("ms per inner step", milliseconds, plus_minus),
-    Column("in warm-up", lambda run: milliseconds(run, warmup=True), plus_minus),
-    Column(
-        "after it, outer steps included", lambda run: milliseconds(run, warmup=False), plus_minus
-    ),
-    *(
-        Column(f"{name} phase", partial(phase, name), plus_minus)
-        for name in ("inner", "response", "outer")
-    ),
-    Column("ms per evaluation", evaluation, plus_minus),
-    Column("peak memory", lambda run: run.total("peak_memory_bytes"), _memory),
-)

@@ -90,25 +90,31 @@ def test_a_report_tells_the_numbers_and_holds_its_pictures(tmp_path, out, capsys
         "1.10 ± 0.10",
         "2.10 ± 0.10",
         "-1 ± ",
-        "the target, 2.1,",
+        "The target, 2.1,",
     ):  # best losses, their difference, the worst mean
         assert words in printed.out, words
     assert "1.10 ± 0.10" in text
 
 
+def first_row(section, title):
+    rows = section.table(title).rows
+    return rows.titles, rows.cells[0]
+
+
 def test_the_columns_are_those_of_the_runs(tmp_path):
     (section,) = sections(read_runs(write_runs(tmp_path / "runs")), target=1.05)
-    quality = [dict(zip(section.quality.titles, row, strict=True)) for row in section.quality.cells]
+    table = section.table("Quality").rows
+    quality = [dict(zip(table.titles, row, strict=True)) for row in table.cells]
     assert [row["solver"] for row in quality] == ["fixed", "stn"]
     assert quality[0]["n"] == "3"
     assert quality[0]["best valid loss"] == "1.10 ± 0.10"
     assert quality[0]["test accuracy"] == "90.00 ± 0.00 %"
-    assert "valid accuracy" not in section.quality.titles  # nobody measured it
-    cost = dict(zip(section.cost.titles, section.cost.cells[0], strict=True))
+    assert "valid accuracy" not in table.titles  # nobody measured it
+    cost = dict(zip(*first_row(section, "Cost"), strict=True))
     assert cost["time to 1.05"] == "1.00 s (1 of 3)"
     assert cost["examples to 1.05"] == "20 (1 of 3)"
     assert cost["outer steps"] == "3 ± 0"
-    step = dict(zip(section.step.titles, section.step.cells[0], strict=True))
+    step = dict(zip(*first_row(section, "Cost per step"), strict=True))
     assert step["ms per inner step"] == "500 ± 0"
     assert step["peak memory"] == "3 ± 0 MiB"
 
@@ -234,7 +240,7 @@ def test_wrong_arguments_are_usage_errors(arguments, capsys):
 def test_many_groups_are_all_in_the_tables_and_the_best_in_the_pictures(tmp_path):
     runs = write_runs(tmp_path / "runs", solvers=[f"solver{index}" for index in range(14)], seeds=2)
     (section,) = sections(read_runs(runs))
-    assert len(section.quality.cells) == 14
+    assert len(section.table("Quality").rows.cells) == 14
     assert "12 groups of lowest mean loss; the tables have 2 more" in section.pictures[0].caption
     assert not section.all_pairs
     assert {pair.first for pair in section.pairs["best validation loss"]} == {"solver0"}

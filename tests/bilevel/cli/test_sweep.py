@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from bilevel.cli.app import main
+from bilevel.comparison.quality_table import part_of_regret
 from bilevel.comparison.runs import read_runs
-from bilevel.comparison.table import SWEEP, part_of_regret, plus_minus, rows
+from bilevel.comparison.sweep_table import SWEEP
+from bilevel.comparison.table import plus_minus, rows
 from tests.support.comparison_runs import records, write_run
 
 QUICK = (
@@ -44,7 +46,8 @@ def test_a_sweep_ends_with_a_table_of_its_runs(capfd):
     lines = [line.split() for line in (sweep() / "table.txt").read_text().splitlines()]
     assert lines[0] == ["quadratic"]
     assert lines[1][:2] == ["solver", "n"]
-    assert [line[:3] for line in lines[2:]] == [
+    assert lines[-1][:3] == ["*", "marks", "the"]
+    assert [line[:3] for line in lines[2:-1]] == [
         [solver, f"inner_steps={steps}", "2"] for solver in ("fixed", "stn") for steps in (1, 2)
     ]
     assert (sweep() / "table.txt").read_text() in out
@@ -88,13 +91,13 @@ def test_regret_is_told_with_the_examples_that_it_took(tmp_path):
         *read_runs(write_run(tmp_path / "c", records([4]))),
     ]
     assert [part_of_regret(run) for run in runs] == [40, None, None]
-    titles, cells = rows({"stn": runs[:2]}, SWEEP)
+    titles, cells, _ = rows({"stn": runs[:2]}, SWEEP)
     assert cells[0][titles.index("examples to ⅒ of it")] == "40 (1 of 2)"
 
 
 def test_a_column_that_nobody_fills_is_left_out(tmp_path):
     runs = read_runs(write_run(tmp_path / "a", records([1.0]), ended=None))
-    titles, cells = rows({"stn": runs}, SWEEP)
+    titles, cells, _ = rows({"stn": runs}, SWEEP)
     assert titles == ["solver", "n", "best valid loss", "time", "examples", ""]
     assert cells == [["stn", "1", "1", "0.00 s", "0", "1 not ended"]]
 

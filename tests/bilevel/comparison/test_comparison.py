@@ -12,7 +12,8 @@ from bilevel.comparison.curves import band, common_target, reached
 from bilevel.comparison.labels import label
 from bilevel.comparison.runs import group_runs, read_runs
 from bilevel.comparison.statistics import holm, paired
-from bilevel.comparison.table import STEP, milliseconds, plus_minus, rows
+from bilevel.comparison.step_table import STEP, milliseconds
+from bilevel.comparison.table import plus_minus, rows
 from bilevel.domains import Integer, Interval, Positive, Simplex
 from bilevel.loggers.space_json import space_from_json, space_to_json
 from bilevel.space import Space
@@ -305,7 +306,7 @@ def test_a_step_costs_what_its_phases_cost_where_records_tell_them(tmp_path):
         if number:
             record["seconds.outer"] = 0.1 * (number - 1)
     runs = read_runs(write_run(tmp_path / "r", made))
-    titles, (cells,) = rows({"stn": runs}, STEP)
+    titles, (cells,), _ = rows({"stn": runs}, STEP)
     assert cells[titles.index("inner phase")] == "100"  # 0.4 s for 4 steps
     assert cells[titles.index("outer phase")] == "25"
     assert cells[titles.index("ms per evaluation")] == "500"
