@@ -283,15 +283,15 @@ MUTANTS = [
     Mutant(
         "batch-norm statistics of the perturbed pass kept",
         "solvers/self_tuning.py",
-        "core.carry, self.response_carry = detached(carry), response_carry",
-        "core.carry, self.response_carry = response_carry, response_carry",
+        "self.response_carry = end",
+        "core.carry = self.response_carry = end",
         "solvers/test_solver_state.py",
     ),
     Mutant(
         "batch-norm statistics written twice per batch",
         "solvers/self_tuning.py",
-        "self.perturbed_loss(w0, self.response_carry, batch)",
-        "self.perturbed_loss(w0, carry, batch)",
+        "self.perturbed_loss(w0, start, part)",
+        "self.perturbed_loss(w0, core.carry, part)",
         "solvers/test_solver_state.py",
     ),
     Mutant(
@@ -327,29 +327,30 @@ MUTANTS = [
     Mutant(
         "w₀ moves with the perturbed loss, though regularized",
         "solvers/self_tuning.py",
-        "            w0 = core.weights.detached()\n"
-        "            response_loss, response_carry = "
-        "self.perturbed_loss(w0, self.response_carry, batch)\n"
+        "            w0, part, start = core.weights.detached(), batch, self.response_carry\n"
+        "            if not cheaper.whole:\n"
+        "                part = cheaper.part(batch)\n"
+        "                start = cheaper.carry(core.problem, before, batch, part)\n"
+        "            response_loss, end = self.perturbed_loss(w0, start, part)\n"
         "            descend(response_loss, self.theta)",
-        "            w0 = core.weights.tensors\n"
-        "            response_loss, response_carry = "
-        "self.perturbed_loss(w0, self.response_carry, batch)\n"
+        "            w0, part, start = core.weights.tensors, batch, self.response_carry\n"
+        "            if not cheaper.whole:\n"
+        "                part = cheaper.part(batch)\n"
+        "                start = cheaper.carry(core.problem, before, batch, part)\n"
+        "            response_loss, end = self.perturbed_loss(w0, start, part)\n"
         "            descend(response_loss, self.theta, core.weights)",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
         "Θ's step sees w₀ as it was before its own step",
         "solvers/self_tuning.py",
-        "        descend(self.decayed(loss, w, core.weights.tensors), core.weights)\n"
+        "        loss = self.descend_weights(batch)\n"
         '        with core.services.phase("response"):\n'
-        "            w0 = core.weights.detached()\n"
-        "            response_loss, response_carry = "
-        "self.perturbed_loss(w0, self.response_carry, batch)\n",
+        "            w0, part, start = core.weights.detached(), batch",
+        "        w0 = {name: w.clone() for name, w in core.weights.detached().items()}\n"
+        "        loss = self.descend_weights(batch)\n"
         '        with core.services.phase("response"):\n'
-        "            w0 = core.weights.detached()\n"
-        "            response_loss, response_carry = "
-        "self.perturbed_loss(w0, self.response_carry, batch)\n"
-        "            descend(loss, core.weights)\n",
+        "            part, start = batch",
         "solvers/test_self_tuning.py",
     ),
     Mutant(
