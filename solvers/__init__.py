@@ -18,6 +18,7 @@ from bilevel.solvers.linear_solve.curvature import Curvature, GaussNewton, Hessi
 from bilevel.solvers.linear_solve.neumann import FixedPoint, Neumann
 from bilevel.solvers.linear_solve.nystrom import Nystrom
 from bilevel.solvers.optim.lr_schedules import ConstantThenCosine, NonMonotone
+from bilevel.solvers.optim.outer_rmsprop import OuterRMSprop
 from bilevel.solvers.penalty import Penalty
 from bilevel.solvers.recipes import (
     centered_stn,
@@ -72,6 +73,7 @@ __all__ = [
     "Neumann",
     "NonMonotone",
     "Nystrom",
+    "OuterRMSprop",
     "Penalty",
     "PopulationBased",
     "Pullback",

@@ -204,6 +204,20 @@ MUTANTS = [
         "solvers/response/test_cheaper_pass.py",
     ),
     Mutant(
+        "the noise of a running mean is taken for that of one gradient",
+        "solvers/optim/signal.py",
+        "mean_square / (s / (1 - s) * spread)",
+        "mean_square / (1 / (1 - s) * spread)",
+        "solvers/optim/test_outer_rmsprop.py",
+    ),
+    Mutant(
+        "the shared scale is the mean size, not the largest",
+        "solvers/optim/outer_rmsprop.py",
+        "torch.stack([v.max() for v in squares]).max()",
+        "torch.stack([v.mean() for v in squares]).mean()",
+        "solvers/optim/test_outer_rmsprop.py",
+    ),
+    Mutant(
         "a frozen round trains the response too",
         "solvers/base/descent.py",
         "            if self.method.plain_warmup:\n",
