@@ -95,3 +95,10 @@ def of_one_process(problem: Problem) -> Problem:
             return inner.problem
         inner = inner.problem
     return problem
+
+
+def class_name(problem: Problem) -> str:
+    """Return the name of the class that a user wrote, below all wrappers."""
+    while isinstance(problem, ProblemWrapper):
+        problem = problem.problem
+    return type(problem).__name__

@@ -546,6 +546,20 @@ MUTANTS = [
         "bilevel/comparison/test_comparison.py",
     ),
     Mutant(
+        "an error is reported by each law that meets it",
+        "bilevel/checks/check_problem.py",
+        "if not _repeats(new, report.findings):",
+        "if new not in report.findings:",
+        "bilevel/checks/test_report.py",
+    ),
+    Mutant(
+        "solvers are listed beside errors",
+        "bilevel/checks/check_problem.py",
+        "        if not self.ok:\n            return",
+        "        if not self.problem:\n            return",
+        "bilevel/checks/test_report.py",
+    ),
+    Mutant(
         "the highest loss of a column is marked as the best",
         "bilevel/comparison/table.py",
         'sign = 1 if column.better == "low" else -1',

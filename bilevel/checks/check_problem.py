@@ -10,12 +10,17 @@ import torch
 from bilevel.checks import laws
 from bilevel.checks.finding import Finding, Law
 from bilevel.checks.first_batch import FirstBatch
-from bilevel.checks.hints import described
+from bilevel.checks.hints import hint, place
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.problem import Problem
+from bilevel.problem_wrapper import class_name
 from bilevel.solver import Solver
-from bilevel.text import describe
+from bilevel.text import describe, first_line
+
+AFTERWARDS = (
+    "correct the errors, then check again: the report will list the solvers that can tune it"
+)
 
 
 class ProblemWarning(UserWarning):
@@ -46,6 +51,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.problem}: {'nothing is wrong' if self.ok else 'there are errors'}"]
         lines += [f"  {finding.level}: {finding.text}" for finding in self.findings]
+        if not self.ok:
+            return "\n".join([*lines, f"  {AFTERWARDS}"])
         lines += [f"  solvers that can tune it: {', '.join(self.tuned_by) or 'none'}"]
         known = {finding.text for finding in self.findings}
         for reason in dict.fromkeys(self.refused_by.values()):
@@ -79,14 +86,16 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         >>> print(check_problem(problem, solvers={}))
         Forgetful: there are errors
           error: the hyperparameter `decay` changes neither objective; use it, or remove it
-          solvers that can tune it: none
+          correct the errors, then check again: the report will list the solvers that can tune it
     """
-    report = Report(type(problem).__name__)
+    report = Report(class_name(problem))
     device = torch.device("cpu")
     try:
         data = problem.data(device, torch.Generator().manual_seed(0))
     except Exception as error:  # the problem is a user's own code
-        report.findings.append(Finding("error", f"`data` raises {describe(error)}"))
+        known = isinstance(error, BilevelError)
+        text = str(error) if known else f"`data` raises {describe(error)}{place(error)}"
+        report.findings.append(Finding("error", text))
         return report
     case = FirstBatch(problem, data, device)
     found: dict[Law, list[Finding]] = {}
@@ -96,11 +105,14 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
             for first, after in (
                 (laws.splits, laws.AFTER_SPLITS),
                 (laws.prediction_tree, laws.AFTER_PREDICTIONS),
+                (laws.purity, laws.AFTER_PURITY),
                 (laws.scalar_objectives, laws.AFTER_SCALARS),
             )
         )
         found[law] = [] if skipped else _findings(law, case)
-        report.findings.extend(new for new in found[law] if new not in report.findings)
+        for new in found[law]:
+            if not _repeats(new, report.findings):
+                report.findings.append(new)
     for name, solver in (_installed(report) if solvers is None else solvers).items():
         needed = [laws.splits, *laws.needed_by(solver)]
         if against := [finding for law in needed for finding in found[law]]:
@@ -112,8 +124,18 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         except BilevelError as refusal:
             report.refused_by[name] = str(refusal)
         except Exception as error:
-            report.refused_by[name] = _raised(error)
+            report.refused_by[name] = (
+                f"a step of it raises {describe(error)}{place(error)}; change that call, or "
+                "use another solver"
+            )
     return report
+
+
+def _repeats(new: Finding, findings: list[Finding]) -> bool:
+    """Return whether a finding, or another sentence about the same error, is in the report."""
+    return new in findings or any(
+        known.cause and known.cause in f"{new.text} {new.cause}" for known in findings
+    )
 
 
 def _findings(law: Law, case: FirstBatch) -> list[Finding]:
@@ -122,12 +144,10 @@ def _findings(law: Law, case: FirstBatch) -> list[Finding]:
     try:
         found.extend(law(case))
     except Exception as error:  # the problem is a user's own code
-        found.append(Finding("error", _raised(error)))
+        text = f"a call of the problem raises {describe(error)}{place(error)}{hint(error)}"
+        known = isinstance(error, BilevelError)
+        found.append(Finding("error", str(error) if known else text, first_line(error)))
     return found
-
-
-def _raised(error: Exception) -> str:
-    return f"a call of the problem raises {described(error)}"
 
 
 def check_laws(solver: Solver, problem: Problem, data: Data, device: torch.device) -> None:

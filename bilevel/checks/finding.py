@@ -7,10 +7,17 @@ from bilevel.checks.first_batch import FirstBatch
 
 
 class Finding(NamedTuple):
-    """One sentence about a problem; an `error` will spoil runs, a `note` may be intended."""
+    """One sentence about a problem; an `error` will spoil runs, a `note` may be intended.
+
+    Attributes:
+        level: `error` or `note`.
+        text: the sentence.
+        cause: the message of the error that it explains; empty without one.
+    """
 
     level: Literal["error", "note"]
     text: str
+    cause: str = ""
 
 
 Law = Callable[[FirstBatch], Iterator[Finding]]

@@ -9,6 +9,7 @@ from torch import Tensor
 from bilevel.checks.dropout_laws import remedy_of_unused
 from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch
+from bilevel.checks.hints import remedy_of, without_hint
 from bilevel.text import first_line
 
 
@@ -20,9 +21,10 @@ def trains_weights(case: FirstBatch) -> Iterator[Finding]:
         yield Finding(
             "error",
             (
-                f"`inner_objective` cannot be differentiated in w ({first_line(error)}); use "
-                "operations with a derivative"
+                f"`inner_objective` cannot be differentiated in w ({without_hint(error)}); use "
+                f"operations with a derivative{remedy_of(error)}"
             ),
+            first_line(error),
         )
         return
     if all(gradient is None for gradient in gradients):

@@ -51,6 +51,10 @@ AFTER_SPLITS: frozenset[Law] = frozenset(ALL) - {splits, initial_weights}
 """Laws that compute with batches, once `splits` holds."""
 AFTER_PREDICTIONS: frozenset[Law] = AFTER_SPLITS - {prediction_tree}
 """Laws that compute with predictions, once `prediction_tree` holds."""
+AFTER_PURITY: frozenset[Law] = frozenset(
+    {averages, hyperparameters, per_example_leaves, example_axis, split_average}
+)
+"""Laws that compare two calls, once `purity` holds: equal calls have equal results."""
 AFTER_SCALARS: frozenset[Law] = frozenset(ALL[ALL.index(finite_objectives) :]) - {example_axis}
 """Laws that compute with the values of the objectives, once `scalar_objectives` holds."""
 AT_SETUP: tuple[Law, ...] = (

@@ -13,6 +13,7 @@ from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch, has_examples
 from bilevel.metrics import Means, read_metrics
 from bilevel.params import Batch, count_examples, device_of
+from bilevel.problem_wrapper import class_name
 
 FEWEST = 4
 """Number of examples of a batch that is cut in two."""
@@ -25,7 +26,7 @@ def metrics(case: FirstBatch) -> Iterator[Finding]:
     with torch.no_grad():
         prediction, _ = case.predict(train=False)
         reported = case.problem.metrics(case.hypers, case.params, prediction, case.batch)
-    found = read_metrics(reported, type(case.problem).__name__, case.device)
+    found = read_metrics(reported, class_name(case.problem), case.device)
     if "loss" not in found:
         yield Finding(
             "error",
@@ -80,7 +81,7 @@ def _differing(case: FirstBatch, pair: tuple[Batch, ...]) -> Iterator[str]:
 
 def _means(case: FirstBatch, batches: tuple[Batch, ...]) -> dict[str, float]:
     problem = case.problem
-    means = Means(type(problem).__name__, device_of(case.params))
+    means = Means(class_name(problem), device_of(case.params))
     with torch.no_grad():
         for batch in batches:
             carry = problem.fresh_carry(case.start[1], batch)

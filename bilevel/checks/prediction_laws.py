@@ -11,10 +11,11 @@ from torch.utils.checkpoint import CheckpointError
 from bilevel.checks.equality import bitwise_equal, nearly_equal
 from bilevel.checks.finding import Finding
 from bilevel.checks.first_batch import FirstBatch, has_examples
+from bilevel.checks.hints import remedy_of, without_hint
 from bilevel.errors import Refused
 from bilevel.params import Carry, count_examples
 from bilevel.prediction import check_prediction
-from bilevel.text import describe
+from bilevel.text import first_line
 
 
 def initial_weights(case: FirstBatch) -> Iterator[Finding]:
@@ -124,9 +125,10 @@ def depends_on_weights(case: FirstBatch) -> Iterator[Finding]:
         yield Finding(
             "error",
             (
-                f"the prediction cannot be differentiated in w ({describe(error)}); use operations "
-                f"with a derivative{recomputation_hint(error)}"
+                f"the prediction cannot be differentiated in w ({without_hint(error)}); use "
+                f"operations with a derivative{remedy_of(error)}{recomputation_hint(error)}"
             ),
+            first_line(error),
         )
         return
     if all(g is None for g in gradients):

@@ -1,5 +1,6 @@
 """The check that a problem can take the data of its splits, and the search for wrong data later."""
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 
@@ -13,10 +14,10 @@ from bilevel.data.fields import largest, not_finite, tensors
 from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, TensorStream
 from bilevel.errors import BilevelError
-from bilevel.params import Batch
+from bilevel.params import Batch, count_examples
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import of_one_process
-from bilevel.text import describe
+from bilevel.text import describe, first_line
 
 ROWS = 32
 """Rows of the test split that are tried: its own batches may have one row each."""
@@ -32,8 +33,23 @@ def splits(case: FirstBatch) -> Iterator[Finding]:
 
     A loss that is not finite is an error only where the batch itself holds NaN or infinity.
     """
-    flaws = [trial.flaw for trial in _trials(case)]
-    yield from (Finding("error", flaw) for flaw in flaws if flaw is not None)
+    found: dict[str, list[Trial]] = {}
+    for trial in _trials(case):
+        if trial.flaw is not None:
+            found.setdefault(_shape_of(trial), []).append(trial)
+    for trials in found.values():
+        first, cause = trials[0], trials[0].error
+        names = " and ".join(trial.split for trial in trials)
+        text = str(first.flaw)
+        if text.startswith(f"{first.split} data"):
+            text = f"{names}{text.removeprefix(first.split)}"
+        yield Finding("error", text, "" if cause is None else first_line(cause))
+
+
+def _shape_of(trial: Trial) -> str:
+    """Return the sentence about a split without what differs between splits: name and length."""
+    text = str(trial.flaw).removeprefix(f"{trial.split} data")
+    return re.sub(rf"(?<!\d){count_examples(trial.batch)}(?!\d)", "n", text)
 
 
 def check_splits(problem: Problem, data: Data, device: torch.device) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 from bilevel.checks.calls import Calls
 from bilevel.checks.data_reasons import Failure, reason
 from bilevel.checks.first_batch import FirstBatch
+from bilevel.checks.missing_names import missing_name
 from bilevel.data.batches import open_batch
-from bilevel.data.fields import not_finite, tensors
+from bilevel.data.fields import kind, not_finite, tensors
 from bilevel.errors import BilevelError
 from bilevel.metrics import Means
 from bilevel.params import Batch, count_examples
+from bilevel.problem_wrapper import class_name
 
 UNRELATED = re.compile(
     r"does not require grad|deterministic|allocate memory|out of memory|CUDA error|DataLoader"
@@ -69,7 +71,11 @@ class Trial:
                 self.flaw = str(error) if self.split in str(error) else f"{where}: {error}"
                 self.error = error
         except Exception as error:
-            if not isinstance(error, MemoryError) and not UNRELATED.search(str(error)):
+            case = self.case
+            missing = missing_name(stage, error, case.hypers, case.start[0], self.batch)
+            if missing is not None:
+                self.flaw, self.error = missing, error
+            elif not isinstance(error, MemoryError) and not UNRELATED.search(str(error)):
                 failure = Failure(self.split, self.batch, stage, error, calls)
                 self.flaw = reason(failure, passed, self.case.start[0])
                 self.error = error if self.flaw else None
@@ -87,12 +93,18 @@ class Trial:
         def predict(*, train: bool) -> None:
             draws = torch.Generator(case.device).manual_seed(0) if train else None
             start = carry if train else problem.fresh_carry(carry, batch)
-            held["prediction"], _ = problem.predict(
+            returned: Any = problem.predict(
                 hypers, params, start, batch, train=train, generator=draws
             )
+            if not isinstance(returned, tuple) or len(returned) != 2:
+                raise BilevelError(
+                    f"`predict` returns {kind(returned)}; return the prediction and the carry, "
+                    "(prediction, carry)"
+                )
+            held["prediction"] = returned[0]
 
         def metrics() -> float:
-            means = Means(type(problem).__name__, case.device)
+            means = Means(class_name(problem), case.device)
             reported = problem.metrics(hypers, params, held["prediction"], batch)
             means.add(reported, count_examples(batch))
             return means.result().get("loss", 0.0)

@@ -24,7 +24,7 @@ from bilevel.params import (
     widen,
 )
 from bilevel.problem import Problem
-from bilevel.problem_wrapper import ProblemWrapper
+from bilevel.problem_wrapper import ProblemWrapper, class_name
 
 
 class ShardedProblem(ProblemWrapper):
@@ -162,7 +162,7 @@ class ShardedProblem(ProblemWrapper):
         reported = self.problem.metrics(hypers, params, prediction, shard.of(batch))
         own: dict[tuple[str, str], Tensor] = {}
         for name, value in read_metrics(
-            reported, type(self.problem).__name__, self.ranks.device
+            reported, class_name(self.problem), self.ranks.device
         ).items():
             if isinstance(value, Weighted):  # of each rank one item at least
                 own[name, "value"] = torch.atleast_1d(widen(value.value))

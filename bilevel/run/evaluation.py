@@ -8,6 +8,7 @@ from bilevel.half_weights import for_weights
 from bilevel.metrics import Means
 from bilevel.params import count_examples, device_of
 from bilevel.problem import Problem
+from bilevel.problem_wrapper import class_name
 from bilevel.solver import Solution
 
 
@@ -33,7 +34,7 @@ def evaluate(
         BilevelError: the problem reports no `loss`, or a metric that is not made of numbers.
     """
     hypers, params, carry = solution
-    source = type(problem).__name__
+    source = class_name(problem)
     means = Means(source, device_of(params))
     problem = for_weights(problem, params)
     for number, batch in enumerate(stream.once(limit)):

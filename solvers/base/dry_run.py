@@ -32,6 +32,7 @@ _SMALLER = (
 
 LACKS_DERIVATIVE = (
     "forward AD",
+    "implement the jvp",
     "is not implemented",
     "inplace operation",
     "once_differentiable",
