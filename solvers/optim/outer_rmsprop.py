@@ -1,4 +1,4 @@
-"""RMSprop for hyperparameters: one scale for all entries, and a test of signal against noise."""
+"""RMSprop for hyperparameters: one scale, a correction for the start, and a test of the signal."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,12 +11,16 @@ from bilevel.validate import at_least, between, wrong
 
 
 class OuterRMSprop(torch.optim.Optimizer):
-    """RMSprop with two options for λ, whose gradient is noisy and of very different sizes.
+    """RMSprop with three options for λ, whose gradient is noisy and of very different sizes.
 
         v ← α v + (1 − α) g²,    u ← u − lr · φ ∘ g / (r + eps),    r = √v,    φ = 1
 
     `shared_scale`: r = √max v, over all entries. A coordinate with a small gradient then takes
     small steps, where RMSprop alone steps as far in every coordinate.
+
+    `bias_correction`: v is divided by 1 − αᵗ at step t. Without it the first steps are up to
+    1/√(1 − α) times as long, 10 times at α = 0.99. They follow the first gradients, which are
+    mostly noise, and a short run does not come back from them.
 
     `signal_test`: φ is the positive-part James–Stein factor of a running mean of the gradient,
 
@@ -36,6 +40,7 @@ class OuterRMSprop(torch.optim.Optimizer):
         alpha: α, the rate of the mean square.
         eps: is added to r.
         shared_scale: divide all entries by the largest running size.
+        bias_correction: correct v for its start at 0.
         signal_test: scale the step of each entry by its signal.
         beta: β, the rate of the running mean; for `signal_test`.
         threshold: c, the size of z below which no step is taken; for `signal_test`.
@@ -63,6 +68,7 @@ class OuterRMSprop(torch.optim.Optimizer):
         alpha: float = 0.99,
         eps: float = 1e-8,
         shared_scale: bool = False,
+        bias_correction: bool = False,
         signal_test: bool = False,
         beta: float = 0.9,
         threshold: float = 1.0,
@@ -77,6 +83,7 @@ class OuterRMSprop(torch.optim.Optimizer):
             "alpha": alpha,
             "eps": eps,
             "shared_scale": shared_scale,
+            "bias_correction": bias_correction,
             "signal_test": signal_test,
             "beta": beta,
             "threshold": threshold,
@@ -102,18 +109,21 @@ class OuterRMSprop(torch.optim.Optimizer):
         return loss
 
     def _mean_square(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """Update v of a parameter and, for the signal test, m; return v."""
+        """Update v of a parameter and, for the signal test, m; return v, or v / (1 − αᵗ)."""
         state, α, β = self.state[p], group["alpha"], group["beta"]
         if not state:
             state["square_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             if group["signal_test"]:
                 state["grad_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if group["signal_test"] or group["bias_correction"]:
                 state["count"] = torch.zeros((), dtype=p.dtype, device=p.device)
         state["square_avg"].mul_(α).addcmul_(p.grad, p.grad, value=1 - α)
         if group["signal_test"]:
             state["grad_avg"].mul_(β).add_(p.grad, alpha=1 - β)
+        if "count" in state:
             state["count"].add_(1)
-        return state["square_avg"]
+        square: Tensor = state["square_avg"]
+        return square / (1 - α ** state["count"]) if group["bias_correction"] else square
 
     def _move(self, p: Tensor, size: Tensor, group: dict[str, Any]) -> None:
         step, lr = p.grad, group["lr"]

@@ -21,6 +21,9 @@ FORMS = {
     "shared": {"shared_scale": True},
     "tested": {"signal_test": True},
     "both": {"shared_scale": True, "signal_test": True},
+    "corrected": {"bias_correction": True},
+    "shared and corrected": {"shared_scale": True, "bias_correction": True},
+    "all": {"shared_scale": True, "bias_correction": True, "signal_test": True},
 }
 all_forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
@@ -50,7 +53,7 @@ def test_without_options_it_is_rmsprop_bit_for_bit(dtype, settings):
     assert leaves_equal(ours, theirs)
 
 
-def by_hand(gradients, lr, alpha, eps, beta, *, shared, tested, threshold):
+def by_hand(gradients, lr, alpha, eps, beta, *, shared, corrected, tested, threshold):
     """Follow the docstring, entry by entry, in Python's numbers."""
     h = len(gradients[0])
     u, v, places = [0.0] * h, [0.0] * h, []
@@ -69,7 +72,8 @@ def by_hand(gradients, lr, alpha, eps, beta, *, shared, tested, threshold):
                 s = sum(w * w for w in weights)
                 variance = s * max(square - mean**2, 0.0) / (1 - s) if t > 1 else math.inf
                 factor = max(0.0, 1 - threshold**2 * variance / mean**2)
-            size = math.sqrt(max(v) if shared else v[k]) + eps
+            square = (max(v) if shared else v[k]) / (1 - alpha**t if corrected else 1)
+            size = math.sqrt(square) + eps
             u[k] -= lr * factor * g / size
         places.append(torch.tensor(u, dtype=torch.float64))
     return places
@@ -86,9 +90,20 @@ def test_it_follows_the_formula(form):
     settings = {"lr": 0.1, "alpha": 0.95, "eps": 1e-6, "beta": 0.8}
     ours = moved(partial(OuterRMSprop, **settings, **form), gradients, torch.zeros(3).double())
     settings["threshold"] = form.get("threshold", 1.0)
-    shared, tested = (form.get(name, False) for name in ("shared_scale", "signal_test"))
+    names = {"shared": "shared_scale", "corrected": "bias_correction", "tested": "signal_test"}
+    flags = {name: form.get(option, False) for name, option in names.items()}
     numbers = [gradient.tolist() for gradient in gradients]
-    torch.testing.assert_close(ours, by_hand(numbers, **settings, shared=shared, tested=tested))
+    torch.testing.assert_close(ours, by_hand(numbers, **settings, **flags))
+
+
+def test_a_correction_makes_the_first_step_as_long_as_the_others():
+    gradients = [torch.ones(1)] * 3
+    plain, corrected = (
+        moved(partial(OuterRMSprop, lr=0.1, bias_correction=on), gradients, torch.zeros(1))
+        for on in (False, True)
+    )
+    assert float(plain[0]) == pytest.approx(-1.0, rel=1e-4)  # 10 times the learning rate
+    torch.testing.assert_close(torch.stack(corrected).flatten(), torch.tensor([-0.1, -0.2, -0.3]))
 
 
 def test_a_shared_scale_keeps_the_proportions_of_gradients():
