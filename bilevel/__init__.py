@@ -12,7 +12,7 @@ from bilevel.data.stream import Stream
 from bilevel.data.tensor_stream import Data, FullBatch, TensorStream, stream, streams
 from bilevel.domains import Domain, Integer, Interval, Positive, Real, Simplex
 from bilevel.dropout.tuned import TunedDropout, tuned_dropout
-from bilevel.errors import BilevelError, DataWarning, Refused, SpeedWarning
+from bilevel.errors import BilevelError, DataWarning, Refused, SolverWarning, SpeedWarning
 from bilevel.metrics import Weighted
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import (
@@ -28,7 +28,6 @@ from bilevel.params import (
 from bilevel.problem import Problem
 from bilevel.requirements import Need, Trait
 from bilevel.run.evaluation import evaluate
-from bilevel.run.loop import SolverWarning
 from bilevel.run.result import Result
 from bilevel.run.runner import Runner
 from bilevel.services import Services

@@ -28,6 +28,10 @@ class SpeedWarning(UserWarning):
     """A setting that would make a run faster has no effect here; the run continues without it."""
 
 
+class SolverWarning(UserWarning):
+    """A solver reports a problem with its result; the run continues."""
+
+
 class FaultWarning(UserWarning):
     """Something around a run failed, and the run continues without it."""
 

@@ -28,12 +28,12 @@ from bilevel.errors import (
     DataWarning,
     DirectoryLocked,
     FaultWarning,
+    SolverWarning,
     SpeedWarning,
 )
 from bilevel.loggers.records import Record
 from bilevel.parallel.slurm import SUBMITIT
 from bilevel.parallel.torchrun import Launch
-from bilevel.run.loop import SolverWarning
 from bilevel.run.signals import OutOfTime, requeue, time_limit_signals
 from bilevel.text import file_name
 

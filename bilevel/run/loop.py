@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.checks.splits import wrong_data
 from bilevel.data.tensor_stream import Data
 from bilevel.device.device import Meter, rng_state, set_rng_state
-from bilevel.errors import BilevelError
+from bilevel.errors import BilevelError, SolverWarning
 from bilevel.loggers.logger import Logger, Progress
 from bilevel.loggers.records import Record, make_record
 from bilevel.parallel.process_group import SINGLE_PROCESS, Ranks
@@ -28,10 +28,6 @@ from bilevel.selection import Selection
 from bilevel.services import Services
 from bilevel.solver import Solution, Solver, Stepwise
 from bilevel.text import describe
-
-
-class SolverWarning(UserWarning):
-    """A solver reports a problem with its result; the run continues."""
 
 
 class Loop:

@@ -15,13 +15,13 @@ import torch
 
 from bilevel.checkpoint.checkpoints import kept, load_config
 from bilevel.checkpoint.refit_directory import refit_directory
-from bilevel.errors import BilevelError, DirectoryLost
+from bilevel.errors import BilevelError, DirectoryLost, SolverWarning
 from bilevel.loggers.logger import Logger
 from bilevel.loggers.records import Record
 from bilevel.params import Hypers
 from bilevel.requirements import Trait
 from bilevel.run.initial_params import kept_params, read_params
-from bilevel.run.loop import Loop, SolverWarning
+from bilevel.run.loop import Loop
 from bilevel.run.result import Result
 from bilevel.run.session import Session
 from bilevel.run.settings import RunSettings
