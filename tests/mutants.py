@@ -70,6 +70,20 @@ MUTANTS = [
         "bilevel/run/test_directory_lock.py",
     ),
     Mutant(
+        "a round goes on beyond the end of the tuning",
+        "bilevel/run/budget.py",
+        "ends = (self.plain_steps, self.warmup_steps, self.tuned_steps, self.steps)",
+        "ends = (self.plain_steps, self.warmup_steps, self.steps)",
+        "bilevel/run/test_tune_fraction.py",
+    ),
+    Mutant(
+        "a resumed run may move the end of its tuning",
+        "bilevel/run/tune_fraction.py",
+        "if ends[0] != ends[1] and reached:",
+        "if ends[0] != ends[1] and not reached:",
+        "bilevel/run/test_tune_fraction.py",
+    ),
+    Mutant(
         "a refit trains at the initial λ",
         "bilevel/run/refit.py",
         'if name == "start":',

@@ -72,9 +72,10 @@ class _Display(Logger):
         self.show()
 
     def advance(self, progress: Progress) -> None:
-        warm = self.run.warmup_epochs
-        # rounds after warm-up take longer
-        if self._began is None or self.progress.epoch < warm <= progress.epoch:
+        # rounds after warm-up take longer, and those at constant λ are the shortest
+        changes = [self.run.warmup_epochs, self.run.tuned_epochs or 0]
+        changed = any(self.progress.epoch < at <= progress.epoch for at in changes)
+        if self._began is None or changed:
             self._began = (time.monotonic(), progress.fraction)
         self.progress = progress
         self.tick()
@@ -100,6 +101,13 @@ class _Display(Logger):
     def epoch(self) -> str:
         budget = "" if self.run.epochs is None else f"/{self.run.epochs:g}"
         return f"epoch {max(self.progress.epoch, self.record.get('epoch', 0.0)):.4g}{budget}"
+
+    def phase(self) -> str:
+        """Return the phase of the run in a word; empty while λ moves."""
+        epoch, tuned = self.progress.epoch, self.run.tuned_epochs
+        if 0 < epoch < self.run.warmup_epochs:
+            return "warm-up"
+        return "tuning ended" if tuned is not None and epoch >= tuned else ""
 
     def time_left(self) -> str:
         """Return the time until the budget that is reached first; patience may stop earlier."""
@@ -241,8 +249,7 @@ class LiveDisplay(_Display):
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
-        warm = "warm-up" if 0 < self.progress.epoch < self.run.warmup_epochs else ""
-        where = "  ".join(filter(None, [self.epoch(), warm, self.stalled()]))
+        where = "  ".join(filter(None, [self.epoch(), self.phase(), self.stalled()]))
         bar.add_row(
             where, ProgressBar(total=1.0, completed=self.progress.fraction), self.time_left()
         )

@@ -26,6 +26,7 @@ class RunInfo:
     """The facts about a run before it begins.
 
     Attributes:
+        tuned_epochs: the epochs after which λ is constant; None for a λ that moves to the end.
         initial: every hyperparameter before training, by name.
         warmup_epochs: the epochs before the first outer step.
         tuned_epochs: the epochs after which λ is frozen; None if it never is.

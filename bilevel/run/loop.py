@@ -24,9 +24,10 @@ from bilevel.run.evaluation import evaluate
 from bilevel.run.faults import CheckpointSaver, Loggers
 from bilevel.run.fingerprint import check_fingerprint, fingerprint
 from bilevel.run.hypergradient_error import HypergradientError
+from bilevel.run.tune_fraction import KEY, check_tuned_steps
 from bilevel.selection import Selection
 from bilevel.services import Services
-from bilevel.solver import Solution, Solver, Stepwise
+from bilevel.solver import Solution, Solver
 from bilevel.text import describe
 
 
@@ -145,10 +146,11 @@ class Loop:
     def _round(self) -> None:
         start, budget = self.step, self.budget
         phase, limit = budget.phase(start), budget.limit(start)
-        if phase in ("plain", "frozen") and isinstance(self.solver, Stepwise):
-            metrics = self.solver.step(limit=limit, frozen=True)
+        if phase in ("plain", "frozen"):
+            plain: Any = self.solver  # `check_phases` has looked at its step
+            metrics = plain.step(limit=limit, frozen=True)
         else:
-            metrics = self.solver.step(limit=limit, warmup=phase in ("plain", "warmup"))
+            metrics = self.solver.step(limit=limit, warmup=phase == "warmup")
         for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -303,6 +305,7 @@ class Loop:
             "peak_memory": self.meter.peak_memory,
             "sums": self._sums,
             "counts": self._counts,
+            KEY: self.budget.tuned_steps,
             **{name: getattr(self, name) for name in _PLAIN},
         }
 
@@ -318,6 +321,7 @@ class Loop:
                 f"runner.device={self.device.type} cannot continue a run of {before}, whose random "
                 f"numbers it does not have; resume with runner.device={before}, or start a new run"
             )
+        check_tuned_steps(state, self.budget.tuned_steps)
         try:
             # the data come first: their error is clearer than weights of another shape
             self.data.train.load_state_dict(state["train"])

@@ -19,6 +19,7 @@ from bilevel.run.session import Session
 from bilevel.run.settings import RunSettings
 from bilevel.run.stages import build, claim, conclude, train
 from bilevel.run.surroundings import AROUND_RUN, AROUND_TRAINING
+from bilevel.run.tune_fraction import check_phases
 from bilevel.solver import Solver
 
 
@@ -88,6 +89,7 @@ class Runner(RunSettings):
         )
         run = Session(self, request, choose_device(device_of_rank(self.device)))
         check_refit(self, solver)
+        check_phases(self, solver)
         with ExitStack() as stack:
             for surrounding in AROUND_RUN:
                 stack.enter_context(surrounding(run))

@@ -164,11 +164,10 @@ class RunSettings:
 
     def _check_tune_fraction(self) -> None:
         setting = f"runner.tune_fraction={self.tune_fraction!r}"
-        validate.finite(**self._named("tune_fraction"))
-        if not 0 < self.tune_fraction <= 1:
-            raise BilevelError(
-                f"{setting} must be above 0 and at most 1; 0.7 freezes λ after 70 % of the epochs"
-            )
+        choose = "choose a part above 0 and up to 1"
+        validate.positive(choose, **self._named("tune_fraction"))
+        if self.tune_fraction > 1:
+            raise BilevelError(f"{setting} must not exceed 1; {choose}")
         if self.tune_fraction < 1 and self.epochs is None:
             raise BilevelError(f"{setting} is a part of runner.epochs, which is not set; set it")
         last = self.last_tuning_epoch

@@ -30,12 +30,11 @@ from bilevel.run.out_of_memory import ran_out
 from bilevel.run.provenance import settings_of, versions
 from bilevel.run.result import Result
 from bilevel.run.session import Session
-from bilevel.run.settings import RunSettings
 from bilevel.run.summary import summarize
 from bilevel.run.surroundings import WRAPPERS
 from bilevel.selection import Selection
 from bilevel.services import Services
-from bilevel.solver import Solution, Solver, Stepwise
+from bilevel.solver import Solution, Solver
 from bilevel.timers import Timers
 
 DATA_ERRORS = (RuntimeError, LookupError, ValueError, TypeError)
@@ -92,7 +91,6 @@ def build(run: Session) -> None:
         check_setup(problem, run.data, device, solver)
         check_last_batch(problem, run.data, device)
         _check_takes_services(solver)
-        _check_phases(settings, solver)
         solver.setup(problem, run.data, device, for_solver, services)
     run.set_up = True
     run.loop = Loop(
@@ -142,18 +140,6 @@ def _check_takes_services(solver: Solver) -> None:
             f"{name}.setup does not take `services`; add the argument `services=None` and the line "
             "`self.services = services or Services()`"
         )
-
-
-def _check_phases(settings: RunSettings, solver: Solver) -> None:
-    """Raise `BilevelError` if the run has plain or frozen parts that the solver does not have."""
-    if isinstance(solver, Stepwise):
-        return
-    for name, none in (("plain_epochs", 0), ("tune_fraction", 1)):
-        if (value := getattr(settings, name)) != none:
-            raise BilevelError(
-                f"runner.{name}={value:g} needs a solver that trains one network, and "
-                f"{type(solver).__name__} runs trials of its own; leave it out"
-            )
 
 
 def train(run: Session) -> str:

@@ -354,7 +354,7 @@ def runs(ranks, out):
 def refits(ranks, out):
     """Refit a run, once undisturbed and once with a signal on the other rank in the refit."""
     settings = {"warmup_epochs": 0.5, "progress": "none", "picture": False, "device": "cpu"}
-    runner = Runner(epochs=2, refit="end", **settings)
+    runner = Runner(epochs=6, refit="end", **settings)
 
     def run(name, **options):
         return runner.run(mlp(), delta_stn(), directory=out / name, seed=3, **options)

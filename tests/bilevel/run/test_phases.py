@@ -87,8 +87,8 @@ def test_a_run_resumes_in_any_phase_to_the_same_bits(tmp_path, monkeypatch, stop
     [
         ({"plain_epochs": -1}, "runner.plain_epochs=-1"),
         ({"plain_epochs": float("inf")}, "runner.plain_epochs=inf"),
-        ({"tune_fraction": 0}, "must be above 0 and at most 1"),
-        ({"tune_fraction": 1.5}, "must be above 0 and at most 1"),
+        ({"tune_fraction": 0}, "choose a part above 0"),
+        ({"tune_fraction": 1.5}, "choose a part above 0"),
         ({"tune_fraction": 0.5, "epochs": None, "seconds": 3}, "a part of runner.epochs"),
         ({"tune_fraction": 0.1}, "leaves no epoch for tuning"),
     ],
@@ -100,5 +100,7 @@ def test_a_wrong_phase_is_one_sentence(settings, words):
 
 @pytest.mark.parametrize("settings", [{"plain_epochs": 1}, {"tune_fraction": 0.5}])
 def test_a_solver_with_trials_of_its_own_has_no_such_phase(tmp_path, settings):
-    with pytest.raises(BilevelError, match=f"runner.{next(iter(settings))}=.* trials of its own"):
+    with pytest.raises(
+        BilevelError, match=f"runner.{next(iter(settings))}=.* cannot hold the λ of Search"
+    ):
         run(Search(trial_epochs=1), tmp_path, **settings)

@@ -8,17 +8,16 @@ from functools import partial
 import pytest
 import torch
 
-from bilevel import BilevelError, Interval, Runner, Space, best_solution, evaluate
+from bilevel import BilevelError, Interval, Runner, SolverWarning, Space, best_solution, evaluate
 from bilevel.checkpoint.refit_directory import result_directory
-from bilevel.loggers.logger import Logger
 from bilevel.loggers.records import read_metrics
 from bilevel.problems import digits
 from bilevel.run.frozen_hypers import FrozenHypers
-from bilevel.run.loop import SolverWarning
 from bilevel.solvers import Fixed, PopulationBased, delta_stn, random_search
 from tests.soak.kills import differences
 from tests.support.fakes import FakeSolver
 from tests.support.runs import run as run_fake
+from tests.support.strikes import Act, Killed, kill
 
 QUIET = {"warmup_epochs": 0.25, "progress": "none", "picture": False, "device": "cpu"}
 RATE = partial(torch.optim.SGD, lr=0.05)
@@ -49,36 +48,6 @@ def run(directory, *, make=solver, resume=False, loggers=(), params=None, **sett
 
 def digits_test():
     return problem().data(torch.device("cpu"), torch.Generator()).test
-
-
-class Act(Logger):
-    """Calls `act` at a step of a refit."""
-
-    vital = True
-
-    def __init__(self, act, step, inside=False):
-        self.act, self.step, self.inside = act, step, inside
-
-    def start(self, run, state):
-        pass
-
-    def log(self, record):
-        pass
-
-    def advance(self, progress):
-        if self.inside and progress.step == self.step:
-            self.act()
-
-    def nested(self):
-        return Act(self.act, self.step, inside=True)
-
-
-class Killed(Exception):
-    pass
-
-
-def kill():
-    raise Killed
 
 
 def equal(one, other):
@@ -145,7 +114,7 @@ def test_inner_settings_are_those_of_the_solver():
 def test_given_weights_begin_the_refits_too(refitted, tmp_path):
     given = refitted.candidates["start"].solution("last").params
     own_seed = refitted.metrics[0]["valid_loss"]
-    killed = Act(kill, 3)
+    killed = Act(kill, 3, in_refit=True)
     with pytest.raises(Killed):  # the resumed run is not given them again
         run(tmp_path / "a", params=given, loggers=[killed])
     (tmp_path / "a" / "refit-end" / "checkpoint.pt").unlink()
@@ -300,7 +269,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("step", [3, 6, 8])
 def test_a_run_killed_in_a_refit_goes_on_bit_for_bit(whole, tmp_path, step):
     with pytest.raises(Killed):
-        run(tmp_path / "a", refit="all", loggers=[Act(kill, step)])
+        run(tmp_path / "a", refit="all", loggers=[Act(kill, step, in_refit=True)])
     assert not (tmp_path / "a" / "summary.json").exists()
     torch.rand(step)  # another process has another global state
     run(tmp_path / "a", refit="all", resume=True)
@@ -309,7 +278,7 @@ def test_a_run_killed_in_a_refit_goes_on_bit_for_bit(whole, tmp_path, step):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_refit_interrupts_the_run(whole, tmp_path, number):
-    act = Act(lambda: os.kill(os.getpid(), number), 6)
+    act = Act(lambda: os.kill(os.getpid(), number), 6, in_refit=True)
     result = run(tmp_path / "a", refit="all", loggers=[act])
     assert result["interrupted"]
     assert result["stopped"] == "interrupted"
@@ -327,11 +296,7 @@ def test_a_signal_in_a_refit_interrupts_the_run(whole, tmp_path, number):
 
 
 def test_a_signal_in_the_tuning_leaves_the_refits_for_later(whole, tmp_path):
-    class Signal(Act):
-        def nested(self):
-            return None
-
-    act = Signal(lambda: os.kill(os.getpid(), signal.SIGTERM), 4, inside=True)
+    act = Act(lambda: os.kill(os.getpid(), signal.SIGTERM), 4)
     result = run(tmp_path / "a", refit="all", loggers=[act])
     assert result["interrupted"]
     assert "refit" not in result
@@ -379,7 +344,7 @@ def test_a_directory_moved_during_a_refit_is_named(tmp_path):
         (tmp_path / "a").rename(tmp_path / "b")
 
     with pytest.raises(BilevelError, match=rf"was moved to {tmp_path / 'b'} during the run"):
-        run(tmp_path / "a", refit="end", epochs=40, loggers=[Act(move, 3)])
+        run(tmp_path / "a", refit="end", epochs=40, loggers=[Act(move, 3, in_refit=True)])
     run(tmp_path / "b", refit="end", epochs=40, resume=True)
     run(tmp_path / "c", refit="end", epochs=40)
     assert differences(tmp_path / "c", tmp_path / "b") == []
