@@ -58,7 +58,7 @@ from bilevel.solvers.response.cheaper_pass import CheaperPass
 from bilevel.solvers.response.jacobian import Dense, Response, Structured
 from bilevel.solvers.response.row_counts import RowCounts
 from bilevel.solvers.response.settled import Settled
-from bilevel.validate import at_least, wrong
+from bilevel.validate import at_least, positive, wrong
 
 
 @dataclass(kw_only=True, eq=False)
@@ -84,6 +84,7 @@ class SelfTuning(Descent):
             w₀.
         scale_optimizer: for s, where σ = softplus(s).
         tune_scale: train σ; otherwise the outer steps draw no perturbation.
+        max_scale: the largest σ, in unconstrained coordinates; None for no limit.
         entropy_weight: τ.
         response_every: n; Θ takes its step at every n-th inner step, and a separate w₀ at each.
         response_fraction: f; Θ's step takes the first ⌈f·B⌉ examples of a batch of B. With batches
@@ -107,6 +108,7 @@ class SelfTuning(Descent):
     response_optimizer: MakeOptimizer | None = None
     scale_optimizer: MakeOptimizer = RMSPROP
     tune_scale: bool = True
+    max_scale: float | None = None
     entropy_weight: float = 1e-3
     response_every: int = 1
     response_fraction: float = 1.0
@@ -119,6 +121,11 @@ class SelfTuning(Descent):
 
     def check_settings(self) -> None:
         at_least(0, entropy_weight=self.entropy_weight)
+        if self.max_scale is not None:
+            positive("set it to null for no limit", max_scale=self.max_scale)
+            if not self.tune_scale:
+                why = "needs tune_scale=True, because σ stays at its initial value otherwise"
+                raise wrong("max_scale", self.max_scale, why, "set tune_scale=true or leave it out")
         self.response_pass.check(separate=self.regularized_w0)
         if self.linearize and not self.centered:
             why = "needs centered=True, because the linearization holds near w₀ alone"
@@ -178,7 +185,7 @@ class SelfTuningMethod(BestResponse):
         without_weight_decay(self.theta.optimizer)
         core.tune_weight_decay()
         if settings.tune_scale:
-            core.search.train_scale(settings.scale_optimizer)
+            core.search.train_scale(settings.scale_optimizer, settings.max_scale)
         varies = settings.per_example and self.response.per_example
         self.varies_per_example = varies and bool(self.space.per_example.any())
         if self.varies_per_example:

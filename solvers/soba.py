@@ -70,8 +70,8 @@ class SOBA(Descent):
         >>> data = problem.data(device, torch.Generator())
         >>> solver.setup(problem, data, device, torch.Generator())
         >>> sorted(solver.step())
-        ['adjoint_curvature', 'hypergradient_norm', 'inner_gradient_norm', 'inner_loss',
-         'largest_eigenvalue', 'outer_loss', 'residual']
+        ['adjoint_curvature', 'hypergradient_norm', 'hypergradient_snr', 'inner_gradient_norm',
+         'inner_loss', 'largest_eigenvalue', 'outer_loss', 'residual']
     """
 
     needs = frozenset(
@@ -145,7 +145,7 @@ class SOBAMethod(Method):
         assert self.direction is not None, "the inner step of a round comes first"
         direction, self.direction = self.direction, None
         apply_gradients([direction], self.core.search.mean)
-        return {"hypergradient_norm": direction.norm()}
+        return self.core.note_hypergradient(direction)
 
     def directions(self, batch: Batch, valid: Batch) -> Directions:
         """Return D_w, D_q and D_λ on a training and a validation batch; nothing moves."""

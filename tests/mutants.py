@@ -232,6 +232,20 @@ MUTANTS = [
         "solvers/optim/test_outer_rmsprop.py",
     ),
     Mutant(
+        "σ passes its largest value",
+        "solvers/base/method.py",
+        "        self.core.search.cap_scale()\n",
+        "",
+        "solvers/base/test_search_distribution.py",
+    ),
+    Mutant(
+        "coordinates without a gradient count in the ratio of signal to noise",
+        "solvers/base/hypergradient_signal.py",
+        "counts = square > 0",
+        "counts = square >= 0",
+        "solvers/base/test_hypergradient_signal.py",
+    ),
+    Mutant(
         "a frozen round trains the response too",
         "solvers/base/descent.py",
         "            if self.method.plain_warmup:\n",

@@ -15,6 +15,7 @@ from bilevel.services import Services
 from bilevel.solver import Split, initial_state
 from bilevel.solvers.autodiff.decompositions import RECURRENT
 from bilevel.solvers.autodiff.pullback import flat
+from bilevel.solvers.base.hypergradient_signal import HypergradientSignal
 from bilevel.solvers.base.search_distribution import SearchDistribution
 from bilevel.solvers.base.settings import InnerSettings, OuterSettings
 from bilevel.solvers.optim.followed_schedule import FollowedSchedule
@@ -43,6 +44,7 @@ class Core:
         weights: w and its optimizer.
         carry: batch-norm statistics, recurrent state.
         search: the search distribution of λ, after `prepare_search`.
+        signal: the signal-to-noise ratio of the hypergradient, after `prepare_search`.
         outer_rates: the learning rates of λ and σ, where they follow the schedule of w.
         calls: the calls of the network, as one pass at set-up showed them; after `prepare_search`.
         functions: the torch functions among them.
@@ -56,6 +58,7 @@ class Core:
     """
 
     search: SearchDistribution
+    signal: HypergradientSignal | None = None
     outer_rates: FollowedSchedule | None = None
     calls: CallRecorder
     functions: set[Any]
@@ -105,6 +108,7 @@ class Core:
         space, like = self.problem.space, self.weights.leaves[0]
         scheduler = None if outer.outer_scheduler == "inner" else outer.outer_scheduler
         self.search = SearchDistribution(space, outer.outer_optimizer, scheduler, like=like)
+        self.signal = HypergradientSignal(self.search.u0)
         hypers = space.constrain(self.search.u0)
         draws = torch.Generator(self.generator.device).manual_seed(0)
         batch = self.data.train.peek()
@@ -141,6 +145,13 @@ class Core:
     def next_batches(self, splits: Iterable[Split]) -> list[Batch]:
         """Return the next batch of each split."""
         return [self.services.next_batch(getattr(self.data, split)) for split in splits]
+
+    def note_hypergradient(self, gradient: Tensor) -> Metrics:
+        """Return the metrics of the hypergradient of an outer step, [h]."""
+        metrics = {"hypergradient_norm": gradient.norm()}
+        if self.signal is not None:
+            metrics["hypergradient_snr"] = self.signal.note(gradient)
+        return metrics
 
     def watch(self, loss: Tensor) -> None:
         """Note the present inner step if `loss` is not finite."""
@@ -241,11 +252,12 @@ class Core:
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return w with its optimizer, the carry and the state of the generator."""
+        """Return w with its optimizer, the carry, the draws, and moments of the hypergradient."""
         return {
             "weights": self.weights.state_dict(),
             "carry": self.carry,
             "generator": self.generator.get_state(),
+            "signal": None if self.signal is None else self.signal.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,6 +265,8 @@ class Core:
         self.weights.load_state_dict(state["weights"])
         self.carry = to_device(state["carry"], self.device)
         self.generator.set_state(state["generator"].cpu())
+        if self.signal is not None and state.get("signal"):
+            self.signal.load_state_dict(state["signal"])
         self.latest = None
 
 

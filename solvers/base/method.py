@@ -154,8 +154,9 @@ class BestResponse(Method):
         for name, (weight, value) in self.bonus().items():
             metrics[name], objective = value.detach(), objective - weight * value
         gradient = descend(objective, *self.core.search.trained())[0]
+        self.core.search.cap_scale()
         if gradient is not None:
-            metrics["hypergradient_norm"] = gradient.norm()
+            metrics |= self.core.note_hypergradient(gradient)
         return metrics | self.outer_metrics()
 
 
@@ -176,4 +177,4 @@ class WrittenHypergradient(Method):
         loss, gradient, metrics = self.differentiate(*batches)
         self.core.watch(loss + 0 * gradient.sum())  # a gradient that is not finite counts too
         apply_gradients([gradient], self.core.search.mean)
-        return metrics | {"outer_loss": loss, "hypergradient_norm": gradient.norm()}
+        return metrics | {"outer_loss": loss} | self.core.note_hypergradient(gradient)

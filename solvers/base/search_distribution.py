@@ -46,11 +46,21 @@ class SearchDistribution:
         self.u0 = self.u.detach().clone()
         self.scale: Optimized | None = None
         self._fixed_s = softplus_inverse(space.initial_scales()).to(self.u)
+        self._most_s: float | None = None
         self._per_example: Tensor | None = None
 
-    def train_scale(self, optimizer: MakeOptimizer) -> None:
-        """Train s, and so σ, beside u."""
+    def train_scale(self, optimizer: MakeOptimizer, most: float | None = None) -> None:
+        """Train s, and so σ, beside u; σ is at most `most`, if that is given."""
+        if most is not None:
+            self._most_s = float(softplus_inverse(torch.tensor(most, dtype=torch.float64)))
         self.scale = self._optimized({"s": self._fixed_s}, optimizer)
+        self.cap_scale()
+
+    @torch.no_grad()
+    def cap_scale(self) -> None:
+        """Lower σ to its largest value, in place, where a step of s has passed it."""
+        if self._most_s is not None and self.scale is not None:
+            self.scale.tensors["s"].clamp_(max=self._most_s)
 
     def _optimized(self, tensors: Params, optimizer: MakeOptimizer) -> Optimized:
         made = Optimized(tensors, optimizer, self._scheduler)

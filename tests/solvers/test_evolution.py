@@ -394,6 +394,7 @@ def test_any_problem_runs(make):
         "inner_loss",
         "outer_loss",
         "hypergradient_norm",
+        "hypergradient_snr",
         "particle_spread",
         "lost_pairs",
     } == set(metrics)

@@ -257,5 +257,6 @@ def test_a_round_reports_its_outer_phase_besides(flags):
     torch.testing.assert_close(
         metrics, means | single.method.outer_step(single.core.data.valid.next())
     )
-    assert metrics.keys() - means.keys() == {"outer_loss", "entropy", "hypergradient_norm"}
+    outer = {"outer_loss", "entropy", "hypergradient_norm", "hypergradient_snr"}
+    assert metrics.keys() - means.keys() == outer
     assert all(value.ndim == 0 for value in tree_leaves(metrics))

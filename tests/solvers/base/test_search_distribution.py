@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bilevel import Integer, Interval, ModuleProblem, Positive, Real, Simplex, Space
+from bilevel import BilevelError, Integer, Interval, ModuleProblem, Positive, Real, Simplex, Space
 from bilevel.solvers import Dense, ResponseWeight, SelfTuning
 from bilevel.solvers.base.search_distribution import SearchDistribution
-from tests.support.solver_cases import all_flags, classifier, ready, sgd
+from tests.support.solver_cases import Decayed, all_flags, classifier, ready, sgd
 
 SGD = sgd(0.1)
 
@@ -213,3 +213,43 @@ def test_an_integer_is_rounded_without_bias_in_both_training_passes(init):
     assert set(at_centre.tolist()) == ({1.0} if init == 1 else {1.0, 2.0})
     assert abs(perturbed.mean() - expected) < 0.05
     assert perturbed.frac().eq(0).all()
+
+
+# --- the largest scale ---
+
+
+@all_flags
+def test_sigma_stops_at_its_largest_value(flags):
+    """τ = 5 widens σ; the cap holds after every outer step, and σ may still shrink."""
+    wide = {"entropy_weight": 5.0, "scale_optimizer": sgd(0.5), **flags}
+    free, capped = (ready(classifier(), SelfTuning(max_scale=most, **wide)) for most in (None, 1.2))
+    for _ in range(4):
+        free.step()
+        capped.step()
+        assert float(capped.core.search.sigma.detach().max()) <= 1.2 * (1 + 1e-6)
+    assert float(free.core.search.sigma.detach().min()) > 1.2
+    assert float(capped.core.search.sigma.detach().min()) == pytest.approx(1.2)
+    with torch.no_grad():
+        capped.core.search.s.sub_(1.0)
+    capped.core.search.cap_scale()
+    assert float(capped.core.search.sigma.detach().max()) < 1.1
+
+
+def test_an_initial_scale_above_the_largest_is_lowered():
+    space = {"decay": Positive(init=0.1, scale=3.0), "other": Real(init=0.0, scale=0.2)}
+    solver = ready(Decayed(torch.nn.Linear(4, 3), **space), SelfTuning(max_scale=0.5))
+    torch.testing.assert_close(
+        solver.core.search.sigma.detach(), torch.tensor([0.5, 0.2], dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"max_scale": 0}, "^max_scale=0 must be positive and finite; set it to null"),
+        ({"max_scale": 1.0, "tune_scale": False}, "^max_scale=1.0 needs tune_scale=True"),
+    ],
+)
+def test_a_wrong_largest_scale_is_one_sentence(settings, match):
+    with pytest.raises(BilevelError, match=match):
+        SelfTuning(**settings)
