@@ -37,4 +37,8 @@ def targeted(target: float | None) -> tuple[Column, ...]:
 TIME = Column("time", lambda run: run.total("seconds"), seconds_text, "low")
 EXAMPLES = Column("examples", lambda run: run.total("examples"), plus_minus, "low")
 OUTER = Column("outer steps", lambda run: run.total("outer_steps"), plus_minus)
-COST = (TIME, EXAMPLES, OUTER)
+OF_REFITS = (
+    Column("time of refits", lambda run: run.of_refits("seconds"), seconds_text),
+    Column("examples of refits", lambda run: run.of_refits("examples"), plus_minus),
+)
+COST = (TIME, EXAMPLES, *OF_REFITS, OUTER)

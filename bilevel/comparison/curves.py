@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bilevel.comparison.runs import Array, Run
+from bilevel.comparison.runs import Array, Run, finite
 
 AXES = {"epochs": "epoch", "seconds": "seconds", "examples": "examples"}
 """Horizontal axes, with their columns in the records."""
@@ -158,12 +158,24 @@ def _geometric(table: Array, mean: Array) -> Array:
 def reached(run: Run, target: float, of: str = LOSS) -> Reached | None:
     """Return the first evaluation at which `of` is at or below the target, or None.
 
-    There is no interpolation between evaluations.
+    There is no interpolation between evaluations. If the tuning does not reach the target, and a
+    refit that was chosen does, the cost is that of its best evaluation, the tuning included.
     """
     below = np.flatnonzero(run.column(of) <= target)
     if not below.size:
-        return None
+        return _reached_by_refit(run, target, of)
     return Reached(*(float(run.column(column)[below[0]]) for column in AXES.values()))
+
+
+def _reached_by_refit(run: Run, target: float, of: str) -> Reached | None:
+    if run.refit is None or (value := run.at_best(of)) is None or value > target:
+        return None
+    names = list(run.candidates)
+    before = names[: names.index(run.refit)]
+    parts = [finite((run.candidates[name].get("last") or {}).get("epoch")) for name in before]
+    epochs = sum(part or 0.0 for part in parts) + (run.at_best("epoch") or 0.0)
+    seconds, examples = run.at_best("seconds"), run.at_best("examples")
+    return None if seconds is None or examples is None else Reached(epochs, seconds, examples)
 
 
 def common_target(groups: Mapping[str, Sequence[Run]]) -> float | None:

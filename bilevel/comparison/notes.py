@@ -21,6 +21,11 @@ def notes_on(groups: Mapping[str, Sequence[Run]]) -> list[str]:
             elif run.status != "finished":
                 message = str((run.summary or {}).get("message") or run.status)
                 notes.append(f"{label}, seed {run.seed}: {message.partition(';')[0]}")
+        if refitted := sum(run.refit is not None for run in runs):
+            notes.append(
+                f"{label}: the result is that of a refit in {refitted} of {len(runs)} runs; tables "
+                "show it with the cost of tuning and refits together, and curves show the tuning"
+            )
         seeds = [run.seed for run in runs]
         if len(set(seeds)) < len(seeds):
             notes.append(

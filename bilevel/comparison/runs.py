@@ -68,11 +68,14 @@ class Run:
 
     @cached_property
     def best(self) -> int | None:
-        """Return the best evaluation; None where no validation loss is finite.
+        """Return the best evaluation of the records; None where no validation loss is finite.
 
-        It is that of the summary (`runner.select`), or before it that of the lowest loss.
+        It is that of the summary (`runner.select`), or before it that of the lowest loss. Records
+        of refits are not among them.
         """
-        losses, step = self.column("valid_loss"), self._from_summary("best", "step")
+        own = self.candidates.get("run", self.summary or {}).get("best")
+        losses = self.column("valid_loss")
+        step = finite(own.get("step")) if isinstance(own, dict) else None
         ended = self.status != "running" and step is not None and "step" in self.columns
         if ended and np.isfinite(losses).any():
             at = np.flatnonzero(self.columns["step"] == step)
@@ -80,17 +83,44 @@ class Run:
                 return int(at[0])
         return int(np.nanargmin(losses)) if np.isfinite(losses).any() else None
 
+    @cached_property
+    def candidates(self) -> dict[str, Record]:
+        """Return the run itself and its refits, by name, from the summary; {} without refits."""
+        found = self._refits.get("candidates")
+        found = found.items() if isinstance(found, dict) else ()
+        return {name: entry for name, entry in found if isinstance(entry, dict)}
+
+    @cached_property
+    def refit(self) -> str | None:
+        """Return the name of the refit whose result is that of the run; None if it is its own."""
+        chosen = self._refits.get("chosen")
+        known = isinstance(chosen, str) and chosen in self.candidates
+        return str(chosen) if known and chosen != "run" else None
+
+    def of_refits(self, name: str) -> float | None:
+        """Return a part of the total that refits took; None without refits."""
+        return finite(self._refits.get(name))
+
+    @property
+    def _refits(self) -> Record:
+        found = (self.summary or {}).get("refit")
+        return found if isinstance(found, dict) else {}
+
     def at_best(self, name: str) -> float | None:
         """Return a number at the best evaluation, from the records or from the summary.
 
-        Only the summary has the scores of the test split.
+        Only the summary has the scores of the test split, and those of a refit that was chosen.
         """
+        if self.refit is not None:
+            return self._from_summary("best", name)
         if self.best is not None and name in self.columns and self.columns[name].ndim == 1:
             return finite(self.columns[name][self.best])
         return self._from_summary("best", name)
 
     def at_end(self, name: str) -> float | None:
         """Return a number at the last evaluation, from the records or from the summary."""
+        if self.refit is not None:
+            return self._from_summary("last", name)
         if self.evaluations and name in self.columns and self.columns[name].ndim == 1:
             return finite(self.columns[name][-1])
         return self._from_summary("last", name)
@@ -98,7 +128,8 @@ class Run:
     def total(self, name: str) -> float | None:
         """Return a total from the summary, or the highest value so far.
 
-        Totals are `seconds`, `examples`, `outer_steps` and `peak_memory_bytes`.
+        Totals are `seconds`, `examples`, `outer_steps` and `peak_memory_bytes`; the summary counts
+        refits too.
         """
         if self.summary and self.status != "running":
             total = finite(self.summary.get(name))
