@@ -59,6 +59,10 @@ class RunnerHooks:
         """Declare the state of steps that may be captured; a string is the reason against it."""
         return None
 
+    def displace(self, offset: Tensor) -> None:
+        """Move u by `offset`, [h], and w not; frozen steps then train at the new λ."""
+        raise NotImplementedError
+
     def plain(self) -> "Solver | None":
         """Return a new solver that trains w in the same way and holds λ; None if there is none."""
         return None

@@ -70,6 +70,13 @@ MUTANTS = [
         "bilevel/run/test_directory_lock.py",
     ),
     Mutant(
+        "the trainings of a check go on from each other",
+        "bilevel/run/hypergradient_check.py",
+        "        self._take_over(solver, data)\n        self.twin.displace(offset)\n",
+        "        self.twin.inner_count = solver.inner_count\n        self.twin.displace(offset)\n",
+        "bilevel/run/test_hypergradient_check.py",
+    ),
+    Mutant(
         "a round goes on beyond the end of the tuning",
         "bilevel/run/budget.py",
         "ends = (self.plain_steps, self.warmup_steps, self.tuned_steps, self.steps)",

@@ -41,7 +41,8 @@ def make_record(
     the solver's steps, and `exact.<name>` for a problem with a closed form. `seconds` is the
     training time. `seconds.<phase>` are its parts by the solver's timers; `seconds.evaluation` is
     separate from it. `hypergradient.<name>` compares the solver's hypergradient with the exact one
-    (`bilevel.run.hypergradient_error`).
+    (`bilevel.run.hypergradient_error`), and `hypergradient.check_<name>` with finite differences
+    (`bilevel.run.hypergradient_check`).
 
     Example:
         >>> import torch

@@ -65,9 +65,9 @@ class HypergradientError:
         exact = self.problem.exact_hypergradient(hypers)
         if exact is None or not bool(torch.isfinite(exact).all()):
             return {}
-        _copy_state(solver, self.twin)
+        copy_state(solver, self.twin)
         for split in ("train", "valid"):
-            _copy_state(getattr(data, split), getattr(self.data, split))
+            copy_state(getattr(data, split), getattr(self.data, split))
         gradient = self.twin.hypergradient()
         if gradient is None:
             return {}
@@ -93,7 +93,7 @@ def in_coordinates(space: Space, hypers: Hypers, gradient: Tensor) -> Tensor:
         return torch.autograd.grad(torch.stack(parts).sum(), u)[0]
 
 
-def _copy_state(source: Any, target: Any) -> None:
+def copy_state(source: Any, target: Any) -> None:
     """Load a deep copy of the state of `source` into `target`."""
     state = tree_map_only(Tensor, lambda t: t.detach().clone(), source.state_dict())
     target.load_state_dict(state)

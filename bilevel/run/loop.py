@@ -23,6 +23,7 @@ from bilevel.run.divergence import RATES, diverged, not_finite
 from bilevel.run.evaluation import evaluate
 from bilevel.run.faults import CheckpointSaver, Loggers
 from bilevel.run.fingerprint import check_fingerprint, fingerprint
+from bilevel.run.hypergradient_check import HypergradientCheck
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.run.tune_fraction import KEY, check_tuned_steps
 from bilevel.selection import Selection
@@ -65,6 +66,7 @@ class Loop:
         patience: int | None = None,
         checkpoint_every: int = 1,
         hypergradient_error: HypergradientError | None = None,
+        hypergradient_check: HypergradientCheck | None = None,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         self.problem = problem
@@ -78,6 +80,7 @@ class Loop:
         self.patience = patience
         self.checkpoint_every = checkpoint_every
         self.hypergradient_error = hypergradient_error
+        self.hypergradient_check = hypergradient_check
         self.ranks = ranks
         self.meter = Meter(device)
         self.services = services
@@ -229,9 +232,14 @@ class Loop:
         # training losses are not comparable between solvers, so all are measured in this one way
         few = min(self.data.train.size, self.data.valid.size)
         train = evaluate(self.problem, solution, self.data.train, limit=few)
-        if self.hypergradient_error is None or not (finite and math.isfinite(valid["loss"])):
-            return train, valid, {}
-        measured = self.hypergradient_error.measure(self.solver, self.data, solution.hypers)
+        measured: dict[str, float] = {}
+        if not (finite and math.isfinite(valid["loss"])):
+            return train, valid, measured
+        if (error := self.hypergradient_error) is not None:
+            measured |= error.measure(self.solver, self.data, solution.hypers)
+        check, tunes = self.hypergradient_check, not self.budget.is_frozen(self.step)
+        if check is not None and tunes and check.is_due(self.evaluations):
+            measured |= check.measure(self.solver, self.data, self.evaluations)
         return train, valid, measured
 
     def _show_pictures(self, hypers: Hypers) -> None:

@@ -110,6 +110,7 @@ def _refit(run: Session, name: str) -> Result:
         run.settings,
         refit="none",
         plain_epochs=0,
+        hypergradient_check=None,
         warmup_epochs=0,
         tune_fraction=1.0,
         initial_params=None,

@@ -74,6 +74,13 @@ class RunSettings:
             `best` at that of the best evaluation, `all` at the initial and at the last λ, `none`
             (or false) not at all. Each refit has new initial weights from the same seed, no
             warm-up and budgets of its own. The best of run and refits by `select` is the result.
+        hypergradient_check: evaluations from one comparison of the solver's hypergradient with
+            finite differences of short trainings to the next; None for none. It is expensive, and
+            changes no bit of the run.
+        check_steps: inner steps of such a training.
+        check_coordinates: coordinates of u that a comparison takes, drawn anew for each.
+        check_size: the step of the finite differences, in unconstrained coordinates.
+        check_batches: validation batches of a comparison; None for as many as the split has.
 
     Raises:
         BilevelError: there is no budget, or a value is out of its range.
@@ -100,6 +107,11 @@ class RunSettings:
     initial_params: str | None = None
     picture: bool = True
     refit: str | bool | None = "none"
+    hypergradient_check: int | None = None
+    check_steps: int = 100
+    check_coordinates: int = 3
+    check_size: float = 0.3
+    check_batches: int | None = None
 
     def __post_init__(self) -> None:
         budgets = ("epochs", "seconds", "examples")
@@ -117,6 +129,11 @@ class RunSettings:
         validate.at_least(0, **self._named("plain_epochs", "warmup_epochs"))
         self._check_tune_fraction()
         validate.whole(1, **self._named("checkpoint_every", "keep_checkpoints"))
+        validate.whole(1, **self._named("check_steps", "check_coordinates"))
+        validate.positive(**self._named("check_size"))
+        for name in ("hypergradient_check", "check_batches"):
+            if getattr(self, name) is not None:
+                validate.whole(1, **self._named(name))
         Selection(self.select)
         check_precision(self.precision)
         validate.one_of(["auto", True, False], **self._named("capture"))

@@ -23,6 +23,7 @@ from bilevel.loggers.plot import CurvesPlot
 from bilevel.loggers.records import METRICS, brief
 from bilevel.run.cuda_graph import Capture
 from bilevel.run.distributed import FirstRankSaver
+from bilevel.run.hypergradient_check import HypergradientCheck
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.run.initial_params import keep_params, read_params
 from bilevel.run.loop import Loop, on_cpu
@@ -86,6 +87,7 @@ def build(run: Session) -> None:
         problem = wrap(problem, run)
     run.problem = problem
     error = HypergradientError.of(problem, solver, device)
+    check = HypergradientCheck.of(settings, problem, solver, device, request.seed)
     services = Services(Timers(device))
     with _wrong_data_named(run):
         check_setup(problem, run.data, device, solver)
@@ -106,6 +108,7 @@ def build(run: Session) -> None:
         patience=settings.patience,
         checkpoint_every=settings.checkpoint_every,
         hypergradient_error=error,
+        hypergradient_check=check,
         ranks=run.ranks,
     )
     if request.resume:

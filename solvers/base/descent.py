@@ -268,6 +268,10 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
         owners = [(core, ("carry", "last_outer_carry")), (core.search, ()), (self.method, rebound)]
         return Capturable([group.optimizer for group in groups], owners)
 
+    def displace(self, offset: Tensor) -> None:
+        self.method.freeze()  # a part of w may depend on u
+        self.core.search.displace(offset)
+
     def plain(self) -> Solver:
         return plain_training(self)
 

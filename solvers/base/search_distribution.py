@@ -116,6 +116,12 @@ class SearchDistribution:
         """Return the tensors that an outer step trains: u, and s if σ is tuned."""
         return [self.mean] if self.scale is None else [self.mean, self.scale]
 
+    def displace(self, offset: Tensor) -> None:
+        """Move u and u₀ by `offset`, [h]."""
+        with torch.no_grad():
+            self.u.add_(offset.to(self.u))
+            self.u0.add_(offset.to(self.u0))
+
     def recentre(self) -> None:
         """Set u₀ ← u, at the end of an outer phase."""
         self.u0.copy_(self.u.detach())
