@@ -47,6 +47,13 @@ class RunnerHooks:
         """
         return None
 
+    def outer_loss_at(self, offset: Tensor, batch: Batch) -> Tensor | None:
+        """Return L_V(λ(u + δ), ŵ(u + δ)), [], on a validation batch, differentiable in δ, [h].
+
+        None where ŵ is known at u alone. Nothing changes, and every call has the same draws.
+        """
+        return None
+
     def extra_tensors(self) -> Params:
         """Return the trained tensors other than w and λ; the runner checks that they are finite."""
         return {}

@@ -36,6 +36,8 @@ class FirstOrder(Descent):
 class FirstOrderMethod(BestResponse):
     """Plain training at λ₀, with w as a constant response."""
 
+    extends = True
+
     def __init__(self, core: Core) -> None:
         self.core = core
 

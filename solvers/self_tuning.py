@@ -169,6 +169,8 @@ class SelfTuningMethod(BestResponse):
         varies_per_example: whether ε is [B, h].
     """
 
+    extends = True
+
     def __init__(self, settings: SelfTuning, core: Core) -> None:
         self.settings = settings
         self.core = core

@@ -828,6 +828,27 @@ MUTANTS = [
         "if True or running or failed == 0",
         "bilevel/checks/test_splits.py",
     ),
+    Mutant(
+        "a solver is not returned to its state after its sensitivities",
+        "bilevel/run/sensitivities.py",
+        "        solver.load_state_dict(held)\n        services.capture",
+        "        services.capture",
+        "bilevel/run/test_sensitivities.py",
+    ),
+    Mutant(
+        "the curvature over one step in place of two",
+        "bilevel/run/sensitivities.py",
+        "/ (2 * step[k])",
+        "/ step[k]",
+        "bilevel/run/test_sensitivities.py",
+    ),
+    Mutant(
+        "the standard error without the lost degree of freedom",
+        "bilevel/run/sensitivities.py",
+        "* n / (n - 1))",
+        ")",
+        "bilevel/run/test_sensitivities.py",
+    ),
 ]
 
 

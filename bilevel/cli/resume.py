@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "runner.progress",
     "runner.picture",
     "runner.refit",
+    "runner.sensitivities",
     "wandb.mode",
     "tensorboard.flush_seconds",
 )

@@ -12,6 +12,7 @@ from bilevel.comparison.cost_table import cost_table
 from bilevel.comparison.curves import LOSS, common_target, reached
 from bilevel.comparison.figures import pictures
 from bilevel.comparison.hyper_table import hyper_table
+from bilevel.comparison.mattered import mattered_table
 from bilevel.comparison.notes import notes_on
 from bilevel.comparison.paired_table import paired_tables
 from bilevel.comparison.part import Part
@@ -83,6 +84,7 @@ def _tables(
     made = (
         quality_table(groups),
         hyper_table(groups),
+        mattered_table(groups),
         cost_table(groups, target, target_source),
         step_table(groups),
         settings_table(groups),

@@ -122,6 +122,23 @@ class TensorStream(Stream):
         others = first[~torch.isin(first, rows)]
         return self._take(torch.cat([rows, others])[:count].to(self.device))
 
+    def spread(self, least: int, most: int) -> Iterator[Batch]:
+        """Yield batches without drawing, each with rows from all over the split.
+
+        Together they hold each row once, unless that takes more than `most` batches.
+
+        Args:
+            least: the number of batches, as far as they have two rows each.
+            most: the largest number of batches.
+        """
+        rows = self.size if self.batch_size is None else self.batch_size
+        count = max(-(-self.size // rows), min(least, max(1, self.size // 2)))
+        kept = range(count) if count <= most else [k * count // most for k in range(most)]
+        for first in kept:
+            yield pytree.tree_map(
+                lambda x, first=first: x[first::count] if isinstance(x, Tensor) else x, self.tensors
+            )
+
     def once(self, limit: int | None = None) -> Iterator[Batch]:
         stop = self.size if limit is None else min(limit, self.size)
         step = self.size if self.batch_size is None else self.evaluation_batch_size

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bilevel.errors import BilevelError, Refused, SpeedWarning
+from bilevel.half_weights import HALF
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
@@ -116,6 +117,15 @@ def at_precision(problem: Problem, solver: Solver, precision: str, device: torch
             "differentiates (for SAMA: finite_difference=false)"
         )
     return Autocast(problem)
+
+
+def has_half_products(problem: Problem, params: Params) -> bool:
+    """Return whether products have 16 bits, so that a small difference has no correct digit."""
+    while isinstance(problem, ProblemWrapper):
+        if isinstance(problem, Autocast):
+            return True
+        problem = problem.problem
+    return any(p.dtype in HALF for p in params.values())
 
 
 def check_precision(precision: str) -> None:

@@ -8,12 +8,23 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+MOST_ROWS = 10
+"""Hyperparameters in a table of the ones that mattered."""
+
+
 def final_tables(summary: Record, arrow: str = "→", sigma: str = "σ") -> list["RenderableType"]:
-    """Return the scores at the best and the last step, and the moves of all hyperparameters."""
-    return [
+    """Return the scores at the best and the last step, and the moves of all hyperparameters.
+
+    Where the sensitivities are known, a third table tells which hyperparameters mattered.
+    """
+    tables = [
         scores_table(best=summary["best"], last=summary["last"]),
         moves_table(summary["initial"], summary["hypers"], summary["scales"], arrow, sigma, "to"),
     ]
+    sensitivities = summary.get("sensitivities") or {}
+    if any(entry["hypergradient"] is not None for entry in sensitivities.values()):
+        tables.append(sensitivity_table(sensitivities, sigma, "±" if sigma == "σ" else "+-"))
+    return tables
 
 
 def scores_table(**columns: Record) -> "RenderableType":
@@ -56,6 +67,40 @@ def moves_table(
             Text(name), units(start.get(name)), arrow, units(value), units(scales.get(name))
         )
     return table
+
+
+def sensitivity_table(
+    sensitivities: Record, sigma: str = "σ", plus_minus: str = "±"
+) -> "RenderableType":
+    """Return a table of `bilevel.run.sensitivities`, the largest effects first."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2), header_style="bold", title_justify="left")
+    table.title, table.title_style = "  which hyperparameters mattered", "bold"
+    columns = ("hyperparameter", f"moved / {sigma}", "dL_V/du", "d²L_V/du²", "effect")
+    for column in columns:
+        shown = column if sigma == "σ" else column.replace("²", "2")
+        table.add_column(shown, justify="left" if column == "hyperparameter" else "right")
+    ordered = sorted(sensitivities, key=lambda name: influence(sensitivities[name]), reverse=True)
+    for name in ordered[:MOST_ROWS]:
+        entry = sensitivities[name]
+        moved, slope, error, *others = (
+            "" if entry[column] is None else f"{entry[column]:.2g}"
+            for column in ("moved", "hypergradient", "standard_error", "curvature", "effect")
+        )
+        table.add_row(
+            Text(name), moved, f"{slope} {plus_minus} {error}" if error else slope, *others
+        )
+    if (left := len(ordered) - MOST_ROWS) > 0:
+        table.add_row(f"and {left} more in summary.json")
+    return table
+
+
+def influence(entry: Record) -> float:
+    """Return the number that orders hyperparameters: the effect, or else |dL_V/du|."""
+    effect = entry.get("effect")
+    return float(effect if effect is not None else abs(entry.get("hypergradient") or 0.0))
 
 
 def scores(record: Record) -> Record:

@@ -115,6 +115,7 @@ def _refit(run: Session, name: str) -> Result:
         tune_fraction=1.0,
         initial_params=None,
         progress="none",
+        sensitivities=False,
     )
     refit = Session(
         settings,

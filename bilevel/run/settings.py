@@ -81,6 +81,8 @@ class RunSettings:
         check_coordinates: coordinates of u that a comparison takes, drawn anew for each.
         check_size: the step of the finite differences, in unconstrained coordinates.
         check_batches: validation batches of a comparison; None for as many as the split has.
+        sensitivities: measure at the end how the validation loss depends on each hyperparameter,
+            for the cost of a few evaluations (`bilevel.run.sensitivities`).
 
     Raises:
         BilevelError: there is no budget, or a value is out of its range.
@@ -112,6 +114,7 @@ class RunSettings:
     check_coordinates: int = 3
     check_size: float = 0.3
     check_batches: int | None = None
+    sensitivities: bool = True
 
     def __post_init__(self) -> None:
         budgets = ("epochs", "seconds", "examples")

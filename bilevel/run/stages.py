@@ -183,7 +183,14 @@ def conclude(run: Session) -> Result:
     """Return the result of a run that has ended, without refits."""
     assert run.reason is not None
     signal = run.interrupts.number
-    summary = summarize(run.loop, run.info, run.reason, signal, run.outer)
+    summary = summarize(
+        run.loop,
+        run.info,
+        run.reason,
+        signal,
+        run.outer,
+        with_sensitivities=run.settings.sensitivities,
+    )
     best = run.loop.best
     return Result(
         summary,

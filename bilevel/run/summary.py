@@ -6,6 +6,8 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import torch
+
 from bilevel.checkpoint.large_values import LargeValues
 from bilevel.checks.splits import wrong_data
 from bilevel.errors import FaultWarning
@@ -15,6 +17,7 @@ from bilevel.params import Hypers, to_device
 from bilevel.requirements import Trait
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import Loop
+from bilevel.run.sensitivities import sensitivities
 from bilevel.solver import Solution
 from bilevel.text import describe
 
@@ -25,6 +28,8 @@ def summarize(
     reason: str,
     signal: Signals | None = None,
     outer: Path | None = None,
+    *,
+    with_sensitivities: bool = True,
 ) -> Record:
     """Return the summary of a run; unless the run was interrupted, evaluate the test split.
 
@@ -38,6 +43,7 @@ def summarize(
         reason: what ended the run, as `Loop.run` returns it.
         signal: the signal that interrupted the run, if one did.
         outer: the directory of the run that this one is a part of; None for a run of its own.
+        with_sensitivities: whether to measure `bilevel.run.sensitivities` of a finished run.
 
     Raises:
         Unwritable: large hyperparameters cannot be written.
@@ -47,8 +53,9 @@ def summarize(
     def plain(part: str, hypers: Hypers) -> dict[str, Any]:
         return {name: values.entry(part, name, leaf) for name, leaf in hypers.items()}
 
-    solution, scales = loop.solver.solution(), loop.solver.scales()
     finished = reason not in ("interrupted", "diverged")
+    measured = _sensitivities(loop) if finished and with_sensitivities else {}
+    solution, scales = loop.solver.solution(), loop.solver.scales()
     best: Record = {}
     if loop.best is not None:
         held = Solution(**to_device(loop.best["solution"], loop.device))
@@ -68,6 +75,7 @@ def summarize(
         "initial": plain("initial", loop.initial),
         "hypers": plain("hypers", solution.hypers),
         "scales": plain("scales", scales),
+        "sensitivities": measured,
         "seconds": loop.meter.seconds,
         "examples": loop.examples,
         "steps": loop.step,
@@ -132,6 +140,26 @@ def _test(loop: Loop, solution: Solution) -> dict[str, float]:
             stacklevel=3,
         )
     return {f"test_{name}": value for name, value in measured.items()}
+
+
+def _sensitivities(loop: Loop) -> Record:
+    """Return the sensitivities of a solver that tunes; they draw from no global generator."""
+    if Trait.TUNES_NOTHING in loop.solver.traits:
+        return {}
+    cuda = [loop.device] if loop.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            return sensitivities(loop.solver, loop.problem, loop.data, loop.initial)
+    except Exception as error:  # the run has ended, and its summary must not be lost
+        if loop.ranks.world > 1:
+            raise  # the other ranks wait in a collective operation
+        warnings.warn(
+            f"the sensitivities cannot be measured ({describe(error)}), so the summary has none; "
+            "set runner.sensitivities=false to leave them out",
+            FaultWarning,
+            stacklevel=3,
+        )
+        return {}
 
 
 def _outcome(record: Record) -> Record:

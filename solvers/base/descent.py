@@ -258,6 +258,9 @@ class Descent(InnerSettings, OuterSettings, Stepwise):
     def scales(self) -> Hypers:
         return self.method.scales()
 
+    def outer_loss_at(self, offset: Tensor, batch: Batch) -> Tensor | None:
+        return self.method.outer_loss_at(offset, batch)
+
     def extra_tensors(self) -> Params:
         return self.method.extra_tensors()
 

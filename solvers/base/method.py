@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from bilevel import Batch, Hypers, Metrics, Params
+from bilevel import Batch, Carry, Hypers, Metrics, Params
 from bilevel.params import count_examples, detached
 from bilevel.solver import Split
 from bilevel.solvers.base.core import Core
@@ -55,6 +55,10 @@ class Method(ABC):
 
     def lighter_step(self) -> Callable[..., Metrics] | None:
         """Return a step that stands for `inner_step` at the present count; None for none."""
+        return None
+
+    def outer_loss_at(self, offset: Tensor, batch: Batch) -> Tensor | None:
+        """Return L_V at λ(u₀ + offset) and ŵ(u₀ + offset); None where ŵ is known at u₀ alone."""
         return None
 
     def begin_round(self, steps: int, *, warmup: bool) -> None:
@@ -113,9 +117,13 @@ class BestResponse(Method):
     """A method that returns ŵ(λ) as a differentiable function; autograd finds the hypergradient.
 
     dL_V/du = ∂_λ L_V · dλ/du + ∂_w L_V · dŵ/du
+
+    Attributes:
+        extends: whether `respond` returns the value of ŵ beside u₀ too, not its derivative alone.
     """
 
     looks_back: ClassVar[bool] = True
+    extends: ClassVar[bool] = False
 
     @abstractmethod
     def respond(self, offset: Tensor) -> Params:
@@ -137,13 +145,28 @@ class BestResponse(Method):
         core = self.core
         perturbed = core.search.scale is not None
         offset = core.search.offset(count_examples(batch) if perturbed else 1, core.generator)
+        loss, last = self.judged(offset, core.last_outer_carry, batch, training)
+        core.last_outer_carry = detached(last)
+        return loss
+
+    def judged(
+        self, offset: Tensor, before: Carry | None, batch: Batch, training: Batch | None
+    ) -> tuple[Tensor, Carry]:
+        """Return L_V(λ(u₀ + offset), ŵ(u₀ + offset)) after the carry `before`, and the next one."""
+        core = self.core
         hypers = core.problem.space.constrain(core.search.u0 + offset)
-        carry = core.problem.outer_carry(core.carry, core.last_outer_carry, batch)
+        carry = core.problem.outer_carry(core.carry, before, batch)
         params = self.respond(offset)
         carry = core.following(hypers, params, carry, training)
         with core.without_cudnn():
-            loss, last = core.problem.outer_loss(hypers, params, carry, batch)
-        core.last_outer_carry = detached(last)
+            return core.problem.outer_loss(hypers, params, carry, batch)
+
+    def outer_loss_at(self, offset: Tensor, batch: Batch) -> Tensor | None:
+        if not self.extends:
+            return None
+        draws = self.core.generator.get_state()
+        loss, _ = self.judged(offset, None, batch, None)
+        self.core.generator.set_state(draws)
         return loss
 
     def outer_step(self, *batches: Batch) -> Metrics:
