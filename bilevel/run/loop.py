@@ -237,7 +237,7 @@ class Loop:
             return train, valid, measured
         if (error := self.hypergradient_error) is not None:
             measured |= error.measure(self.solver, self.data, solution.hypers)
-        check, tunes = self.hypergradient_check, not self.budget.is_frozen(self.step)
+        check, tunes = self.hypergradient_check, self.budget.phase(self.step) != "frozen"
         if check is not None and tunes and check.is_due(self.evaluations):
             measured |= check.measure(self.solver, self.data, self.evaluations)
         return train, valid, measured

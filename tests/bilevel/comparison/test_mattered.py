@@ -31,7 +31,7 @@ def test_rows_are_means_over_runs_with_the_largest_effect_first(tmp_path):
     made(tmp_path, "cg", {"decay": small, "rate": without})
     made(tmp_path, "tpe", {"decay": {"moved": 1.0, "hypergradient": None, "effect": None}})
     groups = group_runs(read_runs(tmp_path))["ridge"]
-    titles, cells = mattered(groups)
+    titles, cells, _ = mattered(groups)
     assert titles == [
         *("solver", "hyperparameter", "n", "moved / σ", "dL_V/du", "d²L_V/du²", "effect")
     ]
