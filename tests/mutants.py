@@ -666,6 +666,27 @@ MUTANTS = [
         "solvers/test_implicit.py",
     ),
     Mutant(
+        "Ray starts a run again whose process has died",
+        "bilevel/cli/ray_launcher.py",
+        "max_retries=0",
+        "max_retries=1",
+        "bilevel/cli/test_ray_launcher.py",
+    ),
+    Mutant(
+        "a signal is kept from the runs on Ray",
+        "bilevel/cli/ray_launcher.py",
+        "if signals.received and not announced:",
+        "if announced:",
+        "bilevel/cli/test_ray_launcher.py",
+    ),
+    Mutant(
+        "a run on Ray whose process died is not among the failures",
+        "bilevel/cli/ray_launcher.py",
+        "            _note_failure(sentence, config)\n",
+        "",
+        "bilevel/cli/test_ray_launcher.py",
+    ),
+    Mutant(
         "a stored target judged by its path, not by the place of its definition",
         "bilevel/cli/stored.py",
         'home = getattr(target, "__module__", None)',

@@ -14,6 +14,8 @@ from bilevel.embedding_options import LOOKUPS, lookup
 from bilevel.params import Batch, Params
 
 CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
+PAIRED_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+"""Losses that pair the entries of two tensors, and broadcast where their shapes differ."""
 
 
 class Call(NamedTuple):
@@ -42,6 +44,8 @@ class Call(NamedTuple):
 
 class Calls(TorchFunctionMode):
     """Follow the fields of a batch; note the call that raises, and the first that is not finite.
+
+    A loss of [n] and [n, 1] would pair every example with every other one; it raises here.
 
     On a GPU a class or an index out of range would end the process group of the device in an error
     that no later call survives. So such arguments are compared with the range before the call.
@@ -75,6 +79,7 @@ class Calls(TorchFunctionMode):
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         try:
             _require_range(func, args, kwargs)
+            _require_pairs(func, args, kwargs)
             result = func(*args, **kwargs)
         except Exception:  # noted, and raised again
             self.failed = self._call(func, args, kwargs, given)
@@ -96,8 +101,8 @@ class Calls(TorchFunctionMode):
         return Call(getattr(func, "__name__", "a call"), func, args, kwargs, fields, weights)
 
 
-def class_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the scores and the target of a loss of classes."""
+def loss_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the scores and the target of a loss."""
     named = dict(zip(("input", "target"), args, strict=False)) | dict(kwargs)
     return named.get("input"), named.get("target")
 
@@ -127,7 +132,7 @@ def outside(index: Tensor, size: int) -> int | None:
 def _require_range(func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise what the CPU raises, where the device of the arguments would not survive the call."""
     if func in CLASS_LOSSES:
-        scores, target = class_arguments(args, kwargs)
+        scores, target = loss_arguments(args, kwargs)
         if target.device.type == "cpu" or target.dtype != torch.int64:
             return
         if (bad := class_outside(scores, target, kwargs)) is not None:
@@ -137,3 +142,18 @@ def _require_range(func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         index = indices(options)
         if index.device.type != "cpu" and outside(index, len(table)) is not None:
             raise IndexError("index out of range in self")
+
+
+def _require_pairs(func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise if a loss would expand both its tensors, as [n] and [n, 1] become [n, n]."""
+    if func not in PAIRED_LOSSES:
+        return
+    both = loss_arguments(args, kwargs)
+    if not all(isinstance(t, Tensor) for t in both):
+        return
+    try:
+        shape = torch.broadcast_shapes(*(t.shape for t in both))
+    except RuntimeError:  # the loss itself raises
+        return
+    if shape.numel() > max(t.numel() for t in both):
+        raise ValueError(f"both would be expanded to {list(shape)}")

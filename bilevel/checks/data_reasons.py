@@ -14,9 +14,9 @@ from bilevel.checks.calls import (
     CLASS_LOSSES,
     Call,
     Calls,
-    class_arguments,
     class_outside,
     indices,
+    loss_arguments,
     outside,
 )
 from bilevel.data.fields import dtype_of, fields, kind, shown, tensors
@@ -114,7 +114,7 @@ def _classes(failure: Failure, call: Call) -> str | None:
     """Return a sentence about the target of a loss of classes."""
     if call.func not in CLASS_LOSSES:
         return None
-    scores, target = class_arguments(call.args, call.kwargs)
+    scores, target = loss_arguments(call.args, call.kwargs)
     if not (isinstance(scores, Tensor) and isinstance(target, Tensor)) or scores.ndim == 0:
         return None
     field, axis = _field(failure, target), 1 if scores.ndim > 1 else 0
@@ -219,6 +219,10 @@ def _target(failure: Failure, call: Call) -> str | None:
     for t, names in call.fields[1:]:  # a target comes second
         if t is not prediction and len(names) == len(origin):
             target, origin = t, names
+    own = tensors(failure.batch).values()
+    exact = [pair for pair in call.fields if any(pair[0] is leaf for leaf in own)]
+    if len(exact) == 1:  # the network has made the other one
+        target, origin = exact[0]
     if (field := _named(failure, origin)) is None:
         return None
     prediction = next(t for t, _ in call.fields if t is not target)

@@ -16,6 +16,7 @@ from bilevel.cli import (
     hints,
     input_errors,
     log,
+    ray_launcher,
     refit,
     standard_streams,
     sweep,
@@ -162,6 +163,7 @@ def _quoted(text: str) -> str:
 
 def _run_hydra(job: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
     add_resolvers()
+    ray_launcher.register()
     run = hydra_main(version_base="1.3", config_path="pkg://bilevel.conf", config_name="config")
     # with HYDRA_FULL_ERROR, Hydra raises errors instead of printing them
     with _process(["bilevel", *arguments], HYDRA_FULL_ERROR="1"):

@@ -30,6 +30,9 @@ UNUSABLE = (
 NO_EXPERIMENT = "Could not override 'experiment'"
 """Hydra's words where a group that is not in the defaults list is changed."""
 
+LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
+"""Launchers that are plugins of Hydra, each with the extra that installs it."""
+
 LOST_WORKERS = (
     "TerminatedWorkerError",
     "BrokenProcessPool",
@@ -46,11 +49,7 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException):
         return _missing(error)
     if type(error).__name__ in LOST_WORKERS:
-        return (
-            f"a process of the launcher ended without a result ({first_line(error).rstrip('.')}), "
-            "most often because the memory of the machine ran out; repeat the command with the "
-            "same hydra.sweep.dir to run what is missing"
-        )
+        return lost_worker(error)
     if isinstance(error, OSError):
         return _unusable(error) if error.errno in UNUSABLE else None
     cause = error.__cause__
@@ -75,6 +74,15 @@ def sentence(error: BaseException) -> str | None:
     return None
 
 
+def lost_worker(error: BaseException) -> str:
+    """Return a sentence about an error of a launcher, one of whose processes was killed."""
+    return (
+        f"a process of the launcher ended without a result ({first_line(error).rstrip('.')}), "
+        "most often because the memory of the machine ran out; repeat the command with the "
+        "same hydra.sweep.dir to run what is missing"
+    )
+
+
 def unexpected(error: BaseException) -> str:
     """Return a sentence about an error that nothing here explains, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -92,6 +100,9 @@ def _missing(error: MissingConfigException) -> str:
     group, _, name = path.rpartition("/")
     if not group:
         return first_line(error)
+    if group == "hydra/launcher" and name in LAUNCHERS:
+        extra = LAUNCHERS[name]
+        return f"{group}={name} is not installed; run `pip install 'bilevel[{extra}]'`"
     options = sorted(option for option in error.options or ())
     known = f"choose from {', '.join(options)}, or put" if options else "put"
     return (

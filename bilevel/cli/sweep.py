@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,8 @@ class SweepTable(Callback):
         if (runs := count(config)) is not None:
             os.environ[RUNS] = str(runs)
         if str(config.hydra.launcher.get("_target_", "")).endswith("JoblibLauncher"):
-            _interrupts.enter_context(WorkersEndFirst())
+            # its workers are in the process group of a terminal, and get these signals too
+            until_end(WorkersEndFirst([signal.SIGINT, *time_limit_signals()]))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the tables, and write them to `table.txt`."""
@@ -84,25 +85,41 @@ class SweepTable(Callback):
 
 
 _failed: dict[str, str] = {}
-_interrupts = ExitStack()
+_contexts = ExitStack()
 
 
 @contextmanager
 def counted() -> Iterator[dict[str, str]]:
     """Collect the failures of a sweep in the context, by the name of the run, of all processes."""
     _failed.clear()
-    with _interrupts:
+    with _contexts:
         yield _failed
 
 
-class WorkersEndFirst:
-    """Let the workers of a launcher end their rounds after the first Ctrl-C or time limit.
+def until_end(context: AbstractContextManager[Any]) -> None:
+    """Enter a context that lasts until the end of the sweep."""
+    _contexts.enter_context(context)
 
-    The workers receive the signal too. Without this context the launcher would kill them at once.
+
+class WorkersEndFirst:
+    """Let the workers of a launcher end their rounds after the first signal.
+
+    Without this context the launcher would kill them at once. The context raises the interruption
+    at its end.
+
+    Args:
+        signals: the signals to note; the default is all that end a run.
     """
 
+    def __init__(self, signals: Sequence[signal.Signals] | None = None) -> None:
+        self._interrupts = Interrupts(signals)
+
+    @property
+    def received(self) -> bool:
+        """Return whether a signal was received."""
+        return self._interrupts.received
+
     def __enter__(self) -> "WorkersEndFirst":
-        self._interrupts = Interrupts(signals=[signal.SIGINT, *time_limit_signals()])
         self._interrupts.__enter__()
         return self
 
@@ -114,9 +131,14 @@ class WorkersEndFirst:
             raise KeyboardInterrupt
 
 
-def note_failure(sentence: str) -> None:
-    """Write the reason of a failure beside the runs of a sweep, for its table and for readers."""
-    if (file := _failure()) is not None:
+def note_failure(sentence: str, run: str | None = None) -> None:
+    """Write the reason of a failure beside the runs of a sweep, for its table and for readers.
+
+    Args:
+        sentence: the reason.
+        run: the name of the run; the default is the run of this process.
+    """
+    if (file := _failure(run)) is not None:
         with suppress(OSError):  # the sentence was printed already
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(sentence + "\n", encoding="utf-8")
@@ -138,12 +160,12 @@ def failures(directory: Path) -> dict[str, str]:
     return {file.stem: file.read_text(encoding="utf-8").strip() for file in found}
 
 
-def _failure() -> Path | None:
+def _failure(run: str | None = None) -> Path | None:
     hydra = HydraConfig.get()
     if hydra.mode is not RunMode.MULTIRUN:
         return None
-    run = Path(hydra.runtime.output_dir)
-    return Path(hydra.sweep.dir).absolute() / FAILED / f"{run.name}.txt"
+    name = Path(hydra.runtime.output_dir).name if run is None else run
+    return Path(hydra.sweep.dir).absolute() / FAILED / f"{name}.txt"
 
 
 def sweep_tables(runs: Sequence[Run]) -> list["RenderableType"]:

@@ -1,10 +1,12 @@
 """TensorBoard: event files of a run, beside those of W&B or instead of them."""
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +53,7 @@ class TensorBoard(Logger):
             )
 
     def start(self, run: RunInfo, state: dict[str, Any]) -> None:
+        _without_folder()
         from torch.utils.tensorboard import SummaryWriter
 
         self.info = run
@@ -133,6 +136,17 @@ class TensorBoard(Logger):
 
 def _events(folder: Path) -> list[Path]:
     return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def _without_folder() -> None:
+    """Let TensorBoard use its own part of TensorFlow if that is only a folder beside the user.
+
+    Python finds a folder without an `__init__.py` as a package too.
+    """
+    found = find_spec("tensorflow")
+    if found is not None and found.origin is None:
+        asked = "tensorboard.compat.notf"  # TensorBoard does without if this module exists
+        sys.modules.setdefault(asked, ModuleType(asked))
 
 
 def _cut(folder: Path, sizes: Mapping[str, int]) -> None:

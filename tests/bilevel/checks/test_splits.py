@@ -124,6 +124,29 @@ def test_right_data_of_every_kind_pass():
     checked(wrapped(Classes, [DataLoader(TensorDataset(X, Y), 8, shuffle=True)] * 3))
 
 
+class Column(nn.Linear):
+    """A network whose prediction is [n]."""
+
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss])
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of PyTorch; it gives no remedy
+def test_a_loss_that_would_pair_every_example_with_every_other_is_named(loss, monkeypatch):
+    monkeypatch.setattr(Squares, "loss", staticmethod(loss))
+    column, flat = (X, X[:, :1]), (X, X[:, 0])
+    words = (
+        r"^train data, field 1: float32 \[8.*\] does not fit the prediction float32 \[8.*\] of "
+        r"field 0: .* \(ValueError: both would be expanded to \[8, 8\]\); give both one shape"
+    )
+    for network, wrong, right in ((Column, column, flat), (nn.Linear, flat, column)):
+        with pytest.raises(BilevelError, match=words):
+            checked(wrapped(Squares, [wrong, wrong], network(5, 1)))
+        checked(wrapped(Squares, [right, right], network(5, 1)))
+    checked(wrapped(Squares, [column, column]))  # three predictions and one target each
+
+
 def test_the_check_changes_no_generator_and_no_stream():
     problem = wrapped(Classes, [(X, Y)] * 3, nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3)))
     data = problem.data(CPU, torch.Generator().manual_seed(0))

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import MissingConfigException
 
 from bilevel.cli.app import main
+from bilevel.cli.input_errors import sentence
 
 QUICK = (
     "wandb.mode=disabled",
@@ -307,3 +309,15 @@ def test_a_problem_in_a_folder_with_our_name_is_told_why_it_is_not_found(capfd):
     Path("bilevel").mkdir()
     Path("bilevel/mine.py").touch()
     assert "rename " in refused(capfd, *QUICK, "problem._target_=bilevel.mine.Toy")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "extra"), [("joblib", "joblib"), ("submitit_slurm", "submitit")]
+)
+def test_a_launcher_that_is_not_installed_names_its_extra(launcher, extra):
+    name = f"hydra/launcher/{launcher}"
+    error = MissingConfigException("not found", missing_cfg_file=name, options=["basic"])
+    said = sentence(error)
+    assert said == (
+        f"hydra/launcher={launcher} is not installed; run `pip install 'bilevel[{extra}]'`"
+    )

@@ -1,6 +1,8 @@
 """TensorBoard's event files, read back with its own reader; and loggers chosen together."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +245,18 @@ def test_a_resumed_run_may_have_other_loggers():
     assert main(["resume=r", "runner.epochs=12", "logger=jsonl"]) == 0
     assert [step for step, _, _ in scalars(Path("r"), "valid/loss")] == [8, 10]
     assert [line["step"] for line in read_metrics("r/metrics.jsonl")] == [0, 2, 4, 6, 8, 10, 12]
+
+
+def test_a_folder_named_tensorflow_is_no_package(tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "notes.txt").touch()
+    command = [*QUICK, *QUIET, "logger=tensorboard", "hydra.run.dir=run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bilevel", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
