@@ -11,8 +11,6 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
-from hydra.core.utils import env_override
-
 from bilevel.errors import BilevelError
 from bilevel.text import describe, first_line
 
@@ -22,8 +20,11 @@ QUIET = {
 }
 OWN = {"include_dashboard": False, "object_store_memory": 100_000_000}
 """Arguments of `ray.init` for a Ray of this command; results of runs are small."""
-PRIORITY = {"RAY_worker_niceness": "0"}
-"""The priority of the command for its own Ray; Ray's default starves on a busy machine."""
+BUSY = {
+    "RAY_worker_niceness": "0",  # the priority of the command; Ray's 15 starves on a busy machine
+    "RAY_health_check_timeout_ms": "100000",  # a late answer is no death
+}
+"""Variables for a Ray of this command, whose machine may be busy with other work."""
 
 
 def imported() -> Any:
@@ -52,7 +53,7 @@ def connected(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> It
     """
     own = address is None
     given = {**(OWN if own else {}), "log_to_driver": False, "logging_level": logging.ERROR}
-    with env_override({**QUIET, **({**PRIORITY, **token()} if own else {})}), ExitStack() as stack:
+    with variables({**QUIET, **({**BUSY, **token()} if own else {})}), ExitStack() as stack:
         stack.callback(ray.shutdown)  # it also ends a Ray that has started in part
         try:
             with signals_of_the_command():
@@ -64,6 +65,19 @@ def connected(ray: Any, address: str | None, arguments: Mapping[str, Any]) -> It
                 "it with `ray start --head`, and look at hydra.launcher.init"
             ) from error
         yield
+
+
+@contextmanager
+def variables(added: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of Ray within the context; afterwards, remove those that Ray has set too."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @contextmanager

@@ -128,6 +128,7 @@ class FakeRay(ModuleType):
         self.calls.append((address, arguments, dict(os.environ)))
         self.masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray replaces the handler
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray leaves it there
         if self.refusal is not None:
             raise self.refusal
         self.connected = True
