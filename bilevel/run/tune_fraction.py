@@ -18,10 +18,9 @@ def check_phases(settings: RunSettings, solver: Solver) -> None:
     Raises:
         BilevelError: its `step` takes no `frozen`, as that of a search.
     """
-    if "frozen" in inspect.signature(solver.step).parameters:
-        return
     for name, none in (("plain_epochs", 0), ("tune_fraction", 1)):
-        if (value := getattr(settings, name)) != none:
+        value = getattr(settings, name)
+        if value != none and "frozen" not in inspect.signature(solver.step).parameters:
             raise BilevelError(
                 f"runner.{name}={value:g} cannot hold the λ of {type(solver).__name__}, whose step "
                 f"takes no `frozen`; set it to {none}"

@@ -144,9 +144,9 @@ def test_a_forgotten_generator_is_found():
 
 
 def test_the_matrix_has_every_solver():
-    assert kills.SOLVERS.keys() == SOLVERS.keys()
+    assert kills.SOLVERS.keys() >= SOLVERS.keys()
     cases = list(kills.cases(0))
     assert {(case.solver, case.fault) for case in cases} == {
-        (s, f) for s in SOLVERS for f in kills.FAULTS
+        (s, f) for s in kills.SOLVERS for f in kills.FAULTS
     }
     assert sum(case.strikes for case in cases if case.fault == "kill") >= 40
