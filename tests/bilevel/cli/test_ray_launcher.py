@@ -116,7 +116,11 @@ def test_ray_starts_quietly_and_with_a_secret(fake, monkeypatch):
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     token.cache_clear()
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    before = dict(os.environ)
+
+    def of_ray():
+        return {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+
+    before = of_ray()
     short = [*COMMAND, *RAY, "seed=0", "runner.epochs=2"]
     assert main([*short, "hydra.launcher.init={object_store_memory:90000000}"]) == 0
     assert main([*short, "hydra.launcher.address=auto"]) == 0
@@ -130,7 +134,7 @@ def test_ray_starts_quietly_and_with_a_secret(fake, monkeypatch):
     assert len(variables["RAY_AUTH_TOKEN"]) == 64
     assert "RAY_AUTH_TOKEN" not in plain
     assert variables["RAY_worker_niceness"] == "0"
-    assert dict(os.environ) == before
+    assert of_ray() == before
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     token.cache_clear()
     assert token() == {}
