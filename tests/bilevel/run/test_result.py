@@ -44,8 +44,10 @@ QUIET = {"warmup_epochs": 0, "progress": "none", "picture": False}
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     torch.manual_seed(0)
-    problem = Decayed(Tied(), Space(decay=Positive(init=0.1)), (X, Y), (X, Y), batch_size=8)
-    solver = SAMA(inner_optimizer=lambda params: torch.optim.SGD(params, lr=6.0))
+    # wrong validation labels: the loss grows from the first evaluation on
+    splits = (X, Y), (X, (Y + 1) % 3)
+    problem = Decayed(Tied(), Space(decay=Positive(init=0.1)), *splits, batch_size=8)
+    solver = SAMA(inner_optimizer=lambda params: torch.optim.SGD(params, lr=0.5))
     return Runner(epochs=8, **QUIET).run(problem, solver, directory=tmp_path_factory.mktemp("run"))
 
 
@@ -73,7 +75,7 @@ def test_the_module_gives_the_measured_loss(result, at):
     assert not module.training
     assert module.second.weight is module.first.weight
     with torch.no_grad():
-        loss = float(F.cross_entropy(module(X), Y))
+        loss = float(F.cross_entropy(module(X), (Y + 1) % 3))
     assert loss == pytest.approx(result[at]["valid_loss"], rel=1e-5)
     assert module is not result.module(at), "each call must give a module of its own"
 
