@@ -54,10 +54,12 @@ class Experiment:
         page: The page below `docs/`, such as `experiments/ablation.md`.
         sweeps: The command lines by name.
         report: Returns the Markdown of the block and saves pictures beside the page.
+        shares: The experiment whose kept runs this one uses too, if sweeps are the same.
     """
 
     page: str
     sweeps: Mapping[str, Sweep] = field(default_factory=dict)
+    shares: str | None = None
     report: Callable[["Context"], str]
 
 
@@ -119,8 +121,9 @@ class Context:
         self.workers = workers
         self.quick = quick
         self.data = data
+        kept = runs / (experiment.shares or name)
         self._jobs = {
-            sweep: [job(overrides, runs / name / sweep) for overrides in command.jobs(quick)]
+            sweep: [job(overrides, kept / sweep) for overrides in command.jobs(quick)]
             for sweep, command in experiment.sweeps.items()
         }
         self._all = list(dict.fromkeys(job for sweep in self._jobs.values() for job in sweep))

@@ -22,8 +22,8 @@ from benchmarks.experiments.reviewers import (
 )
 from bilevel.comparison.curve_plots import draw_paths
 from bilevel.comparison.plot_style import figure, styles
+from bilevel.comparison.quality_table import part_of_regret
 from bilevel.comparison.runs import Run
-from bilevel.comparison.table import part_of_regret
 
 WARMUP = 5
 EARLY = 10
