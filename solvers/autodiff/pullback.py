@@ -91,8 +91,12 @@ class Pullback:
             if len(losses) > 1:  # a division by 1 would stay in the graph of every product
                 loss = sum(losses[1:], start=loss) / len(losses)
             g = torch.autograd.grad(loss, self._w, create_graph=True, materialize_grads=True)
-            self._gradient: Tensor | None = flat(g)
-            self._output: Output = self._gradient
+            # small parts stay apart: a node that joined them would cost every product some calls
+            self._apart = sum(part.numel() for part in g) <= SMALL
+            joined = flat(g)
+            self._outputs: list[Output] = list(g) if self._apart else [joined]
+            self._gradient: Tensor | None = joined.detach()
+        self._split: tuple[Tensor, list[Tensor]] | None = None
         self.loss = loss.detach()
         self.carried = carries[1]
 
@@ -100,7 +104,7 @@ class Pullback:
     def gradient(self) -> Float[Tensor, " m"]:
         """Return g as a constant."""
         assert self._gradient is not None, "free_gradient was called"
-        return self._gradient.detach()
+        return self._gradient
 
     @property
     def gradient_norm(self) -> Float[Tensor, ""]:
@@ -113,31 +117,41 @@ class Pullback:
         The products do not raise it. They follow the graph to w and u only, skip the node that
         would raise, and return a wrong value.
         """
-        g = self._gradient
-        if g is not None and g.requires_grad:
-            torch.autograd.backward(g, torch.zeros_like(g), retain_graph=True)
+        g = [out for out in self._outputs if isinstance(out, Tensor) and out.requires_grad]
+        if g:
+            torch.autograd.backward(g, [torch.zeros_like(out) for out in g], retain_graph=True)
 
     def free_gradient(self) -> None:
         """Free the memory of g; the products do not need it."""
-        if self._gradient is not None:
-            self._output, self._gradient = without_value(self._gradient), None
+        self._gradient = None
+        self._outputs = [
+            without_value(out) if isinstance(out, Tensor) else out for out in self._outputs
+        ]
 
     def hessian(self, q: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         """Return H q."""
-        return flatten_and_free(list(vjp([self._output], self._w, [q])))
+        return flatten_and_free(list(vjp(self._outputs, self._w, self._parts(q))))
 
     def cross(self, q: Float[Tensor, " m"]) -> Float[Tensor, " h"]:
         """Return (∂²L_T/∂u∂w)ᵀ q."""
-        return vjp([self._output], [self._u], [q])[0]
+        return vjp(self._outputs, [self._u], self._parts(q))[0]
 
     def both(self, q: Float[Tensor, " m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, " h"]]:
         """Return H q and (∂²L_T/∂u∂w)ᵀ q, at the cost of one product."""
-        *products, cross = vjp([self._output], [*self._w, self._u], [q])
+        *products, cross = vjp(self._outputs, [*self._w, self._u], self._parts(q))
         return flatten_and_free(products), cross
 
     def unflat(self, q: Float[Tensor, " m"]) -> list[Tensor]:
         """Return the vector q as tensors in the shapes of w."""
         return unflat(q, self._w)
+
+    def _parts(self, q: Tensor) -> list[Tensor]:
+        """Return q in the shapes of the outputs, as views that follow a q that changes in place."""
+        if not self._apart:
+            return [q]
+        if self._split is None or self._split[0] is not q:
+            self._split = q, self.unflat(q)
+        return self._split[1]
 
     @contextmanager
     def differentiable_twice(self) -> Iterator[None]:
@@ -183,18 +197,55 @@ def vjp(
         if not pairs:
             return [torch.zeros_like(x) for x in inputs]
         moving, parts = zip(*pairs, strict=True)
-    if q[0].device.type != "cpu":  # its engine runs in other threads, which autograd.grad prepares
-        return torch.autograd.grad(
-            cast(Any, moving), inputs, parts, retain_graph=True, materialize_grads=True
-        )
-    # autograd.grad without its checks of every argument, a seventh of a product on a small model
-    products: Sequence[Tensor | None] = Variable._execution_engine.run_backward(
-        tuple(moving), tuple(parts), True, False, tuple(inputs), True, accumulate_grad=False
-    )
+    products = backward(moving, parts, inputs, retain_graph=True)
     return [
         torch.zeros_like(x) if part is None else part
         for x, part in zip(inputs, products, strict=True)
     ]
+
+
+def backward(
+    outputs: Sequence[Output],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    create_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """Return (∂outputs/∂inputs)ᵀ cotangents, with None for an input that no output depends on.
+
+    On the CPU it leaves out the checks that `torch.autograd.grad` makes of every argument, which
+    take a seventh of a product on a small model. The engine of a device runs in other threads,
+    which `torch.autograd.grad` prepares.
+    """
+    if cotangents[0].device.type != "cpu":
+        return torch.autograd.grad(
+            cast(Any, outputs),
+            inputs,
+            cotangents,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    engine = Variable._execution_engine
+    return engine.run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        retain_graph,
+        create_graph,
+        tuple(inputs),
+        True,  # an input may be unused
+        accumulate_grad=False,
+    )
+
+
+def gradient_of(loss: Tensor, inputs: Sequence[Tensor], *, create_graph: bool) -> Any:
+    """Return the gradient of a scalar, differentiable if `create_graph`; None where it is unused.
+
+    Without `create_graph` the graph of the loss is freed.
+    """
+    one = torch.ones_like(loss)
+    return backward([loss], [one], inputs, retain_graph=create_graph, create_graph=create_graph)
 
 
 def flat(tensors: Sequence[Tensor]) -> Float[Tensor, " m"]:

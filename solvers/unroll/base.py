@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import Batch, Hypers, Params
+from bilevel.solvers.autodiff.pullback import backward
 from bilevel.solvers.unroll.trajectory import InnerGradient, InnerState, Trajectory
 
 Vectors: TypeAlias = Sequence[Tensor | None]
@@ -113,6 +114,4 @@ def partial_vjp(
     if not pairs or not inputs:
         return [None] * len(inputs)
     moving, vectors = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        moving, inputs, vectors, retain_graph=retain_graph, allow_unused=True
-    )
+    return backward(moving, vectors, inputs, retain_graph=retain_graph)

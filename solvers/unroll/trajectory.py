@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel import Batch, Carry, Hypers, Problem
 from bilevel.params import Params, detached
 from bilevel.solvers.autodiff.decompositions import Decomposed, twice_differentiable
+from bilevel.solvers.autodiff.pullback import gradient_of
 from bilevel.solvers.optim.functional import FunctionalOptimizer, Moments
 from bilevel.solvers.optim.updates import Settings
 
@@ -172,7 +173,5 @@ class Trajectory:
                     hypers, params, point.carry, batch, self.generator
                 )
             inputs = [*params.values(), *extra_inputs]
-            gradients = torch.autograd.grad(
-                loss, inputs, create_graph=create_graph, allow_unused=True
-            )
+            gradients = gradient_of(loss, inputs, create_graph=create_graph)
         return InnerGradient(params, gradients, loss.detach(), detached(carry))
