@@ -90,11 +90,16 @@ class Pullback:
             loss = losses[0]
             if len(losses) > 1:  # a division by 1 would stay in the graph of every product
                 loss = sum(losses[1:], start=loss) / len(losses)
-            g = torch.autograd.grad(loss, self._w, create_graph=True, materialize_grads=True)
+            g = [
+                torch.zeros_like(w) if part is None else part
+                for w, part in zip(
+                    self._w, gradient_of(loss, self._w, create_graph=True), strict=True
+                )
+            ]
             # small parts stay apart: a node that joined them would cost every product some calls
             self._apart = sum(part.numel() for part in g) <= SMALL
             joined = flat(g)
-            self._outputs: list[Output] = list(g) if self._apart else [joined]
+            self._outputs: list[Output] = g if self._apart else [joined]
             self._gradient: Tensor | None = joined.detach()
         self._split: tuple[Tensor, list[Tensor]] | None = None
         self.loss = loss.detach()
