@@ -153,12 +153,12 @@ def harm(runs: Mapping[str, Sequence[Run]]) -> str:
                 for at, seed, s in found
                 if at == start and s and (base := reference.get((at, seed)))
             ]
-            cells.append("" if sweep == "fixed" else _bound(pairs))
+            cells.append("" if sweep == "fixed" else relative_bound(pairs))
         rows.append(cells)
     return table(head, rows)
 
 
-def _bound(pairs: Sequence[tuple[float, float]]) -> str:
+def relative_bound(pairs: Sequence[tuple[float, float]]) -> str:
     """Return the mean paired difference and its upper bound, in percent of `fixed`."""
     if len(pairs) < 2:
         return "–"
