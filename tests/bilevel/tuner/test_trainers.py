@@ -41,6 +41,78 @@ for ours, theirs in zip(straight.network.parameters(), resumed.network.parameter
     assert torch.equal(ours, theirs)
 """
 
+REPLAY = """
+def check_replay(tuned, plain, other):
+    mean, spread = torch.tensor(plain).mean(), torch.tensor(plain).std()
+    assert spread > 0 and abs(tuned - mean) < 3 * spread, (tuned, plain)
+    assert abs(other - mean) > 3 * spread, ("another value, another loss", other, plain)
+"""
+
+LIGHTNING_REPLAY = (
+    REPLAY
+    + """
+from torch.utils.data import DataLoader, TensorDataset
+
+x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
+noise = torch.randn(200, 1, generator=torch.Generator().manual_seed(1))
+data = TensorDataset(x, x[:, :1] + noise)
+train = DataLoader(torch.utils.data.Subset(data, range(100)), batch_size=10, shuffle=True)
+valid = DataLoader(torch.utils.data.Subset(data, range(100, 200)), batch_size=100)
+
+def loss_of(module, seed):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    torch.manual_seed(seed)
+    lightning.Trainer(
+        max_epochs=40, accelerator="cpu", enable_checkpointing=False, **quiet).fit(module, train)
+    (x, y), = valid
+    return float(F.mse_loss(module.network(x), y).detach())
+
+def plain(decay, seed):
+    torch.manual_seed(seed)
+    return loss_of(Plain(decay), seed)
+
+torch.manual_seed(0)
+module = Tuned(valid)
+tuned = loss_of(module, 0)
+decay = float(module.tuner.hypers["decay"])
+check_replay(tuned, [plain(decay, seed) for seed in (1, 2, 3, 4)], plain(10.0, 1))
+"""
+)
+
+HUGGING_FACE_REPLAY = (
+    REPLAY
+    + """
+import torch
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+x = torch.randint(0, 20, (160, 6), generator=torch.Generator().manual_seed(0))
+rows = [{"input_ids": row, "labels": (row[0] > 9).long()} for row in x]
+ids, labels = torch.stack([row["input_ids"] for row in rows[80:]]), (x[80:, 0] > 9).long()
+
+def loss_of(kind, seed, **more):
+    torch.manual_seed(seed)
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, attn_implementation="eager"))
+    arguments = TrainingArguments(
+        "out", max_steps=60, per_device_train_batch_size=8, use_cpu=True, report_to=[], seed=seed,
+        save_strategy="no", disable_tqdm=True, learning_rate=1e-2, weight_decay=0)
+    trainer = kind(model, arguments, train_dataset=rows[:80], **more)
+    trainer.train()
+    with torch.no_grad():
+        return float(F.cross_entropy(model.eval()(input_ids=ids).logits, labels)), trainer
+
+tuned, trainer = loss_of(TunedTrainer, 0, tune_dataset=rows[80:])
+
+def plain(decay, seed):
+    PlainTrainer.decay = decay
+    return loss_of(PlainTrainer, seed)[0]
+
+decay = float(trainer.tuner.hypers["decay"])
+check_replay(tuned, [plain(decay, seed) for seed in (1, 2, 3, 4)], plain(3000 * decay, 1))
+"""
+)
+
 HUGGING_FACE = """
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
@@ -71,15 +143,18 @@ assert tuner.solver.scheduled()[0].param_groups[0]["lr"] < 2e-3, "the response f
     ("libraries", "title", "use"),
     [
         (["lightning"], "Lightning", LIGHTNING),
+        (["lightning"], "Lightning", LIGHTNING_REPLAY),
         (["transformers", "accelerate"], "Hugging Face", HUGGING_FACE),
+        (["transformers", "accelerate"], "Hugging Face", HUGGING_FACE_REPLAY),
     ],
+    ids=["Lightning", "Lightning, a plain run", "Hugging Face", "Hugging Face, a plain run"],
 )
 def test_the_recipe_for_a_trainer_runs(libraries, title, use, tmp_path):
     """In a process of its own, since these libraries change settings of the process."""
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
         pytest.skip(f"{missing[0]} is not installed")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RECIPES[title] + use],
+        [sys.executable, "-W", "ignore", "-c", RECIPES[title] + RECIPES[f"{title}, plain"] + use],
         cwd=tmp_path,
         capture_output=True,
         text=True,
