@@ -25,16 +25,18 @@ DELTA_STN = do_no_harm.trainings(plain=0, warmup=5, tuned=EPOCHS - 5, frozen=0, 
 
 
 class Way(NamedTuple):
-    """One row: a script of `benchmarks/five_minutes`, its number of trials, its cost."""
+    """One row: a script of `benchmarks/five_minutes`, its trials, cost and label smoothing."""
 
     title: str
     script: str
     trials: int = 0
     trainings: float = 1
+    smoothing: float = 0.1
 
 
 WAYS = (
     Way("not tuned", PLAIN),
+    Way("not tuned, label smoothing 0.005", PLAIN, smoothing=0.005),
     Way("`bilevel`, Δ-STN", "with_bilevel", trainings=DELTA_STN),
     Way("Optuna, TPE", "with_optuna", 3, 3),
     Way("Optuna, TPE", "with_optuna", 20, 20),
@@ -49,6 +51,7 @@ class Job(NamedTuple):
     seed: int
     epochs: int
     trials: int
+    smoothing: float = 0.1
 
 
 def source(script: str) -> str:
@@ -74,7 +77,7 @@ def run(job: Job) -> tuple[float, float]:
             f"{m[0].partition('=')[0]}= {job.seed}, {job.epochs}"
             + (f", {job.trials}" if m[1] else "")
         ),
-        source(job.script),
+        source(job.script).replace("smoothing=0.1", f"smoothing={job.smoothing}"),
         flags=re.MULTILINE,
     )
     with tempfile.TemporaryDirectory() as place:
@@ -103,7 +106,7 @@ def report(context: Context) -> str:
     rows = []
     for way in WAYS:
         epochs, trials = (QUICK, 2) if context.quick else (EPOCHS, way.trials)
-        jobs = [Job(way.script, seed, epochs, trials) for seed in seeds]
+        jobs = [Job(way.script, seed, epochs, trials, way.smoothing) for seed in seeds]
         missing = way.script == "with_lightning" and not find_spec("lightning")
         results = [] if missing else context.map(run, jobs)
         losses, seconds = [result[0] for result in results], [result[1] for result in results]
