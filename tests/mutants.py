@@ -42,6 +42,27 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "arrays of float64 stay so for a network of float32",
+        "bilevel/data/in_memory.py",
+        "np.float32 if single else np.float64",
+        "np.float64",
+        "bilevel/data/test_in_memory.py",
+    ),
+    Mutant(
+        "a data set that makes its examples itself is read as its tensors",
+        "bilevel/data/in_memory.py",
+        "isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__",
+        "isinstance(data, TensorDataset)",
+        "bilevel/data/test_in_memory.py",
+    ),
+    Mutant(
+        "an array with a mask loses it",
+        "bilevel/data/in_memory.py",
+        "    if isinstance(array, np.ma.MaskedArray):",
+        "    if False:",
+        "bilevel/data/test_in_memory.py",
+    ),
+    Mutant(
         "summary.json is written before W&B has ended",
         "bilevel/loggers/wandb_logger.py",
         "        self.close()  # a run whose",
