@@ -35,7 +35,7 @@ class Classifier(ModuleProblem):
         train: as in `ModuleProblem`.
         valid: the same for the outer objective.
         test: the same for the final report; None for no test split.
-        batch_size: batch size for tensors; None takes a whole split at every step.
+        batch_size: batch size for tensors and arrays; None takes a whole split at every step.
         dropout: patterns of the dropout layers whose rates λ holds; None for constant rates.
         dropout_kind: `bernoulli`, `gaussian` or `concrete`.
 

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -118,7 +118,9 @@ class Domain(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Real(Domain):
-    """Any real number: λ = u."""
+    """Any real number: λ = u. `Real(0.0)` is `Real(init=0.0)`."""
+
+    init: Any = field(kw_only=False)
 
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
         return u
@@ -129,8 +131,9 @@ class Real(Domain):
 
 @dataclass(frozen=True, kw_only=True)
 class Positive(Domain):
-    """A number above `low`: λ = low + softplus(u)."""
+    """A number above `low`: λ = low + softplus(u). `Positive(0.1)` is `Positive(init=0.1)`."""
 
+    init: Any = field(kw_only=False)
     low: float = 0.0
 
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -154,7 +157,10 @@ class Positive(Domain):
 
 @dataclass(frozen=True, kw_only=True)
 class Interval(Domain):
-    """A number inside (low, high): λ = low + (high − low) sigmoid(u)."""
+    """A number inside (low, high): λ = low + (high − low) sigmoid(u).
+
+    All fields are passed by name: a first number could be `low` as well as `init`.
+    """
 
     low: float
     high: float
@@ -222,6 +228,7 @@ class Integer(Interval):
 class Simplex(Domain):
     """Weights that are positive and sum to one over the last axis of `shape`: λ = softmax(u)."""
 
+    init: Any = field(kw_only=False)
     per_example: bool = False
 
     def constrain(self, u: Tensor, generator: torch.Generator | None) -> Tensor:

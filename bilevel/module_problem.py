@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.data.global_rng import GlobalDraws, seeded
+from bilevel.data.in_memory import in_memory, is_single
 from bilevel.data.tensor_stream import Data, streams
 from bilevel.dropout.kinds import DropoutKind
 from bilevel.dropout.tuned import Groups, tuned_dropout
@@ -39,11 +40,12 @@ class ModuleProblem(Problem):
         module: a module with the initial w, which is never changed, or a function that returns a
             new module for every `init`.
         space: the hyperparameters.
-        train: a pytree of tensors (for example a tuple of inputs and labels), a DataLoader or a
-            `Stream`.
+        train: a pytree of tensors or NumPy arrays (for example a tuple of inputs and labels), a
+            `TensorDataset`, a DataLoader or a `Stream`. Whole numbers in arrays become int64, save
+            uint8 with several axes. float64 becomes float32 only where the module is float32.
         valid: the same for the outer objective.
-        test: the same for the final report; None for no test split.
-        batch_size: batch size for tensors; None takes a whole split at every step.
+        test: the same for the final report, or None.
+        batch_size: batch size for tensors and arrays; None takes a whole split at every step.
         dropout: patterns of the dropout layers whose rates λ holds, as in `tuned_dropout`: `"*"`
             for one rate `dropout`, or `{"attention": "*.attn.*", "mlp": "*.mlp.*"}`. `space` may
             declare these hyperparameters; those that it lacks are added. None for constant rates.
@@ -92,7 +94,6 @@ class ModuleProblem(Problem):
     ) -> None:
         self.space = space
         self.batch_size = batch_size
-        self._splits = (train, valid, test)
         own: nn.Module | None = None
         if isinstance(module, nn.Module):
             check_module(module)
@@ -107,6 +108,8 @@ class ModuleProblem(Problem):
             )
         if own is None:
             check_module(made)
+        self._splits = (train, valid, test)
+        self._single = is_single(made)
         with seeded(torch.Generator()):
             self._module = without_weights(made, self._build)
         use_dense_gradients(self._module)
@@ -161,7 +164,8 @@ class ModuleProblem(Problem):
         return module
 
     def data(self, device: torch.device, generator: torch.Generator) -> Data:
-        train, valid, test = self._splits
+        own = zip(self._splits, Data._fields, strict=True)
+        train, valid, test = (in_memory(split, name, single=self._single) for split, name in own)
         return streams(
             train, valid, test, batch_size=self.batch_size, device=device, generator=generator
         )

@@ -43,7 +43,18 @@ from tests.golden_cases import CASES, Case, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = "environment.json"
-DENIED = ("second", "memory", "time", "directory", "path", "date", "host", "version", "message")
+DENIED = (
+    "second",
+    "memory",
+    "time",
+    "directory",
+    "path",
+    "date",
+    "host",
+    "version",
+    "message",
+    "environment",
+)
 """Parts of keys of what differs between equal runs, or is a sentence."""
 SHOWN = 12
 """Differences that are told of each case."""

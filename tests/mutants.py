@@ -42,6 +42,55 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a resumed run keeps the environment of its first session",
+        "bilevel/loggers/jsonl.py",
+        "            _renew_environment(run)\n",
+        "",
+        "bilevel/run/test_environment.py",
+    ),
+    Mutant(
+        "the threads of a run are those before its training",
+        "bilevel/run/stages.py",
+        '    run.checkpoints.environment |= {"threads": threads}\n',
+        "",
+        "bilevel/run/test_environment.py",
+    ),
+    Mutant(
+        "a packed branch has no commit",
+        "bilevel/run/environment.py",
+        'line.split(" ")[0] for line in packed if',
+        'line.split(" ")[0] for line in packed[:0] if',
+        "bilevel/run/test_environment.py",
+    ),
+    Mutant(
+        "a hyperparameter called threads counts as the threads of a run",
+        "bilevel/comparison/provenance.py",
+        "for part in (own, record, *record.values()):",
+        "for part in (record, *record.values()):",
+        "bilevel/comparison/test_tables.py",
+    ),
+    Mutant(
+        "arrays of float64 stay so for a network of float32",
+        "bilevel/data/in_memory.py",
+        "np.float32 if single else np.float64",
+        "np.float64",
+        "bilevel/data/test_in_memory.py",
+    ),
+    Mutant(
+        "a data set that makes its examples itself is read as its tensors",
+        "bilevel/data/in_memory.py",
+        "isinstance(data, TensorDataset) and type(data).__getitem__ is TensorDataset.__getitem__",
+        "isinstance(data, TensorDataset)",
+        "bilevel/data/test_in_memory.py",
+    ),
+    Mutant(
+        "an array with a mask loses it",
+        "bilevel/data/in_memory.py",
+        "    if isinstance(array, np.ma.MaskedArray):",
+        "    if False:",
+        "bilevel/data/test_in_memory.py",
+    ),
+    Mutant(
         "summary.json is written before W&B has ended",
         "bilevel/loggers/wandb_logger.py",
         "        self.close()  # a run whose",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import bilevel
@@ -41,7 +42,7 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
 
 
 def test_a_script_is_tuned_by_at_most_ten_lines_outside_its_model():
-    _, script, tuned, _ = re.findall(
+    _, script, tuned, *_ = re.findall(
         r"```python\n(.*?)```", (DOCS / "from-my-script.md").read_text(), re.DOTALL
     )
     new = [line for line in tuned.splitlines() if line not in script.splitlines()]
@@ -123,6 +124,26 @@ def test_commands_exist(page):
                 for config in composed(words):
                     for node, value in config.items():
                         targets.check(value, node)
+
+
+def test_the_help_opens_with_ten_overrides_that_compose():
+    """Each line has one command; its names exist, and the constructors take its settings.
+
+    The digits need no download, so this problem is made too: it checks the names in its space.
+    """
+    config = OmegaConf.load(ROOT / "bilevel" / "conf" / "config.yaml")
+    text = OmegaConf.to_container(config)["hydra"]["help"]["template"]
+    opening, listed = text.split("Ten overrides that people use")
+    lines = re.findall(r"^  bilevel (.*?)(?:  .*)$", listed.partition("More")[0], re.MULTILINE)
+    assert len(lines) == 10
+    assert opening.count("\n") < 6
+    with initialize_config_module("bilevel.conf", version_base="1.3"):
+        for line in lines:
+            for made in composed(shlex.split(line)):
+                for node, value in made.items():
+                    targets.check(value, node)
+                if made["problem"]["_target_"] == "bilevel.problems.digits":
+                    instantiate(made["problem"], _convert_="all")
 
 
 def test_a_wrong_command_is_seen():

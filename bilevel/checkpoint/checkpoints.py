@@ -22,6 +22,9 @@ from bilevel.solver import Solution
 
 CHECKPOINT = "checkpoint.pt"
 
+VERSIONS = ("bilevel", "torch", "python")
+"""Entries of an environment on which the last digits of numbers depend."""
+
 _OLDER = re.compile(r"checkpoint-step(\d+)\.pt")
 
 
@@ -49,7 +52,7 @@ class Checkpoints:
         keep: the number of checkpoints to keep, the newest included.
         config: the configuration of the run, which replaces a lost `config.yaml`.
         settings: the settings that change its numbers, by name.
-        versions: the versions of the software, by name.
+        environment: the versions of the software, the device and so on, by name.
     """
 
     def __init__(
@@ -59,14 +62,14 @@ class Checkpoints:
         keep: int = 3,
         config: Mapping[str, Any] | None = None,
         settings: Mapping[str, str] | None = None,
-        versions: Mapping[str, str] | None = None,
+        environment: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self.identity = identity
         self.keep = keep
         self.config = json.dumps(dict(config or {}), default=str)
         self.settings = dict(settings or {})
-        self.versions = dict(versions or {})
+        self.environment = dict(environment or {})
         self._newest: int | None = None  # the step of `checkpoint.pt` once it is known to be whole
         self._readable = False
 
@@ -88,7 +91,7 @@ class Checkpoints:
             **self.identity._asdict(),
             "config": self.config,
             "settings": self.settings,
-            "versions": self.versions,
+            "environment": self.environment,
             "state": dict(state),
         }
         try:
@@ -122,7 +125,7 @@ class Checkpoints:
         path, content = _newest_whole(self.directory, self.identity)
         state: dict[str, Any] = content["state"]
         _check_settings(path, content, self.settings)
-        _compare_versions(path, content, self.versions)
+        _compare_versions(path, content, self.environment)
         # a damaged `checkpoint.pt` is not kept as an older one
         self._newest = int(state["step"]) if path.name == CHECKPOINT else None
         return state
@@ -275,12 +278,12 @@ def _check_settings(path: Path, content: dict[str, Any], settings: Mapping[str, 
             )
 
 
-def _compare_versions(path: Path, content: dict[str, Any], versions: Mapping[str, str]) -> None:
-    before = content.get("versions")
+def _compare_versions(path: Path, content: dict[str, Any], now: Mapping[str, Any]) -> None:
+    before = content.get("environment", content.get("versions"))  # its name in older checkpoints
     changed = [
-        f"{name} {then} (now {versions[name]})"
+        f"{name} {then} (now {now[name]})"
         for name, then in (before.items() if isinstance(before, dict) else ())
-        if name in versions and versions[name] != then
+        if name in VERSIONS and name in now and now[name] != then
     ]
     if changed:
         warnings.warn(

@@ -42,14 +42,14 @@ class LargeValues:
             self.tensors[key] = leaf
         return {"shape": list(leaf.shape), **brief(leaf), "file": FILE, "entry": known or key}
 
-    def write(self, directory: Path) -> None:
-        """Write the collected leaves, if there are any.
+    def write(self, directory: Path, environment: Mapping[str, Any]) -> None:
+        """Write the collected leaves, if there are any, with the environment of the run.
 
         Raises:
             Unwritable: the file cannot be written.
         """
         if self.tensors:
-            content = {"values": self.tensors}
+            content = {"environment": dict(environment), "values": self.tensors}
             path = directory / FILE
             write_atomically(path, lambda file: file_format.write(content, file), mode="wb")
 

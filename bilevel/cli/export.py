@@ -13,7 +13,7 @@ from bilevel.cli.standard_streams import print_line
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
 from bilevel.loggers import hyper_schedule
-from bilevel.loggers.records import SUMMARY
+from bilevel.loggers.records import SUMMARY, environment_of
 from bilevel.run.result import save_tensors
 from bilevel.untrusted_files import read_bytes
 
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str]) -> int:
 def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -> Iterator[Path]:
     """Write the files of a run, and yield their paths.
 
-    `hypers.json` has the final λ, or that of the last record while the run goes on.
+    `hypers.json` has the final λ, or that of the last record while the run goes on, with the origin
+    and the environment of the run.
     `schedule.json` has λ at every evaluation. `model.safetensors` has the weights and buffers of
     the lowest validation loss, and in its metadata their λ and their step. Nothing in the run
     directory is executed. With refits, λ and weights are those of the chosen candidate.
@@ -57,7 +58,12 @@ def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -
         raise BilevelError(
             f"out={out} cannot be made ({error.strerror}); choose another folder"
         ) from None
-    content = strict_json(_final(run), indent=1) + "\n"
+    found = {
+        "origin": hyper_schedule.origin_of(run),
+        "environment": environment_of(run),
+        "hypers": _final(run),
+    }
+    content = strict_json(found, indent=1) + "\n"
     write_atomically(out / HYPERS, lambda file: file.write(content))
     yield out / HYPERS
     try:
@@ -67,10 +73,14 @@ def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -
     best = best_of(state, chosen)
     hypers = {name: leaf.tolist() for name, leaf in best.hypers.items()}
     record = state["best"]["record"]
-    about = {"hypers": hypers, "step": record["step"], "valid_loss": record["valid_loss"]}
+    about = {
+        "hypers": hypers,
+        "step": record["step"],
+        "valid_loss": record["valid_loss"],
+        "environment": environment_of(run),
+    }
     path = out / f"model.{suffix}"
-    texts = {name: strict_json(value) for name, value in about.items()}
-    save_tensors(path, {**best.params, **best.carry}, texts)
+    save_tensors(path, {**best.params, **best.carry}, about)
     yield path
 
 

@@ -38,9 +38,15 @@ def origin(runs: Sequence[Run], command: str) -> Part:
 
 
 def fact(run: Run, name: str) -> str | None:
-    """Return a fact that the files of a run name at the top or one level below, as text."""
+    """Return a fact that the files of a run name in `environment`, as text.
+
+    Other programs may name it at the top, or elsewhere one level below.
+    """
     for record in (run.description, run.summary or {}):
-        for part in (record, *(value for value in record.values() if isinstance(value, dict))):
+        own = record.get("environment")
+        for part in (own, record, *record.values()):
+            if not isinstance(part, dict):
+                continue
             value: Any = part.get(name)
             if isinstance(value, (str, int, float)) and value != "":
                 return printable(str(value))

@@ -46,8 +46,13 @@ def tensors(batch: Batch) -> dict[str, Tensor]:
         >>> list(tensors((torch.ones(3), {"y": torch.ones(3)}, 1))), list(tensors(torch.ones(2)))
         (['field 0', 'field `1.y`'], ['the tensor'])
     """
-    found = ((_words(path), leaf) for path, leaf in _walk(batch, ()))
-    return {name: leaf for name, leaf in found if isinstance(leaf, Tensor)}
+    return {name: leaf for name, leaf in leaves(batch) if isinstance(leaf, Tensor)}
+
+
+def leaves(batch: Batch) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a batch, each with the words that name it in a message."""
+    for path, leaf in _walk(batch, ()):
+        yield _words(path), leaf
 
 
 def within(field: str, what: str) -> str:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from bilevel.containers import open_containers
 from bilevel.data import fields
 from bilevel.data.batches import count_rows
+from bilevel.data.in_memory import in_memory, is_list_of_batches
 from bilevel.data.loader_stream import LoaderStream
 from bilevel.data.stream import Stream, StreamView
 from bilevel.errors import BilevelError
@@ -208,25 +209,30 @@ def stream(
     device: torch.device | str = "cpu",
     name: str = "train",
 ) -> Stream:
-    """Return the stream of a split: a pytree of tensors, a loader, or a user's own `Stream`.
+    """Return the stream of a split: tensors or arrays, a loader, or a user's own `Stream`.
 
-    A list of tuples, lists or mappings is a list of batches. A `Stream` keeps its own order and
-    ignores `generator`. Every call starts it at the position that it had when it was first passed,
-    so a second run on the same problem sees the same batches. Its batches are moved to `device`.
+    Tensors and NumPy arrays may stand in a tuple, list, dict or other pytree; `in_memory` has the
+    types of the converted arrays. A `TensorDataset` stands for the tuple of its tensors, also as a
+    part of `random_split`. A list of tuples, lists or mappings is a list of batches.
+
+    A `Stream` keeps its own order and ignores `generator`. Every call starts it at the position
+    that it had when it was first passed, so a second run on the same problem sees the same batches.
+    Its batches are moved to `device`.
 
     Raises:
         BilevelError: the split is empty, its rows cannot be drawn, the batch is larger than the
-            split, or the type is none of the three.
+            split, an array holds no numbers, or the type is none of these.
     """
     if isinstance(split, Stream):
         return StreamView(split, device, name)
+    split = in_memory(split, name)
     holds = isinstance(split, (Mapping, tuple)) or (
         is_dataclass(split) and not isinstance(split, Iterable)
     )
     if holds:
         open_containers(split, f"the {name} split", "give a tuple of tensors")
     leaves = pytree.tree_leaves(split)
-    batches = type(split) is list and all(isinstance(x, (tuple, list, Mapping)) for x in split)
+    batches = is_list_of_batches(split)
     if leaves and not batches and all(isinstance(leaf, Tensor) for leaf in leaves):
         return TensorStream(split, batch_size, generator, device=device, name=name)
     if isinstance(split, Iterable) and not isinstance(split, (str, bytes)) and not holds:
@@ -236,7 +242,7 @@ def stream(
     held = f" that holds {held}" if others else ""
     raise BilevelError(
         f"the {name} split is a {type(split).__name__}{held}, which cannot be read; give a tuple "
-        "of tensors, a DataLoader or a bilevel Stream"
+        "of tensors or NumPy arrays, a TensorDataset, a DataLoader or a bilevel Stream"
     )
 
 

@@ -134,12 +134,17 @@ def deterministic(wanted: bool) -> Iterator[None]:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = workspace
 
 
+def threads_for(threads: int | None, params: Params) -> int:
+    """Return the wanted number of CPU threads; by default one for few weights, else the present."""
+    few = sum(p.numel() for p in params.values()) < MANY_WEIGHTS
+    return threads or (1 if few else torch.get_num_threads())
+
+
 @contextmanager
 def cpu_threads(threads: int | None, params: Params) -> Iterator[None]:
     """Set the number of CPU threads inside; by default one thread for few weights."""
     before = torch.get_num_threads()
-    few = sum(p.numel() for p in params.values()) < MANY_WEIGHTS
-    torch.set_num_threads(threads or (1 if few else before))
+    torch.set_num_threads(threads_for(threads, params))
     try:
         yield
     finally:

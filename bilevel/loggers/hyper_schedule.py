@@ -15,7 +15,7 @@ from typing import Any
 
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
-from bilevel.loggers.records import METRICS, SUMMARY, read_metrics
+from bilevel.loggers.records import METRICS, SUMMARY, environment_of, read_metrics
 from bilevel.untrusted_files import read_bytes
 from bilevel.validate import is_number
 
@@ -116,7 +116,7 @@ def from_run(run: str | Path) -> RecordedSchedule:
             f"{run / METRICS} is damaged, since a line is not JSON; give the directory of another "
             "run"
         ) from None
-    return from_records(records, str(run / METRICS), _origin(run))
+    return from_records(records, str(run / METRICS), origin_of(run))
 
 
 def from_records(
@@ -157,7 +157,12 @@ def export(run: str | Path, path: str | Path | None = None) -> Path:
     """
     schedule = from_run(run)
     path = Path(run) / SCHEDULE if path is None else Path(path)
-    content = {"origin": schedule.origin or {}, "steps": schedule.steps, "hypers": schedule.hypers}
+    content = {
+        "origin": schedule.origin or {},
+        "environment": environment_of(run),
+        "steps": schedule.steps,
+        "hypers": schedule.hypers,
+    }
     write_atomically(path, lambda file: file.write(strict_json(content, indent=1) + "\n"))
     return path
 
@@ -194,7 +199,8 @@ def read(path: str | Path) -> RecordedSchedule:
         raise BilevelError(f"{path}: {error}") from None
 
 
-def _origin(run: Path) -> dict[str, Any]:
+def origin_of(run: Path) -> dict[str, Any]:
+    """Return problem, solver and seed of a finished run; {} for another one."""
     try:
         summary = json.loads(read_bytes(run / SUMMARY))
     except (OSError, ValueError):  # a run in progress has none

@@ -13,7 +13,7 @@ from bilevel.files import strict_json, write_atomically
 from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.records import DESCRIPTION, METRICS, SUMMARY, Record
 from bilevel.loggers.space_json import space_to_json
-from bilevel.untrusted_files import open_regular
+from bilevel.untrusted_files import open_regular, read_bytes
 
 REPLACED = "metrics-replaced.jsonl"
 """The copy of a `metrics.jsonl` that did not fit its checkpoint."""
@@ -52,21 +52,20 @@ class JsonLines(Logger):
         self.warned = False
         if run.resumed:
             (run.directory / SUMMARY).unlink(missing_ok=True)  # the run has not ended yet
+            _renew_environment(run)
         else:
             description = {
                 "problem": run.problem,
                 "solver": run.solver,
                 "seed": run.seed,
+                "environment": dict(run.environment),
                 "epochs": run.epochs,
                 "warmup_epochs": run.warmup_epochs,
                 "tuned_epochs": run.tuned_epochs,
                 "space": space_to_json(run.space),
                 **({"origin": run.config["origin"]} if "origin" in run.config else {}),
             }
-            write_atomically(
-                run.directory / DESCRIPTION,
-                lambda file: file.write(strict_json(description, indent=2) + "\n"),
-            )
+            _describe(run, description)
 
     def log(self, record: Record) -> None:
         self.pending.append(strict_json(record).encode() + b"\n")
@@ -176,6 +175,21 @@ class SummaryFile(Logger):
     def finish(self, summary: Record) -> None:
         text = strict_json(summary, indent=2) + "\n"
         write_atomically(self.path, lambda file: file.write(text))
+
+
+def _describe(run: RunInfo, description: Record) -> None:
+    text = strict_json(description, indent=2) + "\n"
+    write_atomically(run.directory / DESCRIPTION, lambda file: file.write(text))
+
+
+def _renew_environment(run: RunInfo) -> None:
+    """Write the environment of this session into `run.json`; a damaged one stays as it is."""
+    try:
+        known = json.loads(read_bytes(run.directory / DESCRIPTION))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(known, dict):
+        _describe(run, known | {"environment": dict(run.environment)})
 
 
 def _is_record(line: bytes) -> bool:

@@ -34,6 +34,7 @@ class RunInfo:
         select: the rule for the best evaluation.
         patience: the setting of the runner.
         place: the place in a sweep; None for a single run.
+        environment: versions, commits, device and threads (`bilevel.run.environment`).
     """
 
     directory: Path
@@ -51,6 +52,7 @@ class RunInfo:
     select: Selection = field(default_factory=lambda: Selection("valid_loss"))
     patience: int | None = None
     place: Place | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Progress(NamedTuple):

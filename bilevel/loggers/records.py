@@ -19,6 +19,18 @@ SUMMARY = "summary.json"
 DESCRIPTION = "run.json"
 
 
+def environment_of(run: str | Path) -> Record:
+    """Return the environment that the files of a run name; {} for one that names none."""
+    for name in (SUMMARY, DESCRIPTION):
+        try:
+            found = json.loads(read_bytes(Path(run) / name))["environment"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
 def make_record(
     *,
     step: int,

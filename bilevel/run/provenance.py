@@ -1,13 +1,9 @@
-"""The settings and versions that the numbers of a run depend on, as text for its checkpoints."""
+"""The settings that the numbers of a run depend on, as text for its checkpoints."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
-from importlib import metadata
 from typing import Any
-
-import torch
 
 from bilevel.loggers.space_json import space_to_json
 from bilevel.problem import Problem
@@ -39,19 +35,11 @@ def settings_of(problem: Problem, solver: Solver) -> dict[str, str]:
     return found | {f"solver.{name}": text(value) for name, value in plain.items()}
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of bilevel, PyTorch and Python."""
-    try:
-        own = metadata.version("bilevel")
-    except metadata.PackageNotFoundError:  # a copy that was not installed
-        own = "unknown"
-    return {"bilevel": own, "torch": str(torch.__version__), "python": platform.python_version()}
-
-
 def text(value: Any) -> str:
     """Return a setting as text that is the same in every process.
 
     Example:
+        >>> import torch
         >>> text(partial(torch.optim.SGD, lr=0.1)), text([1, None, "a"]), text(object())
         ('SGD(lr=0.1)', "[1, None, 'a']", 'object')
     """

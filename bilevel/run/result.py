@@ -137,8 +137,8 @@ class Result(dict[str, Any]):
         """Write the weights and buffers as a state dict; the suffix chooses the format.
 
         Args:
-            path: a file that ends in `.safetensors`, `.pt` or `.pth`. Safetensors files hold λ in
-                their metadata.
+            path: a file that ends in `.safetensors`, `.pt` or `.pth`. Safetensors files hold λ
+                and the environment in their metadata.
             at: `best` or `last`.
 
         Raises:
@@ -150,16 +150,17 @@ class Result(dict[str, Any]):
         if isinstance(_innermost(self.problem), ModuleProblem):
             tensors = self.module(at).state_dict()  # with all names of tied weights
         lists = {name: leaf.tolist() for name, leaf in hypers.items()}
-        save_tensors(Path(path), tensors, {"hypers": strict_json(lists)})
+        about = {"hypers": lists, "environment": self.get("environment", {})}
+        save_tensors(Path(path), tensors, about)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write tensors in the format that the suffix of `path` names.
 
     Args:
         path: the file.
         tensors: by name; tensors that share memory are written twice.
-        about: the metadata of a safetensors file.
+        about: the metadata of a safetensors file, each value written as JSON.
 
     Raises:
         BilevelError: the suffix is unknown, or safetensors is not installed.
@@ -179,7 +180,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) 
             f"path={str(path)!r} needs safetensors, which is not installed; pip install "
             "safetensors, or choose a name that ends in .pt"
         ) from None
-    content = save(apart, metadata={"format": "pt", **about})
+    texts = {name: strict_json(value) for name, value in about.items()}
+    content = save(apart, metadata={"format": "pt", **texts})
     write_atomically(path, lambda file: file.write(content), mode="wb")
 
 

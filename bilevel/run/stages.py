@@ -14,6 +14,7 @@ from bilevel.checkpoint.checkpoints import Checkpoints, kept
 from bilevel.checks.check_problem import check_setup
 from bilevel.checks.last_batch import check_last_batch
 from bilevel.checks.splits import check_splits, unlike_splits, wrong_data
+from bilevel.device.device import threads_for
 from bilevel.device.precision import at_precision
 from bilevel.errors import BilevelError, DirectoryLost
 from bilevel.loggers.display import display
@@ -23,12 +24,13 @@ from bilevel.loggers.plot import CurvesPlot
 from bilevel.loggers.records import METRICS, brief
 from bilevel.run.cuda_graph import Capture
 from bilevel.run.distributed import FirstRankSaver
+from bilevel.run.environment import environment
 from bilevel.run.hypergradient_check import HypergradientCheck
 from bilevel.run.hypergradient_error import HypergradientError
 from bilevel.run.initial_params import keep_params, read_params
 from bilevel.run.loop import Loop, on_cpu
 from bilevel.run.out_of_memory import ran_out
-from bilevel.run.provenance import settings_of, versions
+from bilevel.run.provenance import settings_of
 from bilevel.run.result import Result
 from bilevel.run.session import Session
 from bilevel.run.summary import summarize
@@ -59,7 +61,7 @@ def claim(run: Session) -> None:
         run.settings.keep_checkpoints,
         request.config,
         settings_of(request.problem, request.solver),
-        versions(),
+        environment(run.device),
     )
     if request.resume:
         run.checkpoint = first(run.checkpoints.load)
@@ -115,6 +117,8 @@ def build(run: Session) -> None:
         run.loop.load_state_dict(run.checkpoint)
     if settings.capture is True or (settings.capture == "auto" and device.type == "cuda"):
         services.capture = Capture.of(solver, device, for_solver, run.ranks.world)
+    threads = threads_for(settings.threads, solver.solution().params)
+    run.checkpoints.environment |= {"threads": threads}
     run.info = _info(run)
 
 
@@ -262,4 +266,5 @@ def _info(run: Session) -> RunInfo:
         select=Selection(settings.select),
         patience=settings.patience,
         place=request.place,
+        environment=run.checkpoints.environment,
     )

@@ -70,6 +70,7 @@ def summarize(
         "problem": run.problem,
         "solver": run.solver,
         "seed": run.seed,
+        "environment": dict(run.environment),
         "best": _outcome(best),
         "last": _outcome(last),
         "initial": plain("initial", loop.initial),
@@ -89,7 +90,7 @@ def summarize(
         "message": _message(loop, run, reason, signal, outer or run.directory),
     }
     if loop.ranks.first:
-        values.write(run.directory)
+        values.write(run.directory, run.environment)
     return summary
 
 

@@ -12,6 +12,7 @@ from bilevel.device.precision import at_precision
 from bilevel.errors import BilevelError
 from bilevel.loggers.records import Record
 from bilevel.params import Batch, Hypers, Metrics, detached
+from bilevel.run.environment import environment
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import on_cpu
 from bilevel.run.result import Result
@@ -190,6 +191,7 @@ class Tuner:
             "problem": type(self._model).__name__,
             "solver": type(solver).__name__,
             "seed": self._seed,
+            "environment": environment(self._device),
             "best": record,
             "last": self.records[-1] if self.records else {},
             "hypers": {name: leaf.tolist() for name, leaf in last.hypers.items()},

@@ -24,6 +24,17 @@ def test_real_round_trip(u):
     assert domain.unconstrain(domain.constrain(f64(u), None)).item() == u
 
 
+def test_the_initial_value_comes_first_where_it_cannot_be_mistaken():
+    assert Real(0.0) == Real(init=0.0)
+    assert Positive(0.1, low=0.01) == Positive(init=0.1, low=0.01)
+    assert Simplex([0.5, 0.5], shape=(2,)) == Simplex(init=[0.5, 0.5], shape=(2,))
+    for domain in (Interval, Integer):
+        with pytest.raises(TypeError, match="positional"):
+            domain(0.5, low=0.0, high=1.0)
+    with pytest.raises(TypeError, match="positional"):
+        Positive(0.1, 2.0)
+
+
 @law
 @given(reals, st.floats(-5, 5))
 def test_positive_round_trip(u, low):

@@ -42,7 +42,13 @@ def test_an_export_has_the_values_the_schedule_and_the_weights(run, tmp_path, ca
     files = [out / name for name in ("hypers.json", "schedule.json", "model.safetensors")]
     assert capsys.readouterr().out.split() == [str(file) for file in files]
     summary = json.loads((run / "summary.json").read_text())
-    assert json.loads(files[0].read_text()) == summary["hypers"]
+    assert json.loads(files[0].read_text()) == {
+        "origin": {"problem": "digits", "solver": "delta_stn", "seed": 5},
+        "environment": summary["environment"],
+        "hypers": summary["hypers"],
+    }
+    schedule = json.loads(files[1].read_text())
+    assert schedule["environment"] == summary["environment"]
     assert hyper_schedule.read(files[1]).hypers == hyper_schedule.from_run(run).hypers
     hypers, params, carry = best_solution(run)
     stored = load_file(files[2])
@@ -54,6 +60,7 @@ def test_an_export_has_the_values_the_schedule_and_the_weights(run, tmp_path, ca
         }
     assert about["hypers"] == {name: leaf.tolist() for name, leaf in hypers.items()}
     assert about["step"] == summary["best"]["step"]
+    assert about["environment"] == summary["environment"]
     assert all(torch.equal(read_params(files[2])[name], value) for name, value in params.items())
 
 
@@ -63,7 +70,7 @@ def test_a_run_in_progress_can_be_exported(run, tmp_path, capsys):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     assert main(["export", str(tmp_path), "--format", "pt"]) == 0
     last = read_metrics(run / "metrics.jsonl")[-1]
-    hypers = json.loads((tmp_path / "hypers.json").read_text())
+    hypers = json.loads((tmp_path / "hypers.json").read_text())["hypers"]
     assert hypers == {name: last[f"hypers.{name}"] for name in hypers}
     assert torch.load(tmp_path / "model.pt", weights_only=True).keys()
     (tmp_path / "metrics.jsonl").write_text("")

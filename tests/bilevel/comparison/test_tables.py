@@ -4,8 +4,10 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
+from bilevel import Runner
 from bilevel.comparison.notes import notes_on
 from bilevel.comparison.provenance import origin
 from bilevel.comparison.quality_table import QUALITY, quality_table
@@ -15,6 +17,7 @@ from bilevel.comparison.step_table import STEP
 from bilevel.comparison.table import Rows, rows
 from bilevel.comparison.wide_table import blocks
 from tests.support.comparison_runs import records, write_run
+from tests.support.fakes import FakeProblem, FakeSolver
 
 
 def written(place, losses, *, solver="stn", seed=0, more=None, **options):
@@ -194,6 +197,25 @@ def test_the_origin_names_command_dates_device_commit_and_versions(tmp_path):
     assert (found["device"], found["commit"], found["torch"]) == ("cpu", "abc", "2.9")
     assert found["threads, python"] == "not recorded"
     assert note == ""
+
+
+def test_runs_with_other_threads_are_not_compared_by_their_times(tmp_path):
+    """The runs name their environment themselves."""
+    for threads in (1, 2):
+        runner = Runner(epochs=1, threads=threads, progress="none", picture=False, device="cpu")
+        runner.run(FakeProblem(), FakeSolver(), directory=tmp_path / str(threads))
+    found, note = facts(tmp_path)
+    assert found["threads"] == "1 (1 run), 2 (1 run)"
+    assert found["device"].startswith("cpu: ")
+    assert found["torch"] == torch.__version__
+    assert note == "The runs differ in threads, so do not compare their times."
+
+
+def test_a_hyperparameter_with_the_name_of_a_fact_is_none(tmp_path):
+    path = written(tmp_path, [9.0, 1.0]) / "run.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps({"best": {"threads": 0.5}, **told, "environment": {"threads": 4}}))
+    assert facts(tmp_path)[0]["threads"] == "4"
 
 
 def test_the_origin_warns_where_runs_differ(tmp_path):
