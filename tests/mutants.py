@@ -870,6 +870,41 @@ MUTANTS = [
         ")",
         "bilevel/run/test_sensitivities.py",
     ),
+    Mutant(
+        "a frozen hyperparameter becomes a parameter of a study",
+        "bilevel/studies.py",
+        "        if name in space and space[name].frozen:\n            continue\n",
+        "",
+        "bilevel/test_studies.py",
+    ),
+    Mutant(
+        "a whole number at the end of its range is no start",
+        "bilevel/studies.py",
+        "ends = domain.low + INSIDE, domain.high - INSIDE",
+        "ends = domain.low, domain.high",
+        "bilevel/test_studies.py",
+    ),
+    Mutant(
+        "a search forgets its history",
+        "solvers/black_box/search.py",
+        "past=past_trials(self.history, self.box, self._sampler)",
+        "past=()",
+        "solvers/black_box/test_history.py",
+    ),
+    Mutant(
+        "a start from a study drops the other settings of the space",
+        "bilevel/cli/study.py",
+        'changes[name] = {**changes.get(name, {}), "init": space[name].init}',
+        'changes[name] = {"init": space[name].init}',
+        "bilevel/cli/test_study.py",
+    ),
+    Mutant(
+        "a mistyped storage becomes a new file",
+        "bilevel/cli/study.py",
+        'if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():',
+        "if url is None:",
+        "bilevel/cli/test_study.py",
+    ),
 ]
 
 
