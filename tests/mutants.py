@@ -905,6 +905,34 @@ MUTANTS = [
         "if url is None:",
         "bilevel/cli/test_study.py",
     ),
+    Mutant(
+        "a step that MLflow has is sent again",
+        "bilevel/loggers/mlflow_logger.py",
+        "if self._client is None or step in self._steps:",
+        "if self._client is None:",
+        "bilevel/loggers/test_mlflow.py",
+    ),
+    Mutant(
+        "a step that MLflow has in part counts as whole",
+        "bilevel/loggers/mlflow_logger.py",
+        "found[MARK] = found.pop(MARK)",
+        "found = {MARK: found.pop(MARK), **found}",
+        "bilevel/loggers/test_mlflow.py",
+    ),
+    Mutant(
+        "an error of the thread that writes to MLflow is lost",
+        "bilevel/loggers/mlflow_sender.py",
+        "failed, self._error = True, error",
+        "failed = error is not None",
+        "bilevel/loggers/test_mlflow.py",
+    ),
+    Mutant(
+        "the password of an MLflow server is printed",
+        "bilevel/loggers/mlflow_logger.py",
+        're.sub("//[^/@]*@", "//", address)',
+        "address",
+        "bilevel/loggers/test_mlflow.py",
+    ),
 ]
 
 
