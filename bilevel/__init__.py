@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from bilevel import jaxtyping_import as jaxtyping_import  # first, since the others need it
+from bilevel import studies
 from bilevel.checkpoint.checkpoints import CheckpointWarning, best_solution
 from bilevel.checks.check_problem import Report, check_problem
 from bilevel.classifier import Classifier
@@ -86,6 +87,7 @@ __all__ = [
     "squared_norm",
     "stream",
     "streams",
+    "studies",
     "tuned_dropout",
 ]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -225,6 +226,18 @@ class Space(Mapping[str, Domain]):
     def _per_coordinate(self, values: list[Any], dtype: torch.dtype) -> Tensor:
         sizes = torch.tensor([self[name].numel for name in self.tuned], dtype=torch.long)
         return torch.repeat_interleave(torch.tensor(values, dtype=dtype), sizes)
+
+
+def entry_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the names of the entries of an array, or the name itself for a number.
+
+    Example:
+        >>> entry_names("decay", ()), entry_names("mix", (1, 2))
+        (['decay'], ['mix[0,0]', 'mix[0,1]'])
+    """
+    if not shape:
+        return [name]
+    return [f"{name}[{','.join(map(str, index))}]" for index in product(*map(range, shape))]
 
 
 def _added(name: str, change: Mapping[str, Any]) -> Domain:

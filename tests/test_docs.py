@@ -178,7 +178,8 @@ def leaves(nav: Any) -> Iterator[str]:
 
 def test_every_page_is_in_the_navigation_once():
     listed = list(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.glob("**/*.md"))
+    pages = [page for kind in ("md", "ipynb") for page in DOCS.glob(f"**/*.{kind}")]
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in pages)
 
 
 @pytest.mark.parametrize(

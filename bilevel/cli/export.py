@@ -1,4 +1,4 @@
-"""The command `bilevel export`: write what a run has found as files that need no bilevel."""
+"""The command `bilevel export`: write what a run has found, as files or into a study of Optuna."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from typing import Any
 from bilevel.checkpoint.checkpoints import best_of, load
 from bilevel.checkpoint.refit_directory import result_directory
 from bilevel.cli.standard_streams import print_line
+from bilevel.cli.study import export_to_study
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
 from bilevel.loggers import hyper_schedule
@@ -24,7 +25,14 @@ def main(arguments: Sequence[str]) -> int:
     """Export a run, print the paths of the files, and return the exit status."""
     given = parser().parse_args(arguments)
     try:
-        for path in export(given.run, given.out, suffix=given.format):
+        if given.optuna is not None:
+            print_line(_to_study(given), sys.stdout)
+            return 0
+        if given.study is not None or given.completed:
+            raise BilevelError(
+                "--study and --completed need a storage; add --optuna sqlite:///file.db"
+            )
+        for path in export(given.run, given.out, suffix=given.format or "safetensors"):
             print_line(str(path), sys.stdout)
     except BilevelError as error:
         print_line(f"bilevel: {error}", sys.stderr)
@@ -88,16 +96,32 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     made = argparse.ArgumentParser(
         prog="bilevel export",
-        description="Write hypers.json, schedule.json and model.safetensors of a run.",
+        description="Write hypers.json, schedule.json and model.safetensors of a run; with "
+        "--optuna, write its λ into a study.",
     )
     made.add_argument("run", type=Path, metavar="RUN", help="the run directory")
     made.add_argument(
         "--out", type=Path, metavar="DIR", help="the folder for the files (default: RUN)"
     )
     made.add_argument(
-        "--format", choices=("safetensors", "pt"), default="safetensors", help="of the weights"
+        "--format", choices=("safetensors", "pt"), help="of the weights (default: safetensors)"
+    )
+    made.add_argument(
+        "--optuna",
+        metavar="URL",
+        help="write no files; enqueue the best λ in a study of this storage (sqlite:///file.db)",
+    )
+    made.add_argument("--study", metavar="NAME", help="the study (default: the only one)")
+    made.add_argument(
+        "--completed", action="store_true", help="add a complete trial with the validation loss"
     )
     return made
+
+
+def _to_study(given: argparse.Namespace) -> str:
+    if given.out is not None or given.format is not None:
+        raise BilevelError("--optuna writes no files; leave --out and --format out")
+    return export_to_study(given.run, given.optuna, given.study, completed=given.completed)
 
 
 def _final(run: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ GROUPS = {
     "lr": RATE_HINT,
     "wandb": "write wandb.mode=offline, online or disabled, or another wandb.NAME=…",
     "tensorboard": "write tensorboard.NAME=…",
+    "mlflow": "write mlflow.NAME=…",
     "data": "write data.root=DIR",
     "runner": "write runner.NAME=…, for example runner.epochs=20",
     "trial": "write trial.epochs=…",

@@ -23,6 +23,7 @@ from bilevel.cli.resume import AUTO, continued, repeated, stored_config
 from bilevel.cli.run_config import run_config
 from bilevel.cli.setting_types import check_type
 from bilevel.cli.standard_streams import print_line
+from bilevel.cli.study import with_study
 from bilevel.errors import (
     BilevelError,
     DataWarning,
@@ -131,6 +132,8 @@ class Job:
         trust, config["trust"] = config["trust"], False
         ended: Record | None = None
         try:
+            if asked in (None, AUTO):
+                config = with_study(config)
             if hydra.mode is RunMode.MULTIRUN or asked == AUTO:
                 resumed, ended = repeated(config, directory)
             elif asked is not None:

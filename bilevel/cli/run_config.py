@@ -20,7 +20,7 @@ from bilevel.solver import Solver
 from bilevel.text import printable
 
 BUILT = ("problem", "solver", "runner")
-OPEN_GROUPS = (*BUILT, "wandb", "tensorboard")
+OPEN_GROUPS = (*BUILT, "wandb", "tensorboard", "mlflow")
 """Nodes whose keys are constructor arguments, so that settings beyond the YAML can be set too."""
 
 

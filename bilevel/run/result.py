@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from bilevel import studies
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
 from bilevel.loggers.hyper_schedule import RecordedSchedule, from_records, from_run
@@ -16,6 +17,9 @@ from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.solver import Solution
 from bilevel.validate import one_of
+
+if TYPE_CHECKING:
+    import optuna
 
 At: TypeAlias = Literal["best", "last"]
 
@@ -152,6 +156,25 @@ class Result(dict[str, Any]):
         lists = {name: leaf.tolist() for name, leaf in hypers.items()}
         about = {"hypers": lists, "environment": self.get("environment", {})}
         save_tensors(Path(path), tensors, about)
+
+    def to_study(self, study: "optuna.Study", at: At = "best", *, completed: bool = False) -> None:
+        """Give λ to a study of Optuna, as its next trial or as a complete one.
+
+        Args:
+            study: a study with one parameter for each coordinate of λ; see `bilevel.studies`.
+            at: `best` or `last`.
+            completed: add a complete trial with the validation loss there. Otherwise the study
+                evaluates λ in its next trial.
+
+        Raises:
+            BilevelError: the study has other parameters or narrower ranges, or cannot take a
+                complete trial; or see `solution`.
+        """
+        params = studies.params_of(self.solution(at).hypers, self.problem.space)
+        if completed:
+            studies.add(study, params, self[at]["valid_loss"])
+        else:
+            studies.enqueue(study, params)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bilevel import BilevelError, Domain, Integer, Interval, Positive, Real, Simplex, Space
 from bilevel.domains import softplus_inverse
+from bilevel.space import entry_names
 from bilevel.text import near
 from bilevel.validate import wrong
 
@@ -154,7 +155,7 @@ def ranges_of(space: Space, ranges: Mapping[str, Sequence[float]] | None = None)
             low, high = _user_range(name, domain, init, given[name])
         lows.append(low.expand_as(init))
         highs.append(high.expand_as(init))
-        names += [name + _index(i, domain.shape) for i in range(domain.numel)]
+        names += entry_names(name, domain.shape)
         whole += [isinstance(domain, Integer)] * domain.numel
     return Ranges(space, torch.cat(lows), torch.cat(highs), tuple(names), tuple(whole))
 
@@ -230,14 +231,3 @@ def _to_u(domain: Domain, z: Tensor) -> Tensor:
         # u is infinite at the ends; a hundredth inside is rounded to them as well
         return domain.unconstrain(z.clamp(domain.low + 0.01, domain.high - 0.01))
     return domain.unconstrain(z)
-
-
-def _index(i: int, shape: tuple[int, ...]) -> str:
-    """Return '[3]' or '[1,2]' for the entry `i` of an array, and '' for a number."""
-    if not shape:
-        return ""
-    index = []
-    for n in reversed(shape):
-        i, k = divmod(i, n)
-        index.append(str(k))
-    return f"[{','.join(reversed(index))}]"

@@ -18,6 +18,7 @@ from bilevel.services import Services
 from bilevel.solver import initial_state, on_cpu
 from bilevel.solvers.base.core import Core, averaged
 from bilevel.solvers.base.settings import InnerSettings
+from bilevel.solvers.black_box.history import past_trials
 from bilevel.solvers.black_box.ranges import Ranges, ranges_of
 from bilevel.solvers.black_box.samplers import GP, TPE, Pruner, RandomSearch, Sampler
 from bilevel.solvers.black_box.trials import Trials
@@ -55,6 +56,7 @@ class Search(InnerSettings, Solver):
         trial_epochs: epochs of a trial.
         early_stopping: the value of a trial is its lowest score, otherwise its last.
         ranges: [low, high] by hyperparameter, in its own units; `ranges_of` gives the defaults.
+        history: earlier trials for the sampler, from `bilevel.studies.history`.
         core: problem, data and weights (`core.weights`) of the running trial, after `setup`.
         u: of the running trial, [h].
         hypers: λ of the running trial.
@@ -82,6 +84,7 @@ class Search(InnerSettings, Solver):
     trial_epochs: int = 10
     early_stopping: bool = True
     ranges: Mapping[str, Sequence[float]] | None = None
+    history: Sequence[Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self.check_inner()
@@ -108,6 +111,7 @@ class Search(InnerSettings, Solver):
             self.box,
             self.trial_epochs,
             early_stopping=self.early_stopping,
+            past=past_trials(self.history, self.box, self._sampler),
         )
         self.best: dict[str, Any] | None = None
         self._propose()
@@ -115,7 +119,7 @@ class Search(InnerSettings, Solver):
     def refuse(self, problem: Problem, data: Data, device: torch.device) -> None:
         """Refuse ranges or a pruner that do not fit, and more coordinates than a sampler takes."""
         check_laws(self, problem, data, device)
-        ranges_of(problem.space, self.ranges)
+        past_trials(self.history, ranges_of(problem.space, self.ranges), self._sampler)
         if self.pruner is not None:
             self.pruner.make(self.trial_epochs)
         if problem.space.numel > self._sampler.most:

@@ -1,8 +1,9 @@
 """The trials of a search: a plain record that determines every proposal and every pruning."""
 
 import math
+from collections.abc import Sequence
 from statistics import median_low
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ class Trial(TypedDict):
     """`running`, `complete`, `pruned` or `failed`."""
 
 
+class Past(NamedTuple):
+    """A complete trial from before the search: its point z, by coordinate, and its value."""
+
+    z: list[float]
+    value: float
+
+
 class Trials:
     """The trials so far; every proposal and every pruning is a function of their record.
 
@@ -39,6 +47,7 @@ class Trials:
         ranges: the box of the points.
         epochs: the length of a complete trial.
         early_stopping: the value of a trial is its lowest score, and not its last.
+        past: points and values from before the search; the sampler receives them first.
     """
 
     def __init__(
@@ -49,12 +58,14 @@ class Trials:
         epochs: int,
         *,
         early_stopping: bool = True,
+        past: Sequence[Past] = (),
     ) -> None:
         self.sampler = sampler
         self.pruner = pruner
         self.ranges = ranges
         self.epochs = epochs
         self.early_stopping = early_stopping
+        self.past = past
         self.replay([])
 
     def begin(self, seed: int, z: Tensor | None = None) -> Tensor:
@@ -135,8 +146,9 @@ class Trials:
         if not self.sampler.learns:
             return study
         states, distributions = optuna.trial.TrialState, self.ranges.distributions()
-        values = capped([self.value(trial) for trial in self.record])
-        for trial, value in zip(self.record, values, strict=True):
+        earlier: list[Trial] = [{"z": z, "scores": [], "state": "complete"} for z, _ in self.past]
+        values = capped([v for _, v in self.past] + [self.value(trial) for trial in self.record])
+        for trial, value in zip([*earlier, *self.record], values, strict=True):
             pruned = trial["state"] == "pruned" and self.sampler.learns_from_pruned
             study.add_trial(
                 optuna.trial.create_trial(
