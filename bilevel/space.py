@@ -227,6 +227,15 @@ class Space(Mapping[str, Domain]):
         return torch.repeat_interleave(torch.tensor(values, dtype=dtype), sizes)
 
 
+def require_space(space: Any) -> None:
+    """Raise `BilevelError` if the argument `space` is no `Space`."""
+    if not isinstance(space, Space):
+        raise BilevelError(
+            f"space={type(space).__name__} must be a Space; write for example "
+            "Space(decay=Positive(init=1e-3))"
+        )
+
+
 def _added(name: str, change: Mapping[str, Any]) -> Domain:
     """Return the setting of the inner optimizer that joins a space as `name`."""
     if "init" not in change:
