@@ -13,7 +13,7 @@ from bilevel.dropout.tuned import Groups
 from bilevel.errors import BilevelError
 from bilevel.module_problem import ModuleProblem
 from bilevel.params import Batch, Hypers, Metrics, Params, Prediction
-from bilevel.space import Space
+from bilevel.space import Space, require_space
 from bilevel.text import near
 
 KNOWN = ("label_smoothing", "class_weights")
@@ -26,8 +26,9 @@ class Classifier(ModuleProblem):
 
         L_T = cross_entropy(f(x; w), y; label_smoothing, class_weights),    L_V = CE(f(x; w), y)
 
-    A batch is (x, y). The space may hold `label_smoothing`, `class_weights` ([C], perturbed per
-    batch), dropout rates (`dropout=`) and settings of the optimizer, such as `weight_decay`.
+    A batch is (x, y); y holds classes, [B], or their probabilities, [B, C]. The space may hold
+    `label_smoothing`, `class_weights` ([C], perturbed per batch), dropout rates (`dropout=`) and
+    settings of the optimizer, such as `weight_decay`.
 
     Args:
         module: as in `ModuleProblem`.
@@ -64,6 +65,7 @@ class Classifier(ModuleProblem):
         dropout: Groups | None = None,
         dropout_kind: DropoutKind = "bernoulli",
     ) -> None:
+        require_space(space)
         if "class_weights" in space:  # they divide the loss of the batch
             weights = replace(space["class_weights"], per_example=False)
             space = Space(**{**space, "class_weights": weights})
@@ -107,8 +109,10 @@ class Classifier(ModuleProblem):
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Metrics:
         """Return cross-entropy `loss` [B] and `accuracy` [B]."""
-        correct = prediction.argmax(1) == batch[1]
+        labels = batch[1]
+        classes = labels.argmax(1) if labels.is_floating_point() else labels
+        correct = prediction.argmax(1) == classes
         return {
-            "loss": F.cross_entropy(prediction, batch[1], reduction="none"),
+            "loss": F.cross_entropy(prediction, labels, reduction="none"),
             "accuracy": correct.to(prediction.dtype),
         }

@@ -3,6 +3,7 @@
 A run directory may come from somebody else, so no symbolic link in it is followed to write.
 """
 
+import errno
 import json
 import math
 import os
@@ -66,9 +67,10 @@ def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
             raise
         with suppress(OSError):  # the error below is the one that matters
             temporary.unlink(missing_ok=True)
-        raise Unwritable(
-            f"cannot write {path}: {reason.strerror or reason}; free some space or move the run"
-        ) from None
+        remedy = "choose a folder that exists, and a name of a file in it"
+        if reason.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG):
+            remedy = "free some space or move the run"
+        raise Unwritable(f"cannot write {path}: {reason.strerror or reason}; {remedy}") from None
 
 
 def remove_temporaries(directory: Path) -> None:

@@ -1,10 +1,12 @@
 """Calls of a module with weights and buffers from outside."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bilevel.errors import BilevelError
 from bilevel.module_checks import computed_attributes
 
 Slot = tuple[dict[str, Any], str]
@@ -70,6 +72,22 @@ class ModuleCall:
                 owner[key] = before
             for layer, name, placeholder in self._computed:  # `weight_norm` or `prune` wrote there
                 vars(layer)[name] = placeholder
+
+
+def arguments(given: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the positional and the keyword arguments that `ModuleProblem.inputs` gave.
+
+    Raises:
+        BilevelError: it gave something else.
+    """
+    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[1], Mapping):
+        return given[0], dict(given[1])
+    entries = [type(entry).__name__ for entry in given] if isinstance(given, (tuple, list)) else []
+    shown = type(given).__name__ + (f" of {', '.join(entries)}" if entries else "")
+    raise BilevelError(
+        f"`inputs` returns a {shown}; return a tuple of the positional arguments and a dict of "
+        "those by keyword, ((x,), {})"
+    )
 
 
 def _leave_weights() -> None:

@@ -15,12 +15,12 @@ from bilevel.dropout.kinds import DropoutKind
 from bilevel.dropout.tuned import Groups, tuned_dropout
 from bilevel.embedding_options import use_dense_gradients
 from bilevel.errors import BilevelError
-from bilevel.module_call import ModuleCall
+from bilevel.module_call import ModuleCall, arguments
 from bilevel.module_checks import check_module, own_copy, without_weights
 from bilevel.norm_statistics import Evaluated, Moments
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction
 from bilevel.problem import Problem
-from bilevel.space import Space
+from bilevel.space import Space, require_space
 
 ONE_VALUE = "Expected more than 1 value per channel"
 """Begins PyTorch's message about batch norm in training on one example."""
@@ -92,6 +92,7 @@ class ModuleProblem(Problem):
         dropout: Groups | None = None,
         dropout_kind: DropoutKind = "bernoulli",
     ) -> None:
+        require_space(space)
         self.space = space
         self.batch_size = batch_size
         own: nn.Module | None = None
@@ -199,7 +200,7 @@ class ModuleProblem(Problem):
     ) -> tuple[Prediction, Carry]:
         if self._module.training != train:
             self._switch(train=train)
-        args, kwargs = self.inputs(hypers, batch, train=train, generator=generator)
+        args, kwargs = arguments(self.inputs(hypers, batch, train=train, generator=generator))
         if not train:
             if any(t.requires_grad for t in carry.values()):
                 with Evaluated():
@@ -239,7 +240,7 @@ class ModuleProblem(Problem):
             return {}
         if not self._module.training:
             self._switch(train=True)
-        args, kwargs = self.inputs(hypers, batch, train=True, generator=generator)
+        args, kwargs = arguments(self.inputs(hypers, batch, train=True, generator=generator))
 
         def run() -> Carry:
             tensors = self._tensors(params, carry)

@@ -240,6 +240,15 @@ def entry_names(name: str, shape: tuple[int, ...]) -> list[str]:
     return [f"{name}[{','.join(map(str, index))}]" for index in product(*map(range, shape))]
 
 
+def require_space(space: Any) -> None:
+    """Raise `BilevelError` if the argument `space` is no `Space`."""
+    if not isinstance(space, Space):
+        raise BilevelError(
+            f"space={type(space).__name__} must be a Space; write for example "
+            "Space(decay=Positive(init=1e-3))"
+        )
+
+
 def _added(name: str, change: Mapping[str, Any]) -> Domain:
     """Return the setting of the inner optimizer that joins a space as `name`."""
     if "init" not in change:

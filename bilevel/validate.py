@@ -5,9 +5,11 @@ the first one that is wrong. A dictionary can give a dotted name:
 `positive(**{"runner.epochs": n})`.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from bilevel.errors import BilevelError
@@ -121,3 +123,32 @@ def one_of(known: Iterable[Any], /, **settings: Any) -> None:
         if not any(value == k and isinstance(value, bool) == isinstance(k, bool) for k in choices):
             choice = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
             raise wrong(name, value, f"is unknown{near(str(value), names)}", f"choose {choice}")
+
+
+def seed_of(value: Any, setting: str = "seed") -> int:
+    """Return a seed that generators of PyTorch take.
+
+    Example:
+        >>> seed_of("a")
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: seed='a' must be a whole number of at most 64 bits; choose
+        0, 1, …
+    """
+    integral = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (integral and -(2**63) <= int(value) < 2**64):
+        raise wrong(setting, value, "must be a whole number of at most 64 bits", "choose 0, 1, …")
+    return int(value)
+
+
+def path_of(**settings: Any) -> Path:
+    """Return the one setting as a path.
+
+    Example:
+        >>> path_of(directory=3)
+        Traceback (most recent call last):
+        bilevel.errors.BilevelError: directory=3 is not a path; give a string or a pathlib.Path
+    """
+    [(name, value)] = settings.items()
+    if not isinstance(value, (str, os.PathLike)) or "\0" in str(value):
+        raise wrong(name, value, "is not a path", "give a string or a pathlib.Path")
+    return Path(value)

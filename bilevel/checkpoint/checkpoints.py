@@ -19,6 +19,7 @@ from bilevel.errors import BilevelError, Unwritable
 from bilevel.files import remove_temporaries, temporary_beside, write_atomically
 from bilevel.loggers.records import METRICS, read_metrics
 from bilevel.solver import Solution
+from bilevel.validate import path_of
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -211,7 +212,7 @@ def best_solution(directory: str | Path) -> Solution:
         BilevelError: the directory holds no readable checkpoint, or its run never had a finite
             validation loss.
     """
-    chosen = result_directory(Path(directory))
+    chosen = result_directory(path_of(directory=directory))
     return best_of(load(chosen), chosen)
 
 
@@ -229,6 +230,7 @@ def _newest_whole(directory: Path, identity: Identity | None) -> tuple[Path, dic
     newest, files = directory / CHECKPOINT, kept(directory)
     if not files:
         reason = f"{newest} is missing" if directory.is_dir() else "there is no such directory"
+        reason = "it is a file" if directory.is_file() else reason
         raise BilevelError(
             f"{directory} is not a run that can be resumed ({reason}); give the directory of a "
             "run, or start a new one"

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from bilevel.cross_entropy import cross_entropy
 from bilevel.data.fields import all_finite, tensors
 from bilevel.embedding_options import LOOKUPS, lookup
 from bilevel.params import Batch, Params
 
-CLASS_LOSSES = (F.cross_entropy, F.nll_loss)
+CLASS_LOSSES = (F.cross_entropy, F.nll_loss, cross_entropy)
 PAIRED_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 """Losses that pair the entries of two tensors, and broadcast where their shapes differ."""
 
@@ -104,7 +105,8 @@ class Calls(TorchFunctionMode):
 def loss_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return the scores and the target of a loss."""
     named = dict(zip(("input", "target"), args, strict=False)) | dict(kwargs)
-    return named.get("input"), named.get("target")
+    named = {"input": kwargs.get("logits"), "target": kwargs.get("labels")} | named
+    return named["input"], named["target"]
 
 
 def class_outside(scores: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> int | None:

@@ -70,7 +70,7 @@ def _differing(case: FirstBatch, pair: tuple[Batch, ...]) -> Iterator[str]:
         return
     for name, value in together.items():
         mean = apart.get(name, value)
-        if not nearly_equal(*(torch.tensor(x, dtype=torch.float32) for x in (value, mean))):
+        if not nearly_equal(*(torch.tensor(x, dtype=case.u.dtype) for x in (value, mean))):
             yield (
                 f"the metric `{name}` of two validation batches together is {value:.4g}, but the "
                 f"average of the two is {mean:.4g}, so its value of a split depends on the "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +76,12 @@ class TensorStream(Stream):
                 f"the {name} split is empty; give at least one example (a larger data set or "
                 "another split)"
             )
-        if batch_size is not None and not 1 <= batch_size <= self.size:
+        if batch_size is not None and not _is_count(batch_size):
+            raise BilevelError(
+                f"batch_size={batch_size!r} must be a whole number of at least 1; choose one, or "
+                "None for the whole split"
+            )
+        if batch_size is not None and batch_size > self.size:
             raise BilevelError(
                 f"batch_size={batch_size} must be between 1 and the {self.size} examples of the "
                 f"{name} split; choose another batch size"
@@ -199,6 +205,10 @@ class FullBatch(Stream):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.examples = state["examples"]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def stream(

@@ -42,9 +42,15 @@ class TunedDropout:
     def __init__(
         self, module: nn.Module, groups: Groups, kind: DropoutKind, temperature: float | None
     ) -> None:
+        if not isinstance(module, nn.Module):
+            raise BilevelError(
+                f"module={type(module).__name__} must be an nn.Module; pass the module itself"
+            )
         self.kind = kind
         self._drop = dropout_by_name(kind, temperature)
         named = dict(groups) if isinstance(groups, Mapping) else {"dropout": groups}
+        if not named or not all(isinstance(name, str) for name in named):
+            raise wrong("dropout", groups, "must name hyperparameters", "write {'dropout': '*'}")
         self.whole = "*" in named.values()
         found = {site.name: site for site in dropout_sites(module)}
         if not found:

@@ -1,6 +1,6 @@
 """Classifier and regressor of scikit-learn that tune their regularization while they train."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.metadata import entry_points
 from typing import Any
@@ -78,7 +78,7 @@ class _SelfTuning(BaseEstimator):
     ) -> None:
         """Train and tune on standardized data, and keep the network of the best epoch."""
         self._check_settings(len(X))
-        self._mean, self._std = X.mean(0), X.std(0)
+        self._mean, self._std = _moments("X", X)
         self._std[self._std < 1e-12] = 1.0
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         draws = torch.Generator().manual_seed(seed)
@@ -172,13 +172,17 @@ class _SelfTuning(BaseEstimator):
 
     def _check_settings(self, examples: int) -> None:
         validate.whole(1, epochs=self.epochs, batch_size=self.batch_size)
+        for name, example in (("hidden", "(64,)"), ("tune", "('decay',)")):
+            value = getattr(self, name)
+            if isinstance(value, str) or not isinstance(value, Iterable):
+                raise validate.wrong(name, value, "must be a list", f"write {name}={example}")
         for width in self.hidden:
             validate.whole(1, hidden=width)
         for name in self.tune:
             validate.one_of(TUNABLE, tune=name)
         validate.between(0, 1, warmup=self.warmup)
         validate.positive(learning_rate=self.learning_rate, tuning_rate=self.tuning_rate)
-        if not 0 < self.valid_fraction < 1:
+        if not (validate.is_number(self.valid_fraction) and 0 < self.valid_fraction < 1):
             raise validate.wrong(
                 "valid_fraction", self.valid_fraction, "must be between 0 and 1", "choose 0.2"
             )
@@ -235,7 +239,7 @@ class SelfTuningClassifier(ClassifierMixin, _SelfTuning):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(
-                f"y has 1 class, {self.classes_[0]!r}; give labels of at least 2 classes"
+                f"y has 1 class, {self.classes_[0]}; give labels of at least 2 classes"
             )
         self._fit(X, torch.from_numpy(labels.astype(np.int64)), len(self.classes_), _cross_entropy)
         return self
@@ -273,7 +277,10 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     def fit(self, X: Any, y: Any) -> "SelfTuningRegressor":
         """Train and tune on features [n, features] and targets [n]; return the estimator."""
         X, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
-        self._target_mean, self._target_std = float(y.mean()), float(y.std()) or 1.0
+        if y.dtype.kind not in "biuf":
+            raise ValueError(f"y holds {y.dtype.name} and no numbers; convert it, y.astype(float)")
+        mean, std = _moments("y", y)
+        self._target_mean, self._target_std = float(mean), float(std) or 1.0
         target = torch.from_numpy((y - self._target_mean) / self._target_std).float()
         self._fit(X, target[:, None], 1, _squared_error)
         return self
@@ -281,6 +288,18 @@ class SelfTuningRegressor(RegressorMixin, _SelfTuning):
     def predict(self, X: Any) -> np.ndarray:
         """Return the predicted targets, [n]."""
         return self._outputs(X)[:, 0] * self._target_std + self._target_mean
+
+
+def _moments(name: str, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the standard deviation along the first axis."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
+        raise ValueError(
+            f"{name} holds values up to {abs(values).max():.3g}, whose variance is not a float64; "
+            "scale them"
+        )
+    return mean, std
 
 
 def _train_an_epoch(tuner: Tuner, train: TensorStream, valid: TensorStream) -> None:

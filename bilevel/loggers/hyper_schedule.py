@@ -205,6 +205,8 @@ def origin_of(run: Path) -> dict[str, Any]:
         summary = json.loads(read_bytes(run / SUMMARY))
     except (OSError, ValueError):  # a run in progress has none
         return {}
+    if not isinstance(summary, dict):
+        return {}
     return {key: summary.get(key) for key in ("problem", "solver", "seed")}
 
 

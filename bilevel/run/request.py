@@ -14,6 +14,7 @@ from bilevel.loggers.logger import Logger, Place
 from bilevel.problem import Problem
 from bilevel.solver import Solver
 from bilevel.text import file_name
+from bilevel.validate import seed_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class RunRequest:
     """The arguments of `Runner.run`, which describes them.
 
     Raises:
-        BilevelError: a resumed run is given weights, or the solver has already taken steps.
+        BilevelError: an argument has another type, a resumed run is given weights, or the solver
+            has already taken steps.
     """
 
     problem: Problem
@@ -36,6 +38,7 @@ class RunRequest:
     place: Place | None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.resume and self.directory is None:
             raise BilevelError(
                 "directory=None holds no run to continue; give the directory of the run, or leave "
@@ -51,6 +54,32 @@ class RunRequest:
             raise BilevelError(
                 f"this {name} has already taken {count} steps; make a new solver for every run"
             )
+
+    def _check_types(self) -> None:
+        for name, kind, advice in (
+            ("problem", Problem, "a problem, for example bilevel.Classifier(…)"),
+            ("solver", Solver, "a solver, for example bilevel.solvers.delta_stn()"),
+            ("config", Mapping, "a dictionary of settings"),
+            ("loggers", Sequence, "a list of loggers"),
+        ):
+            if not isinstance(value := getattr(self, name), kind) or isinstance(value, str):
+                shown = getattr(value, "__name__", type(value).__name__)
+                raise BilevelError(f"{name}={shown} is not a {kind.__name__}; pass {advice}")
+        if self.params is not None and not isinstance(self.params, Mapping):
+            raise BilevelError(
+                f"params={type(self.params).__name__} must map names to tensors; pass for example "
+                "model.state_dict()"
+            )
+        if strange := [logger for logger in self.loggers if not isinstance(logger, Logger)]:
+            raise BilevelError(
+                f"loggers holds a {type(strange[0]).__name__}; pass instances of "
+                "bilevel.loggers.logger.Logger"
+            )
+        if self.names is not None and (isinstance(self.names, str) or len(self.names) != 2):
+            raise BilevelError(
+                f"names={self.names!r} must be two names; pass (name of problem, name of solver)"
+            )
+        seed_of(self.seed)
 
     @property
     def place_on_disk(self) -> Path:

@@ -16,7 +16,7 @@ from bilevel.module_problem import ModuleProblem
 from bilevel.problem import Problem
 from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.solver import Solution
-from bilevel.validate import one_of
+from bilevel.validate import one_of, path_of
 
 if TYPE_CHECKING:
     import optuna
@@ -67,7 +67,8 @@ class Result(dict[str, Any]):
     ) -> None:
         super().__init__(summary)
         self.problem = problem
-        self.directory = directory
+        # the working directory of the caller may change
+        self.directory = None if directory is None else directory.absolute()
         self._solutions = {"best": best, "last": last}
         self._records = list(records)
         self.candidates = dict(candidates or {})
@@ -89,10 +90,21 @@ class Result(dict[str, Any]):
 
     @property
     def metrics(self) -> list[Record]:
-        """Return the records of all evaluations."""
+        """Return the records of all evaluations.
+
+        Raises:
+            BilevelError: the file of the records is missing or damaged.
+        """
         if self.directory is None:
             return self._records
-        return read_metrics(self.directory / METRICS)
+        path = self.directory / METRICS
+        try:
+            return read_metrics(path)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except (ValueError, RecursionError):
+            reason = "a line of it is not JSON"
+        raise BilevelError(f"cannot read {path} ({reason}); restore the file from a copy")
 
     @property
     def schedule(self) -> RecordedSchedule:
@@ -103,6 +115,8 @@ class Result(dict[str, Any]):
         """
         if self.directory is not None:
             return from_run(self.directory)
+        if not self._records:
+            raise BilevelError("the result has no record of λ; call tuner.evaluate before result")
         return from_records(self._records, "the records of this result")
 
     def solution(self, at: At = "best") -> Solution:
@@ -155,7 +169,7 @@ class Result(dict[str, Any]):
             tensors = self.module(at).state_dict()  # with all names of tied weights
         lists = {name: leaf.tolist() for name, leaf in hypers.items()}
         about = {"hypers": lists, "environment": self.get("environment", {})}
-        save_tensors(Path(path), tensors, about)
+        save_tensors(path_of(path=path), tensors, about)
 
     def to_study(self, study: "optuna.Study", at: At = "best", *, completed: bool = False) -> None:
         """Give λ to a study of Optuna, as its next trial or as a complete one.

@@ -21,6 +21,7 @@ from bilevel.run.stages import build, claim, conclude, train
 from bilevel.run.surroundings import AROUND_RUN, AROUND_TRAINING
 from bilevel.run.tune_fraction import check_phases
 from bilevel.solver import Solver
+from bilevel.validate import path_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Runner(RunSettings):
         request = RunRequest(
             problem=problem,
             solver=solver,
-            directory=None if directory is None else Path(directory),
+            directory=None if directory is None else path_of(directory=directory),
             seed=seed,
             names=names,
             config=config or {},

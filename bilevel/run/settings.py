@@ -20,6 +20,9 @@ REFITS: dict[str, tuple[str, ...]] = {
 }
 """The refits that each value of `refit` asks for."""
 
+MOST_THREADS = 1024
+"""Number of CPU threads above which the system may end the process without an error."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -123,7 +126,10 @@ class RunSettings:
                 "runner.epochs=None leaves the run without a budget; set epochs, seconds or "
                 "examples"
             )
-        for name in (*budgets, "patience", "threads"):
+        if self.threads is not None:
+            validate.whole(1, **self._named("threads"))
+            validate.between(1, MOST_THREADS, **self._named("threads"))
+        for name in (*budgets, "patience"):
             if getattr(self, name) is not None:
                 validate.positive(**self._named(name))
         if self.evaluate_every != math.inf:  # infinity: at the start and at the end alone
@@ -137,6 +143,13 @@ class RunSettings:
         for name in ("hypergradient_check", "check_batches"):
             if getattr(self, name) is not None:
                 validate.whole(1, **self._named(name))
+        switches = ("deterministic", "requeue", "picture", "sensitivities")
+        validate.one_of([True, False], **self._named(*switches))
+        for name in ("select", "device"):
+            if not isinstance(value := getattr(self, name), str):
+                raise validate.wrong(f"runner.{name}", value, "must be a name", "give a string")
+        if self.initial_params is not None:
+            validate.path_of(**self._named("initial_params"))
         Selection(self.select)
         check_precision(self.precision)
         validate.one_of(["auto", True, False], **self._named("capture"))

@@ -224,14 +224,15 @@ def generators(seed: int, device: torch.device) -> tuple[torch.Generator, torch.
 def _make_directory(directory: Path) -> None:
     """Make a directory for a new run, and write a temporary file in it before any work is done."""
     records = directory / METRICS
-    # a single line is the evaluation before the first step: such a run was killed before its
-    # first checkpoint, and may begin again
-    begun = records.exists() and records.read_bytes().count(b"\n") > 1
-    if kept(directory) or begun:
-        raise BilevelError(
-            f"{directory} already holds a run; continue it with resume, or choose another directory"
-        )
     try:
+        # a single line is the evaluation before the first step: such a run was killed before its
+        # first checkpoint, and may begin again
+        begun = records.exists() and records.read_bytes().count(b"\n") > 1
+        if kept(directory) or begun:
+            raise BilevelError(
+                f"{directory} already holds a run; continue it with resume, or choose another "
+                "directory"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass

@@ -16,7 +16,7 @@ from bilevel.space import Space
 from bilevel.tuner.attached_problem import AttachedProblem
 from bilevel.tuner.own_optimizer import OwnOptimizer, check_tuned_settings
 from bilevel.tuner.tuner import Tuner
-from bilevel.validate import whole
+from bilevel.validate import seed_of, whole
 
 
 def attach(
@@ -92,6 +92,7 @@ def attach(
     own = OwnOptimizer(optimizer, model)
     check_tuned_settings(optimizer, space)
     whole(0, warmup_steps=warmup_steps)
+    seed = seed_of(seed)
     tuner = Tuner(make, problem, model, own, _own_solver(solver, own), warmup_steps, seed)
     if example is not None:
         if not isinstance(example, (tuple, list)) or len(example) != 2:

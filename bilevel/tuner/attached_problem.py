@@ -42,11 +42,6 @@ class AttachedProblem(ModuleProblem):
             raise BilevelError(
                 f"model={type(module).__name__} must be an nn.Module; pass the module itself"
             )
-        if not isinstance(space, Space):
-            raise BilevelError(
-                f"space={type(space).__name__} must be a Space; write for example "
-                "Space(decay=Positive(init=1e-3))"
-            )
         _check_call("loss", loss, "prediction", "batch")
         _check_call("train_loss", train_loss, "prediction", "batch", "hypers")
         _check_call("penalty", penalty, "hypers", "params")
@@ -73,15 +68,27 @@ class AttachedProblem(ModuleProblem):
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Tensor:
         if self.train_loss is None:
-            loss = self.loss(prediction, batch)
+            loss = _tensor("loss", self.loss(prediction, batch))
         else:
-            loss = self.train_loss(prediction, batch, hypers)
-        return loss if self.penalty is None else loss + self.penalty(hypers, params).mean()
+            loss = _tensor("train_loss", self.train_loss(prediction, batch, hypers))
+        if self.penalty is None:
+            return loss
+        return loss + _tensor("penalty", self.penalty(hypers, params)).mean()
 
     def outer_objective(
         self, hypers: Hypers, params: Params, prediction: Prediction, batch: Batch
     ) -> Tensor:
-        return self.loss(prediction, batch)
+        return _tensor("loss", self.loss(prediction, batch))
+
+
+def _tensor(setting: str, value: Any) -> Tensor:
+    """Return what a function of the user returned, or raise `BilevelError` if it is no tensor."""
+    if not isinstance(value, Tensor):
+        raise BilevelError(
+            f"{setting} returns a {type(value).__name__}; return a tensor of shape [], without "
+            "item() or float()"
+        )
+    return value
 
 
 def _check_call(setting: str, function: Any, *arguments: Any, **keywords: Any) -> None:

@@ -1,5 +1,6 @@
 """The measurements of a user's loop: means of step metrics, records, and the best solution."""
 
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -66,7 +67,8 @@ class History:
             peak_memory_bytes=None,
         )
         self.records.append(record)
-        if self.best is None or record["valid_loss"] < self.best[0]["valid_loss"]:
+        lowest = math.inf if self.best is None else self.best[0]["valid_loss"]
+        if record["valid_loss"] < lowest:  # a loss of NaN is none
             self.best = record, on_cpu(solution)
         for kind, sentence in (solver.warnings(means) if set_up else {}).items():
             if kind not in self._warned:

@@ -35,8 +35,12 @@ class Pushed(Stream):
         """
         open_batch(batch, self.name)
         require_examples(batch, self.name)
-        self.batch = to_device(batch, self.device)
-        self.size = count_examples(self.batch)
+        if (size := count_examples(batch)) == 0:
+            raise BilevelError(
+                f"the {self.name} batch has no example, so its mean loss would be NaN; leave such "
+                "a batch out"
+            )
+        self.batch, self.size = to_device(batch, self.device), size
         return self.batch
 
     def push(self, batch: Batch) -> Batch:

@@ -1,12 +1,14 @@
 """A solver in a user's own training loop, one batch at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bilevel.checks.check_problem import check_setup
+from bilevel.checks.splits import check_splits, wrong_data
 from bilevel.data.tensor_stream import Data, stream
 from bilevel.device.precision import at_precision
 from bilevel.errors import BilevelError
@@ -15,8 +17,9 @@ from bilevel.params import Batch, Hypers, Metrics, detached
 from bilevel.run.environment import environment
 from bilevel.run.evaluation import evaluate
 from bilevel.run.loop import on_cpu
+from bilevel.run.out_of_memory import ran_out
 from bilevel.run.result import Result
-from bilevel.run.stages import generators
+from bilevel.run.stages import DATA_ERRORS, generators
 from bilevel.services import Services
 from bilevel.solver import Solution, Stepwise
 from bilevel.text import describe
@@ -25,6 +28,8 @@ from bilevel.tuner.caller_autocast import CallerAutocast
 from bilevel.tuner.history import History
 from bilevel.tuner.own_optimizer import Followers, OwnOptimizer
 from bilevel.tuner.pushed import Pushed
+from bilevel.tuner.saved_state import check_state
+from bilevel.tuner.unchanged_model import UnchangedModel
 
 
 class Tuner:
@@ -56,7 +61,8 @@ class Tuner:
         self._own = own
         self._warmup_steps = warmup_steps
         self._seed = seed
-        self._device = _device(model)
+        self._unchanged = UnchangedModel(model)
+        self._device = self._unchanged.device
         self._train, self._valid = Pushed(self._device, "train"), Pushed(self._device, "valid")
         self._history = History()
         self._followers: Followers | None = None  # set by `set_up`, as is the next
@@ -92,7 +98,7 @@ class Tuner:
         assert self._followers is not None
         pushed = self._pushed("step", self.solver.inner_takes, batch, valid_batch)
         self._followers.follow()
-        with self._autocast.left():
+        with self._autocast.left(), self._wrong_data_named():
             if self._inner_left == 0:
                 self._begin_round()
             metrics = self.solver.take_inner(*pushed)
@@ -116,7 +122,7 @@ class Tuner:
         if not self.due:
             raise BilevelError("no outer step is due; call outer_step only while tuner.due is true")
         pushed = self._pushed("outer_step", self.solver.outer_takes, None, batch)
-        with self._autocast.left():
+        with self._autocast.left(), self._wrong_data_named():
             metrics = self.solver.take_outer(*pushed)
             self._outer_left -= 1
             if not self.due:
@@ -164,6 +170,8 @@ class Tuner:
         Raises:
             BilevelError: a training loss was not finite, or a split cannot be read.
         """
+        if valid is None:
+            raise BilevelError("valid=None leaves nothing to measure; pass the validation split")
         self._raise_if_diverged()
         solution = self.solution()
         measured = {
@@ -228,6 +236,8 @@ class Tuner:
             "solver": self.solver.state_dict(),
             "examples": [self._train.examples, self._valid.examples],
             "device": self._device.type,
+            "solver_class": self._classes["solver"],
+            "optimizer_class": self._classes["optimizer"],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -239,33 +249,42 @@ class Tuner:
         Raises:
             BilevelError: the state does not fit.
         """
-        if (kind := state.get("device")) != self._device.type:
-            raise BilevelError(
-                f"the model is on {self._device.type}, and the state is one of {kind}, with other "
-                "random numbers; move the model there before attach"
-            )
-        try:
-            with torch.no_grad():
-                for name, value in (state["weights"] | state["solution"][2]).items():
-                    self._tensors()[name].copy_(value)
-            self._pending = state
-            if self._followers is not None:
-                self._load()
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            self._pending = None
-            raise BilevelError(
-                f"the state does not fit this model, space and solver ({describe(error)}); attach "
-                "them as in the run that saved it"
-            ) from error
+        check_state(
+            state,
+            tensors=self._tensors(),
+            hypers=self.hypers,
+            own={"device": self._device.type, **self._classes},
+        )
+        ours = self._tensors()
+        with torch.no_grad():
+            for name, value in {**state["weights"], **state["solution"][2]}.items():
+                ours[name].copy_(value)
+        self._pending = dict(state)
+        if self._followers is not None:
+            self._load()
 
     def _load(self) -> None:
+        """Give the solver the state that waits for it."""
         assert self._pending is not None
-        self.solver.load_state_dict(self._pending["solver"])
-        self._train.examples, self._valid.examples = self._pending["examples"]
+        try:
+            self.solver.load_state_dict(self._pending["solver"])
+            self._train.examples, self._valid.examples = self._pending["examples"]
+        except (LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            self._followers = None  # half of the state is loaded
+            raise BilevelError(
+                f"the state does not fit the settings of this solver and optimizer "
+                f"({describe(error)}); attach them as in the run that saved it"
+            ) from error
         self._inner_left = self._outer_left = 0
         self._pending = None
         self._written = {}
         self._write_buffers()
+
+    @property
+    def _classes(self) -> dict[str, str]:
+        """Return the classes whose states differ."""
+        both = {"solver": self.solver, "optimizer": self._own.optimizer}
+        return {what: type(made).__name__ for what, made in both.items()}
 
     # --- parts ---
 
@@ -287,11 +306,27 @@ class Tuner:
         services.leaves = self._weights()
         _, draws = generators(self._seed, self._device)
         with self._autocast.left():
+            check_splits(problem, data, self._device)
             check_setup(problem, data, self._device, solver)
             solver.setup(problem, data, self._device, draws, services)
+        self._unchanged.note_trained()
         self._followers = Followers(self._own.optimizer, solver.scheduled())
         if self._pending is not None:
             self._load()
+
+    @contextmanager
+    def _wrong_data_named(self) -> Iterator[None]:
+        """Raise a sentence about the batches where they explain an error of PyTorch."""
+        try:
+            yield
+        except DATA_ERRORS as error:
+            data = Data(self._train, self._valid)
+            flaw = None
+            if not ran_out(error):
+                flaw = wrong_data(self._problem, data, self._device, numbers=False)
+            if flaw is None:
+                raise
+            raise BilevelError(flaw) from error
 
     def _begin_round(self) -> None:
         left = self._warmup_steps - self.solver.inner_count
@@ -318,10 +353,7 @@ class Tuner:
                     f"{argument[split]}=None is missing, since {call} of {kind} takes a {split} "
                     f"batch; pass one to tuner.{call}"
                 )
-        if (now := next(self._model.parameters()).device) != self._device:
-            raise BilevelError(
-                f"model has moved from {self._device} to {now}; move it before attach"
-            )
+        self._unchanged.check()
         streams = {"train": self._train, "valid": self._valid}
         return [streams[split].push(given[split]) for split in takes]
 
@@ -357,11 +389,3 @@ class Tuner:
                 f"a loss became NaN or infinite at step {bad}; lower a learning rate, clip "
                 "gradients (clip_norm of the solver), or start from other hyperparameters"
             )
-
-
-def _device(model: nn.Module) -> torch.device:
-    devices = {p.device for p in model.parameters()}
-    if len(devices) != 1:
-        found = " and ".join(sorted(map(str, devices))) or "none"
-        raise BilevelError(f"model lies on {found}, and a solver needs one device; move it to one")
-    return devices.pop()

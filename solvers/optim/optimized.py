@@ -62,6 +62,16 @@ class Optimized:
                 "functions of the parameters and of the optimizer (in YAML: `_target_` with "
                 "`_partial_: true`) and settings that they accept"
             ) from error
+        if not hasattr(self.optimizer, "param_groups"):
+            raise BilevelError(
+                f"the function of an optimizer returns a {type(self.optimizer).__name__}; return "
+                "an optimizer of PyTorch, such as torch.optim.SGD(params, lr=0.1)"
+            )
+        if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:
+            raise BilevelError(
+                "the learning-rate schedule is one of another optimizer; give a function that "
+                "makes it from its argument, such as lambda optimizer: StepLR(optimizer, 10)"
+            )
         self.clip_norm = clip_norm
         self.shrink: Callable[[], None] | None = None
         check_optimizer(self.optimizer, self.leaves)
