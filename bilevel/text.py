@@ -42,6 +42,16 @@ def printable(text: str) -> str:
     return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def without_password(address: str) -> str:
+    """Return an address without the user and the password that it may hold.
+
+    Example:
+        >>> without_password("https://me:secret@host/x"), without_password("sqlite:///x.db")
+        ('https://host/x', 'sqlite:///x.db')
+    """
+    return re.sub("//[^/]*@", "//", address)
+
+
 def near(word: str, known: Iterable[Any]) -> str:
     """Return ' (did you mean `x`?)' for the words of `known` that are close, or nothing.
 

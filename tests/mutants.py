@@ -948,6 +948,13 @@ MUTANTS = [
         "bilevel/cli/test_study.py",
     ),
     Mutant(
+        "the password of a storage is kept in the configuration",
+        "bilevel/cli/study.py",
+        '"storage": without_password(given["storage"])',
+        '"storage": given["storage"]',
+        "bilevel/cli/test_study.py",
+    ),
+    Mutant(
         "a mistyped storage becomes a new file",
         "bilevel/cli/study.py",
         'if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():',
@@ -978,7 +985,7 @@ MUTANTS = [
     Mutant(
         "the password of an MLflow server is printed",
         "bilevel/loggers/mlflow_logger.py",
-        're.sub("//[^/@]*@", "//", address)',
+        "without_password(address)",
         "address",
         "bilevel/loggers/test_mlflow.py",
     ),

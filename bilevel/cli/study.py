@@ -15,7 +15,7 @@ from bilevel.errors import BilevelError
 from bilevel.loggers.records import DESCRIPTION
 from bilevel.loggers.space_json import space_from_json
 from bilevel.problem import Problem
-from bilevel.text import printable
+from bilevel.text import first_line, printable, without_password
 from bilevel.untrusted_files import read_bytes
 from bilevel.validate import one_of
 
@@ -55,17 +55,18 @@ def with_study(config: dict[str, Any]) -> dict[str, Any]:
                     "study.storage=sqlite:///file.db"
                 )
         return rest
+    rest["study"] = {**given, "storage": without_password(given["storage"])}
     with opened(given["storage"], given.get("name")) as study:
         if given["use"] == "history":
-            return {**config, "solver": {**rest["solver"], "history": studies.history(study)}}
+            return {**rest, "solver": {**rest["solver"], "history": studies.history(study)}}
         problem = targets.build(rest["problem"], "problem")
         if not isinstance(problem, Problem):
-            return config  # the run itself explains it
+            return rest  # the run itself explains it
         space = studies.start(problem.space, study)
     changes = dict(rest["problem"].get("space") or {})
     for name in space.tuned:
         changes[name] = {**changes.get(name, {}), "init": space[name].init}
-    return {**config, "problem": {**rest["problem"], "space": changes}}
+    return {**rest, "problem": {**rest["problem"], "space": changes}}
 
 
 def export_to_study(run: Path, storage: str, name: str | None, *, completed: bool = False) -> str:
@@ -111,7 +112,11 @@ def opened(storage: str, name: str | None = None) -> Iterator["optuna.Study"]:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    failed = (ImportError, OSError, ValueError, SQLAlchemyError, optuna.exceptions.OptunaError)
+    shown = printable(without_password(storage))
+    failed = (
+        *(ImportError, OSError, RuntimeError, ValueError),
+        *(SQLAlchemyError, optuna.exceptions.OptunaError),
+    )
     try:
         url = make_url(storage)
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
@@ -119,9 +124,13 @@ def opened(storage: str, name: str | None = None) -> Iterator["optuna.Study"]:
         opened_storage = optuna.storages.RDBStorage(storage, skip_table_creation=True)
         names = optuna.get_all_study_names(opened_storage)
     except failed as error:
-        why = "there is no such file" if isinstance(error, FileNotFoundError) else "not a storage"
+        why = "it is no storage of Optuna"
+        if isinstance(error, FileNotFoundError):
+            why = "there is no such file"
+        elif isinstance(error, (ImportError, RuntimeError)):  # no driver, or an older version
+            why = first_line(error)
         raise BilevelError(
-            f"storage={printable(str(storage))} cannot be opened ({why}); give the URL of Optuna's "
+            f"storage={shown} cannot be opened ({why}); give the URL of Optuna's "
             "storage, such as sqlite:///file.db"
         ) from None
     try:
@@ -130,7 +139,7 @@ def opened(storage: str, name: str | None = None) -> Iterator["optuna.Study"]:
         if name not in names:
             what = "needs the name of a study" if name is None else f"has no study {name!r}"
             listed = ", ".join(map(printable, names)) or "none; make one with Optuna"
-            raise BilevelError(f"{storage} {what}; its studies are {listed}")
+            raise BilevelError(f"{shown} {what}; its studies are {listed}")
         yield optuna.load_study(study_name=name, storage=opened_storage)
     finally:
         opened_storage.remove_session()

@@ -25,7 +25,7 @@ from bilevel.loggers.logger import Logger, RunInfo
 from bilevel.loggers.mlflow_sender import Sender
 from bilevel.loggers.plot import PICTURE
 from bilevel.loggers.records import METRICS, SUMMARY, Record, read_metrics
-from bilevel.text import first_line, printable
+from bilevel.text import first_line, printable, without_password
 from bilevel.validate import wrong
 
 DEFAULTS = {
@@ -102,7 +102,7 @@ class MLflowLogger(Logger):
 
         address = mlflow.get_tracking_uri()
         remote = address.startswith(("http://", "https://"))
-        shown = printable(re.sub("//[^/@]*@", "//", address))  # without a password
+        shown = printable(without_password(address))
         reason = _unreachable(shown) if remote else None
         if reason is None:
             try:

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -67,6 +68,23 @@ def test_other_settings_of_the_space_stay(study):
     assert stored["problem"]["space"] == {DECAY: {"init": -1.5, "scale": 0.7}}
 
 
+def test_a_password_is_neither_kept_nor_printed(study, monkeypatch, capsys):
+    secret = ["study.storage=postgresql://me:secret@127.0.0.1/x"]
+    error = error_of([*QUICK, *secret], capsys)
+    assert "storage=postgresql://127.0.0.1/x cannot be opened" in error
+
+    @contextmanager
+    def opened(storage, name):
+        assert "secret" in storage
+        yield study
+
+    monkeypatch.setattr("bilevel.cli.study.opened", opened)
+    for use in ("start", "history"):
+        settings = ["solver=tpe", f"solver.ranges.{DECAY}=[-6,6]", f"study.use={use}"]
+        assert main([*QUICK, *secret, *settings, f"hydra.run.dir={use}"]) == 0
+        assert "secret" not in Path(use, "config.yaml").read_text()
+
+
 def test_a_search_continues_from_all_trials(study):
     settings = ["solver=tpe", "trial.epochs=1", f"study.storage={STORAGE}", "study.use=history"]
     settings.append(f"solver.ranges.{DECAY}=[-6,6]")
@@ -100,7 +118,7 @@ def test_an_export_enqueues_the_best_values_or_adds_them(study, capsys):
     ("words", "expected"),
     [
         (["--optuna", "sqlite:///none.db"], "cannot be opened (there is no such file)"),
-        (["--optuna", "sqlite:///other.db"], "cannot be opened (not a storage)"),
+        (["--optuna", "sqlite:///other.db"], "cannot be opened (it is no storage of Optuna)"),
         (["--optuna", "nonsense"], "give the URL of Optuna's storage"),
         (["--optuna", STORAGE, "--study", "min"], "has no study 'min'; its studies are mine"),
         (["--optuna", STORAGE, "--format", "pt"], "leave --out and --format out"),
