@@ -9,11 +9,13 @@ from typing import Any
 
 from bilevel.checkpoint.checkpoints import best_of, load
 from bilevel.checkpoint.refit_directory import result_directory
+from bilevel.cli.job import printed_warnings
 from bilevel.cli.standard_streams import print_line
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
 from bilevel.loggers import hyper_schedule
 from bilevel.loggers.records import SUMMARY
+from bilevel.parallel.torchrun import Launch
 from bilevel.run.result import save_tensors
 from bilevel.untrusted_files import read_bytes
 
@@ -24,8 +26,9 @@ def main(arguments: Sequence[str]) -> int:
     """Export a run, print the paths of the files, and return the exit status."""
     given = parser().parse_args(arguments)
     try:
-        for path in export(given.run, given.out, suffix=given.format):
-            print_line(str(path), sys.stdout)
+        with printed_warnings(Launch()):
+            for path in export(given.run, given.out, suffix=given.format):
+                print_line(str(path), sys.stdout)
     except BilevelError as error:
         print_line(f"bilevel: {error}", sys.stderr)
         return 1
