@@ -9,12 +9,14 @@ from typing import Any
 
 from bilevel.checkpoint.checkpoints import best_of, load
 from bilevel.checkpoint.refit_directory import result_directory
+from bilevel.cli.job import printed_warnings
 from bilevel.cli.standard_streams import print_line
 from bilevel.cli.study import export_to_study
 from bilevel.errors import BilevelError
 from bilevel.files import strict_json, write_atomically
 from bilevel.loggers import hyper_schedule
 from bilevel.loggers.records import SUMMARY, environment_of
+from bilevel.parallel.torchrun import Launch
 from bilevel.run.result import save_tensors
 from bilevel.untrusted_files import read_bytes
 
@@ -25,19 +27,22 @@ def main(arguments: Sequence[str]) -> int:
     """Export a run, print the paths of the files, and return the exit status."""
     given = parser().parse_args(arguments)
     try:
-        if given.optuna is not None:
-            print_line(_to_study(given), sys.stdout)
-            return 0
-        if given.study is not None or given.completed:
-            raise BilevelError(
-                "--study and --completed need a storage; add --optuna sqlite:///file.db"
-            )
-        for path in export(given.run, given.out, suffix=given.format or "safetensors"):
-            print_line(str(path), sys.stdout)
+        with printed_warnings(Launch()):
+            _run(given)
     except BilevelError as error:
         print_line(f"bilevel: {error}", sys.stderr)
         return 1
     return 0
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.optuna is not None:
+        print_line(_to_study(given), sys.stdout)
+        return
+    if given.study is not None or given.completed:
+        raise BilevelError("--study and --completed need a storage; add --optuna sqlite:///file.db")
+    for path in export(given.run, given.out, suffix=given.format or "safetensors"):
+        print_line(str(path), sys.stdout)
 
 
 def export(run: Path, out: Path | None = None, *, suffix: str = "safetensors") -> Iterator[Path]:

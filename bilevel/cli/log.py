@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from bilevel.checkpoint.checkpoints import CheckpointWarning, kept, load
+from bilevel.checkpoint.checkpoints import CheckpointWarning, kept, load, load_config
 from bilevel.cli import input_errors, user_modules
 from bilevel.cli.run_config import build_loggers
 from bilevel.cli.standard_streams import print_line
@@ -126,7 +126,8 @@ def _records(directory: Path) -> list[Record]:
 
 def _config(directory: Path, overrides: Sequence[Override]) -> dict[str, Any]:
     """Return the stored configuration with the loggers of this command line."""
-    known = (directory / CONFIG).exists() or kept(directory)
+    # a run that Python started has none
+    known = (directory / CONFIG).exists() or (kept(directory) and load_config(directory))
     config: Any = read_stored(directory) if known else OmegaConf.create({"loggers": {}})
     named: dict[str, Any] = {}
     trusted = False

@@ -28,15 +28,15 @@ def main(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
     user_modules.add_working_directory()
     try:
-        config = refit_config(
-            given.run,
-            schedule=given.schedule,
-            on=given.on,
-            from_weights=given.from_weights,
-            epochs=given.epochs,
-            trust=given.trust,
-        )
         with printed_warnings(Launch()):
+            config = refit_config(
+                given.run,
+                schedule=given.schedule,
+                on=given.on,
+                from_weights=given.from_weights,
+                epochs=given.epochs,
+                trust=given.trust,
+            )
             result = run_config(config, given.out, resumed=False)
         if result["diverged"]:
             raise BilevelError(result["message"])

@@ -67,6 +67,11 @@ def read_stored(directory: Path, *, quiet: bool = False) -> DictConfig:
         reason = f"cannot be read ({why})"
     if not isinstance(config, DictConfig) or any(key not in config for key in KEYS):
         config = OmegaConf.create(load_config(directory))
+        if not config and reason == "is missing":
+            raise BilevelError(
+                f"{file} is missing, as in every run that Python started; continue or refit it "
+                "from Python (resume=True of Runner.run), or restore the file"
+            )
         if any(key not in config for key in KEYS):
             raise BilevelError(f"{file} {reason}; restore it, or start a new run")
         if not quiet:

@@ -117,7 +117,7 @@ def _grid(
         for kind in dict.fromkeys(alike):
             _equalize([ax for other, ax in zip(alike, flat, strict=False) if other == kind])
         if labels:
-            legend(axes[0, 0].figure, axes[0, 0])
+            legend(axes[0, 0].figure, flat[: len(panels)])
     return file.getvalue()
 
 

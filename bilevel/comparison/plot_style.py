@@ -7,7 +7,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from bilevel.loggers.plot import STYLE, plain_names
+from bilevel.loggers.plot import STYLE
+from bilevel.loggers.plot_texts import fit_texts, plain_names, shortened, without_glyph_warnings
 from bilevel.text import short_count
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Markers are one more than colours, so that both do not repeat together."""
 DPI = 160
+LETTER = 0.055
+"""The width of a letter in a legend, in inches."""
 
 
 def styles(labels: Sequence[str]) -> Looks:
@@ -66,8 +69,10 @@ def figure(
         drawn = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=DPI, layout="constrained")
         FigureCanvasAgg(drawn)
         yield drawn.subplots(rows, columns, squeeze=False)
+        fit_texts(drawn)
         plain_names(drawn)
-        drawn.savefig(path)
+        with without_glyph_warnings():
+            drawn.savefig(path)
 
 
 def readable_name(name: str) -> str:
@@ -81,15 +86,19 @@ def readable_name(name: str) -> str:
     return bare.replace("valid_", "validation ").replace("train_", "training ").replace("_", " ")
 
 
-def legend(drawn: "Figure", ax: "Axes") -> None:
-    """Draw one legend for the whole figure, above it."""
-    handles, labels = ax.get_legend_handles_labels()
-    if handles:
+def legend(drawn: "Figure", axes: Sequence["Axes"]) -> None:
+    """Draw one legend for the whole figure, above it; a label may be in one of the axes alone."""
+    width = drawn.get_figwidth()
+    found: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
         drawn.legend(
-            handles,
-            labels,
+            list(found.values()),
+            [shortened(label, (width - 0.7) / LETTER, tail=10) for label in found],
             loc="outside upper center",
-            ncols=legend_columns(labels, drawn.get_figwidth()),
+            ncols=legend_columns(list(found), width),
         )
 
 
@@ -100,8 +109,7 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
         >>> legend_columns(["stn", "fixed", "delta_stn"], 5.0)
         3
     """
-    # handle and gaps, and one letter at the size of the style
-    each = 0.55 + 0.055 * max(map(len, labels), default=0)
+    each = 0.55 + LETTER * max(map(len, labels), default=0)  # handle and gaps, and the letters
     return max(1, min(len(labels), int(width / each)))
 
 

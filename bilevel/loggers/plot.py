@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bilevel.files import write_atomically
 from bilevel.loggers.logger import Logger, RunInfo
+from bilevel.loggers.plot_texts import fit_texts, plain_names, without_glyph_warnings
 from bilevel.loggers.records import METRICS, Record, own_results, read_metrics
 from bilevel.space import Space
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PICTURE = "curves.png"
 # Okabe and Ito's palette: distinct for colour-blind readers, and in grey
@@ -102,19 +102,12 @@ def draw(
             explained |= set(labels)
         if title:
             figure.suptitle(title)
+        fit_texts(figure)
         plain_names(figure)
         path = Path(picture)
         kind = path.suffix.lstrip(".") or "png"
-        write_atomically(path, lambda file: figure.savefig(file, format=kind), mode="wb")
-
-
-def plain_names(figure: "Figure") -> None:
-    """Show dollar signs in names as they are; the numbers at the axes stay formulas."""
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        if isinstance(text, Text) and "$" in (shown := text.get_text()):
-            text.set_parse_math(r"\mathdefault" in shown)
+        with without_glyph_warnings():
+            write_atomically(path, lambda file: figure.savefig(file, format=kind), mode="wb")
 
 
 def _scores(records: Sequence[Record]) -> list[str]:
@@ -280,6 +273,7 @@ def _logarithmic_if_wide(ax: "Axes", values: Sequence[float]) -> None:
 STYLE: Any = {
     "font.size": 8,
     "axes.formatter.limits": (-3, 4),
+    "axes.formatter.useoffset": False,
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -1,6 +1,7 @@
 """Test the commands `bilevel export` and `bilevel refit` on a tiny run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -152,3 +153,20 @@ def test_a_refit_of_what_does_not_lie_in_memory_is_refused(run, tmp_path, capsys
     error = capsys.readouterr().err
     assert f"run={copy} would run problem._target_=os.system" in error
     assert "add --trust" in error
+
+
+@pytest.mark.filterwarnings("default::bilevel.checkpoint.checkpoints.CheckpointWarning")
+@pytest.mark.parametrize("command", ["export", "refit"])
+def test_a_damaged_file_that_another_one_replaces_is_one_line(run, command, tmp_path, capsys):
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    checkpoint, config = damaged / "checkpoint.pt", damaged / "config.yaml"
+    if command == "export":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:900])
+    else:
+        config.write_bytes(config.read_bytes()[:60])
+    capsys.readouterr()
+    more = ["--epochs", "1"] if command == "refit" else []
+    assert main([command, str(damaged), "--out", str(tmp_path / "out"), *more]) == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("bilevel: warning: ")
+    assert "replaces it" in line

@@ -12,7 +12,7 @@ from bilevel.comparison.cost_plot import draw_cost
 from bilevel.comparison.curve_plots import draw_bands
 from bilevel.comparison.curves import band
 from bilevel.comparison.log_axis import log_ticks
-from bilevel.comparison.plot_style import logarithmic, styles
+from bilevel.comparison.plot_style import legend, logarithmic, styles
 from bilevel.comparison.runs import group_runs, read_runs
 from bilevel.loggers.plot import STYLE
 from tests.support.comparison_runs import records, write_run
@@ -139,3 +139,23 @@ def test_lines_of_groups_differ_by_their_markers_in_print(tmp_path):
     draw_bands(ax, groups)
     markers = [line.get_marker() for line in ax.get_lines() if "(n" in str(line.get_label())]
     assert len(set(markers)) == 3
+
+
+def test_a_legend_has_the_lines_of_every_panel_and_fits():
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        first, second = figure.subplots(1, 2)
+        first.plot([1, 2], label="stn (n = 3)")
+        second.plot([1, 2], label="stn (n = 3)")
+        second.plot([1, 2], label="a solver with a very long name " * 9 + "(n = 3)")
+        legend(figure, [first, second])
+        figure.canvas.draw()
+    [drawn] = figure.legends
+    one, other = (text.get_text() for text in drawn.get_texts())
+    assert one == "stn (n = 3)"
+    assert other.startswith("a solver")
+    assert other.endswith("(n = 3)")
+    box = drawn.get_window_extent()
+    assert figure.bbox.x0 <= box.x0
+    assert box.x1 <= figure.bbox.x1

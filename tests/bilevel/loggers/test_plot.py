@@ -3,9 +3,13 @@
 import re
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from bilevel.loggers.logger import RunInfo
-from bilevel.loggers.plot import PICTURE, CurvesPlot, draw
+from bilevel.loggers.plot import PICTURE, STYLE, CurvesPlot, draw
+from bilevel.loggers.plot_texts import fit_texts
 from bilevel.space import Space
 
 
@@ -55,3 +59,40 @@ def test_a_run_draws_the_test_scores_of_its_summary(tmp_path, monkeypatch):
     plot.finish({"best": {"step": 1, "test_loss": 4.0}, "last": {"step": 2, "test_loss": 5.0}})
     assert [told.get("test_loss") for told in drawn] == [None, 4.0, 5.0]
     assert PICTURE == "curves.png"
+
+
+LONG = "hyperparameter with a rather long name " * 6
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_long_texts_stay_in_their_places(columns):
+    with rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * columns, 5.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(2, columns, squeeze=False).flatten()
+        figure.suptitle(LONG)
+        for ax in axes:
+            ax.set_title(LONG)
+            ax.set_ylabel(LONG)
+        fit_texts(figure)
+        figure.canvas.draw()
+    boxes = [text.get_window_extent() for ax in axes for text in (ax.title, ax.yaxis.label)]
+    for box in (*boxes, figure._suptitle.get_window_extent()):
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0
+        assert box.y1 <= figure.bbox.y1
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert axes[0].get_title().endswith("…")
+
+
+def test_numbers_are_not_shown_as_differences_from_another_number(tmp_path):
+    told = records(1000.0)
+    for at, record in enumerate(told):
+        record["hypers.rate"] += 0.1 * at
+    assert not any(text.startswith("+") for text in texts(tmp_path, told))
+
+
+def test_a_letter_that_the_font_lacks_causes_no_warning(tmp_path):
+    draw(records(0.5), tmp_path / "curves.png", title="\u6f22")
+    assert (tmp_path / "curves.png").exists()
