@@ -25,7 +25,8 @@ class OwnOptimizer:
         module: the module whose trainable parameters it trains.
 
     Raises:
-        BilevelError: it is no optimizer, or it trains other tensors than those of `module`.
+        BilevelError: it is no optimizer, it wraps another one, or it trains other tensors than
+            those of `module`.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
@@ -33,6 +34,11 @@ class OwnOptimizer:
             raise BilevelError(
                 f"optimizer={type(optimizer).__name__} must be an instance of an optimizer of "
                 "PyTorch; pass for example torch.optim.SGD(model.parameters(), lr=0.1)"
+            )
+        if isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            raise BilevelError(
+                f"optimizer={type(optimizer).__name__} wraps another optimizer, whose steps the "
+                "solver takes itself; pass the one inside, optimizer.optimizer"
             )
         self.optimizer = optimizer
         self.leaves = [p for p in module.parameters() if p.requires_grad]

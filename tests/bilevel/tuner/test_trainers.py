@@ -138,6 +138,35 @@ assert rates == sorted(rates, reverse=True) and rates[-1] < 2e-3
 assert tuner.solver.scheduled()[0].param_groups[0]["lr"] < 2e-3, "the response follows"
 """
 
+ACCELERATE = """
+import pytest
+
+assert (tuner.solver.inner_count, tuner.solver.outer_count) == (20, 4)
+assert tuner.hypers["decay"] != 0.01
+plain = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+plain.load_state_dict(model.state_dict())
+assert optimizer.param_groups[0]["lr"] == 0, "the schedule acts"
+
+def attach(model, optimizer):
+    space = Space(decay=Positive(init=0.01))
+    penalty = lambda hypers, params: hypers["decay"] * squared_norm(params)
+    loss = lambda prediction, batch: F.mse_loss(prediction, batch[1])
+    return bilevel.attach(
+        model, space, loss=loss, penalty=penalty, optimizer=optimizer, solver=delta_stn())
+
+with pytest.raises(bilevel.BilevelError, match=r"wraps another optimizer.*optimizer\\.optimizer"):
+    attach(model, optimizer)
+
+from accelerate.state import AcceleratorState
+AcceleratorState._reset_state(True)
+half = Accelerator(cpu=True, mixed_precision="bf16")
+model, optimizer = half.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.0))
+network = nn.Sequential(*plain)
+both = (model, optimizer.optimizer), (network, torch.optim.SGD(network.parameters(), lr=0.0))
+losses = [attach(m, o).step((x, x[:, :1])) for m, o in both]
+assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.02 * losses[1], "bfloat16"
+"""
+
 
 @pytest.mark.parametrize(
     ("libraries", "title", "use"),
@@ -146,15 +175,23 @@ assert tuner.solver.scheduled()[0].param_groups[0]["lr"] < 2e-3, "the response f
         (["lightning"], "Lightning", LIGHTNING_REPLAY),
         (["transformers", "accelerate"], "Hugging Face", HUGGING_FACE),
         (["transformers", "accelerate"], "Hugging Face", HUGGING_FACE_REPLAY),
+        (["accelerate"], "accelerate", ACCELERATE),
     ],
-    ids=["Lightning", "Lightning, a plain run", "Hugging Face", "Hugging Face, a plain run"],
+    ids=[
+        "Lightning",
+        "Lightning, a plain run",
+        "Hugging Face",
+        "Hugging Face, a plain run",
+        "accelerate",
+    ],
 )
 def test_the_recipe_for_a_trainer_runs(libraries, title, use, tmp_path):
     """In a process of its own, since these libraries change settings of the process."""
     if missing := [name for name in libraries if importlib.util.find_spec(name) is None]:
         pytest.skip(f"{missing[0]} is not installed")
+    script = RECIPES[title] + RECIPES.get(f"{title}, plain", "") + use
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RECIPES[title] + RECIPES[f"{title}, plain"] + use],
+        [sys.executable, "-W", "ignore", "-c", script],
         cwd=tmp_path,
         capture_output=True,
         text=True,
