@@ -190,9 +190,9 @@ def read_runs(*places: str | os.PathLike[str], warn: Warn = lambda sentence: Non
             runs.append(run)
     without = [run for run in runs if not run.config]
     if without:
-        more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+        more = f" and {len(without) - 1} more have" if len(without) > 1 else " has"
         warn(
-            f"{without[0].directory}{more} has no settings in {CONFIG}; such runs are grouped by "
+            f"{without[0].directory}{more} no settings in {CONFIG}; such runs are grouped by "
             "problem and solver alone"
         )
     return label_runs(runs)
@@ -222,11 +222,12 @@ def read_run(directory: Path, *, warn: Warn = lambda sentence: None) -> Run | No
         warn(f"{directory} has no evaluation with a finite validation loss; its row has no loss")
     names = config.get("names") if isinstance(config.get("names"), dict) else {}
     known = {**{"seed": config.get("seed")}, **(names or {}), **description, **(summary or {})}
+    problem, solver = (str(known.get(part) or f"unknown {part}") for part in ("problem", "solver"))
     return Run(
         directory=directory,
-        problem=str(known.get("problem", "unknown problem")),
-        solver=str(known.get("solver", "unknown solver")),
-        label=str(known.get("solver", "unknown solver")),
+        problem=problem,
+        solver=solver,
+        label=solver,
         seed=known["seed"] if isinstance(known.get("seed"), int) else None,
         columns=columns,
         summary=summary or None,

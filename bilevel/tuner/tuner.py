@@ -164,7 +164,8 @@ class Tuner:
         record. The solution of the lowest validation loss is kept for `result`.
 
         Args:
-            valid: the validation split: a loader or a tuple of tensors.
+            valid: the validation split: a loader, a tuple of tensors, or an iterator over the
+                batches of one pass, which are held in memory.
             train: the same of the training split; None leaves it out.
 
         Raises:
@@ -359,6 +360,7 @@ class Tuner:
 
     def _stream(self, split: Any, name: str) -> Any:
         draws = torch.Generator().manual_seed(self._seed)
+        split = list(split) if isinstance(split, Iterator) else split
         return stream(split, None, draws, device=self._device, name=name)
 
     def _weights(self) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ the check that it names is removed.
 """
 
 import inspect
+import json
 import re
+import shutil
 from functools import partial
 
 import numpy as np
@@ -29,6 +31,7 @@ from bilevel import (
 )
 from bilevel.checks.calls import Calls
 from bilevel.cli import compare, export, log, refit
+from bilevel.comparison.runs import read_runs
 from bilevel.data.tensor_stream import stream
 from bilevel.solvers import Fixed, delta_stn, implicit_cg
 
@@ -412,6 +415,8 @@ def test_a_loss_of_nan_is_never_the_best():
     with pytest.raises(BilevelError, match="at='best' has no solution"):
         tuner.result().module()
     good = driven(tuner).evaluate(VALID)
+    worse = tuner.evaluate((VALID[0], (VALID[1] + 1) % 3))
+    assert worse["valid_loss"] > good["valid_loss"]
     assert tuner.result()["best"] == good
 
 
@@ -493,3 +498,23 @@ def test_a_run_from_python_can_be_logged_again(tmp_path, capsys):
     result(tmp_path)
     assert log.main([str(tmp_path / "run"), "logger=tensorboard"]) == 0
     assert "2 records and its summary were logged" in capsys.readouterr().out
+
+
+def test_a_generator_may_be_evaluated_once():
+    tuner, batches = attached(), [(X[:20], Y[:20]), (X[20:], Y[20:])]
+    given = (batch for batch in batches)
+    assert tuner.evaluate(given)["valid_loss"] == tuner.evaluate(batches)["valid_loss"]
+    with pytest.raises(BilevelError, match="the valid split is empty"):
+        tuner.evaluate(given)
+
+
+def test_runs_without_settings_and_without_a_name_are_compared(runs, tmp_path):
+    summary = {"problem": None, "solver": None, "best": {"step": "x"}, "hypers": 3, "steps": []}
+    for name in ("one", "other"):
+        shutil.copytree(runs / "run", tmp_path / name)
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+        (tmp_path / name / "run.json").unlink()
+    told = []
+    found = read_runs(tmp_path, warn=told.append)
+    assert {(run.problem, run.solver) for run in found} == {("unknown problem", "unknown solver")}
+    assert any("and 1 more have no settings" in sentence for sentence in told)

@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from bilevel.comparison import figures
 from bilevel.comparison.cost_plot import draw_cost
 from bilevel.comparison.curve_plots import draw_bands
 from bilevel.comparison.curves import band
@@ -159,3 +160,11 @@ def test_a_legend_has_the_lines_of_every_panel_and_fits():
     box = drawn.get_window_extent()
     assert figure.bbox.x0 <= box.x0
     assert box.x1 <= figure.bbox.x1
+
+
+def test_the_legend_of_a_picture_is_made_of_all_its_panels(monkeypatch):
+    seen = []
+    monkeypatch.setattr(figures, "legend", lambda drawn, axes: seen.extend(axes))
+    panels = [lambda ax: ax.plot([1, 2], label="stn"), lambda ax: ax.plot([1, 2], label="fixed")]
+    assert figures._grid(panels, labels=["stn", "fixed"]).startswith(b"\x89PNG")
+    assert [ax.get_legend_handles_labels()[1] for ax in seen] == [["stn"], ["fixed"]]
