@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -144,10 +145,9 @@ def _odd_prediction(stage: str, error: Exception, prediction: Any) -> str | None
     """Return a sentence about a prediction that a loss cannot take, since it is no tensor."""
     name = type(prediction).__name__
     refused = re.search(r"must be Tensor, not (\w+)|'(\w+)' object has no attribute", str(error))
-    if stage == "predict" or isinstance(prediction, Tensor) or refused is None:
-        return None
-    if name not in refused.groups():
-        return None
+    plain = isinstance(prediction, (tuple, list, Mapping, int, float, NoneType))
+    if stage == "predict" or not plain or refused is None or name not in refused.groups():
+        return None  # a law of its own is about other objects
     return (
         f"the network returns {kind(prediction)}, where `{stage}` takes a tensor "
         f"({describe(error)}{place(error)}); return a tensor, or take the one that the loss needs"

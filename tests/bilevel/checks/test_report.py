@@ -190,6 +190,10 @@ BROKEN = {
         made(predict=in_a_list),
         "the network returns a list of 1 field, where `inner_objective` takes a tensor",
     ),
+    "a network that forgets to return": (
+        made(predict=lambda self, *args, **_: (None, Sound.init(self, torch.Generator())[1])),
+        "the network returns a NoneType, where `inner_objective` takes a tensor",
+    ),
     "another argument": (
         made(inputs=lambda self, hypers, batch, **_: (batch, {})),
         "; return the arguments of the module from `inputs`",
