@@ -42,6 +42,41 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "a GPU gathers a class that has no score",
+        "bilevel/checks/calls.py",
+        'raise IndexError("index out of bounds")',
+        "pass",
+        "bilevel/checks/test_splits.py",
+    ),
+    Mutant(
+        "an error is named for each split, where only their lengths differ",
+        "bilevel/checks/splits.py",
+        "int(a) * second == int(b) * first",
+        "int(a) == int(b)",
+        "bilevel/checks/test_report.py",
+    ),
+    Mutant(
+        "a write in place that leaves the values alone passes the check",
+        "bilevel/checks/prediction_laws.py",
+        "if writes[part] != _writes(tree) or not bitwise_equal(tree, before[part])",
+        "if not bitwise_equal(tree, before[part])",
+        "bilevel/checks/test_report.py",
+    ),
+    Mutant(
+        "labels in a column are explained by the call within cross_entropy",
+        "bilevel/cross_entropy.py",
+        "    if labels.shape != (losses if soft else losses[:, 0]).shape:",
+        "    if False:",
+        "bilevel/checks/test_report.py",
+    ),
+    Mutant(
+        "a refusal is the error of PyTorch as it is",
+        "bilevel/checks/hints.py",
+        "{type(error).__name__}: {without_hint(error)})",
+        "{error})",
+        "bilevel/checks/test_report.py",
+    ),
+    Mutant(
         "a resumed run keeps the environment of its first session",
         "bilevel/loggers/jsonl.py",
         "            _renew_environment(run)\n",

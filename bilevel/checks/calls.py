@@ -15,6 +15,8 @@ from bilevel.embedding_options import LOOKUPS, lookup
 from bilevel.params import Batch, Params
 
 CLASS_LOSSES = (F.cross_entropy, F.nll_loss, cross_entropy)
+GATHERS = (torch.gather, Tensor.gather)
+"""Functions with which a loss takes the scores of the classes itself."""
 PAIRED_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 """Losses that pair the entries of two tensors, and broadcast where their shapes differ."""
 
@@ -109,6 +111,15 @@ def loss_arguments(args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
     return named["input"], named["target"]
 
 
+def gathered(args: Any, kwargs: Mapping[str, Any]) -> tuple[int, Tensor] | None:
+    """Return the entries from which `gather` takes, as a number, and the index; None if wrong."""
+    named = dict(zip(("input", "dim", "index"), args, strict=False)) | dict(kwargs)
+    try:
+        return named["input"].shape[named["dim"]], named["index"]
+    except (LookupError, AttributeError, TypeError):  # the function itself raises
+        return None
+
+
 def class_outside(scores: Tensor, target: Tensor, kwargs: Mapping[str, Any]) -> int | None:
     """Return a class that has no score, or None."""
     counted = target[target != kwargs.get("ignore_index", -100)]
@@ -139,6 +150,10 @@ def _require_range(func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
             return
         if (bad := class_outside(scores, target, kwargs)) is not None:
             raise IndexError(f"Target {bad} is out of bounds.")
+    elif func in GATHERS and (found := gathered(args, kwargs)) is not None:
+        size, index = found
+        if index.device.type != "cpu" and outside(index, size) is not None:
+            raise IndexError("index out of bounds")
     elif func in LOOKUPS:
         table, options = lookup(func, args, kwargs)
         index = indices(options)

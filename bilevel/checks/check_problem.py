@@ -10,7 +10,8 @@ import torch
 from bilevel.checks import laws
 from bilevel.checks.finding import Finding, Law
 from bilevel.checks.first_batch import FirstBatch
-from bilevel.checks.hints import hint, place
+from bilevel.checks.hints import hint, place, refusal
+from bilevel.data.fields import kind
 from bilevel.data.tensor_stream import Data
 from bilevel.errors import BilevelError, Refused
 from bilevel.problem import Problem
@@ -97,6 +98,10 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         text = str(error) if known else f"`data` raises {describe(error)}{place(error)}"
         report.findings.append(Finding("error", text))
         return report
+    if not isinstance(data, Data):
+        text = f"`data` returns {kind(data)}; return bilevel.Data, as `bilevel.streams` does"
+        report.findings.append(Finding("error", text))
+        return report
     case = FirstBatch(problem, data, device)
     found: dict[Law, list[Finding]] = {}
     for law in laws.ALL:
@@ -107,6 +112,7 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
                 (laws.prediction_tree, laws.AFTER_PREDICTIONS),
                 (laws.purity, laws.AFTER_PURITY),
                 (laws.scalar_objectives, laws.AFTER_SCALARS),
+                (laws.finite_objectives, laws.AFTER_FINITE),
             )
         )
         found[law] = [] if skipped else _findings(law, case)
@@ -121,13 +127,10 @@ def check_problem(problem: Problem, solvers: Mapping[str, Solver] | None = None)
         try:
             solver.check(problem, data, device)
             report.tuned_by.append(name)
-        except BilevelError as refusal:
-            report.refused_by[name] = str(refusal)
+        except BilevelError as error:
+            report.refused_by[name] = str(error)
         except Exception as error:
-            report.refused_by[name] = (
-                f"a step of it raises {describe(error)}{place(error)}; change that call, or "
-                "use another solver"
-            )
+            report.refused_by[name] = refusal(error)
     return report
 
 

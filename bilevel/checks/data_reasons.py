@@ -12,13 +12,16 @@ from torch import Tensor
 
 from bilevel.checks.calls import (
     CLASS_LOSSES,
+    GATHERS,
     Call,
     Calls,
     class_outside,
+    gathered,
     indices,
     loss_arguments,
     outside,
 )
+from bilevel.checks.hints import place
 from bilevel.data.fields import dtype_of, fields, kind, shown, tensors
 from bilevel.embedding_options import LOOKUPS, lookup
 from bilevel.params import Batch, Params
@@ -29,6 +32,8 @@ ENTRY = re.compile(
     r"invalid index of a 0-dim|too many indices"
 )
 """Matches errors about an entry that a container does not have."""
+ARGUMENTS = re.compile(r"forward\(\) (missing|takes|got)")
+"""Matches errors about the arguments of a module."""
 ALIKE = "give all splits the same fields, of one type and shape"
 
 
@@ -112,6 +117,9 @@ def _entry(batch: Batch, error: Exception) -> str | None:
 
 def _classes(failure: Failure, call: Call) -> str | None:
     """Return a sentence about the target of a loss of classes."""
+    if call.func in GATHERS and (found := gathered(call.args, call.kwargs)) is not None:
+        size, index = found
+        return _no_class(_field(failure, index), outside(index, size), size)
     if call.func not in CLASS_LOSSES:
         return None
     scores, target = loss_arguments(call.args, call.kwargs)
@@ -139,13 +147,17 @@ def _classes(failure: Failure, call: Call) -> str | None:
         )
     if target.dtype != torch.int64:
         return f", {field}: {shown(target)}, but classes must be int64; convert it with .long()"
-    if (bad := class_outside(scores, target, call.kwargs)) is not None:
-        size = scores.shape[axis]
-        return (
-            f", {field} holds the class {bad}, but the prediction has {size} classes "
-            f"(0 to {size - 1}); number the classes from 0, or give the network more outputs"
-        )
-    return None
+    return _no_class(field, class_outside(scores, target, call.kwargs), scores.shape[axis])
+
+
+def _no_class(field: str | None, bad: int | None, size: int) -> str | None:
+    """Return a sentence about a class without a score; None without a field or such a class."""
+    if field is None or bad is None:
+        return None
+    return (
+        f", {field} holds the class {bad}, but the prediction has {size} classes "
+        f"(0 to {size - 1}); number the classes from 0, or give the network more outputs"
+    )
 
 
 def _indices(failure: Failure, call: Call) -> str | None:
@@ -283,9 +295,12 @@ def _facts(failure: Failure) -> str:
         reached = frozenset[str]().union(*(origin for _, origin in call.fields))
         named = {name: t for name, t in named.items() if name in reached}
     listed = ", ".join(f"{name}: {shown(t)}" for name, t in named.items())
+    remedy = "compare shape and type with what the network and the losses take"
+    if ARGUMENTS.search(str(failure.error)):
+        remedy = "return the arguments of the module from `inputs`"
     return (
-        f", {listed}: `{failure.stage}` raises {describe(failure.error).rstrip('.')}; compare "
-        "shape and type with what the network and the losses take"
+        f", {listed}: `{failure.stage}` raises {describe(failure.error).rstrip('.')}"
+        f"{place(failure.error)}; {remedy}"
     )
 
 

@@ -1,6 +1,6 @@
 """A problem at its first batch and near its initial weights, on which the laws are checked."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bilevel.data.batches import open_batch
+from bilevel.data.fields import kind
 from bilevel.data.tensor_stream import Data
+from bilevel.errors import BilevelError
 from bilevel.params import Batch, Carry, Hypers, Params, Prediction, to_device
 from bilevel.problem import Problem
 
@@ -42,8 +44,18 @@ class FirstBatch:
 
     @cached_property
     def start(self) -> tuple[Params, Carry]:
-        """Return the initial w and carry."""
-        return to_device(self.problem.init(torch.Generator().manual_seed(0)), self.device)
+        """Return the initial w and carry.
+
+        Raises:
+            BilevelError: they are no two dictionaries of tensors.
+        """
+        made: Any = self.problem.init(torch.Generator().manual_seed(0))
+        pair = isinstance(made, (tuple, list)) and len(made) == 2
+        if not (pair and _is_named(made[0]) and isinstance(made[1], Mapping)):
+            raise BilevelError(
+                f"`init` returns {kind(made)}; return two dictionaries of tensors, (params, carry)"
+            )
+        return to_device(made, self.device)
 
     @cached_property
     def params(self) -> Params:
@@ -133,6 +145,10 @@ class FirstBatch:
         """Return L_V on the first validation batch."""
         hypers, params = hypers or self.hypers, params or self.params
         return self.problem.outer_loss(hypers, params, self.start[1], self.data.valid.peek())[0]
+
+
+def _is_named(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and all(isinstance(t, Tensor) for t in tree.values())
 
 
 def has_examples(x: object, examples: int) -> bool:

@@ -17,7 +17,7 @@ HINTS = {
 }
 """The function to use instead, by parts of the message of an error."""
 OTHERS = (
-    Path(torch.__file__).parent,
+    Path(torch.__file__).parents[1],  # its site-packages, which a venv may borrow
     Path(__file__).parents[1],
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platlib")),
 )
@@ -45,6 +45,18 @@ def without_hint(error: BaseException) -> str:
 def remedy_of(error: BaseException) -> str:
     """Return what to use in place of an operation that autograd refuses, or nothing."""
     return " (x * 2, not x.mul_(2))" if "inplace operation" in str(error) else ""
+
+
+def refusal(error: BaseException) -> str:
+    """Return why a solver cannot take a step, with what to do."""
+    change = "change that call"
+    if "inplace" in str(error):
+        change = "write to no tensor in place (x * 2, not x.mul_(2))"
+    where = place(error)
+    reason = f"a step of it raises {describe(error)}{where}"
+    if not where:  # PyTorch itself, where it computes a derivative
+        reason = f"a step of it fails ({type(error).__name__}: {without_hint(error)})"
+    return f"{reason}; {change}, or use another solver"
 
 
 def place(error: BaseException) -> str:

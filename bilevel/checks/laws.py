@@ -57,6 +57,8 @@ AFTER_PURITY: frozenset[Law] = frozenset(
 """Laws that compare two calls, once `purity` holds: equal calls have equal results."""
 AFTER_SCALARS: frozenset[Law] = frozenset(ALL[ALL.index(finite_objectives) :]) - {example_axis}
 """Laws that compute with the values of the objectives, once `scalar_objectives` holds."""
+AFTER_FINITE: frozenset[Law] = frozenset({gradients_of_weights})
+"""Laws about gradients, once `finite_objectives` holds: those of NaN are NaN."""
 AT_SETUP: tuple[Law, ...] = (
     prediction_tree,
     depends_on_weights,

@@ -33,11 +33,15 @@ def splits(case: FirstBatch) -> Iterator[Finding]:
 
     A loss that is not finite is an error only where the batch itself holds NaN or infinity.
     """
-    found: dict[str, list[Trial]] = {}
+    found: list[list[Trial]] = []
     for trial in _trials(case):
         if trial.flaw is not None:
-            found.setdefault(_shape_of(trial), []).append(trial)
-    for trials in found.values():
+            known = next((trials for trials in found if _alike(trials[0], trial)), None)
+            if known is None:
+                found.append([trial])
+            else:
+                known.append(trial)
+    for trials in found:
         first, cause = trials[0], trials[0].error
         names = " and ".join(trial.split for trial in trials)
         text = str(first.flaw)
@@ -46,10 +50,17 @@ def splits(case: FirstBatch) -> Iterator[Finding]:
         yield Finding("error", text, "" if cause is None else first_line(cause))
 
 
-def _shape_of(trial: Trial) -> str:
-    """Return the sentence about a split without what differs between splits: name and length."""
-    text = str(trial.flaw).removeprefix(f"{trial.split} data")
-    return re.sub(rf"(?<!\d){count_examples(trial.batch)}(?!\d)", "n", text)
+def _alike(one: Trial, other: Trial) -> bool:
+    """Return whether two sentences differ only by the name of the split, and by its length.
+
+    A number may follow from the length: [20, 4] becomes [16, 5], and [10, 4] becomes [8, 5].
+    """
+    parts = [re.split(r"(\d+)", str(t.flaw).removeprefix(f"{t.split} data")) for t in (one, other)]
+    first, second = (count_examples(trial.batch) for trial in (one, other))
+    return len(parts[0]) == len(parts[1]) and all(
+        a == b or (a.isdigit() and b.isdigit() and int(a) * second == int(b) * first)
+        for a, b in zip(*parts, strict=True)
+    )
 
 
 def check_splits(problem: Problem, data: Data, device: torch.device) -> None:

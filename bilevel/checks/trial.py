@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from bilevel.checks.calls import Calls
 from bilevel.checks.data_reasons import Failure, reason
 from bilevel.checks.first_batch import FirstBatch
+from bilevel.checks.hints import place
 from bilevel.checks.missing_names import missing_name
 from bilevel.data.batches import open_batch
 from bilevel.data.fields import kind, not_finite, tensors
@@ -19,6 +21,7 @@ from bilevel.errors import BilevelError
 from bilevel.metrics import Means
 from bilevel.params import Batch, count_examples
 from bilevel.problem_wrapper import class_name
+from bilevel.text import describe
 
 UNRELATED = re.compile(
     r"does not require grad|deterministic|allocate memory|out of memory|CUDA error|DataLoader"
@@ -39,6 +42,7 @@ class Trial:
         error: the error that the sentence explains, or None.
         begins: where NaN or infinity begins, in words; None if all numbers are finite, or if the
             trial did not watch for them.
+        prediction: the last prediction.
     """
 
     case: FirstBatch
@@ -48,6 +52,7 @@ class Trial:
     flaw: str | None = None
     error: Exception | None = None
     begins: str | None = None
+    prediction: Any = None
 
     def run(self, passed: dict[str, Batch], *, watch: bool = False) -> "Trial":
         """Compute everything that a run computes of this batch.
@@ -75,6 +80,8 @@ class Trial:
             missing = missing_name(stage, error, case.hypers, case.start[0], self.batch)
             if missing is not None:
                 self.flaw, self.error = missing, error
+            elif (strange := _odd_prediction(stage, error, self.prediction)) is not None:
+                self.flaw, self.error = strange, error
             elif not isinstance(error, MemoryError) and not UNRELATED.search(str(error)):
                 failure = Failure(self.split, self.batch, stage, error, calls)
                 self.flaw = reason(failure, passed, self.case.start[0])
@@ -86,7 +93,7 @@ class Trial:
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Yield the calls of the problem, by the name of the method."""
-        case, held = self.case, {}
+        case = self.case
         problem, batch, hypers = case.problem, self.batch, case.hypers
         params, carry = case.start
 
@@ -101,11 +108,11 @@ class Trial:
                     f"`predict` returns {kind(returned)}; return the prediction and the carry, "
                     "(prediction, carry)"
                 )
-            held["prediction"] = returned[0]
+            self.prediction = returned[0]
 
         def metrics() -> float:
             means = Means(class_name(problem), case.device)
-            reported = problem.metrics(hypers, params, held["prediction"], batch)
+            reported = problem.metrics(hypers, params, self.prediction, batch)
             means.add(reported, count_examples(batch))
             return means.result().get("loss", 0.0)
 
@@ -113,13 +120,13 @@ class Trial:
             yield "predict", lambda: predict(train=True)
             yield (
                 "inner_objective",
-                lambda: problem.inner_objective(hypers, params, held["prediction"], batch),
+                lambda: problem.inner_objective(hypers, params, self.prediction, batch),
             )
         yield "predict", lambda: predict(train=False)
         if self.split == "valid":
             yield (
                 "outer_objective",
-                lambda: problem.outer_objective(hypers, params, held["prediction"], batch),
+                lambda: problem.outer_objective(hypers, params, self.prediction, batch),
             )
         yield "metrics", metrics
 
@@ -132,6 +139,19 @@ class Trial:
             field = min(call.fields[-1][1])
             self.begins = f"{self.split} data, {field}: the first result that is not finite is "
             self.begins += f"that of {call.name}"
+
+
+def _odd_prediction(stage: str, error: Exception, prediction: Any) -> str | None:
+    """Return a sentence about a prediction that a loss cannot take, since it is no tensor."""
+    name = type(prediction).__name__
+    refused = re.search(r"must be Tensor, not (\w+)|'(\w+)' object has no attribute", str(error))
+    plain = isinstance(prediction, (tuple, list, Mapping, int, float, NoneType))
+    if stage == "predict" or not plain or refused is None or name not in refused.groups():
+        return None  # a law of its own is about other objects
+    return (
+        f"the network returns {kind(prediction)}, where `{stage}` takes a tensor "
+        f"({describe(error)}{place(error)}); return a tensor, or take the one that the loss needs"
+    )
 
 
 def _finite(result: Any) -> bool:

@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bilevel import ModuleProblem, Positive, Solver, Space, check_problem, squared_norm
+from bilevel import (
+    ModuleProblem,
+    Positive,
+    Solver,
+    Space,
+    check_problem,
+    cross_entropy,
+    squared_norm,
+)
+from bilevel.checks.hints import refusal
 from bilevel.problem_wrapper import ProblemWrapper
 from bilevel.run.pooled_data import PooledData
 from bilevel.solvers import delta_stn, implicit_cg, random_search, stn
@@ -77,6 +86,32 @@ def noisy(self, hypers, batch, *, train, generator):
     return (batch[0] + torch.randn(batch[0].shape),), {}
 
 
+def in_a_list(self, *args, **kwargs):
+    prediction, carry = Sound.predict(self, *args, **kwargs)
+    return [prediction], carry
+
+
+def clamping(self, hypers, params, *args, **kwargs):
+    with torch.no_grad():
+        params["one.weight"].clamp_(-9.0, 9.0)
+    return Sound.predict(self, hypers, params, *args, **kwargs)
+
+
+def moving(self, hypers, params, *args, **kwargs):
+    params["one.weight"].data.add_(0.1)
+    return Sound.predict(self, hypers, params, *args, **kwargs)
+
+
+def refusing(h):
+    raise ValueError("too dark")
+
+
+def given(train, valid):
+    problem = made()
+    problem._splits = (train, valid, None)
+    return problem
+
+
 def no_file(self, device, generator):
     raise FileNotFoundError("no file data.csv")
 
@@ -132,6 +167,61 @@ BROKEN = {
         made(inner_objective=objective(lambda h, w, p, b: F.cross_entropy(p, b[1]))),
         "changes neither objective",
     ),
+    "a view of another length": (
+        made(function=lambda h: h.reshape(-1, 16)),
+        "train and valid data, field 0: float32 [20, 4], which becomes [10, 16], does not fit",
+    ),
+    "labels in a column": (
+        made(
+            inner_objective=objective(lambda h, w, p, b: cross_entropy(p, b[1])),
+            y=Y[:, None],
+        ),
+        "train and valid data, field 1: int64 [20, 1] does not fit a prediction of shape [20, 3]",
+    ),
+    "a class out of range of our loss": (
+        made(inner_objective=objective(lambda h, w, p, b: cross_entropy(p, b[1])), y=Y + 1),
+        "train and valid data, field 1 holds the class 3, but the prediction has 3 classes",
+    ),
+    "batches that are dictionaries": (
+        given({"x": X[:20], "y": Y[:20]}, {"x": X[20:], "y": Y[20:]}),
+        "train and valid data: a batch is a dict with the keys `x`, `y`, of which `predict` takes",
+    ),
+    "a prediction that is no tensor": (
+        made(predict=in_a_list),
+        "the network returns a list of 1 field, where `inner_objective` takes a tensor",
+    ),
+    "a network that forgets to return": (
+        made(predict=lambda self, *args, **_: (None, Sound.init(self, torch.Generator())[1])),
+        "the network returns a NoneType, where `inner_objective` takes a tensor",
+    ),
+    "another argument": (
+        made(inputs=lambda self, hypers, batch, **_: (batch, {})),
+        "; return the arguments of the module from `inputs`",
+    ),
+    "a forward with a wrong shape": (
+        made(function=lambda h: h + torch.zeros(7)),
+        "at non-singleton dimension 1 (test_report.py, line ",
+    ),
+    "a forward that raises": (
+        made(function=refusing),
+        "error: a call of the problem raises ValueError: too dark (test_report.py, line ",
+    ),
+    "a write that leaves the weights alone": (
+        made(predict=clamping),
+        "error: `predict` modifies its params in place; work on a clone",
+    ),
+    "weights that move in each call": (
+        made(predict=moving),
+        "error: `predict` modifies its params in place; work on a clone",
+    ),
+    "an init without tensors": (
+        made(init=lambda self, generator: ({"w": 1.0}, {})),
+        "error: `init` returns a tuple of 2 fields; return two dictionaries of tensors",
+    ),
+    "no data": (
+        made(data=lambda self, device, generator: None),
+        "error: `data` returns a NoneType; return bilevel.Data",
+    ),
     "an assertion": (
         made(inner_objective=objective(lambda h, w, p, b: failing(p))),
         "raises AssertionError: assert 3 == 7 (test_report.py, line ",
@@ -162,8 +252,7 @@ def test_an_error_is_named_once_and_no_solver_is_listed_beside_it(problem, words
 
 
 def test_an_error_that_differs_between_splits_is_named_for_each():
-    problem = made()
-    problem._splits = ((X[:20], Y[:20].float()), (X[20:, :3], Y[20:]), None)
+    problem = given((X[:20], Y[:20].float()), (X[20:, :3], Y[20:]))
     errors = [finding.text for finding in check_problem(problem, {}).findings]
     assert [text.partition(",")[0] for text in errors] == ["train data", "valid data"]
 
@@ -197,6 +286,33 @@ def test_a_refusal_is_a_sentence_with_a_place_and_a_remedy():
     (reason,) = report.refused_by.values()
     assert reason.startswith("a step of it raises RuntimeError: expected scalar type Long (test_re")
     assert reason.endswith("; change that call, or use another solver")
+
+
+def test_an_error_of_pytorch_itself_is_no_refusal_as_it_is():
+    raw = "has been modified by an inplace operation: [torch.FloatTensor [12]]"
+    refused = refusal(RuntimeError(f"one of the variables {raw}. Hint: enable anomaly detection."))
+    assert refused == (
+        f"a step of it fails (RuntimeError: one of the variables {raw}); write to no tensor in "
+        "place (x * 2, not x.mul_(2)), or use another solver"
+    )
+
+
+def test_gradients_of_a_loss_that_is_not_finite_are_not_named_too():
+    findings = check_problem(made(function=lambda h: h / 0), {}).findings
+    assert [text.split()[0] for _, text, _ in findings] == [
+        "`inner_objective`",
+        "`outer_objective`",
+    ]
+
+
+def test_a_carry_that_only_one_mode_loses_is_named_with_its_mode():
+    def losing(self, *args, train, **kwargs):
+        prediction, carry = Sound.predict(self, *args, train=train, **kwargs)
+        return prediction, {} if train else carry
+
+    problem = made(function=nn.BatchNorm1d(8), predict=losing)
+    texts = [finding.text for finding in check_problem(problem, {}).findings]
+    assert texts[0].startswith("`predict` with train=True returns a carry with other names")
 
 
 def test_a_function_with_a_gradient_alone_is_explained_to_each_solver():

@@ -239,6 +239,7 @@ def test_large_values_are_named_where_a_run_diverges(tmp_path):
         (lambda y: F.cross_entropy(torch.ones(2, 3, device="meta"), y), "Target 3 is out"),
         (lambda y: F.nll_loss(torch.ones(2, 3, device="meta"), y), "Target 3 is out"),
         (lambda y: F.embedding(y, torch.ones(3, 1, device="meta")), "index out of range"),
+        (lambda y: torch.ones(2, 3, device="meta").gather(1, y[:, None]), "index out of bounds"),
     ],
 )
 def test_a_range_is_compared_before_a_call_that_a_gpu_does_not_survive(call, error, monkeypatch):
