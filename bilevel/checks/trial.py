@@ -75,6 +75,9 @@ class Trial:
                 where = f"{self.split} data" + (f", {odd[0]} is complex" if odd else "")
                 self.flaw = str(error) if self.split in str(error) else f"{where}: {error}"
                 self.error = error
+                if calls.failed is not None:  # our own loss, which does not know the fields
+                    failure = Failure(self.split, self.batch, stage, error, calls)
+                    self.flaw = reason(failure, passed, self.case.start[0]) or self.flaw
         except Exception as error:
             case = self.case
             missing = missing_name(stage, error, case.hypers, case.start[0], self.batch)
