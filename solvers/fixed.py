@@ -48,8 +48,9 @@ class Fixed(InnerSettings, Stepwise):
         self.check(problem, data, device)
         check_laws(self, problem, data, device)
         self.services = services or Services()
-        self.core = Core(self, problem, data, device, generator, self.services)
         self.rule = Constant() if self.hypers is None else self.hypers
+        constants = self.rule.constants(problem.space)
+        self.core = Core(self, problem, data, device, generator, self.services, constants)
         self.rule.setup(problem.space, self.core.weights.leaves[0])
 
     def step(

@@ -49,6 +49,10 @@ class HyperSchedule(ABC):
     def prepare(self, space: Space, like: Tensor) -> None:
         """Make the tensors of the rule, or raise `Refused`."""
 
+    def constants(self, space: Space) -> Hypers:
+        """Return settings of the optimizer that hold throughout in place of the initial ones."""
+        return {}
+
     @abstractmethod
     def at(self, step: int) -> Hypers:
         """Return λ after `step` inner steps without its noise, for records and the solution."""
@@ -158,7 +162,7 @@ class Replayed(HyperSchedule):
     """The values of another run at the same step; after its end, its last values.
 
     `bilevel.loggers.hyper_schedule` records them. Frozen hyperparameters must have the same values
-    in the other run.
+    in the other run. A setting of the optimizer is set once, so it needs `final`.
 
     Args:
         path: a `schedule.json`, or the directory of a run.
@@ -177,6 +181,14 @@ class Replayed(HyperSchedule):
             last = {name: values[-1:] for name, values in self.schedule.hypers.items()}
             self.schedule = RecordedSchedule([0], last)
 
+    def constants(self, space: Space) -> Hypers:
+        recorded = self.schedule.hypers
+        return {
+            name: self._values(name, space[name])[-1]
+            for name in space.tuned
+            if space[name].optimizer is not None and name in recorded
+        }
+
     def prepare(self, space: Space, like: Tensor) -> None:
         recorded = self.schedule.hypers
         if missing := [name for name in space if name not in recorded and not space[name].frozen]:
@@ -190,7 +202,8 @@ class Replayed(HyperSchedule):
                 f"path={self.path} has `{unknown[0]}`{near(unknown[0], space)}, which the problem "
                 f"lacks; give the schedule of a run of this problem, which has {', '.join(space)}"
             )
-        refuse_optimizer_settings(space, space.tuned)
+        if len(self.schedule.steps) > 1:
+            refuse_optimizer_settings(space, space.tuned)
         leaves = {name: self._values(name, space[name]) for name in recorded}
         fixed = {name: leaf for name, leaf in space.constrain(self.u).items() if space[name].frozen}
         self._entries = [

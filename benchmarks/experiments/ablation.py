@@ -149,7 +149,7 @@ def _picture(context: Context, groups: Mapping[str, Sequence[Run]], problem: str
             curve_plots.draw_bands(column[0], groups, LOSS, x, n_in_label=False)
             for ax, (name, entry) in zip(column[1:], panels, strict=True):
                 curve_plots.draw_paths(ax, groups, name, x, entry=entry)
-        plot_style.legend(axes[0][0].figure, axes[0][0])
+        plot_style.legend(axes[0][0].figure, [axes[0][0]])
     n = min(len(runs) for runs in groups.values())
     caption = (
         f"{problem}: validation loss and λ along training, "

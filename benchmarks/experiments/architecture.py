@@ -194,7 +194,7 @@ def collapse(arms: Mapping[str, Sequence[Run]], path: Path) -> None:
             ax.set_ylim(0, 1)
             ax.set_ylabel("")
         axes[0][0].set_ylabel("weight of parameter-free operations")
-        plot_style.legend(axes[0][0].figure, axes[0][0])
+        plot_style.legend(axes[0][0].figure, [axes[0][0]])
 
 
 def by_solver(runs: Sequence[Run], suffix: str = "") -> dict[str, list[Run]]:

@@ -100,7 +100,7 @@ def _paths(groups: Mapping[str, Sequence[Run]], path: Path) -> list[str]:
             curve_plots.draw_paths(ax, groups, name)
         for ax in axes.flat[len(names) :]:
             ax.set_axis_off()
-        plot_style.legend(axes.flat[0].figure, axes.flat[0])
+        plot_style.legend(axes.flat[0].figure, [axes.flat[0]])
     return names
 
 

@@ -171,7 +171,7 @@ def _picture(context: Context, shown: dict[str, tuple[FewShot, Hypers]], seed: i
             ax.set(title=name.partition(", on")[0], xlabel="x", ylim=(-6, 6))
             if number == 0:
                 ax.set_ylabel(f"y (test task {SHOWN + 1}, seed {seed})")
-                plot_style.legend(ax.figure, ax)
+                plot_style.legend(ax.figure, [ax])
 
 
 def _truth(task: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Core:
         device: torch.device,
         generator: torch.Generator,
         services: Services,
+        constants: Hypers | None = None,
     ) -> None:
         self.settings = settings
         self.data = data
@@ -86,6 +87,7 @@ class Core:
         params, self.carry = initial_state(problem, device, generator)
         self.problem = for_weights(problem, params)
         initial = {name: problem.space[name].initial() for name in problem.space}
+        initial |= constants or {}
         self.inner_optimizer = configured(
             settings.inner_optimizer, optimizer_settings(problem.space, initial), list(params)
         )

@@ -430,16 +430,31 @@ def test_what_is_no_run(tmp_path):
         (three([0.95]), {}, "`rate` is 0.95 in .* at step 0, outside its domain"),
         (three([0.1]), {"rate": {"frozen": True}}, "`rate` is frozen at 0.2 and is 0.1 in"),
         (
-            {**three([0.1]), "lr": [0.1]},
+            {**three([0.1, 0.2]), "lr": [0.1, 0.2]},
             {"lr": {"optimizer": "lr", "init": 0.1}},
             "`lr` is the inner optimizer's lr",
         ),
     ],
 )
 def test_schedules_that_do_not_fit(tmp_path, hypers, changes, sentence):
-    given = Replayed(written(tmp_path / "s.json", [0], **hypers))
+    steps = list(range(len(hypers.get("decay", [0]))))
+    given = Replayed(written(tmp_path / "s.json", steps, **hypers))
     with pytest.raises(Refused, match=sentence):
         trained(given, 1, space(**changes))
+
+
+@pytest.mark.parametrize("setting", ["lr", "weight_decay", "momentum"])
+def test_the_last_values_set_the_optimizer_as_initial_values_do(tmp_path, setting):
+    path = written(tmp_path / "s.json", [0, 6], **three([0.2, 0.2]), own=[0.01, 0.03])
+    ends = []
+    for hypers, init in ((Replayed(path, final=True), 0.5), (None, 0.03), (None, 0.01)):
+        domains = space(own={"optimizer": setting, "init": init})
+        _, solver, _ = trained(hypers, 3, domains)
+        ends.append(solver.solution())
+    assert ends[0].hypers["own"] == pytest.approx(0.03)
+    for name, weight in ends[0].params.items():
+        assert torch.allclose(weight, ends[1].params[name], rtol=1e-6)
+        assert not torch.allclose(weight, ends[2].params[name], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,20 @@ def test_a_refit_trains_at_the_last_values_and_names_its_origin(run, tmp_path, c
     assert main([f"resume={again}", "runner.epochs=3"]) == 0
 
 
+def test_a_refit_takes_over_a_tuned_setting_of_the_optimizer(tmp_path):
+    settings = ["problem=digits", "problem.hidden=[8]", "problem.weight_decay=false"]
+    settings += ["+problem.space.wd={optimizer: weight_decay, init: 0.01}", "wandb.mode=disabled"]
+    settings += ["runner.epochs=2", "runner.warmup_epochs=1", "runner.progress=none"]
+    assert main([*settings, f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert main(["refit", str(tmp_path / "run"), "--out", str(tmp_path / "again")]) == 0
+    found, again = (
+        json.loads((tmp_path / name / "summary.json").read_text())["hypers"]["wd"]
+        for name in ("run", "again")
+    )
+    assert found != 0.01
+    assert again == pytest.approx(found)
+
+
 def test_a_refit_follows_the_schedule_from_the_weights_on_both_splits(run, tmp_path):
     options = ["--schedule", "--from-weights", "--on", "train+valid", "--epochs", "1"]
     assert main(["refit", str(run), *options]) == 0
