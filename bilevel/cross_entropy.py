@@ -75,8 +75,6 @@ def cross_entropy(
     _check("label_smoothing", ε, [(), (len(logits),)])
     losses = -F.log_softmax(logits, 1)
     soft = labels.is_floating_point()
-    if labels.shape != (losses if soft else losses[:, 0]).shape:
-        F.cross_entropy(logits, labels)  # raises what users know, and what the checks explain
     counted = torch.ones_like(losses[:, 0]) if soft else (labels != ignore_index).to(losses.dtype)
     index = None if soft else labels.where(labels != ignore_index, 0).long()[:, None]
     share = torch.ones_like(losses[:, 0])

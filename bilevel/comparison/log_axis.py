@@ -26,10 +26,20 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
         values = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
         ticks = [value for value in values if inside[0] <= value <= inside[1]]
         if len(ticks) <= most:
+            ticks = _apart(ticks, math.log(high / low) / (most + 1))
             # below a factor of two, round values of a linear axis are closer together
             return ticks if len(ticks) > 1 else _linear(low, high, most)
     step = math.ceil(len(ticks) / most)
     return ticks[::step]
+
+
+def _apart(ticks: Sequence[float], least: float) -> list[float]:
+    """Return the ticks without those that are closer than `least` to the one before, in ln."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or math.log(tick / kept[-1]) >= least:
+            kept.append(tick)
+    return kept
 
 
 def _linear(low: float, high: float, most: int) -> list[float]:

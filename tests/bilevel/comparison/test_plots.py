@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,6 +43,7 @@ def collide(boxes):
     decades=st.floats(0.02, 12),
     horizontal=st.booleans(),
 )
+@example(low=-3.125, decades=0.375, horizontal=True)
 def test_labels_of_a_logarithmic_axis_do_not_collide(low, decades, horizontal):
     with rc_context(STYLE):
         figure, ax = axes()
