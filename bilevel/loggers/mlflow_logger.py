@@ -86,7 +86,7 @@ class MLflowLogger(Logger):
                 raise wrong(f"mlflow.{setting}", value, "must be a name", "give one, or null")
         if find_spec("mlflow") is None:
             raise BilevelError(
-                "logger=mlflow needs MLflow, which is not installed; run `pip install "
+                "MLflow is not installed; run `pip install "
                 "'bilevel[mlflow]'`, or choose another logger"
             )
 

@@ -48,7 +48,7 @@ class TensorBoard(Logger):
         self._pictures: dict[str, Tensor] = {}
         if find_spec("tensorboard") is None:
             raise BilevelError(
-                "logger=tensorboard needs TensorBoard, which is not installed; run `pip install "
+                "TensorBoard is not installed; run `pip install "
                 "'bilevel[tensorboard]'`, or choose another logger"
             )
 

@@ -260,7 +260,8 @@ def differences(whole: Path, other: Path) -> list[str]:
     return found
 
 
-COSTS = ("seconds", "peak_memory", "phases", "evaluating", "loggers")
+COSTS = ("seconds", "peak_memory", "phases", "evaluating", "loggers", "environment")
+"""Entries that differ between equal runs; the commit in the environment may move meanwhile."""
 
 
 def without_costs(value: Any) -> Any:
