@@ -78,7 +78,11 @@ def run_config(
                 f"{node}._target_={config[node]['_target_']} makes a {type(built).__name__}; give "
                 f"the dotted path of a {kind.__name__}"
             )
-    names = config["names"]
+    names = config.get("names")
+    if not isinstance(names, dict) or not names.keys() >= {"problem", "solver"}:
+        raise BilevelError(
+            f"names={names!r} must have a problem and a solver; give names.problem and names.solver"
+        )
     return runner.run(
         problem,
         solver,
@@ -98,7 +102,7 @@ def build_loggers(config: dict[str, Any]) -> list[Logger]:
     Raises:
         BilevelError: a logger is off but has settings, or is on but has none.
     """
-    wanted = config["loggers"]
+    wanted = config.get("loggers")
     if not isinstance(wanted, dict):
         raise BilevelError(
             f"loggers={wanted!r} does not name loggers; write loggers.NAME=true or false"

@@ -2,11 +2,13 @@
 
 import warnings
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 
 from bilevel import BilevelError
 from bilevel.checkpoint.checkpoints import load
+from bilevel.cli.run_config import run_config
 from tests.soak import fuzz
 
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.filterwarnings("ignore")]
@@ -40,6 +42,14 @@ def test_random_settings(tmp_path):
     configs = fuzz.Configurations(tmp_path)
     fuzz.examples(100, 0, configs.strategy(), configs.check)
     assert min(configs.outcomes[how] for how in ("refused", "ran")) > 15
+
+
+@pytest.mark.parametrize("part", ["loggers", "names", "seed", "problem", "solver", "runner"])
+def test_a_part_that_is_missing_is_named(part, tmp_path):
+    config = deepcopy(fuzz.Configurations(tmp_path).configs[0])
+    del config[part]
+    with pytest.raises(BilevelError, match=f"^{part}"):
+        run_config(config, tmp_path / "run", resumed=False)
 
 
 def test_random_command_lines(tmp_path):
