@@ -203,7 +203,8 @@ class Replayed(HyperSchedule):
                 f"lacks; give the schedule of a run of this problem, which has {', '.join(space)}"
             )
         if len(self.schedule.steps) > 1:
-            refuse_optimizer_settings(space, space.tuned)
+            remedy = "take the last values (final=true, or refit without --schedule)"
+            refuse_optimizer_settings(space, space.tuned, remedy)
         leaves = {name: self._values(name, space[name]) for name in recorded}
         fixed = {name: leaf for name, leaf in space.constrain(self.u).items() if space[name].frozen}
         self._entries = [

@@ -95,11 +95,14 @@ def size_by_coordinate(
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def refuse_optimizer_settings(space: Space, names: Iterable[str]) -> None:
+def refuse_optimizer_settings(
+    space: Space,
+    names: Iterable[str],
+    remedy: str = "freeze it, or schedule it with inner_scheduler",
+) -> None:
     """Raise `Refused` for a setting of the optimizer, which gets its settings once."""
     for name in names:
         if (setting := space[name].optimizer) is not None:
             raise Refused(
-                f"`{name}` is the inner optimizer's {setting}, which `Fixed` sets once; freeze it, "
-                "or schedule it with inner_scheduler"
+                f"`{name}` is the inner optimizer's {setting}, which `Fixed` sets once; {remedy}"
             )

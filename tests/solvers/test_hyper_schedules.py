@@ -432,7 +432,7 @@ def test_what_is_no_run(tmp_path):
         (
             {**three([0.1, 0.2]), "lr": [0.1, 0.2]},
             {"lr": {"optimizer": "lr", "init": 0.1}},
-            "`lr` is the inner optimizer's lr",
+            "`lr` is the inner optimizer's lr, .*; take the last values",
         ),
     ],
 )
